@@ -1,0 +1,4 @@
+"""Every family of the zoo: importing a family registers its models in timm."""
+
+if not __name__.startswith("vizoo."):
+    raise ImportError("this folder is the package vizoo.backbones; import it by that name")

@@ -1,0 +1,3 @@
+from vizoo.tools.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,67 @@
+"""The ``vizoo`` command: one subcommand for each tool."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
+    "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
+    "train": ("train", "train a classifier with the options of timm's training script"),
+    "bench": ("bench", "time a family against its official code or the plain reference, alternating"),
+    "env": ("env", "versions, devices and which backends are usable, for bug reports"),
+}
+
+EXAMPLES = """\
+examples:
+  vizoo models                                        what is in the zoo
+  vizoo models 'litv2*'                               one family
+  vizoo profile litv2_s resnet50 --device cpu         what two models cost on this machine
+  vizoo profile litv2_s --size 512 --mode count       exact counts at another size, nothing is run
+  vizoo train --model litv2_s --data digits           a first real training, minutes on a CPU
+  vizoo env                                           what to paste into a bug report
+
+'vizoo COMMAND --help' explains a command; '--debug' with any command shows full tracebacks."""
+
+
+def usage() -> str:
+    """Help text of the bare command."""
+    import vizoo
+
+    rows = "\n".join(f"  {name:9s}{text}" for name, (_, text) in COMMANDS.items())
+    return f"vizoo {vizoo.__version__}: vision backbones on the timm interface\n\nusage: vizoo COMMAND [options]\n\n{rows}\n\n{EXAMPLES}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: Arguments; None means ``sys.argv[1:]``.
+
+    Returns:
+        Exit status: 0 success, 2 bad input, else what the subcommand says.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        import vizoo
+
+        print(vizoo.__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+        print(f"vizoo: error: unknown command {args[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"vizoo.tools.{COMMANDS[args[0]][0]}")
+    status: int = module.main(args[1:])
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
