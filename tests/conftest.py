@@ -1,0 +1,81 @@
+"""Set-up of every test: Triton's interpreter without a GPU, seeds, needs of markers, poisoned ``torch.empty``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported, so set before any of them
+
+NEEDS = {
+    "gpu": (torch.cuda.is_available, "needs a CUDA device, torch.cuda.is_available() is false"),
+    "mm": (lambda: importlib.util.find_spec("mmengine") is not None, "needs mmengine (extra mm), not installed"),
+}
+SEED = 42
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--network", action="store_true", help="also run the tests that need the internet")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {name: reason for name, (present, reason) in NEEDS.items() if not present()}
+    if not config.getoption("--network"):
+        missing["network"] = "needs the internet: pass --network"
+    for item in items:
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Seed torch and give every test the same threads, default dtype and gradient mode."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(SEED)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
+def _called_by_us(depth: int) -> bool:
+    return sys._getframe(depth).f_globals.get("__name__", "").startswith("vizoo.")
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``torch.empty*`` returns to vizoo with NaN, so that an output that was not written shows."""
+
+    def poison(function):
+        def wrapper(*args, **kwargs):
+            out = function(*args, **kwargs)
+            if not torch.compiler.is_compiling() and _called_by_us(2) and (out.is_floating_point() or out.is_complex()):
+                with torch.no_grad():
+                    out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _nan_empty_in_ops(request: pytest.FixtureRequest) -> None:
+    """Operators are always tested on poisoned memory."""
+    if Path(__file__).parent / "ops" in request.path.parents:
+        request.getfixturevalue("nan_empty")
