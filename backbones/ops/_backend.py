@@ -1,0 +1,80 @@
+"""Which fast paths this machine can use: the only place that probes for oneDNN, Triton, NATTEN and CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
+
+
+class Backend(NamedTuple):
+    """One fast path: its name, whether it can be used here, and why not."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """Every fast path with the reason when it cannot be used on this machine."""
+    found = [Backend("torch", True, f"plain PyTorch {torch.__version__}, every device")]
+    missing = onednn_missing()
+    found.append(Backend("onednn", not missing, missing or "fused inference operators on CPU"))
+    if not torch.cuda.is_available():
+        no_gpu = "no CUDA device"
+        found.append(Backend("cuda", False, no_gpu))
+    else:
+        no_gpu = ""
+        found.append(Backend("cuda", True, torch.cuda.get_device_name()))
+    for name in ("triton", "natten"):
+        if importlib.util.find_spec(name) is None:
+            found.append(Backend(name, False, "not installed"))
+        else:
+            found.append(Backend(name, not no_gpu, no_gpu or "installed"))
+    return found
+
+
+def onednn_missing() -> str:
+    """Why the oneDNN inference path cannot be used; empty when it can."""
+    if os.environ.get("VIZOO_ONEDNN", "1") == "0":
+        return "switched off by VIZOO_ONEDNN=0"
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch build has no oneDNN"
+    lacking = [op for op in _ONEDNN_OPS if not hasattr(torch.ops.mkldnn, op)]
+    return f"this PyTorch build lacks mkldnn::{lacking[0]}" if lacking else ""
+
+
+_ONEDNN = not onednn_missing()
+
+
+def use_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a oneDNN inference operator may take this call.
+
+    It takes real CPU tensors of one dtype (float32 or bfloat16), outside autograd, autocast, tracing, compilation and
+    export, so that those always see plain PyTorch operators.
+
+    Args:
+        x: Input of any shape.
+        weight: Weight of the layer.
+
+    Returns:
+        True if every condition holds.
+    """
+    return (
+        _ONEDNN
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+    )

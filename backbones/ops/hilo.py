@@ -1,0 +1,100 @@
+"""The two branches of HiLo attention (LITv2, Sec. 3.2), channels-last.
+
+Hi-Fi: ``softmax(q k^T / sqrt(d)) v`` among the ``s * s`` tokens of each non-overlapping window.  Lo-Fi: the same
+between every token and the average of each window.  With ``N = H * W`` tokens of width ``D`` per branch, Hi-Fi costs
+``2 N s^2 D`` and Lo-Fi ``2 N^2 D / s^2`` multiply-accumulates.
+
+The references store every score.  The fast forms hand strided views of the projections to PyTorch's fused attention,
+which stores none of them and needs no copies for Lo-Fi.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _check_windows(H: int, W: int, window: int) -> None:
+    if H % window != 0 or W % window != 0:
+        good_h, good_w = (H + window - 1) // window * window, (W + window - 1) // window * window
+        raise ValueError(f"got a {H}x{W} map, need multiples of window={window}; pad it to {good_h}x{good_w}")
+
+
+def _to_windows(qkv: Tensor, num_heads: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, C = qkv.shape
+    d = C // (3 * num_heads)
+    t = qkv.reshape(B, H // window, window, W // window, window, 3, num_heads, d)
+    t = t.permute(5, 0, 1, 3, 6, 2, 4, 7)  # [3, B, H/s, W/s, h, s, s, d]
+    t = t.reshape(3, B * (H // window) * (W // window), num_heads, window * window, d)
+    return t[0], t[1], t[2]
+
+
+def _from_windows(out: Tensor, B: int, H: int, W: int, window: int) -> Tensor:
+    num_heads, d = out.shape[1], out.shape[3]
+    t = out.reshape(B, H // window, W // window, num_heads, window, window, d)
+    return t.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, num_heads * d)
+
+
+def reference_hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    """Softmax attention inside non-overlapping square windows (LITv2, Sec. 3.2).
+
+    Args:
+        qkv: Projected tokens ``[B, H, W, 3 * h * d]``, laid out as ``[3 (q, k, v), h, d]``.
+        num_heads: Heads ``h``.
+        window: Side ``s`` of a window; ``H`` and ``W`` must be multiples of it.
+
+    Returns:
+        ``[B, H, W, h * d]``.
+
+    Raises:
+        ValueError: If ``H`` or ``W`` is not a multiple of ``window``.
+    """
+    B, H, W, C = qkv.shape
+    _check_windows(H, W, window)
+    q, k, v = _to_windows(qkv, num_heads, window)  # [B*nW, h, s*s, d]
+    p = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    return _from_windows(p @ v, B, H, W, window)
+
+
+def hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    """:func:`reference_hifi_attention` by fused attention: same arguments, result and errors."""
+    B, H, W, C = qkv.shape
+    _check_windows(H, W, window)
+    q, k, v = _to_windows(qkv, num_heads, window)
+    return _from_windows(F.scaled_dot_product_attention(q, k, v), B, H, W, window)
+
+
+def _lofi_heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, C = q.shape[0], q.shape[-1]
+    d = C // num_heads
+    if kv.shape[-1] != 2 * C:
+        raise ValueError(f"got kv with {kv.shape[-1]} channels, need 2 * {C}, twice those of q")
+    heads = q.reshape(B, -1, num_heads, d).transpose(1, 2)  # [B, h, N, d]
+    pairs = kv.reshape(B, -1, 2, num_heads, d)
+    return heads, pairs[:, :, 0].transpose(1, 2), pairs[:, :, 1].transpose(1, 2)
+
+
+def reference_lofi_attention(q: Tensor, kv: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention of every token over the pooled tokens (LITv2, Sec. 3.2).
+
+    Args:
+        q: Queries ``[B, H, W, h * d]``, laid out as ``[h, d]``.
+        kv: Keys and values of the pooled map ``[B, H / s, W / s, 2 * h * d]``, laid out as ``[2 (k, v), h, d]``.
+        num_heads: Heads ``h``.
+
+    Returns:
+        ``[B, H, W, h * d]``.
+
+    Raises:
+        ValueError: If ``kv`` has not twice the channels of ``q``.
+    """
+    heads, k, v = _lofi_heads(q, kv, num_heads)
+    p = torch.softmax(heads @ k.transpose(-2, -1) * heads.shape[-1] ** -0.5, dim=-1)
+    return (p @ v).transpose(1, 2).reshape(q.shape)
+
+
+def lofi_attention(q: Tensor, kv: Tensor, num_heads: int) -> Tensor:
+    """:func:`reference_lofi_attention` by fused attention: same arguments, result and errors."""
+    heads, k, v = _lofi_heads(q, kv, num_heads)
+    return F.scaled_dot_product_attention(heads, k, v).transpose(1, 2).reshape(q.shape)
