@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from golden import error
 from torch import Tensor
 
 RATIO = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # RMS error / RMS
@@ -48,23 +49,17 @@ def close(actual: Tensor, expected: Tensor, budget: str, what: str = "") -> None
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what} [{budget}] {text}")
 
 
-def golden_error(actual: Tensor, expected: Tensor) -> float:
-    """Relative error ``||actual - expected|| / ||expected||`` in float64."""
-    expected = expected.double()
-    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-
-
 def golden_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Assert that a model reproduces a recorded official output."""
     assert actual.shape == expected.shape, f"{what}: got {tuple(actual.shape)}, recorded {tuple(expected.shape)}"
-    error = golden_error(actual, expected)
-    assert error <= GOLDEN, f"{what}: relative error {error:.2e} > {GOLDEN:.0e}"  # also false for NaN
+    found = error(actual, expected)
+    assert found <= GOLDEN, f"{what}: relative error {found:.2e} > {GOLDEN:.0e}"  # also false for NaN
 
 
 def rms_ratio(actual: Tensor, truth: Tensor) -> float:
     """RMS of the error over RMS of the float64 truth."""
-    error = (actual.double() - truth).square().mean().sqrt()
-    return (error / truth.square().mean().sqrt().clamp_min(1e-12)).item()
+    off = (actual.double() - truth).square().mean().sqrt()
+    return (off / truth.square().mean().sqrt().clamp_min(1e-12)).item()
 
 
 def op_close(actual: Tensor, truth: Tensor, plain: Tensor | None = None, grad: bool = False, what: str = "") -> None:
