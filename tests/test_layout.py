@@ -1,0 +1,258 @@
+"""The house rules that can be read off the files: who imports whom, what importing costs, what is tracked."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
+FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
+PLUMBING = {f"{OPS}._backend", f"{OPS}._cost"}
+KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
+NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "sklearn", "rich", "psutil", "yaml"}
+IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
+LARGEST = 300 * 1024
+
+
+class Import(NamedTuple):
+    """One imported module, as an absolute name."""
+
+    module: str
+    line: int
+    always: bool  # stands at the top level of the file, so it runs with every import
+
+    def within(self, *packages: str) -> bool:
+        return any(self.module == p or self.module.startswith(f"{p}.") for p in packages)
+
+
+def module_name(path: Path) -> str:
+    parts = ("vizoo", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files(folder: str, pattern: str = "**/*.py") -> list[Path]:
+    return sorted(p for p in (ROOT / folder).glob(pattern) if "__pycache__" not in p.parts)
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file; ``from package import module`` counts as the module when it is one of ours."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, id(node) in top)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join(filter(None, (*parents[: len(parents) - node.level + 1], base)))
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                ours = base.split(".")[0] == "vizoo" and is_module(full)
+                yield Import(full if ours else base, node.lineno, id(node) in top)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split(".")[1:])
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def is_family(name: str) -> bool:
+    """Whether a module is a family's file: a public one directly in ``backbones/``."""
+    parent, _, leaf = name.rpartition(".")
+    return parent == BACKBONES and not leaf.startswith("_") and name not in (OPS, LAYERS)
+
+
+def outside(allowed: set[str], found: Import) -> bool:
+    """Whether an import is neither of the standard library nor of the allowed packages."""
+    return found.module.split(".")[0] not in sys.stdlib_module_names and not found.within(*allowed)
+
+
+def refused(path: Path, found: Import) -> str | None:
+    """Why a file may not have an import, or None when it may."""
+    name = module_name(path)
+    if found.within("heads", "tools", "backbones", "configs"):
+        return "our folders are imported by their vizoo name"
+    if found.within(*KERNELS) and (found.always or not name.startswith(OPS)) and name != f"{OPS}._backend":
+        return "kernel libraries are imported behind the probe of ops/_backend.py"
+    if name.startswith(OPS):
+        if name == OPS and found.within(OPS):
+            return None
+        return (
+            "an operator imports torch and the plumbing only"
+            if outside({"torch", *KERNELS, *PLUMBING}, found)
+            else None
+        )
+    if name.startswith(LAYERS):
+        return "layers know ops, torch and timm" if outside({"torch", "timm", OPS, LAYERS}, found) else None
+    if name == BACKBONES:
+        return None if found.within(BACKBONES) else "the package imports its families only"
+    if name.startswith(BACKBONES):
+        if is_family(found.module):
+            return "families do not know each other"
+        if found.within("vizoo") and not found.within(OPS, LAYERS) and not is_private(found.module):
+            return "a family knows layers and ops"
+        return (
+            "a family needs torch, torchvision and timm"
+            if outside({"torch", "torchvision", "timm", "vizoo"}, found)
+            else None
+        )
+    if name.startswith("vizoo.heads.mm"):
+        return "mm adapters know heads and mm*" if found.within("vizoo.tools", BACKBONES) else None
+    if name.startswith("vizoo.heads"):
+        return "heads see features only" if outside({"torch", "torchvision", "timm", "vizoo.heads"}, found) else None
+    return None  # tools may use every public name
+
+
+def is_private(name: str) -> bool:
+    return name.startswith(f"{BACKBONES}._")
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f != "configs"])
+def test_import_rules(folder: str) -> None:
+    """The table of who may import whom."""
+    paths = files(folder)
+    assert paths, f"{folder}/ holds no Python file"
+    broken = []
+    for path in paths:
+        for found in imports(path):
+            reason = refused(path, found)
+            if reason:
+                broken.append(f"{path.relative_to(ROOT)}:{found.line} imports {found.module}: {reason}")
+    assert not broken, "\n".join(broken)
+
+
+def test_import_rules_bite() -> None:
+    """The rules above refuse what they are there to refuse."""
+
+    def reason(path: str, module: str, always: bool = True) -> str | None:
+        return refused(ROOT / path, Import(module, 1, always))
+
+    bad = [
+        ("backbones/ops/attention.py", "timm"),
+        ("backbones/ops/attention.py", "triton"),
+        ("backbones/ops/attention.py", f"{OPS}.other"),
+        ("backbones/layers/mixer.py", f"{BACKBONES}.family"),
+        ("backbones/family.py", f"{BACKBONES}.other"),
+        ("backbones/family.py", "vizoo.tools.common"),
+        ("backbones/family.py", "vizoo.heads"),
+        ("backbones/family.py", "mmseg"),
+        ("backbones/family.py", "fvcore.nn"),
+        ("backbones/family.py", "triton"),
+        ("heads/segmentation.py", f"{BACKBONES}.family"),
+        ("heads/segmentation.py", "mmseg.models"),
+        ("tools/bench.py", "backbones"),
+    ]
+    assert [case for case in bad if reason(*case) is None] == []
+    good = [
+        ("backbones/ops/attention.py", "triton.language", False),
+        ("backbones/ops/attention.py", f"{OPS}._backend", True),
+        ("backbones/family.py", f"{OPS}.attention", True),
+        ("backbones/family.py", "timm.layers", True),
+        ("tools/bench.py", f"{BACKBONES}.family", True),
+    ]
+    assert [case for case in good if reason(*case) is not None] == []
+
+
+def test_nobody_imports_tools() -> None:
+    """Only the command line's entry point knows the tools."""
+    paths = [p for f in FOLDERS if f != "tools" for p in files(f)] + [ROOT / "src/vizoo/__init__.py"]
+    assert [p for p in paths for found in imports(p) if found.within("vizoo.tools")] == []
+
+
+def test_tool_names_hide_no_standard_module() -> None:
+    """``python tools/x.py`` puts tools/ first on the path, so ``tools/profile.py`` would break torch."""
+    assert [p.name for p in files("tools", "*.py") if p.stem in sys.stdlib_module_names] == []
+
+
+def test_every_family_is_imported() -> None:
+    """One line per family in ``backbones/__init__.py``, sorted, and a family for each line."""
+    here = [found.module for found in imports(ROOT / "backbones/__init__.py") if is_family(found.module)]
+    assert here == sorted(module_name(p) for p in files("backbones", "[!_]*.py"))
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f in ("backbones", "heads")])
+def test_folder_is_not_a_package_of_its_own(folder: str) -> None:
+    """From the checkout ``import backbones`` would register every model twice."""
+    spec = importlib.util.spec_from_file_location(folder, ROOT / folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=f"vizoo.{folder}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+MEASURE = """
+import json, sys, time
+import timm
+before, start = set(sys.modules), time.process_time()
+import vizoo
+seconds = time.process_time() - start
+print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in set(sys.modules) - before})}))
+"""
+
+
+def test_importing_is_light(tmp_path: Path) -> None:
+    """``import vizoo`` adds to timm no plotting, progress or mm* package and little time."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert not NEVER_ON_IMPORT & set(measured["new"])
+    assert measured["seconds"] < IMPORT_SECONDS
+
+
+# tracked files
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git checkout: the list of tracked files")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [p for p in paths if p.is_file() and not p.is_symlink()]
+
+
+PRIVATE = re.compile(
+    r"""(?<![\w.~}])/(?:home|root|Users|work|workspace|scratch)/\w  # a path of one machine
+    |\b(?:10|127|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b(?!\.\d)  # an address of a private network
+    |\b[\w-]+\.(?:internal|intranet|corp|lan)\b  # a private host name
+    |--(?:extra-)?index-url|--trusted-host  # a package source of one network""",
+    re.VERBOSE,
+)
+
+
+def test_private_pattern_bites() -> None:
+    bad = ["x = '/" + "home/me/data'", "http://10" + ".1.2.3/x", "build" + ".internal", "pip --index" + "-url x"]
+    assert [text for text in bad if not PRIVATE.search(text)] == []
+    good = ["https://github.com/user/repo", "torch 2.10.0", "/tmp/out", "docs/home/page", "a = 10.5"]
+    assert [text for text in good if PRIVATE.search(text)] == []
+
+
+def test_no_private_path_or_host() -> None:
+    """Nothing in the repository says on which machine or network it was made."""
+    found = []
+    for path in tracked():
+        data = path.read_bytes()
+        if b"\0" in data:
+            continue
+        for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+            if PRIVATE.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_no_large_file() -> None:
+    golden = ROOT / "tests" / "golden"
+    large = [p for p in tracked() if p.stat().st_size > LARGEST and not (p.parent == golden and p.suffix == ".npz")]
+    assert large == []
