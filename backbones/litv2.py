@@ -10,8 +10,6 @@ classification code takes only the size it was built for).  Dropout inside the f
 model, is left out; ``drop_rate`` is the dropout before the classifier, as in timm.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -36,7 +34,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import HiLo
+from .layers import FeatureGetter, HiLo
 from .ops.conv_ffn import conv_ffn, reference_conv_ffn
 from .ops.deform_merge import deform_merge, reference_deform_merge
 
@@ -77,9 +75,9 @@ class ConvFFN(nn.Module):
         """Map ``[B, H, W, C]`` to the same shape."""
         w1, b1, wd, bd = self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias
         w2, b2 = self.fc2.weight, self.fc2.bias
-        if torch.jit.is_scripting() or not self.fused:
-            return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
-        return conv_ffn(x, w1, b1, wd, bd, w2, b2)
+        if self.fused:
+            return conv_ffn(x, w1, b1, wd, bd, w2, b2)
+        return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
 
 
 @register_notrace_module  # the sampling grid follows the size of its input
@@ -577,14 +575,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv2:
-    if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") != "getter":
+    if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
         raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with feature_norms")
     return build_model_with_cfg(
         LITv2,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter, "flatten_sequential": True},
         **kwargs,
     )
 
@@ -592,7 +590,7 @@ def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv
 @register_model
 def test_litv2(pretrained: bool = False, **kwargs: Any) -> LITv2:
     """Tiny LITv2 for tests."""
-    model_args = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 6), "alpha": 0.75}
+    model_args = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "alpha": 0.5}
     return _create_litv2("test_litv2", pretrained, **{**model_args, **kwargs})
 
 

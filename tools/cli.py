@@ -32,7 +32,8 @@ def usage() -> str:
     import vizoo
 
     rows = "\n".join(f"  {name:9s}{text}" for name, (_, text) in COMMANDS.items())
-    return f"vizoo {vizoo.__version__}: vision backbones on the timm interface\n\nusage: vizoo COMMAND [options]\n\n{rows}\n\n{EXAMPLES}"
+    title = f"vizoo {vizoo.__version__}: vision backbones on the timm interface"
+    return f"{title}\n\nusage: vizoo COMMAND [options]\n\n{rows}\n\n{EXAMPLES}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Modules shared by several families."""
 
+from .features import FeatureGetter
 from .hilo import HiLo
 
-__all__ = ["HiLo"]
+__all__ = ["FeatureGetter", "HiLo"]

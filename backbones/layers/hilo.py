@@ -1,7 +1,5 @@
 """HiLo attention as a module (LITv2, Sec. 3.2)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers import is_exporting, register_notrace_module, use_fused_attn
@@ -38,6 +36,8 @@ class HiLo(nn.Module):
     """
 
     fused_attn: torch.jit.Final[bool]
+    has_lofi: torch.jit.Final[bool]
+    has_hifi: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -64,16 +64,12 @@ class HiLo(nn.Module):
         self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
         l_dim, h_dim = self.l_heads * head_dim, self.h_heads * head_dim
-        self.l_q: nn.Linear | None = None
-        self.l_kv: nn.Linear | None = None
-        self.l_proj: nn.Linear | None = None
-        self.h_qkv: nn.Linear | None = None
-        self.h_proj: nn.Linear | None = None
-        if self.l_heads > 0:
+        self.has_lofi, self.has_hifi = self.l_heads > 0, self.h_heads > 0
+        if self.has_lofi:
             self.l_q = nn.Linear(dim, l_dim, bias=qkv_bias, **dd)
             self.l_kv = nn.Linear(dim, 2 * l_dim, bias=qkv_bias, **dd)
             self.l_proj = nn.Linear(l_dim, l_dim, **dd)
-        if self.h_heads > 0:
+        if self.has_hifi:
             self.h_qkv = nn.Linear(dim, 3 * h_dim, bias=qkv_bias, **dd)
             self.h_proj = nn.Linear(h_dim, h_dim, **dd)
 
@@ -81,34 +77,22 @@ class HiLo(nn.Module):
         """Head split and window for ``print(model)``."""
         return f"h_heads={self.h_heads}, l_heads={self.l_heads}, window_size={self.window_size}"
 
-    def _linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or not self.fused_attn:
-            return F.linear(x, layer.weight, layer.bias)
-        return linear(x, layer.weight, layer.bias)
-
     def _hifi(self, x: Tensor) -> Tensor:
-        assert self.h_qkv is not None
-        assert self.h_proj is not None
-        qkv = self._linear(self.h_qkv, x)
+        qkv = linear(x, self.h_qkv.weight, self.h_qkv.bias)
         if self.fused_attn:
             out = hifi_attention(qkv, self.h_heads, self.window_size)
         else:
             out = reference_hifi_attention(qkv, self.h_heads, self.window_size)
-        return self._linear(self.h_proj, out)
+        return linear(out, self.h_proj.weight, self.h_proj.bias)
 
     def _lofi(self, x: Tensor) -> Tensor:
-        assert self.l_q is not None
-        assert self.l_kv is not None
-        assert self.l_proj is not None
         pooled = x
         if self.window_size > 1:
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        q, kv = self._linear(self.l_q, x), self._linear(self.l_kv, pooled)
-        if self.fused_attn:
-            out = lofi_attention(q, kv, self.l_heads)
-        else:
-            out = reference_lofi_attention(q, kv, self.l_heads)
-        return self._linear(self.l_proj, out)
+        q = linear(x, self.l_q.weight, self.l_q.bias)
+        kv = linear(pooled, self.l_kv.weight, self.l_kv.bias)
+        out = lofi_attention(q, kv, self.l_heads) if self.fused_attn else reference_lofi_attention(q, kv, self.l_heads)
+        return linear(out, self.l_proj.weight, self.l_proj.bias)
 
     def forward(
         self,
@@ -146,12 +130,12 @@ class HiLo(nn.Module):
         padded = is_exporting() or pad_h > 0 or pad_w > 0  # exported graphs keep height and width free
         if padded:
             x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
-        if self.l_heads == 0:
+        if self.has_hifi:
             out = self._hifi(x)
-        elif self.h_heads == 0:
-            out = self._lofi(x)
+            if self.has_lofi:
+                out = torch.cat([out, self._lofi(x)], dim=-1)
         else:
-            out = torch.cat([self._hifi(x), self._lofi(x)], dim=-1)
+            out = self._lofi(x)
         if padded:
             out = out[:, :H, :W].contiguous()
         return out.reshape(shape)

@@ -43,22 +43,20 @@ def conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
     """:func:`reference_conv_ffn`, by fused oneDNN operators for inference on a CPU: same arguments and result."""
-    if not use_onednn(x, w1):
-        return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
-    B, H, W, C = x.shape
-    size = max(1, _CHUNK_BYTES // (H * W * wd.shape[0] * x.element_size()))
-    if size >= B:
+    if not torch.jit.is_scripting() and use_onednn(x, w1):
         return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
-    out = x.new_empty(B, H, W, w2.shape[0])
-    for i in range(0, B, size):
-        out[i : i + size] = _onednn_conv_ffn(x[i : i + size], w1, b1, wd, bd, w2, b2)
-    return out
+    return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
 
 
 def _onednn_conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
+    B, H, W, C = x.shape
+    size = max(1, _CHUNK_BYTES // (H * W * wd.shape[0] * x.element_size()))
     ops = torch.ops.mkldnn
-    x = ops._linear_pointwise(x, w1, b1, "none", [], "").permute(0, 3, 1, 2)
-    x = ops._convolution_pointwise(x, wd, bd, [1, 1], [1, 1], [1, 1], wd.shape[0], "gelu", [], "none")
-    return ops._linear_pointwise(x.permute(0, 2, 3, 1), w2, b2, "none", [], "")
+    out = []
+    for chunk in x.split(size):
+        t = ops._linear_pointwise(chunk, w1, b1, "none", [], "").permute(0, 3, 1, 2)
+        t = ops._convolution_pointwise(t, wd, bd, [1, 1], [1, 1], [1, 1], wd.shape[0], "gelu", [], "none")
+        out.append(ops._linear_pointwise(t.permute(0, 2, 3, 1), w2, b2, "none", [], ""))
+    return out[0] if len(out) == 1 else torch.cat(out)

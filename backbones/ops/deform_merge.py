@@ -13,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _neighbours(p: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Linear weight (0 outside the map) and index (clamped into it) of the two neighbours of ``p``; both ``[..., 2]``."""
+    low = p.floor()
+    c = torch.stack([low, low + 1], dim=-1)
+    w = 1 - (p.unsqueeze(-1) - c).abs()
+    w = w * ((c >= 0) & (c <= size - 1))
+    return w, c.clamp(0, size - 1).long()
+
+
 def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Row index in a flattened map and bilinear weight of the four corners of every tap.
 
@@ -26,22 +35,12 @@ def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     """
     B, Ho, Wo = offset.shape[0], offset.shape[1], offset.shape[2]
     dtype = torch.float64 if offset.dtype == torch.float64 else torch.float32  # half precision cannot hold coordinates
-    d = offset.reshape(B, Ho, Wo, 2, 2, 2).to(dtype)  # [B, Ho, Wo, i, j, (dy, dx)]
+    d = offset.to(dtype).reshape(B, Ho, Wo, 2, 2, 2)  # [B, Ho, Wo, i, j, (dy, dx)]
     tap = torch.arange(2, device=offset.device, dtype=dtype)
     rows = torch.arange(Ho, device=offset.device, dtype=dtype).mul(2).reshape(Ho, 1, 1, 1) + tap.reshape(1, 1, 2, 1)
     cols = torch.arange(Wo, device=offset.device, dtype=dtype).mul(2).reshape(1, Wo, 1, 1) + tap.reshape(1, 1, 1, 2)
-    side = tap.reshape(1, 1, 1, 1, 1, 2)
-
-    def along(p: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        low = p.floor()
-        c = low.unsqueeze(-1) + side  # the two neighbours
-        w = (p - low).unsqueeze(-1)
-        w = (1 - w) * (1 - side) + w * side
-        inside = (c >= 0) & (c <= size - 1)
-        return torch.where(inside, w, torch.zeros_like(w)), c.clamp(0, size - 1).long()
-
-    wy, cy = along(d[..., 0] + rows, H)  # [B, Ho, Wo, 2, 2, 2]
-    wx, cx = along(d[..., 1] + cols, W)
+    wy, cy = _neighbours(d[..., 0] + rows, H)  # [B, Ho, Wo, 2, 2, 2]
+    wx, cx = _neighbours(d[..., 1] + cols, W)
     index = cy.unsqueeze(-1) * W + cx.unsqueeze(-2)  # [B, Ho, Wo, 2, 2, 2 (y), 2 (x)]
     weight = wy.unsqueeze(-1) * wx.unsqueeze(-2)
     return index.reshape(B, Ho, Wo, 4, 4), weight.reshape(B, Ho, Wo, 4, 4)
