@@ -43,8 +43,9 @@ def conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
     """:func:`reference_conv_ffn`, by fused oneDNN operators for inference on a CPU: same arguments and result."""
-    if not torch.jit.is_scripting() and use_onednn(x, w1):
-        return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if use_onednn(x, w1):
+            return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
     return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
 
 
