@@ -336,8 +336,8 @@ class LITv2(nn.Module):
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.num_features = in_dim
-        self.feature_norms = nn.ModuleDict(
-            {str(i): _norm_layer(embed_dim * 2**i, **dd) for i in sorted(set(feature_norms))}
+        self.feature_norms = nn.ModuleList(
+            _norm_layer(embed_dim * 2**i, **dd) if i in feature_norms else nn.Identity() for i in range(len(depths))
         )
         self.norm = nn.Identity() if feature_norms else _norm_layer(in_dim, **dd)
         self.head = ClassifierHead(
@@ -404,11 +404,6 @@ class LITv2(nn.Module):
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
-    def _tap(self, x: Tensor, index: int, norm: bool) -> Tensor:
-        if str(index) in self.feature_norms:
-            return self.feature_norms[str(index)](x)
-        return self.norm(x) if norm and index == len(self.feature_info) - 1 else x
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -433,18 +428,23 @@ class LITv2(nn.Module):
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        features = []
+        features: list[Tensor] = []
         x = self.patch_embed(x)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice the stages
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
         last = 0
-        for last, stage in enumerate(stages):
+        for last, (stage, feature_norm) in enumerate(zip(stages, self.feature_norms)):  # noqa: B905
             x = stage(x)
             if last in take_indices:
-                feature = self._tap(x, last, norm)
+                feature = feature_norm(x)
+                if norm and last == len(self.feature_norms) - 1:
+                    feature = self.norm(feature)
                 features.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return features
-        if last == len(self.feature_info) - 1:
+        if last == len(self.feature_norms) - 1:
             x = self.norm(x)
         return x, features
 
@@ -466,9 +466,9 @@ class LITv2(nn.Module):
         if prune_norm or prune_end:
             self.norm = nn.Identity()
         self.stages = self.stages[: max_index + 1]
-        for i in list(self.feature_norms):
-            if int(i) not in take_indices:
-                del self.feature_norms[i]
+        for i in range(len(self.feature_norms)):
+            if i not in take_indices:
+                self.feature_norms[i] = nn.Identity()
         if prune_end:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _neighbours(p: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Linear weight (0 outside the map) and index (clamped into it) of the two neighbours of ``p``; both ``[..., 2]``."""
+    """Linear weight (0 outside the map) and index (clamped into it) of both neighbours of ``p``: ``[..., 2]``."""
     low = p.floor()
     c = torch.stack([low, low + 1], dim=-1)
     w = 1 - (p.unsqueeze(-1) - c).abs()
