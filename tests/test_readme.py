@@ -1,0 +1,197 @@
+"""README.md keeps its promises: every command and every Python block in it runs as written.
+
+A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vizoo.tools import cli
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("backbones", "heads", "tools", "configs")
+README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
+SLOW = {"train", "bench"}
+PLAIN = {"", "text", "bibtex", "csv", "yaml"}  # fences that hold no code to run
+INSTALL = re.compile(r"\b(?:pip|uv|conda|apt|apt-get|venv)\b")
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<reason>.*?) *-->\n\n?)?^(?P<fence>```+)(?P<language>\w*)\n(?P<body>.*?)^(?P=fence)[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """One fenced block; ``reason`` says why it is not run, None when it is."""
+
+    language: str
+    body: str
+    line: int
+    reason: str | None
+
+    @property
+    def commands(self) -> list[str]:
+        """Commands of a bash block: comments dropped, continued lines joined."""
+        lines = re.sub(r"(^|\s)#.*$", "", self.body.replace("\\\n", " "), flags=re.MULTILINE).splitlines()
+        return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [
+        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")) + 1, m["reason"])
+        for m in FENCE.finditer(text)
+    ]
+
+
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+BLOCKS = blocks_of(TEXT)
+BASH = [b for b in BLOCKS if b.language == "bash"]
+PYTHON = [b for b in BLOCKS if b.language == "python"]
+SKIPPED = [b for b in BLOCKS if b.reason is not None]
+COMMANDS = [c for b in BASH if b.reason is None for c in b.commands]
+VIZOO = list(dict.fromkeys(c for c in COMMANDS if c.split()[0] == "vizoo"))
+OTHERS = [c for c in COMMANDS if c.split()[0] != "vizoo"]
+
+
+def arguments(command: str) -> list[str]:
+    """Arguments of a ``vizoo`` command; shell syntax is refused because it would need a shell."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words = list(lexer)
+    operators = [w for w in words if set(w) <= set("();<>|&") or w.startswith("$")]
+    assert not operators, f"{command}: write it without shell operators"
+    return words[1:]
+
+
+def ci_commands() -> list[str]:
+    """Commands of the CI script, without comments and shell options."""
+    assert CI.is_file(), ".ci/run is missing"
+    found = Block("bash", CI.read_text(encoding="utf-8"), 1, None).commands
+    return [c for c in found if c.split()[0] not in ("set", "cd")]
+
+
+SAMPLE = """# x
+```bash
+pip install .  # once
+vizoo profile litv2_s \\
+    --size 224
+```
+<!-- not run: downloads 200 MB -->
+```bash
+vizoo models
+```
+```python
+x = 1
+```
+"""
+
+
+def test_parser() -> None:
+    """Comments, continued lines, reasons and line numbers are understood."""
+    setup, download, python = blocks_of(SAMPLE)
+    assert setup.commands == ["pip install .", "vizoo profile litv2_s --size 224"]
+    assert arguments(setup.commands[1]) == ["profile", "litv2_s", "--size", "224"]
+    assert (download.reason, setup.reason) == ("downloads 200 MB", None)
+    assert (python.language, python.line) == ("python", 12)
+    with pytest.raises(AssertionError, match="shell operators"):
+        arguments("vizoo models > list.txt")
+
+
+def test_readme_has_something_to_check() -> None:
+    """No empty parametrisation hides a README without commands, and no other fence hides code."""
+    assert README.is_file(), "README.md is missing"
+    assert len(VIZOO) >= 3
+    assert [b for b in PYTHON if b.reason is None]
+    assert {b.language for b in BLOCKS} <= {"bash", "python"} | PLAIN
+    assert TEXT.count("```") == 2 * len(BLOCKS), "a fence is not closed or not understood"
+    assert TEXT.count("<!-- not run:") == len(SKIPPED), "a 'not run' comment does not stand right above a fence"
+
+
+def test_setup_is_what_ci_runs() -> None:
+    """The setup commands are exactly those of CI, which runs every other command of the README as well."""
+    setup = [c for c in OTHERS if INSTALL.search(c)]
+    in_ci = ci_commands()
+    assert setup, "README.md installs nothing"
+    assert setup == [c for c in in_ci if INSTALL.search(c)]
+    assert [c for c in OTHERS if c not in in_ci] == []
+    assert os.access(CI, os.X_OK), ".ci/run is not executable"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all commands, with the checkout's folders linked; later commands may read earlier results."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in FOLDERS:
+        if (ROOT / name).is_dir():
+            (path / name).symlink_to(ROOT / name)
+    return path
+
+
+def run(words: list[str]) -> int:
+    """Exit status of ``vizoo`` with these arguments, in this process."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:  # argparse
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow) if c.split()[1] in SLOW else c for c in VIZOO]
+)
+def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command does what it says, with exit status 0."""
+    monkeypatch.chdir(folder)
+    assert run(arguments(command)) == 0
+
+
+def test_python_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks run one after the other, as a reader would paste them."""
+    monkeypatch.chdir(folder)
+    namespace: dict = {"__name__": "__main__"}
+    for block in PYTHON:
+        if block.reason is None:
+            source = "\n" * (block.line - 1) + block.body  # tracebacks show the line of the README
+            exec(compile(source, str(README), "exec"), namespace)
+
+
+def check_options(command: str) -> None:
+    """The subcommand exists and its help knows every option used."""
+    name, *rest = arguments(command)
+    assert name in cli.COMMANDS, f"{command}: unknown subcommand"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run([name, "--help"]) == 0
+    known = set(re.findall(r"--[\w-]+|(?<!\w)-\w\b", out.getvalue()))
+    used = {w.split("=")[0] for w in rest if re.match(r"--?[A-Za-z]", w)}
+    assert not used - known, f"{command}: options {used - known} do not exist"
+
+
+def test_blocks_not_run() -> None:
+    """A block that is not run says why, and still parses: Python compiles, options exist, shell syntax holds."""
+    for block in SKIPPED:
+        assert block.reason, f"line {block.line}: give the reason"
+        if block.language == "python":
+            compile(block.body, str(README), "exec")
+            continue
+        assert block.language == "bash", f"line {block.line}: a {block.language or 'plain'} block is never run"
+        done = subprocess.run(["bash", "-n"], input=block.body, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, f"line {block.line}: {done.stderr}"
+        for command in block.commands:
+            if command.split()[0] == "vizoo":
+                check_options(command)
+
+
+def test_option_check_bites() -> None:
+    check_options("vizoo profile litv2_s --help")
+    with pytest.raises(AssertionError, match="no-such-option"):
+        check_options("vizoo profile litv2_s --no-such-option 3")
+    with pytest.raises(AssertionError, match="unknown subcommand"):
+        check_options("vizoo no-such-command")
