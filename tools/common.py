@@ -176,6 +176,27 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
     return sides[0], sides[-1]
 
 
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
+    """Print a table that is never squeezed: cells do not wrap, headers wrap at spaces.
+
+    Args:
+        columns: Headers.
+        rows: Cells as text.
+        numeric: Columns to align right.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, column in enumerate(columns):
+        header = column.replace(" ", "\n")
+        table.add_column(header, justify="right" if i in numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = max(stdout.width, 1 + sum(max(map(len, cells)) + 1 for cells in zip(columns, *rows, strict=True)))
+    Console(highlight=False, width=width).print(table)
+
+
 def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names that match any glob; all names when there is no pattern."""
     return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]

@@ -19,7 +19,7 @@ def _neighbours(p: Tensor, size: int) -> tuple[Tensor, Tensor]:
     c = torch.stack([low, low + 1], dim=-1)
     w = 1 - (p.unsqueeze(-1) - c).abs()
     w = w * ((c >= 0) & (c <= size - 1))
-    return w, c.clamp(0, size - 1).long()
+    return w, c.long().clamp(0, size - 1)  # in this order NaN stays a valid index
 
 
 def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
