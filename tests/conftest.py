@@ -37,8 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
-    """Seed torch and give every test the same threads, default dtype and gradient mode."""
+    """Seed torch, and give every test one thread (sums in one order), the default dtype and gradients."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     yield
     torch.set_num_threads(threads)

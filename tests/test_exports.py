@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import create_feature_extractor, get_graph_node_names
 from tolerance import close
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from zoo import BACKWARD, build, gradients, sample, sized_models, smallest_models
 
 
@@ -21,9 +22,9 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def graph_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The fx graph of the whole model, from image to its last node, in the model's mode."""
+    """The fx graph of the whole model in its present mode, from image to last node; timm's leaf modules stay whole."""
     train, evaluation = get_graph_node_names(model)
-    return create_feature_extractor(model, train_return_nodes=[train[-1]], eval_return_nodes=[evaluation[-1]])
+    return create_feature_extractor(model, [(train if model.training else evaluation)[-1]])
 
 
 def only(output: dict) -> torch.Tensor:
@@ -49,17 +50,27 @@ def test_trace(name: str) -> None:
 
 @sized_models
 def test_fx(name: str) -> None:
-    """torchvision's symbolic trace: values, every gradient, and the traced graph scripts."""
+    """torchvision's symbolic trace: values, and the traced graph scripts."""
     model = build(name, scriptable=True)
-    x = sample(model, batch=2)
+    x = sample(model)
     graph = graph_of(model).eval()
     with torch.no_grad():
         expected = model(x)
         close(only(graph(x)), expected, "graph")
         close(only(torch.jit.script(graph)(x)), expected, "graph", "scripted")
-    graph.train()
+
+
+@smallest_models
+def test_fx_gradients(name: str) -> None:
+    """A graph traced in training mode trains every parameter, as the model does."""
+    model = build(name, drop_path_rate=0.0).train()
+    graph, x = graph_of(copy.deepcopy(model)).train(), sample(model, BACKWARD, batch=2)
     only(graph(x)).mean().backward()
-    gradients(model)
+    model(x).mean().backward()
+    expected = gradients(model)
+    for key, gradient in gradients(graph).items():
+        close(gradient, expected.pop(key), "gradient", key)
+    assert not expected, "the graph lacks parameters"
 
 
 @smallest_models
