@@ -67,6 +67,8 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """
     return (
         _ONEDNN
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and type(x) is Tensor
@@ -75,6 +77,4 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
     )

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _neighbours(p: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Linear weight (0 outside the map) and index (clamped into it) of both neighbours of ``p``: ``[..., 2]``."""
-    low = p.floor()
-    c = torch.stack([low, low + 1], dim=-1)
-    w = 1 - (p.unsqueeze(-1) - c).abs()
-    w = w * ((c >= 0) & (c <= size - 1))
+def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Linear weight (0 outside the map) and index (clamped into it) of both neighbours of ``start + d``: ``[..., 2]``.
+
+    The fraction comes from ``d`` alone, so that it is as exact on a large map as on a small one.
+    """
+    low = d.floor()
+    low = torch.stack([low, low + 1], dim=-1)
+    c = start.unsqueeze(-1) + low
+    w = (1 - (d.unsqueeze(-1) - low).abs()) * ((c >= 0) & (c <= size - 1))
     return w, c.long().clamp(0, size - 1)  # in this order NaN stays a valid index
 
 
@@ -39,8 +42,8 @@ def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     tap = torch.arange(2, device=offset.device, dtype=dtype)
     rows = torch.arange(Ho, device=offset.device, dtype=dtype).mul(2).reshape(Ho, 1, 1, 1) + tap.reshape(1, 1, 2, 1)
     cols = torch.arange(Wo, device=offset.device, dtype=dtype).mul(2).reshape(1, Wo, 1, 1) + tap.reshape(1, 1, 1, 2)
-    wy, cy = _neighbours(d[..., 0] + rows, H)  # [B, Ho, Wo, 2, 2, 2]
-    wx, cx = _neighbours(d[..., 1] + cols, W)
+    wy, cy = _neighbours(rows, d[..., 0], H)  # [B, Ho, Wo, 2, 2, 2]
+    wx, cx = _neighbours(cols, d[..., 1], W)
     index = cy.unsqueeze(-1) * W + cx.unsqueeze(-2)  # [B, Ho, Wo, 2, 2, 2 (y), 2 (x)]
     weight = wy.unsqueeze(-1) * wx.unsqueeze(-2)
     return index.reshape(B, Ho, Wo, 4, 4), weight.reshape(B, Ho, Wo, 4, 4)

@@ -1,0 +1,102 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import op_close
+
+from vizoo.backbones.ops import _backend, conv_ffn
+from vizoo.backbones.ops.linear import linear
+
+SIZES = [(1, 1, 1, 3, 5), (2, 3, 7, 8, 16), (3, 5, 2, 7, 13), (5, 9, 4, 16, 64)]  # B, H, W, C, hidden
+
+
+def tensors(B, H, W, C, M):
+    g = torch.Generator().manual_seed(42)
+    shapes = [(B, H, W, C), (M, C), (M,), (M, 1, 3, 3), (M,), (C, M), (C,)]
+    scales = [1, C**-0.5, 1, 1 / 3, 1, M**-0.5, 1]
+    return [s * torch.randn(*shape, generator=g, dtype=torch.float64) for s, shape in zip(scales, shapes, strict=True)]
+
+
+def loop(x, w1, b1, wd, bd, w2, b2):
+    B, H, W, _ = x.shape
+    hidden = x @ w1.T + b1
+    mixed = torch.zeros_like(hidden)
+    for y in range(H):
+        for p in range(W):
+            for i in range(3):
+                for j in range(3):
+                    if 0 <= y + i - 1 < H and 0 <= p + j - 1 < W:
+                        mixed[:, y, p] += hidden[:, y + i - 1, p + j - 1] * wd[:, 0, i, j]
+    mixed = mixed + bd
+    gelu = mixed * 0.5 * (1 + torch.erf(mixed / 2**0.5))
+    return gelu @ w2.T + b2
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_is_the_definition(size):
+    args = tensors(*size)
+    op_close(conv_ffn.reference_conv_ffn(*args), loop(*args))
+
+
+def test_gradcheck():
+    args = [t.requires_grad_() for t in tensors(1, 2, 3, 2, 3)]
+    assert torch.autograd.gradcheck(conv_ffn.reference_conv_ffn, args)
+
+
+@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_onednn(size, bias, dtype, monkeypatch):
+    """The inference path, also cut into chunks of uneven size, against float64."""
+    args = [t if bias or t.dim() > 1 else None for t in tensors(*size)]
+    half = [None if t is None else t.to(dtype) for t in args]
+    truth = conv_ffn.reference_conv_ffn(*(None if t is None else t.double() for t in half))
+    plain = conv_ffn.reference_conv_ffn(*half)
+    with torch.no_grad():
+        assert _backend.use_onednn(half[0], half[1])
+        op_close(conv_ffn.conv_ffn(*half), truth, plain, what="whole")
+        _, H, W, _, M = size
+        monkeypatch.setattr(conv_ffn, "_CHUNK_BYTES", 2 * H * W * M * half[0].element_size())
+        op_close(conv_ffn.conv_ffn(*half), truth, plain, what="two images at a time")
+        monkeypatch.setattr(conv_ffn, "_CHUNK_BYTES", 1)
+        op_close(conv_ffn.conv_ffn(*half), truth, plain, what="one image at a time")
+
+
+@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_onednn_reads_strided_inputs(dtype):
+    args = [t.to(dtype) for t in tensors(2, 5, 3, 8, 16)]
+    wide = torch.randn(2, 8, 5, 6).to(dtype)
+    x = wide.permute(0, 2, 3, 1)[:, :, ::2]  # [2, 5, 3, 8]
+    truth = conv_ffn.reference_conv_ffn(x.double(), *(t.double() for t in args[1:]))
+    with torch.no_grad():
+        op_close(conv_ffn.conv_ffn(x, *args[1:]), truth)
+        op_close(linear(x, args[1], args[2]), F.linear(x.double(), args[1].double(), args[2].double()))
+
+
+def test_onednn_stands_back():
+    """Autograd, autocast, other dtypes and tracing get plain operators; the results are theirs."""
+    x, w = torch.randn(2, 4), torch.randn(3, 4)
+    assert not _backend.use_onednn(x, w)  # autograd is on
+    with torch.no_grad():
+        assert not _backend.use_onednn(x.double(), w.double())
+        assert not _backend.use_onednn(x.half(), w.half())
+        assert not _backend.use_onednn(x.bfloat16(), w)
+        assert not _backend.use_onednn(x[:0], w)
+        assert not _backend.use_onednn(x.to("meta"), w.to("meta"))
+        with torch.autocast("cpu"):
+            assert not _backend.use_onednn(x, w)
+            assert linear(x, w).dtype == torch.bfloat16
+        traced = torch.jit.trace(linear, (x, w))
+        assert "mkldnn" not in str(traced.inlined_graph)
+        torch.testing.assert_close(linear(x, w), F.linear(x, w))
+    weight = w.requires_grad_()
+    assert linear(x, weight).requires_grad
+
+
+def test_backends_give_reasons():
+    found = {b.name: b for b in _backend.backends()}
+    assert list(found) == ["torch", "onednn", "cuda", "triton", "natten"]
+    assert found["torch"].usable
+    assert all(b.reason for b in found.values())
+    assert found["cuda"].usable == torch.cuda.is_available()

@@ -1,0 +1,210 @@
+import pytest
+import torch
+from tolerance import op_close
+
+from vizoo.backbones.layers import HiLo
+from vizoo.backbones.ops.hilo import (
+    hifi_attention,
+    lofi_attention,
+    reference_hifi_attention,
+    reference_lofi_attention,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# B, H, W, heads, head size, window
+HIFI = [(1, 1, 1, 1, 3, 1), (2, 4, 6, 3, 5, 2), (1, 3, 9, 2, 32, 3), (3, 8, 4, 1, 7, 4), (1, 10, 14, 2, 32, 2)]
+# B, H, W, pooled H, pooled W, heads, head size
+LOFI = [(1, 1, 1, 1, 1, 1, 3), (2, 4, 6, 2, 3, 3, 5), (1, 3, 7, 1, 2, 2, 32), (2, 11, 5, 11, 5, 1, 7)]
+
+
+def ids(cases):
+    return ["-".join(map(str, c)) for c in cases]
+
+
+def loop_hifi(qkv, heads, s):
+    B, H, W, C = qkv.shape
+    d = C // 3 // heads
+    out = torch.zeros(B, H, W, heads * d, dtype=qkv.dtype)
+    for b in range(B):
+        for y in range(H):
+            for x in range(W):
+                y0, x0 = y // s * s, x // s * s
+                for n in range(heads):
+
+                    def part(j, yy, xx, b=b, n=n):
+                        return qkv[b, yy, xx, (j * heads + n) * d : (j * heads + n + 1) * d]
+
+                    mates = [(yy, xx) for yy in range(y0, y0 + s) for xx in range(x0, x0 + s)]
+                    score = torch.stack([part(0, y, x) @ part(1, yy, xx) / d**0.5 for yy, xx in mates])
+                    p = score.softmax(0)
+                    out[b, y, x, n * d : (n + 1) * d] = sum(
+                        w * part(2, yy, xx) for w, (yy, xx) in zip(p, mates, strict=True)
+                    )
+    return out
+
+
+def loop_lofi(q, kv, heads):
+    B, H, W, C = q.shape
+    d = C // heads
+    keys = kv.reshape(B, -1, 2 * C)
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for y in range(H):
+            for x in range(W):
+                for n in range(heads):
+                    k = keys[b, :, n * d : (n + 1) * d]
+                    v = keys[b, :, C + n * d : C + (n + 1) * d]
+                    p = (k @ q[b, y, x, n * d : (n + 1) * d] / d**0.5).softmax(0)
+                    out[b, y, x, n * d : (n + 1) * d] = p @ v
+    return out
+
+
+def inputs(*shapes):
+    generator = torch.Generator().manual_seed(42)
+    return [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def check(fast, reference, tensors, dtype):
+    """Output and gradients of ``fast`` in ``dtype`` against ``reference`` in float64."""
+    truth_in = [t.to(dtype).double().requires_grad_() for t in tensors]
+    truth = reference(*truth_in)
+    grad = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to(dtype).double()
+    truth_grads = torch.autograd.grad(truth, truth_in, grad)
+    results = []
+    for f in (fast, reference):
+        x = [t.to(dtype).requires_grad_() for t in tensors]
+        out = f(*x)
+        results.append((out, *torch.autograd.grad(out, x, grad.to(dtype))))
+    for i, (a, plain, t) in enumerate(zip(*results, (truth, *truth_grads), strict=True)):
+        op_close(a.detach(), t.detach(), plain.detach(), grad=i > 0, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("case", HIFI, ids=ids(HIFI))
+def test_hifi_reference_is_the_definition(case):
+    B, H, W, heads, d, s = case
+    (qkv,) = inputs((B, H, W, 3 * heads * d))
+    op_close(reference_hifi_attention(qkv, heads, s), loop_hifi(qkv, heads, s))
+
+
+@pytest.mark.parametrize("case", LOFI, ids=ids(LOFI))
+def test_lofi_reference_is_the_definition(case):
+    B, H, W, hp, wp, heads, d = case
+    q, kv = inputs((B, H, W, heads * d), (B, hp, wp, 2 * heads * d))
+    op_close(reference_lofi_attention(q, kv, heads), loop_lofi(q, kv, heads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", HIFI, ids=ids(HIFI))
+def test_hifi(case, dtype):
+    B, H, W, heads, d, s = case
+    check(
+        lambda t: hifi_attention(t, heads, s),
+        lambda t: reference_hifi_attention(t, heads, s),
+        inputs((B, H, W, 3 * heads * d)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOFI, ids=ids(LOFI))
+def test_lofi(case, dtype):
+    B, H, W, hp, wp, heads, d = case
+    check(
+        lambda q, kv: lofi_attention(q, kv, heads),
+        lambda q, kv: reference_lofi_attention(q, kv, heads),
+        inputs((B, H, W, heads * d), (B, hp, wp, 2 * heads * d)),
+        dtype,
+    )
+
+
+def test_references_are_differentiable():
+    qkv, q, kv = inputs((1, 2, 4, 12), (1, 2, 3, 4), (1, 1, 2, 8))
+    for t in (qkv, q, kv):
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: reference_hifi_attention(t, 2, 2), qkv)
+    assert torch.autograd.gradcheck(lambda a, b: reference_lofi_attention(a, b, 2), (q, kv))
+
+
+def test_inputs_need_not_be_contiguous():
+    (wide,) = inputs((2, 4, 24, 6))
+    qkv = wide.transpose(2, 3)  # [2, 4, 6, 24]
+    op_close(hifi_attention(qkv, 2, 2), loop_hifi(qkv.contiguous(), 2, 2))
+
+
+@pytest.mark.parametrize("f", [hifi_attention, reference_hifi_attention])
+def test_hifi_names_the_size_to_pad_to(f):
+    with pytest.raises(ValueError, match=r"got a 5x6 map.*window=4.*pad it to 8x8"):
+        f(torch.zeros(1, 5, 6, 12), 2, 4)
+
+
+@pytest.mark.parametrize("f", [lofi_attention, reference_lofi_attention])
+def test_lofi_names_the_channels(f):
+    with pytest.raises(ValueError, match="got kv with 9 channels, need 2 \\* 4"):
+        f(torch.zeros(1, 2, 2, 4), torch.zeros(1, 1, 1, 9), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 10, "num_heads": 3}, "num_heads=3"),
+        ({"dim": 8, "window_size": 0}, "window_size=0"),
+        ({"dim": 8, "alpha": 1.5}, "alpha=1.5"),
+    ],
+)
+def test_hilo_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HiLo(**arguments)
+
+
+def test_hilo_head_split_truncates():
+    splits = {(12, 0.7): 8, (12, 0.9): 10, (16, 0.9): 14, (12, 0.2): 2, (12, 0.05): 0, (12, 1.0): 12}
+    for (heads, alpha), low in splits.items():
+        layer = HiLo(heads * 4, heads, alpha=alpha)
+        assert (layer.l_heads, layer.h_heads) == (low, heads - low)
+    assert HiLo(12, 3, window_size=1, alpha=0.0).l_heads == 3  # a window of 1 is plain attention
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 8)])
+def test_hilo_on_maps_smaller_than_the_window(alpha, size):
+    torch.manual_seed(0)
+    layer = HiLo(8, 2, window_size=4, alpha=alpha).double()
+    x = torch.randn(2, *size, 8, dtype=torch.float64, requires_grad=True)
+    out = layer(x)
+    H, W = (-(-n // 4) * 4 for n in size)
+    padded = torch.zeros(2, H, W, 8, dtype=torch.float64)
+    padded[:, : size[0], : size[1]] = x.detach()
+    op_close(out.detach(), layer(padded)[:, : size[0], : size[1]].detach())
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.isfinite(dx).all()
+
+
+def test_hilo_takes_tokens_and_maps():
+    torch.manual_seed(0)
+    layer = HiLo(8, 2)
+    x = torch.randn(2, 3, 5, 8)
+    op_close(layer(x.flatten(1, 2), (3, 5)).double(), layer(x).flatten(1, 2).double())
+    square = torch.randn(1, 16, 8)
+    op_close(layer(square).double(), layer(square, [4, 4]).double())
+    with pytest.raises(ValueError, match="got 15 tokens for a 3x3 map"):
+        layer(x.flatten(1, 2))
+    with pytest.raises(ValueError, match="no attention mask"):
+        layer(square, attn_mask=torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "pvt_v2_b0"])
+def test_hilo_replaces_the_attention_of_timm_models(name):
+    import timm
+
+    kwargs = {"class_token": False, "global_pool": "avg"} if name == "test_vit" else {}
+    model = timm.create_model(name, num_classes=4, **kwargs)
+    for module in model.modules():
+        if hasattr(module, "attn") and hasattr(module, "mlp"):
+            dim = module.norm1.normalized_shape[0]
+            module.attn = HiLo(dim, module.attn.num_heads, qkv_bias=True)
+    size = model.pretrained_cfg["input_size"][-1]
+    out = model(torch.randn(2, 3, size, size))
+    out.square().mean().backward()
+    assert out.shape == (2, 4)
+    assert all(p.grad is not None for m in model.modules() if isinstance(m, HiLo) for p in m.parameters())
