@@ -13,6 +13,7 @@ model, is left out; ``drop_rate`` is the dropout before the classifier, as in ti
 import logging
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -577,14 +578,16 @@ default_cfgs = generate_default_cfgs(
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv2:
     if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
         raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with feature_norms")
-    return build_model_with_cfg(
-        LITv2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter, "flatten_sequential": True},
-        **kwargs,
-    )
+    # the official training code stores its yacs configuration beside the weights: read it as a plain dict
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        return build_model_with_cfg(
+            LITv2,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter, "flatten_sequential": True},
+            **kwargs,
+        )
 
 
 @register_model
