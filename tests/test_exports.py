@@ -13,6 +13,9 @@ from timm.layers import create_feature_extractor, get_graph_node_names
 from tolerance import close
 from zoo import BACKWARD, build, gradients, sample, sized_models, smallest_models
 
+# timm still promises TorchScript, which torch announces to retire
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
@@ -41,6 +44,9 @@ def test_script(name: str) -> None:
 
 
 @smallest_models
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning"
+)  # a trace is made for one size: checks of it are constants
 def test_trace(name: str) -> None:
     model = build(name)
     x = sample(model)

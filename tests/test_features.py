@@ -13,6 +13,9 @@ from zoo import as_nchw, build, gradients, overlay, sample, sized_models, smalle
 WRAPPERS = (None, "getter", "hook", "fx")  # None: the one the family chose
 MODELESS = (nn.Identity, nn.Sequential, nn.ModuleList)  # the same in training and evaluation
 
+# timm still promises TorchScript, which torch announces to retire
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
 
 def wrap(name: str, wrapper: str | None, indices: tuple[int, ...], state: dict[str, Tensor], **kwargs) -> nn.Module:
     """A feature net with the given weights."""

@@ -150,6 +150,10 @@ def test_shapes_at_default_size(name: str) -> None:
     """Unpooled map, pre-logits and every head-less form at the size of the configuration."""
     model = build(name, device="meta")
     cfg, width = model.pretrained_cfg, model.head_hidden_size
+    if not is_fixed(model):
+        for key, other in get_arch_pretrained_cfgs(name).items():
+            tap = as_nchw(model.forward_features(torch.empty(1, *other.input_size, device="meta")), model)
+            assert tap.shape[2:] == tuple(other.pool_size), key
     x = torch.empty(2, *cfg["input_size"], device="meta")
     features = model.forward_features(x)
     pooled, unpooled = (2, width), (2, model.num_features, *cfg["pool_size"])
@@ -208,6 +212,13 @@ def test_reset_classifier_inherits(name: str) -> None:
             assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16), key
             assert not parameter.requires_grad or key.startswith(rebuilt), f"{key} was unfrozen"
         assert model.get_classifier().weight.shape == (5, model.head_hidden_size)
+    if hasattr(model, "set_input_size"):
+        model.requires_grad_(False)
+        h, w = (2 * n for n in model.pretrained_cfg["input_size"][1:])
+        model.set_input_size(img_size=(h, w))
+        assert not [n for n, p in model.named_parameters() if p.requires_grad], "set_input_size unfreezes"
+        x = torch.empty(1, model.in_chans, h, w, device="meta", dtype=torch.bfloat16)
+        assert model(x).shape == (1, 5)
 
 
 @smallest_models
@@ -368,12 +379,15 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 @smallest_models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    """A model built in another dtype computes in it."""
-    model = build(name, dtype=dtype)
+    """A model built in another dtype, or moved to it after a float32 pass, computes in it."""
+    moved = build(name)
+    x = sample(moved)
     with torch.no_grad():
-        out = model(sample(model).to(dtype))
-    assert out.dtype == dtype
-    assert torch.isfinite(out).all()
+        moved(x)
+        for model in (build(name, dtype=dtype), moved.to(dtype)):
+            out = model(x.to(dtype))
+            assert out.dtype == dtype
+            assert torch.isfinite(out).all()
 
 
 @smallest_models
