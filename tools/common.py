@@ -236,7 +236,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as e:
         raise UserError(f"cannot write {str(path)!r}: {e.strerror}") from None
     try:
-        with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+        binary = "b" in mode
+        with os.fdopen(fd, mode, encoding=None if binary else "utf-8", newline=None if binary else "") as f:
             yield f
         umask = os.umask(0)
         os.umask(umask)
