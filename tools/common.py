@@ -193,7 +193,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         table.add_column(header, justify="right" if i in numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = max(stdout.width, 1 + sum(max(map(len, cells)) + 1 for cells in zip(columns, *rows, strict=True)))
+    width = max(stdout.width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
     Console(highlight=False, width=width).print(table)
 
 
