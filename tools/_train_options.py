@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         help="how it grows with the batch (sqrt for optimizers named ada* and lamb, else linear)",
     )
-    g.add_argument("--epochs", type=positive, default=300, metavar="N", help="(300; digits 20)")
+    g.add_argument("--epochs", type=positive, default=300, metavar="N", help="(300; digits 12)")
     g.add_argument("--warmup-epochs", type=count, default=5, metavar="N", help="(5)")
     g.add_argument("--warmup-lr", type=real, default=1e-5, metavar="LR", help="where warm-up starts (1e-5)")
     g.add_argument("--warmup-prefix", action=toggle, default=False, help="add the warm-up to --epochs")

@@ -106,7 +106,8 @@ def evaluate(
             if n:
                 logits, target = logits[:n].float(), target[:n]
                 for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
-                    meter.update(value.item(), n)
+                    right = round(value.item() * n / 100)  # exact: the share is a float32
+                    meter.update(100 * right / n, n)
                 loss.update(nn.functional.cross_entropy(logits, target).item(), n)
             on_batch()
     sums = [loss.sum, top1.sum, top5.sum, loss.count]
@@ -280,7 +281,7 @@ class Trainer:
             "arch": self.args.model,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "args": vars(self.args),
+            "args": {k: v for k, v in vars(self.args).items() if k not in ("config", "debug", "resume")},
             "run": {
                 "epoch": self.epoch,
                 "batch": self.batch,
@@ -349,13 +350,11 @@ class Trainer:
         if self.scheduler.t_in_epochs:
             self.scheduler.step(self.epoch)
         else:
-            self.scheduler.step_update(self.epoch * self.updates_per_epoch + self.batch // args.grad_accum_steps)
+            self.scheduler.step_update(self.epoch * self.updates_per_epoch - (-self.batch // args.grad_accum_steps))
         before = checkpoint.get("args")
         if isinstance(before, dict) and self.primary:
-            ignored = {"output", "experiment", "resume", "config", "debug", "log_interval", "checkpoint_hist"}
-            changed = [
-                f"{k} {before[k]} -> {v}" for k, v in vars(args).items() if k not in ignored and before.get(k, v) != v
-            ]
+            same = {k: v for k, v in vars(args).items() if k not in ("output", "experiment", "log_interval")}
+            changed = [f"{k} {before[k]} -> {v}" for k, v in same.items() if before.get(k, v) != v]
             if changed:
                 print(f"vizoo train: resumed with other options: {'; '.join(changed)}", file=sys.stderr)
 
@@ -488,7 +487,7 @@ class Trainer:
                 n = len(target)
                 self.sums[0] += value * n
                 if not self.mixed:
-                    self.sums[1] += accuracy(logits.detach(), target)[0].item() * n
+                    self.sums[1] += 100 * (logits.argmax(1) == target).sum().item()
                 self.sums[2] += n
                 bar.update(task, completed=k + 1, description=f"epoch {self.epoch + 1}/{self.epochs} loss {value:.3f}")
                 if not update:
@@ -588,9 +587,9 @@ class Trainer:
         keywords = {**self.load_kwargs, "checkpoint_path": str(best)}
         call = ", ".join([repr(self.args.model), *(f"{k}={v!r}" for k, v in keywords.items())])
         result = f"best {name} {self.saver.best_metric:.{2 if unit else 4}f}{unit}"
-        count = len(self.held_out.dataset)
+        count, epoch = len(self.held_out.dataset), (self.saver.best_epoch or 0) + 1
         return (
-            f"{result} on {count:,} held-out images, epoch {(self.saver.best_epoch or 0) + 1} of {self.epochs}: {best}\n"
+            f"{result} on {count:,} held-out images, epoch {epoch} of {self.epochs}: {best}\n"
             f"learning curves: {self.folder / 'curves.png'}\n"
             f"load it: import timm, vizoo; model = timm.create_model({call})"
         )
