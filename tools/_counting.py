@@ -353,10 +353,15 @@ def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     state = {k: v.detach().clone() for k, v in model.named_buffers() if train and v.device.type != "meta"}
     grads = {p: p.grad for p in model.parameters()} if train else {}
+    frozen = [] if train else [p for p in model.parameters() if p.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng():
             model.train(train)
+            for p in grads:
+                p.grad = None
+            for p in frozen:  # the module tracker cannot follow views of parameters without a graph
+                p.requires_grad_(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -366,6 +371,8 @@ def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
             model.get_buffer(name).copy_(value)
         for p, grad in grads.items():
             p.grad = grad
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> tuple[FlopCounterMode, _Recorder]:

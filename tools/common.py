@@ -215,8 +215,7 @@ def progress(**kwargs: Any) -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
-        disable=not stderr.is_terminal,
-        **kwargs,
+        **{"disable": not stderr.is_terminal, **kwargs},
     )
 
 
