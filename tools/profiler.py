@@ -615,22 +615,25 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
         values = [1e3 * p.latency.median for p in profiles if p.latency]
     else:
         label, values = "parameters, M", [p.params / 1e6 for p in profiles]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     families: dict[str, list[int]] = {}
     for i, p in enumerate(profiles):
-        families.setdefault(p.model.split("_")[0], []).append(i)
-    for family, members in families.items():
+        families.setdefault(f"{p.model.split('_')[0]}, {p.config.get('threads')}", []).append(i)
+    for members in families.values():  # a thin line joins the sizes of a family
         members.sort(key=lambda i: profiles[i].macs)
-        xs, ys = [profiles[i].macs / 1e9 for i in members], [values[i] for i in members]
-        axes.plot(xs, ys, marker="o", linewidth=1, label=family)
-        for i, x, y in zip(members, xs, ys, strict=True):
-            threads = profiles[i].config.get("threads")
-            many = len({q.config.get("threads") for q in profiles}) > 1
-            text = f"{profiles[i].model}, {threads} threads" if many else profiles[i].model
-            axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.plot([profiles[i].macs / 1e9 for i in members], [values[i] for i in members], color="0.8", zorder=1)
+    several = len({p.config.get("threads") for p in profiles}) > 1
+    markers, colors = "osD^vP*X", plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for i, p in enumerate(profiles):
+        name = f"{p.model}, {p.config.get('threads')} threads" if several else p.model
+        axes.scatter(
+            p.macs / 1e9, values[i], s=45, color=colors[i % 10], marker=markers[i // 10 % 8], label=name, zorder=2
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     axes.set_xlabel("GMACs (multiply-accumulates of one image, 1e9)")
     axes.set_ylabel(label)
-    axes.margins(0.18)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.set_title(_conditions(profiles).split(";")[0] or "counts", fontsize=9)
     with atomic_write(path, "wb") as f:
@@ -842,14 +845,14 @@ def _run(argv: list[str]) -> int:
         for n in threads:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 profiles += pool.submit(_profile_all, args, names, modes, n).result()
-    print_profiles(profiles)
-    if args.by or args.depth is not None:
-        for p in profiles:
-            _breakdown(args, p)
     if args.out:
         write_results(profiles, args.out, args.out.suffix[1:])
     if args.plot:
         plot(profiles, args.plot)
+    print_profiles(profiles)
+    if args.by or args.depth is not None:
+        for p in profiles:
+            _breakdown(args, p)
     uncounted = args.strict and any(p.uncounted for p in profiles)
     differ = args.check and any(n.startswith(("engines differ", "not linear")) for p in profiles for n in p.notes)
     return 3 if uncounted or differ else 0
