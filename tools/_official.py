@@ -7,6 +7,7 @@ replaces compiled extensions that no longer build by the torchvision operator of
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import types
 import warnings
@@ -33,6 +34,7 @@ def _importing(folder: Path, stubs: dict[str, dict[str, Any]]) -> Iterator[None]
             yield
     finally:
         sys.path.remove(str(folder))
+        sys.modules.update({name: before[name] for name in stubs if name in before})
         for name in list(sys.modules):
             origin = getattr(sys.modules[name], "__file__", None) or ""
             if name not in before and (name in stubs or origin.startswith(str(folder))):
@@ -54,11 +56,13 @@ class _DeformConv2dPack(nn.Module):
         return deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, stride=self.stride)
 
 
-def _litv2(checkout: Path, name: str, size: int) -> nn.Module:
+def _litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     stub = "mm_modules.DCN.modules.deform_conv2d"
     parents: dict[str, dict[str, Any]] = {"mm_modules": {}, "mm_modules.DCN": {}, "mm_modules.DCN.modules": {}}
     with _importing(checkout / "classification", {**parents, stub: {"DeformConv2dPack": _DeformConv2dPack}}):
         from models.litv2 import LITv2  # type: ignore[import-not-found]
+    if reparam:
+        raise UserError(f"--reparam: {name!r} has no branches to merge")
     base = name.startswith("litv2_b")
     alphas = {"00": 0.0, "02": 0.2, "04": 0.4, "05": 0.5, "07": 0.7, "10": 1.0}
     return LITv2(
@@ -77,7 +81,41 @@ def _hilo(checkout: Path, dim: int, num_heads: int, window_size: int, alpha: flo
     return HiLo(dim=dim, num_heads=num_heads, qkv_bias=True, window_size=window_size, alpha=alpha)
 
 
-_MODELS = {"litv2": ("classification/models/litv2.py", _litv2)}
+def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
+    """The operator of NATTEN 0.17 that later releases dropped, by one gather, as the official code runs without it."""
+    import torch
+
+    B, G, H, W, _ = attn.shape
+    rows, cols = (
+        (torch.arange(n, device=value.device) - kernel_size // 2).clamp(0, n - kernel_size)[:, None]
+        + torch.arange(kernel_size, device=value.device)
+        for n in (H, W)
+    )
+    windows = value[:, :, rows[:, None, :, None], cols[None, :, None, :]]  # [B, G, H, W, K, K, C]
+    return (attn.unsqueeze(-2).to(value.dtype) @ windows.flatten(4, 5)).squeeze(-2)
+
+
+def _overlock(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    def untouched(function: Any) -> Any:
+        return function
+
+    stubs: dict[str, dict[str, Any]] = {
+        "natten": {},
+        "natten.functional": {"na2d_av": _na2d_av},
+        "mmengine": {},
+        "mmengine.runner": {"load_checkpoint": None},
+        "timm.models.registry": {"register_model": untouched},
+    }
+    with _importing(checkout, stubs), contextlib.redirect_stdout(io.StringIO()):
+        from models import overlock  # type: ignore[import-not-found]
+
+        return getattr(overlock, name)(deploy=reparam, use_ds=False)
+
+
+_MODELS = {
+    "litv2": ("classification/models/litv2.py", _litv2),
+    "overlock": ("models/overlock.py", _overlock),
+}
 
 
 def _require(checkout: Path, file: str) -> None:
@@ -85,13 +123,14 @@ def _require(checkout: Path, file: str) -> None:
         raise UserError(f"--official {str(checkout)!r}: no {file} there; give a checkout of the official code")
 
 
-def official_model(checkout: Path, name: str, size: int) -> nn.Module:
+def official_model(checkout: Path, name: str, size: int, reparam: bool = False) -> nn.Module:
     """The official model of one of our names, with weights as its constructor draws them.
 
     Args:
         checkout: Folder of the official repository.
         name: Our name without tag.
         size: Side of the square input in pixels.
+        reparam: Its merged form.
 
     Returns:
         The model.
@@ -104,7 +143,7 @@ def official_model(checkout: Path, name: str, size: int) -> nn.Module:
         raise UserError(f"--official: no official code is known for {name!r}; known families: {', '.join(_MODELS)}")
     file, build = _MODELS[family]
     _require(checkout, file)
-    return build(checkout, name, size)
+    return build(checkout, name, size, reparam)
 
 
 def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import UserError, atomic_write, print_table, progress, resolve_device, resolve_models, run_tool
+from vizoo.tools.common import (
+    UserError,
+    atomic_write,
+    build_model,
+    print_table,
+    progress,
+    resolve_device,
+    resolve_models,
+    run_tool,
+)
 
 EXAMPLES = """\
 examples:
