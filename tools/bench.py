@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--mode", choices=["infer", "train"], default="infer", help="forward, or forward and backward (infer)"
     )
+    p.add_argument("--reparam", action="store_true", help="both sides in their merged form for inference")
     p.add_argument("--compile", action="store_true", help="torch.compile both sides")
     p.add_argument("--channels-last", action="store_true", help="image and both models in channels_last")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N (cpu)")
@@ -143,10 +144,11 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     (name,) = resolve_models([args.name]) if not any(c in args.name for c in "*?[") else [""]
     if not name or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
         raise UserError(f"{args.name!r} is not one model of the zoo; 'vizoo models' lists them")
-    ours = timm.create_model(name)
+    kwargs = {"deploy": True} if args.reparam else {}
+    ours = build_model(name, **kwargs)
     side = args.size or ours.pretrained_cfg["input_size"][-1]
     if args.official:
-        peer = official_model(args.official, name.partition(".")[0], side)
+        peer = official_model(args.official, name.partition(".")[0], side, args.reparam)
         draw_weights(peer)
         filter_fn = sys.modules[type(ours).__module__].checkpoint_filter_fn
         ours.load_state_dict(filter_fn(peer.state_dict(), ours))
@@ -154,7 +156,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     draw_weights(ours)
     set_fused_attn(False)
     try:
-        peer = timm.create_model(name)
+        peer = build_model(name, **kwargs)
     finally:
         set_fused_attn(True)
     peer.load_state_dict(ours.state_dict())
@@ -223,7 +225,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     return {
         "name": args.name if args.name != "hilo" else f"hilo w{args.window} alpha {args.alpha:g}",
         "peer": peer_name,
-        "mode": args.mode + (" compiled" if args.compile else "") + (" channels_last" if args.channels_last else ""),
+        "mode": " ".join([args.mode, *(o for o in ("reparam", "compile", "channels_last") if getattr(args, o))]),
         "shape": "x".join(map(str, shape)),
         "dtype": dtype,
         "peer_dtype": peer_dtype,
