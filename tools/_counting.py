@@ -2,10 +2,13 @@
 
 The primary count runs the model once on the meta device under ``FlopCounterMode`` (contractions) and a dispatch mode
 that sees every operator: it sums the other FLOPs, activations and bytes, and names each operator nobody can price.
-The second engine is fvcore's trace on the CPU with complete handlers; both read ``vizoo.backbones.ops._cost.COSTS``.
+It runs in inference mode, where fused attention stays one operator on every device, so that counts do not depend on
+the kernel behind it.  The second engine is fvcore's trace on the CPU with complete handlers; both read
+``vizoo.backbones.ops._cost.COSTS``.
 
 Constants of the other FLOPs are conventions, per element: norm 5 (batch norm in evaluation 2), softmax 5, GELU 8,
-SiLU 5, bilinear sample 8 (4 multiply-adds), everything else elementwise 1, sums and means 1 per input element.
+SiLU and its kin 5, sigmoid 4, bilinear sample 8 (4 multiply-adds), everything else elementwise 1, sums and means 1 per
+input element, FFT ``5 N log2 N``, the backward of each twice its forward.
 """
 
 from __future__ import annotations
@@ -14,26 +17,28 @@ import contextlib
 import copy
 import functools
 import math
-import warnings
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vizoo.backbones.ops._cost import COSTS, Cost, first_shape, register_cost
+from vizoo.backbones.ops._cost import COSTS, Cost, find_operator, first_shape, flop_formulas
 
 
 class ModuleCost(NamedTuple):
-    """Cost of one module with everything inside it."""
+    """Cost of one module with everything inside it; ``out`` is the shape of its (last) first output."""
 
+    params: int
     macs: int
     other: int
     acts: int
+    out: tuple[int, ...] | None
 
 
 class Count(NamedTuple):
@@ -43,7 +48,7 @@ class Count(NamedTuple):
         params: Parameters, shared ones once.
         trainable: Parameters that require a gradient.
         buffers: Elements of buffers.
-        state_bytes: Bytes of parameters and buffers.
+        state_bytes: Bytes of parameters and buffers by dtype.
         macs: Multiply-accumulates of contractions: convolutions, linear layers, attention products.
         flops_other: FLOPs of everything else, by the constants of this module.
         acts: Elements written by contractions, attention scores included whether stored or not.
@@ -51,15 +56,15 @@ class Count(NamedTuple):
         kernels: Number of those operators.
         largest: Elements of the largest tensor written.
         uncounted: Operators nobody can price, with their number of calls; empty for an exact count.
-        modules: Cost by module path, ``""`` for the whole model.
-        ops: Multiply-accumulates and calls by operator.
+        modules: Cost by module path, ``""`` for the whole model, in the order of ``named_modules``.
+        ops: Multiply-accumulates, other FLOPs and calls by operator.
         engine: ``meta``, ``fake`` or the device the model was run on.
     """
 
     params: int
     trainable: int
     buffers: int
-    state_bytes: int
+    state_bytes: dict[str, int]
     macs: int
     flops_other: int
     acts: int
@@ -68,7 +73,7 @@ class Count(NamedTuple):
     largest: int
     uncounted: dict[str, int]
     modules: dict[str, ModuleCost]
-    ops: dict[str, tuple[int, int]]
+    ops: dict[str, tuple[int, int, int]]
     engine: str
 
     @property
@@ -76,8 +81,49 @@ class Count(NamedTuple):
         """``2 * macs + flops_other``."""
         return 2 * self.macs + self.flops_other
 
+    def by_module(self, depth: int = 1, sort: str = "", top: int = 0) -> list[dict[str, Any]]:
+        """Costs of the modules down to a depth.
 
-# prices
+        Args:
+            depth: Number of name parts shown; 0 is the whole model.
+            sort: ``macs``, ``params``, ``acts`` or ``other`` for the most expensive first; empty for the model's order.
+            top: Most rows; 0 for all.
+
+        Returns:
+            Rows with ``module, params, macs, share, acts, other, out``.
+
+        Raises:
+            ValueError: If ``sort`` is none of these.
+        """
+        if sort not in ("", "macs", "params", "acts", "other"):
+            raise ValueError(f"got sort={sort!r}, need macs, params, acts or other")
+        rows: list[dict[str, Any]] = [
+            {"module": path, **cost._asdict(), "share": cost.macs / max(1, self.macs)}
+            for path, cost in self.modules.items()
+            if (path.count(".") + 1 if path else 0) <= depth
+        ]
+        if sort:
+            rows.sort(key=lambda row: -row[sort])
+        return rows[:top] if top else rows
+
+    def by_op(self, top: int = 0) -> list[dict[str, Any]]:
+        """Rows with ``op, calls, macs, share, other``, the most expensive first.
+
+        Args:
+            top: Most rows; 0 for all.
+
+        Returns:
+            The rows.
+        """
+        rows: list[dict[str, Any]] = [
+            {"op": name, "calls": calls, "macs": macs, "share": macs / max(1, self.macs), "other": other}
+            for name, (macs, other, calls) in self.ops.items()
+        ]
+        rows.sort(key=lambda row: (-row["macs"], -row["other"], row["op"]))
+        return rows[:top] if top else rows
+
+
+# prices of operators that are no contraction: one cost function by short name
 
 
 def _numel(shape: Any) -> int:
@@ -92,32 +138,22 @@ def _per_input(n: int) -> Callable[..., Cost]:
     return lambda x, *args, out=None, **kwargs: Cost(other=n * _numel(x))
 
 
-def _embedding_bag(
-    weight: Any,
-    indices: Any,
-    offsets: Any,
-    _scale: Any = 0,
-    _mode: int = 0,
-    _sparse: Any = 0,
-    samples: Any = None,
-    *rest: Any,
-    out: Any = None,
-    **kwargs: Any,
-) -> Cost:
-    samples = kwargs.get("per_sample_weights", samples)
+def _batch_norm(*args: Any, out: Any = None, training: bool = False, **kwargs: Any) -> Cost:
+    training = args[5] if len(args) > 5 else training
+    return Cost(other=(5 if training else 2) * _numel(out))
+
+
+def _embedding_bag(weight: Any, indices: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    samples = args[4] if len(args) > 4 else kwargs.get("per_sample_weights")
     return Cost(other=_numel(indices) * weight[-1] * (1 if samples is None else 2))
 
 
-def _sdpa_other(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    scores = _numel(q[:-1]) * k[-2]
-    return Cost(other=6 * scores, acts=scores + _numel(q[:-1]) * v[-1])  # softmax and scaling
+def _fft(x: Any, dims: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    full: Any = x if _numel(x) >= _numel(out) else out  # the real side of a real transform
+    return Cost(other=int(5 * _numel(full) * sum(math.log2(max(full[d], 1)) for d in dims)))
 
 
-def _bias(x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(other=_numel(out))
-
-
-def _conv(x: Any, w: Any, bias: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+def _conv(x: Any, weight: Any, bias: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(other=_numel(out) if bias is not None else 0)
 
 
@@ -125,165 +161,102 @@ def _free(*args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost()
 
 
-_ELEMENTWISE = """
-abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max
-clamp_min cos cosh cumsum cumprod div elu eq erf erfc exp exp2 expm1 floor floor_divide fmod ge gt hardtanh isinf
-isnan isfinite le leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or logical_xor lt masked_fill
-maximum minimum mul ne neg pow reciprocal relu remainder round rsqrt rsub sgn sign sin sinh sqrt sub tan threshold
-trunc where square heaviside nan_to_num threshold_backward bernoulli native_dropout dropout mish_backward relu6
-xlogy
-""".split()  # noqa: SIM905 - a table of words
-_FIVE = """
-silu hardswish hardsigmoid sigmoid tanh softplus log_sigmoid mish logit prelu _prelu_kernel selu celu
-""".split()  # noqa: SIM905 - a table of words
-_REDUCTIONS = """
-sum mean amax amin max min prod any all argmax argmin var std var_mean std_mean norm linalg_vector_norm logsumexp
-avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d adaptive_avg_pool2d
-max_pool2d_with_indices max_pool2d adaptive_max_pool2d topk sort cummax _mkldnn_transpose nanmean count_nonzero
-""".split()  # noqa: SIM905 - a table of words
-_FREE = """
-empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like ones ones_like full full_like new_full
-new_zeros new_ones arange linspace eye scalar_tensor lift_fresh lift_fresh_copy copy copy_ _to_copy clone contiguous
-cat stack constant_pad_nd reflection_pad2d replication_pad2d roll flip index index_put index_put_ index_select
-gather scatter slice_scatter select_scatter embedding repeat repeat_interleave fill fill_ zero_ tril triu
-tril_indices triu_indices _unsafe_view rand randn randint rand_like randn_like randperm uniform_ normal_ resize_
-set_ _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold_backward slice_backward
-select_backward _unsafe_index unsafe_split split_with_sizes_copy bernoulli_ one_hot nonzero unique_dim _unique2
-broadcast_tensors meshgrid bucketize searchsorted diag_embed _reshape_copy _reshape_alias view_copy permute_copy
-is_same_size item isin detach alias_copy tile rot90 unsqueeze_copy _assert_async _assert_tensor_metadata
-_functional_assert_async scatter_add_ index_fill masked_select numpy_T as_strided_
-""".split()  # noqa: SIM905 - a table of words
-_NORMS = {
-    "native_layer_norm": 5,
-    "native_group_norm": 5,
-    "_fused_rms_norm": 5,
-    "native_batch_norm": 5,
-    "_native_batch_norm_legit": 5,
-    "_native_batch_norm_legit_functional": 5,
-    "_native_batch_norm_legit_no_training": 2,
-    "cudnn_batch_norm": 5,
-    "_batch_norm_with_update": 5,
-    "_batch_norm_no_update": 2,
-    "_softmax": 5,
-    "_safe_softmax": 5,
-    "_log_softmax": 5,
-    "gelu": 8,
-    "glu": 6,
-    "upsample_bilinear2d": 8,
-    "_upsample_bilinear2d_aa": 8,
-    "grid_sampler_2d": 8,
-    "upsample_bicubic2d": 32,
-    "_upsample_bicubic2d_aa": 32,
-    "upsample_linear1d": 4,
-    "upsample_trilinear3d": 16,
-    "upsample_nearest2d": 0,
-    "_upsample_nearest_exact2d": 0,
+def _roi_align(x: Any, rois: Any, scale: Any, h: int, w: int, ratio: int = -1, *a: Any, out: Any = None) -> Cost:
+    return Cost(other=8 * _numel(out) * max(ratio, 2) ** 2)  # an adaptive ratio is taken for 2
+
+
+_TABLE = {  # FLOPs of one element of the first output
+    32: "upsample_bicubic2d _upsample_bicubic2d_aa",
+    16: "upsample_trilinear3d grid_sampler_3d",
+    8: "gelu upsample_bilinear2d _upsample_bilinear2d_aa grid_sampler_2d",
+    6: "glu",
+    5: """native_layer_norm native_group_norm _fused_rms_norm _native_batch_norm_legit _batch_norm_with_update
+    _native_batch_norm_legit_functional _softmax _safe_softmax _log_softmax silu hardswish mish softplus elu selu
+    celu _prelu_kernel log_sigmoid_forward""",
+    4: "sigmoid tanh hardsigmoid logit upsample_linear1d",
+    2: "_native_batch_norm_legit_no_training _batch_norm_no_update addcmul addcdiv lerp native_dropout",
+    1: "addmm cumsum cumprod floor_divide bernoulli threshold linspace isin",
+    0: """mm bmm _scaled_mm copy clone _to_copy fill zero zeros zeros_like ones ones_like full full_like new_full
+    new_zeros new_ones arange eye scalar_tensor cat stack constant_pad_nd reflection_pad1d reflection_pad2d
+    replication_pad1d replication_pad2d roll flip index index_put _index_put_impl index_select index_fill index_copy
+    _unsafe_index _unsafe_index_put gather scatter scatter_add index_add slice slice_scatter select select_scatter
+    masked_select masked_scatter nonzero embedding embedding_renorm embedding_dense repeat repeat_interleave take tril
+    triu tril_indices triu_indices diag_embed rand randn randint rand_like randn_like randperm uniform normal random
+    resize set _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold _reshape_copy
+    view_copy permute_copy alias_copy split_with_sizes_copy upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact2d bucketize searchsorted lift_fresh_copy _assert_async _assert_tensor_metadata
+    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal""",
+}
+_REDUCTIONS = """sum nansum mean nanmean amax amin aminmax max min prod any all argmax argmin var std var_mean std_mean
+norm linalg_vector_norm logsumexp count_nonzero avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d topk sort
+median kthvalue cummax"""
+_CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()}
+_BACKWARD = {  # twice the forward, for one element of the first gradient
+    **{name: 2 * n for name, n in _CONSTANTS.items()},
+    **{f"aten::{name}": 2 for name in _REDUCTIONS.split()},
+    **dict.fromkeys(("aten::native_batch_norm", "aten::cudnn_batch_norm"), 10),
+}
+_PRICES: dict[str, Callable[..., Cost]] = {
+    **{name: _per_output(n) for name, n in _CONSTANTS.items()},
+    **{f"aten::{name}": _per_input(1) for name in _REDUCTIONS.split()},
+    **{f"aten::{lib}_batch_norm": _batch_norm for lib in ("native", "cudnn", "miopen")},
+    **dict.fromkeys(("aten::_embedding_bag", "aten::_embedding_bag_forward_only"), _embedding_bag),
+    **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"), _conv),
+    **dict.fromkeys(("aten::_fft_r2c", "aten::_fft_c2r", "aten::_fft_c2c"), _fft),
+    "torchvision::nms": lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2),  # every pair
+    "torchvision::roi_align": _roi_align,
 }
 
 
-def _native_batch_norm(x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    training = args[4] if len(args) > 4 else kwargs.get("training", False)
-    return Cost(other=(5 if training else 2) * _numel(out))
-
-
-def _fft(x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    dims = args[0] if args and isinstance(args[0], (list, tuple)) else [-1]
-    total = max(_numel(x), _numel(out))
-    return Cost(other=int(sum(5 * total * math.log2(max(x[d], 2)) for d in dims)))
-
-
-@functools.cache
-def _prices() -> dict[str, Callable[..., Cost]]:
-    """Other FLOPs by operator name without overload, for operators that have no entry in ``COSTS``."""
-    prices: dict[str, Callable[..., Cost]] = {}
-    prices.update(dict.fromkeys(_ELEMENTWISE, _per_output(1)))
-    prices.update(dict.fromkeys(_FIVE, _per_output(5)))
-    prices.update(dict.fromkeys(_REDUCTIONS, _per_input(1)))
-    prices.update(dict.fromkeys(_FREE, _free))
-    prices.update({name: _per_output(n) for name, n in _NORMS.items()})
-    prices.update(dict.fromkeys(("native_batch_norm", "cudnn_batch_norm"), _native_batch_norm))
-    prices.update(dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), _embedding_bag))
-    prices.update(dict.fromkeys(("addmm", "baddbmm"), _bias))
-    prices.update(
-        dict.fromkeys(("convolution", "_convolution", "cudnn_convolution", "convolution_overrideable"), _conv)
-    )
-    prices.update(dict.fromkeys(("mm", "bmm", "_scaled_mm"), lambda *args, out=None, **kwargs: Cost()))
-    sdpa = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-    prices.update({f"_scaled_dot_product_{name}": _sdpa_other for name in sdpa})
-    prices.update(dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), _fft))
-    aten = {f"aten::{name}": price for name, price in prices.items()}
-    aten.update({f"aten::{name}_": price for name, price in prices.items() if name in _ELEMENTWISE + _FIVE})
-    aten["torchvision::nms"] = lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2)
-    aten["torchvision::roi_align"] = lambda x, *args, out=None, **kwargs: Cost(
-        other=8 * _numel(out) * max(1, kwargs.get("sampling_ratio", args[4] if len(args) > 4 else 2)) ** 2
-    )
-    aten["prim::device"] = _free
-    return aten
-
-
-def _deform_conv2d(x: Any, weight: Any, offset: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    taps, positions = weight[2] * weight[3], out[0] * out[2] * out[3]
-    return Cost(
-        macs=_numel(out) * weight[1] * taps,
-        other=2 * 4 * taps * x[1] * positions,  # four corners, multiply and add
-    )
-
-
-def _linear_pointwise(
-    x: Any, w: Any, bias: Any, attr: str = "none", *args: Any, out: Any = None, **kwargs: Any
-) -> Cost:
-    n = _numel(out)
-    return Cost(macs=_numel(x) * w[0], other=n * ((bias is not None) + (8 if attr == "gelu" else attr != "none")))
-
-
-def _conv_pointwise(
-    x: Any,
-    w: Any,
-    bias: Any,
-    padding: Any,
-    stride: Any,
-    dilation: Any,
-    groups: int,
-    attr: str = "none",
-    *args: Any,
-    out: Any = None,
-    **kwargs: Any,
-) -> Cost:
-    n = _numel(out)
-    return Cost(macs=n * _numel(w[1:]), other=n * ((bias is not None) + (8 if attr == "gelu" else attr != "none")))
-
-
-@functools.cache
-def _register() -> None:
-    """Enter the operators of other libraries into the one registry; once."""
-    import torchvision  # noqa: F401 - defines the operator
-
-    register_cost("torchvision::deform_conv2d")(_deform_conv2d)
-    if torch.backends.mkldnn.is_available():
-        register_cost("mkldnn::_linear_pointwise")(_linear_pointwise)
-        register_cost("mkldnn::_convolution_pointwise")(_conv_pointwise)
+def _price(func: Any, name: str) -> Callable[..., Cost] | None:
+    """Cost function of an operator; None when nobody knows it."""
+    plain = name.removesuffix("_")  # in place
+    price = COSTS.get(name) or _PRICES.get(name) or _PRICES.get(plain)
+    if price is not None:
+        return price
+    forward = plain.removesuffix("_data").removesuffix("_backward")
+    if forward != plain and forward in _BACKWARD:
+        return _per_output(_BACKWARD[forward])
+    return _per_output(1) if torch.Tag.pointwise in func.tags else None
 
 
 # the dispatch mode
-
-
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _shapes(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.shape, value)
 
 
+def _is_view(func: Any) -> bool:
+    """Whether an operator moves no data: views, questions about a tensor, memory that is not written."""
+    returns, short = func._schema.returns, func._schema.name.partition("::")[2]
+    alias = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    unwritten = short in ("_unsafe_view", "lift_fresh") or short.startswith(("empty", "new_empty"))
+    return alias or unwritten or torch.Tag.inplace_view in func.tags or func.namespace == "prim"
+
+
+def _nothing(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _mapping() -> dict[Any, Callable[..., int]]:
+    """Formulas for ``FlopCounterMode``; whatever has a price gets one, so that it is not taken apart."""
+    priced = {packet: _nothing for name in _PRICES if (packet := find_operator(name)) is not None}
+    return {op: f for op, f in {**priced, **flop_formulas()}.items() if f is not _nothing or op not in flop_registry}
+
+
 class _Recorder(TorchDispatchMode):
-    """Prices every operator that is no contraction, and names those it cannot."""
+    """Prices what ``FlopCounterMode`` does not count, and names what nobody can price."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
         self.counter = counter
         self.uncounted: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.other_of_op: Counter[str] = Counter()
         self.other: defaultdict[str, int] = defaultdict(int)
         self.acts: defaultdict[str, int] = defaultdict(int)
         self.bytes = self.kernels = self.largest = 0
@@ -291,35 +264,34 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator
             self.calls[str(func)] += 1
+            if func not in flop_registry:
+                self.uncounted[str(func)] += 1
+            return out
+        if _is_view(func):
             return out
         name = func._schema.name
-        contraction = func._overloadpacket in self.counter.flop_registry
-        if _is_view(func) and not contraction:
-            return out
-        self.calls[name] += 1
+        if name == "aten::scaled_dot_product_attention" and out.device.type == "meta" and out.dim() == 4:
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as fused kernels lay it out, so no copies follow
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        price = _price(func, name)
+        cost = price(*_shapes(args), **_shapes(kwargs), out=first_shape(_shapes(out))) if price else Cost()
+        known = func._overloadpacket in flop_registry and name not in COSTS
+        if price is None and not known:
+            self.uncounted[name] += 1
+        acts = written[0].numel() if (known or cost.macs) and written else 0
+        moved = sum(t.numel() * t.element_size() for t in (*read, *written))
+        self.calls[name] += 1
+        self.other_of_op[name] += cost.other
         self.kernels += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
+        self.bytes += moved if cost.bytes is None else cost.bytes
         self.largest = max([self.largest, *(t.numel() for t in written)])
-        price = COSTS.get(name) or _prices().get(name)
-        if price is None:
-            if not contraction and not _backward(name):
-                self.uncounted[name] += 1
-            return out
-        cost = price(*_shapes(args), **_shapes(kwargs), out=first_shape(_shapes(out)))
-        acts = (cost.acts if cost.acts is not None else written[0].numel()) if contraction and written else 0
-        for path in self.counter.mod_tracker.parents:
+        for path in set(self.counter.mod_tracker.parents):
             self.other[path] += cost.other
-            self.acts[path] += acts
+            self.acts[path] += acts if cost.acts is None else cost.acts
         return out
-
-
-def _backward(name: str) -> bool:
-    """Whether the operator belongs to a backward pass, whose other FLOPs are not priced."""
-    return name.endswith("_backward") or "_backward_" in name or name == "aten::embedding_dense_backward"
 
 
 # running a model without touching it
@@ -336,76 +308,80 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are on the meta device; nothing of their size is allocated."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("meta")
-    return copy.deepcopy(model, memo)
-
-
 @contextlib.contextmanager
 def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
-    """Run in evaluation (or training) mode without attention fast paths; restore modes and random state."""
+    """Run eagerly, in evaluation or training mode, without attention fast paths; restore what that changes."""
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    state = {k: v.detach().clone() for k, v in model.named_buffers() if train and v.device.type != "meta"}
-    grads = {p: p.grad for p in model.parameters()} if train else {}
-    frozen = [] if train else [p for p in model.parameters() if p.requires_grad]
+    # the forward pass of a real model in training moves running statistics and adds to gradients
+    state = [(b, b.detach().clone()) for b in model.buffers() if train and b.device.type != "meta"]
+    grads = [(p, p.grad) for p in model.parameters()] if train else []
+    cuda = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    compiled = "torch._dynamo" in sys.modules  # else nothing can be compiled, and importing it is slow
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(list(cuda)), eager:
             model.train(train)
-            for p in grads:
+            for p, _ in grads:
                 p.grad = None
-            for p in frozen:  # the module tracker cannot follow views of parameters without a graph
-                p.requires_grad_(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
-        for name, value in state.items():
-            model.get_buffer(name).copy_(value)
-        for p, grad in grads.items():
+        with torch.no_grad():
+            for b, value in state:
+                b.copy_(value)
+        for p, grad in grads:
             p.grad = grad
-        for p in frozen:
-            p.requires_grad_(True)
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> tuple[FlopCounterMode, _Recorder]:
-    counter = FlopCounterMode(display=False)
+def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> tuple[FlopCounterMode, _Recorder, dict[str, Any]]:
+    counter = FlopCounterMode(display=False, custom_mapping=_mapping())
     recorder = _Recorder(counter)
-    with _untouched(model, backward), torch.set_grad_enabled(backward), recorder, counter:
-        out = model(*args, **kwargs)
-        if backward:
-            parts = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-            torch.autograd.backward(parts, [torch.empty_like(t) for t in parts])
-    return counter, recorder
+    shapes: dict[str, Any] = {}
+
+    def note(path: str, module: Any, given: Any, out: Any) -> None:
+        first = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
+        shapes[path] = None if first is None else tuple(first.shape)
+
+    hooks = [m.register_forward_hook(functools.partial(note, path)) for path, m in model.named_modules()]
+    grad = torch.enable_grad() if backward else torch.inference_mode()
+    if not backward:
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    try:
+        with _untouched(model, backward), grad, recorder, counter:
+            out = model(*args, **kwargs)
+            if backward:
+                parts = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+                torch.autograd.backward(parts, [torch.ones_like(t) for t in parts])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter, recorder, shapes
 
 
-def _to_meta(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.detach().to("meta").requires_grad_(t.requires_grad), value)
+def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a module whose parameters and buffers went through ``move``; nothing else of their size is made."""
+    memo: dict[int, Any] = {id(b): move(b.detach()) for b in model.buffers()}
+    memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
+    return copy.deepcopy(model, memo)
 
 
 def _on_meta(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
-    return _run(meta_copy(model), _to_meta(args), _to_meta(kwargs), backward)
+    def move(t: Tensor) -> Tensor:
+        return t.detach().to("meta").requires_grad_(t.requires_grad)
+
+    return _run(_moved(model, move), tree_map_only(Tensor, move, args), tree_map_only(Tensor, move, kwargs), backward)
 
 
 def _on_fake(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        memo: dict[int, Any] = {}
-        for p in model.parameters():
-            memo[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
-        for b in model.buffers():
-            memo[id(b)] = mode.from_tensor(b.detach())
-        fake = copy.deepcopy(model, memo)
-        to_fake = functools.partial(tree_map_only, Tensor, mode.from_tensor)
-        return _run(fake, to_fake(args), to_fake(kwargs), backward)
+        fake = functools.partial(tree_map_only, Tensor, mode.from_tensor)
+        return _run(_moved(model, mode.from_tensor), fake(args), fake(kwargs), backward)
 
 
 def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "auto", **kwargs: Any) -> Count:
@@ -416,7 +392,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         *args: Its inputs: tensors, or tuples, lists and dicts of them, on any device, meta included.
         backward: Also count the backward pass, in training mode.
         engine: ``meta`` (nothing is computed), ``fake``, ``real`` (the model's own device), or ``auto``: the first of
-            them that can run the model.
+            them that can run the model.  A backward pass starts at ``fake``, which knows the device's fused attention.
         **kwargs: Its keyword inputs.
 
     Returns:
@@ -424,40 +400,46 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
 
     Raises:
         ValueError: If ``engine`` is unknown.
-        RuntimeError: If the model cannot be run on these inputs at all.
+        Exception: What the model raises, if it cannot be run on these inputs at all.
     """
-    engines = {"meta": _on_meta, "fake": _on_fake, "real": _run}
+    engines: dict[str, Callable[..., Any]] = {"meta": _on_meta, "fake": _on_fake, "real": _run}
     if engine not in ("auto", *engines):
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(engines)}")
-    _register()
     model = unwrap(model)
-    params = list(model.parameters())
-    buffers = list(model.buffers())
-    on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
-    order = [engine] if engine != "auto" else ["meta"] if on_meta else list(engines)
-    for i, name in enumerate(order):
+    params, buffers = list(model.parameters()), list(model.buffers())
+    order = [engine]
+    if engine == "auto":
+        on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
+        order = ["meta"] if on_meta else ["fake", "real"] if backward else list(engines)
+    for used in order:
         try:
-            counter, recorder = engines[name](model, args, kwargs, backward)
+            counter, recorder, shapes = engines[used](model, args, kwargs, backward)
             break
         except Exception:
-            if i == len(order) - 1:
+            if used == order[-1]:
                 raise
-    totals = counter.get_flop_counts()
-    prefix = type(model).__name__
-    modules = {
-        path.removeprefix(prefix).removeprefix("."): ModuleCost(
-            sum(totals.get(path, {}).values()) // 2, recorder.other[path], recorder.acts[path]
-        )
-        for path in {*totals, *recorder.other}
-        if path != "Global"
-    }
-    by_op = {f"{packet}".replace(".", "::"): flops // 2 for packet, flops in totals.get("Global", {}).items()}
-    ops = {name: (by_op.get(name, 0), calls) for name, calls in recorder.calls.items()}
+    totals, prefix = counter.get_flop_counts(), type(model).__name__
+    modules: dict[str, ModuleCost] = {}
+    for path, module in reversed(list(model.named_modules())):
+        key = f"{prefix}.{path}" if path else prefix
+        macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
+        if path not in shapes:  # a list of modules: it is never called, its children are
+            children: list[Any] = [
+                modules[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in modules
+            ]
+            macs, other, acts = (sum(c[i] for c in children) for i in (1, 2, 3))
+        n = sum(p.numel() for p in module.parameters())
+        modules[path] = ModuleCost(n, macs, other, acts, shapes.get(path))
+    modules = dict(reversed(modules.items()))
+    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in totals.get("Global", {}).items()}
+    state_bytes: Counter[str] = Counter()
+    for t in (*params, *buffers):
+        state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
     return Count(
         params=sum(p.numel() for p in params),
         trainable=sum(p.numel() for p in params if p.requires_grad),
         buffers=sum(b.numel() for b in buffers),
-        state_bytes=sum(t.numel() * t.element_size() for t in (*params, *buffers)),
+        state_bytes=dict(state_bytes),
         macs=counter.get_total_flops() // 2,
         flops_other=recorder.other["Global"],
         acts=recorder.acts["Global"],
@@ -466,93 +448,99 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         largest=recorder.largest,
         uncounted=dict(recorder.uncounted),
         modules=modules,
-        ops=ops,
-        engine=name if name != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
+        ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
+        engine=used if used != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
     )
 
 
 # the second engine
 
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "aten::add": lambda a, b, *rest: a + b,
+    "aten::sub": lambda a, b, *rest: a - b,
+    "aten::mul": lambda a, b: a * b,
+    "aten::floor_divide": lambda a, b: a // b,
+    "aten::remainder": lambda a, b: a % b,
+    "aten::neg": lambda a: -a,
+}
+
 
 def _traced(value: Any) -> Any:
-    """Shape of a traced tensor, or the value of a traced constant."""
+    """Shape of a traced tensor, or the value of a traced constant or of arithmetic on sizes."""
+    node = value.node()
+    kind, inputs = node.kind(), list(node.inputs())
+    if kind == "aten::size" and len(inputs) == 2:
+        return _traced(inputs[0])[_traced(inputs[1])]
+    if kind in ("prim::NumToTensor", "aten::Int", "aten::ScalarImplicit", "aten::IntImplicit"):
+        return _traced(inputs[0])
+    if kind in _ARITHMETIC and value.isCompleteTensor() and not value.type().sizes():
+        return _ARITHMETIC[kind](*map(_traced, inputs))
     if value.isCompleteTensor():
         return tuple(value.type().sizes())
-    if value.node().kind() == "prim::ListConstruct":
-        return [_traced(v) for v in value.node().inputs()]
+    if kind in ("prim::ListConstruct", "prim::TupleConstruct"):
+        return [_traced(v) for v in inputs]
     return value.toIValue()
 
 
 def _registry_handler(name: str) -> Callable[[Any, Any], int]:
     def handler(inputs: Any, outputs: Any) -> int:
-        return COSTS[name](*map(_traced, inputs), out=_traced(outputs[0])).macs
+        schema = torch._C.parse_schema(outputs[0].node().schema())
+        named = list(zip(schema.arguments, map(_traced, inputs), strict=False))
+        args = [value for argument, value in named if not argument.kwarg_only]
+        kwargs = {argument.name: value for argument, value in named if argument.kwarg_only}
+        return COSTS[name](*args, out=_traced(outputs[0]), **kwargs).macs
 
     return handler
 
 
-def _sdpa_macs(inputs: Any, outputs: Any) -> int:
-    q, k, v = (_traced(i) for i in inputs[:3])
-    return math.prod(q[:-2]) * q[-2] * k[-2] * (q[-1] + v[-1])
+_NO_CONTRACTION = """batch_norm layer_norm group_norm instance_norm rms_norm adaptive_avg_pool1d adaptive_avg_pool2d
+adaptive_avg_pool3d upsample_nearest2d upsample_bilinear2d grid_sampler"""
 
 
-def _baddbmm_macs(inputs: Any, outputs: Any) -> int:
-    a, b = (_traced(i) for i in inputs[1:3])
-    return math.prod(a) * b[-1]
-
-
-def _cdist_macs(inputs: Any, outputs: Any) -> int:
-    a, b = (_traced(i) for i in inputs[:2])
-    return math.prod(a) * b[-2]
-
-
-_NO_CONTRACTION = """
-batch_norm layer_norm group_norm instance_norm rms_norm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-upsample_nearest2d upsample_bilinear2d grid_sampler
-""".split()  # noqa: SIM905 - a table of words
-
-
-def fvcore_analysis(model: nn.Module, inputs: tuple[Any, ...], contractions: bool = True) -> Any:
-    """Analysis by fvcore of a model with complete handlers.
+def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> dict[str, int]:
+    """Multiply-accumulates of one call by the second engine, with complete handlers; the model is left as it was.
 
     Args:
-        model: A module on the CPU in evaluation mode.
-        inputs: Its positional inputs, tensors on the CPU.
+        model: A module with real weights; it is traced on the CPU.
+        *inputs: Its positional inputs.
         contractions: Count contractions only, as :func:`count` does; False keeps fvcore's own norms and pooling, which
             is the total that papers using fvcore print.
 
     Returns:
-        A ``fvcore.nn.FlopCountAnalysis``.
+        Counts by module path, the total at ``""``.
     """
     from fvcore.nn import FlopCountAnalysis
 
-    _register()
-    analysis = FlopCountAnalysis(unwrap(model), inputs)
-    handlers: Mapping[str, Any] = {
-        "aten::scaled_dot_product_attention": _sdpa_macs,
-        "aten::baddbmm": _baddbmm_macs,
-        "aten::cdist": _cdist_macs,
-        **{name: _registry_handler(name) for name in COSTS},
-    }
-    if contractions:
-        # a handler of None would leave fvcore's default in place
-        handlers = {**handlers, **{f"aten::{name}": lambda inputs, outputs: 0 for name in _NO_CONTRACTION}}
-    for name, handler in handlers.items():
-        analysis.set_op_handle(name, handler)
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    model = unwrap(model)
+    elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
+    if elsewhere or any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        model = copy.deepcopy(model).cpu()
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                setattr(parent, name, unwrap(child))  # compiled functions cannot be traced
+    with _untouched(model, False), torch.no_grad():
+        analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, inputs))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        for name in COSTS:
+            analysis.set_op_handle(name, _registry_handler(name))
+        # fvcore ignores a handler of None where it has a default
+        for name in _NO_CONTRACTION.split() if contractions else ():
+            analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
+        return {path: int(n) for path, n in analysis.by_module().items()}
 
 
-def fvcore_macs(model: nn.Module, *inputs: Any, contractions: bool = True) -> int:
-    """Multiply-accumulates of one call by the second engine; the model is left as it was.
+def differences(first: Count, second: dict[str, int]) -> list[str]:
+    """Where the two engines disagree, innermost modules only.
 
     Args:
-        model: A module on the CPU.
-        *inputs: Its inputs on the CPU.
-        contractions: As in :func:`fvcore_analysis`.
+        first: Result of :func:`count`.
+        second: Result of :func:`fvcore_counts`.
 
     Returns:
-        The total.
+        One text for each module that differs while its children agree; empty when the totals are equal.
     """
-    model = unwrap(model)
-    with _untouched(model, False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fvcore traces with torch.jit, which warns
-        return int(fvcore_analysis(model, inputs, contractions).total())
+    if second.get("", 0) == first.macs:
+        return []
+    wrong = [path for path, cost in first.modules.items() if second.get(path, 0) != cost.macs]
+    inner = [p for p in wrong if not any(q != p and q.startswith(f"{p}." if p else "") for q in wrong)]
+    return [f"{p or 'the model'}: {first.modules[p].macs:,} and by fvcore {second.get(p, 0):,}" for p in inner or [""]]

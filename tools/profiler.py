@@ -116,34 +116,18 @@ class Profile:
 
         Args:
             depth: Number of name parts shown; 0 is the whole model.
-            sort: ``macs``, ``acts`` or ``other`` for the most expensive first; empty for the order of names.
+            sort: ``macs``, ``params``, ``acts`` or ``other`` for the most expensive first; empty for the model's order.
             top: Most rows; 0 for all.
 
         Returns:
-            Rows with ``module, macs, share, acts, other``.
+            Rows with ``module, params, macs, share, acts, other, out``, the last the shape of the output.
         """
-        rows: list[dict[str, Any]] = [
-            {
-                "module": path or self.model,
-                "macs": c.macs,
-                "share": c.macs / max(1, self.macs),
-                "acts": c.acts,
-                "other": c.other,
-            }
-            for path, c in sorted(self.counts.modules.items())
-            if (path.count(".") + 1 if path else 0) <= depth
-        ]
-        if sort:
-            rows.sort(key=lambda row: -row[sort])
-        return rows[:top] if top else rows
+        rows = self.counts.by_module(depth, sort, top)
+        return [{**row, "module": row["module"] or self.model} for row in rows]
 
-    def by_op(self) -> list[dict[str, Any]]:
-        """Rows with ``op, calls, macs, share``, the most expensive first."""
-        rows = [
-            {"op": name, "calls": calls, "macs": macs, "share": macs / max(1, self.macs)}
-            for name, (macs, calls) in self.counts.ops.items()
-        ]
-        return sorted(rows, key=lambda row: (-row["macs"], row["op"]))
+    def by_op(self, top: int = 0) -> list[dict[str, Any]]:
+        """Rows with ``op, calls, macs, share, other``, the most expensive first; ``top`` limits them."""
+        return self.counts.by_op(top)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready; times in milliseconds, memory in bytes."""
@@ -385,15 +369,14 @@ def _random_like(x: Any, batch: int, device: Any, dtype: Any) -> Any:
 def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool, fvcore: bool) -> None:
     import torch
 
-    from vizoo.tools._counting import fvcore_macs
+    from vizoo.tools._counting import differences, fvcore_counts
 
     one = [_random_like(x, 1, "cpu", torch.float32) for x in inputs]
     if fvcore:
-        result.fvcore_total = fvcore_macs(net, *one, contractions=False)
+        result.fvcore_total = fvcore_counts(net, *one, contractions=False).get("", 0)
     if check:
-        second = fvcore_macs(net, *one)
-        if second != result.macs:
-            result.notes.append(f"engines differ: fvcore counts {second:,} multiply-accumulates, not {result.macs:,}")
+        wrong = differences(result.counts, fvcore_counts(net, *one))
+        result.notes += [f"engines differ: multiply-accumulates of {text}" for text in wrong]
         three = count(net, *(_random_like(x, 3, "meta", torch.float32) for x in inputs)).macs
         if three != 3 * result.macs:
             result.notes.append(f"not linear in the batch: {three:,} multiply-accumulates for 3 images")
