@@ -316,6 +316,8 @@ def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
     # the forward pass of a real model in training moves running statistics and adds to gradients
     state = [(b, b.detach().clone()) for b in model.buffers() if train and b.device.type != "meta"]
     grads = [(p, p.grad) for p in model.parameters()] if train else []
+    # FlopCounterMode's module tracker cannot follow views of parameters without a graph
+    frozen = [] if train else [p for p in model.parameters() if p.requires_grad]
     cuda = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     compiled = "torch._dynamo" in sys.modules  # else nothing can be compiled, and importing it is slow
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
@@ -325,6 +327,8 @@ def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
             model.train(train)
             for p, _ in grads:
                 p.grad = None
+            for p in frozen:
+                p.requires_grad_(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -335,6 +339,8 @@ def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
                 b.copy_(value)
         for p, grad in grads:
             p.grad = grad
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> tuple[FlopCounterMode, _Recorder, dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from zoo import sized_models
 
 from vizoo.backbones.ops._cost import COSTS, Cost, register_cost
 from vizoo.tools._counting import count, differences, fvcore_counts, unwrap
@@ -412,13 +413,14 @@ def test_engines_agree(name):
     assert differences(found, fvcore_counts(model, x)) == []
 
 
-@pytest.mark.slow
-def test_zoo_engines_agree():
-    for name in timm.list_models(module="litv2"):
-        model = build(name)
-        x = torch.randn(1, 3, 160, 224)
-        found = count(model, x)
-        assert (found.uncounted, differences(found, fvcore_counts(model, x))) == ({}, []), name
+@sized_models
+def test_zoo_engines_agree(name):
+    model = build(name)
+    side = min(224, model.pretrained_cfg["input_size"][1])
+    x = torch.randn(1, 3, side, side)
+    found = count(model, x)
+    assert found.uncounted == {}
+    assert differences(found, fvcore_counts(model, x)) == []
 
 
 def hilo_macs(C, N, Np, s, low, high):
@@ -569,6 +571,7 @@ def snapshot(model):
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
         "rng": torch.get_rng_state(),
         "fast": torch.backends.mha.get_fastpath_enabled(),
+        "trainable": [p.requires_grad for p in model.parameters()],
         "grad mode": torch.is_grad_enabled(),
     }
 
@@ -587,7 +590,7 @@ def test_model_is_untouched(engine, backward):
     else:
         assert count(model, x, engine=engine, backward=backward).macs > 0
     after = snapshot(model)
-    for key in ("training", "hooks", "fast", "grad mode"):
+    for key in ("training", "hooks", "fast", "trainable", "grad mode"):
         assert before[key] == after[key], key
     torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
     torch.testing.assert_close(after["grad"], before["grad"], rtol=0, atol=0)
@@ -601,7 +604,7 @@ def test_failure_restores_too():
     with pytest.raises(ZeroDivisionError):
         count(model, torch.randn(1))
     after = snapshot(model)
-    assert all(before[k] == after[k] for k in ("training", "hooks", "fast", "grad mode"))
+    assert all(before[k] == after[k] for k in ("training", "hooks", "fast", "trainable", "grad mode"))
 
 
 def test_compiled_model():
