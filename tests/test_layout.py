@@ -225,9 +225,9 @@ def tracked() -> list[Path]:
 
 PRIVATE = re.compile(
     r"""(?<![\w.~}])/(?:home|root|Users|work|workspace|scratch)/\w  # a path of one machine
-    |\b(?:10|127|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b(?!\.\d)  # an address of a private network
+    |\b(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}\b(?!\.\d)  # an address of a private network
     |\b[\w-]+\.(?:internal|intranet|corp|lan)\b  # a private host name
-    |--(?:extra-)?index-url|--trusted-host  # a package source of one network""",
+    |--(?:(?:extra-)?index-url|trusted-host)\b  # a package source of one network""",
     re.VERBOSE,
 )
 

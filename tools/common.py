@@ -193,7 +193,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         table.add_column(header, justify="right" if i in numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = max(stdout.width, 1 + sum(max(map(len, cells)) + 1 for cells in zip(columns, *rows, strict=True)))
+    width = max(stdout.width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
     Console(highlight=False, width=width).print(table)
 
 
@@ -236,7 +236,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as e:
         raise UserError(f"cannot write {str(path)!r}: {e.strerror}") from None
     try:
-        with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+        binary = "b" in mode
+        with os.fdopen(fd, mode, encoding=None if binary else "utf-8", newline=None if binary else "") as f:
             yield f
         umask = os.umask(0)
         os.umask(umask)

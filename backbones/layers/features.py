@@ -10,4 +10,4 @@ class FeatureGetter(FeatureGetterNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in the backward pass instead of storing their activations."""
-        self.model.set_grad_checkpointing(enable)
+        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]

@@ -1,5 +1,7 @@
 """HiLo attention as a module (LITv2, Sec. 3.2)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import is_exporting, register_notrace_module, use_fused_attn
@@ -56,7 +58,7 @@ class HiLo(nn.Module):
             raise ValueError(f"got window_size={window_size}, need at least 1")
         if not 0 <= alpha <= 1:
             raise ValueError(f"got alpha={alpha}, need 0 to 1")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         head_dim = dim // num_heads
         self.dim = dim
         self.window_size = window_size

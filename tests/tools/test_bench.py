@@ -1,0 +1,106 @@
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from vizoo.tools import _official, bench
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("extra", [[], ["--mode", "train"], ["--channels-last", "--batch", "1", "2"]], ids=str)
+def test_model_against_plain(extra, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["test_litv2", "--rounds", "2", "--threads", "1", "--size", "64", "--out", str(out), *extra]
+    assert bench.main(words) == 0
+    assert bench.main(words) == 0  # appended
+    rows = rows_of(out)
+    assert len(rows) == (4 if "2" in extra else 2)
+    assert list(rows[0]) == bench.COLUMNS
+    for row in rows:
+        assert row["peer"] == "plain"
+        assert float(row["ratio"]) == pytest.approx(float(row["peer_median_ms"]) / float(row["median_ms"]), rel=0.02)
+        assert float(row["error"]) < 1e-5
+        assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+    assert "speed-up" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_thread_settings_get_processes_of_their_own(tmp_path):
+    out = tmp_path / "out.csv"
+    assert bench.main(["test_litv2", "--rounds", "1", "--threads", "1", "2", "--size", "32", "--out", str(out)]) == 0
+    assert [row["threads"] for row in rows_of(out)] == ["1", "2"]
+
+
+def test_layer(tmp_path):
+    out = tmp_path / "out.csv"
+    words = [
+        "hilo",
+        "--size",
+        "4",
+        "--dtype",
+        "float32",
+        "bfloat16",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert bench.main(words) == 0
+    rows = rows_of(out)
+    assert [(r["name"], r["shape"], r["dtype"]) for r in rows] == [
+        ("hilo w2 alpha 0.9", "16x384", "float32"),
+        ("hilo w2 alpha 0.9", "16x384", "bfloat16"),
+    ]
+
+
+def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
+    build = bench.build_sides
+
+    def broken(args):
+        ours, peer, name, shape = build(args)
+        with torch.no_grad():
+            ours.stages[2].blocks[0].attn.l_proj.weight.mul_(1.5)
+        return ours, peer, name, shape
+
+    monkeypatch.setattr(bench, "build_sides", broken)
+    out = tmp_path / "out.csv"
+    assert bench.main(["test_litv2", "--rounds", "1", "--threads", "1", "--size", "32", "--out", str(out)]) == 2
+    assert "outputs differ" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_official_side_from_a_checkout(tmp_path, monkeypatch):
+    """The adapter imports the checkout's modules with the compiled layer replaced, and forgets them afterwards."""
+    import sys
+
+    package = tmp_path / "classification" / "models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "litv2.py").write_text(
+        "from mm_modules.DCN.modules.deform_conv2d import DeformConv2dPack\n"
+        "class LITv2(DeformConv2dPack):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(3, 4, kernel_size=2, stride=2, padding=0)\n"
+        "        self.kwargs = kwargs\n",
+        encoding="utf-8",
+    )
+    model = _official.official_model(tmp_path, "litv2_s_alpha05", 96)
+    assert isinstance(model, nn.Module)
+    assert (model.kwargs["alpha"], model.kwargs["img_size"], model.kwargs["embed_dim"]) == (0.5, 96, 96)
+    assert _official.official_model(tmp_path, "litv2_b", 224).kwargs["num_heads"] == [4, 8, 16, 32]
+    assert model(torch.zeros(1, 3, 6, 8)).shape == (1, 4, 3, 4)
+    assert sorted(k for k, _ in model.named_parameters()) == [
+        "bias",
+        "conv_offset.bias",
+        "conv_offset.weight",
+        "weight",
+    ]
+    assert not [name for name in sys.modules if name.startswith(("mm_modules", "models."))]
+    assert str(tmp_path / "classification") not in sys.path

@@ -1,0 +1,211 @@
+"""The command line: help, unknown names, one-line errors, listing, environment, generated tables."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vizoo.tools import cli, common, env, models, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *words):
+    """Exit status, standard output and standard error of ``vizoo WORDS``."""
+    try:
+        status = cli.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_names_every_command(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        status, out, err = run(capsys, *words)
+        assert status == 0
+        assert err == ""
+        assert all(f"  {name}" in out for name in cli.COMMANDS)
+        assert "examples:" in out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_teaches_by_example(command, capsys):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"  vizoo {command}" in out.partition("examples:")[2]
+
+
+def test_version(capsys):
+    import vizoo
+
+    assert run(capsys, "--version") == (0, f"{vizoo.__version__}\n", "")
+
+
+def test_unknown_command(capsys):
+    status, out, err = run(capsys, "profil")
+    assert (status, out) == (2, "")
+    assert err == "vizoo: error: unknown command 'profil'; did you mean 'profile'?\n"
+    assert "known: profile" in run(capsys, "zzz")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
+        (["bench", "resnet18"], "'resnet18' is not one model of the zoo"),
+        (["bench", "litv2_*"], "'litv2_*' is not one model of the zoo"),
+        (["bench", "litv2_s.nope"], "unknown tag 'nope' of model 'litv2_s'; known: alpha09_in1k, in1k"),
+        (["bench", "test_litv2", "--batch", "0"], "--batch 0: at least 1"),
+        (["bench", "test_litv2", "--size", "0"], "--size 0: at least 1 pixel"),
+        (["bench", "test_litv2", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu"),
+        (["bench", "test_litv2", "--device", "cuda:77"], "device 'cuda:77' is not on this machine"),
+        (["bench", "test_litv2", "--official", "/nowhere"], "--official '/nowhere': no such folder"),
+        (["bench", "litv2_s", "--official", "."], "give a checkout of the official code"),
+        (["bench", "test_litv2", "--out", "x.txt"], "--out 'x.txt': the ending must be .csv"),
+        (["models", "nothing*"], "no model of the zoo matches 'nothing*'"),
+        (["profile", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
+        (["profile", "test_litv2", "--size", "0"], "--size 0"),
+        (["profile", "test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
+        (["profile", "test_litv2", "--checkpoint", "/nowhere.pth"], "'/nowhere.pth' does not exist"),
+        (["train", "--model", "litv2_x", "--data", "digits"], "unknown model 'litv2_x'"),
+        (["train", "--model", "test_litv2", "--data", "digits", "--device", "tpu"], "unknown device 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"vizoo {words[0]}: error: ")
+    assert message in err
+
+
+def test_unreadable_checkpoint(tmp_path, capsys):
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    status, _, err = run(
+        capsys, "profile", "test_litv2", "--mode", "count", "--checkpoint", str(tmp_path / "broken.pth")
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "broken.pth" in err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(common.UserError, match="no model of the zoo"):
+        cli.main(["models", "nothing*", "--debug"])
+
+
+def test_module_and_script():
+    """``python -m vizoo``, ``python -m vizoo.tools.models`` and ``python tools/models.py`` are the same."""
+    outs = {
+        subprocess.run([sys.executable, *words, "litv2_m"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for words in (["-m", "vizoo", "models"], ["tools/models.py"])
+    }
+    assert len(outs) == 1
+    assert "48.83" in outs.pop()
+
+
+def test_models_lists_what_is_registered(capsys):
+    status, out, _ = run(capsys, "models", "--csv")
+    assert status == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    names = [r["model"] for r in rows]
+    assert not [n for n in names if n.startswith("test_")]
+    assert all(timm.is_model(n) for n in names)
+    row = next(r for r in rows if r["model"] == "litv2_b.r384_in1k")
+    assert list(row.values()) == [
+        "litv2_b.r384_in1k",
+        "86.52",
+        "39.646",
+        "384x384",
+        "84.7",
+        "official weights",
+        "apache-2.0",
+    ]
+    status, out, _ = run(capsys, "models", "litv2_s", "test_*")
+    assert "litv2_s " in out
+    assert "test_litv2" in out
+    assert "litv2_m" not in out
+    assert "…" not in out  # never squeezed
+
+
+def test_model_entries():
+    entry = models.list_zoo(["litv2_b"])[0]
+    assert (entry.size, entry.paper_top1, entry.weights) == ((224, 224), 83.6, ["in1k", "r384_in1k"])
+
+
+def test_env(capsys):
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert torch.__version__.partition("+")[0] in out
+    assert "onednn" in out
+    status, out, _ = run(capsys, "env", "--json")
+    found = json.loads(out)
+    assert set(found["backends"]) == {"torch", "onednn", "cuda", "triton", "natten"}
+    assert found["cores"] >= 1
+    assert env.environment()["versions"]["timm"] == timm.__version__
+
+
+def test_tables_are_up_to_date():
+    """README.md holds the tables that the recorded data give."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.rewrite(text, ROOT / "tools" / "results") == text, "run: python -m vizoo.tools.table"
+    assert {m[2] for m in table.MARKED.finditer(text)} == {"models", "speed"}
+
+
+def test_table_check_and_write(tmp_path, capsys):
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/models.csv").write_text(
+        "name,params,macs,paper_top1,source\ntest_litv2,,,,for tests\n", encoding="utf-8"
+    )
+    (tmp_path / "README.md").write_text("a\n<!-- table: models -->\nold\n<!-- end table -->\nb\n", encoding="utf-8")
+    assert table.main(["--root", str(tmp_path), "--check"]) == 1
+    assert "old" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert table.main(["--root", str(tmp_path)]) == 0
+    assert "test_litv2,494240," not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "backbones/models.csv").read_text(encoding="utf-8").splitlines()[1].startswith("test_litv2,")
+    assert "| `litv2_s` | 27.84 | 3.724 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert table.main(["--root", str(tmp_path), "--check"]) == 0
+    capsys.readouterr()
+    assert table.main(["--root", str(tmp_path / "backbones")]) == 2
+    assert "give the checkout" in capsys.readouterr().err
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old", encoding="utf-8")
+
+    def half():
+        with common.atomic_write(path) as f:
+            f.write("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half"):
+        half()
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with common.atomic_write(path) as f:
+        f.write("new")
+    assert path.read_text(encoding="utf-8") == "new"
+    with pytest.raises(common.UserError, match="cannot write"), common.atomic_write(tmp_path / "no" / "x.txt"):
+        pass
+
+
+def test_names_and_globs():
+    names = common.resolve_models(["litv2_b*", "resnet18", "litv2_b", "litv2_b.r384_in1k"])
+    assert names == ["litv2_b", "resnet18", "litv2_b.r384_in1k"]
+    assert common.resolve_models(["litv2_b.*"]) == ["litv2_b.in1k", "litv2_b.r384_in1k"]
+
+
+@pytest.mark.parametrize("values", [[0], [-3], [1, 2, 3], [4, 0]])
+def test_sizes(values):
+    with pytest.raises(common.UserError, match="at least 1 pixel"):
+        common.read_size(values)
+    assert common.read_size([5]) == (5, 5)
+    assert common.read_size([5, 7]) == (5, 7)
+    assert common.read_size(9) == (9, 9)

@@ -1,0 +1,646 @@
+"""Training: options, data checks, learning, checkpoints that load, exact resume after any kind of end."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.resources
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from vizoo.tools import train as tool
+from vizoo.tools._data import build_loaders, digits_splits, seeded_batches
+from vizoo.tools._train_options import build_parser, parse_options
+from vizoo.tools._train_output import Saver, draw_curves, newest_checkpoint
+
+DATA: list[str] = []
+DIGITS = ["--data", "digits", "--model", "test_convnext", "-b", "256"]
+# everything random at once: dropout, stochastic depth, mixing, erasing, an odd accumulation, a weight average
+RANDOM = ["--drop", "0.2", "--drop-path", "0.2", "--mixup", "0.4", "--cutmix", "1", "--reprob", "0.5", "--model-ema"]
+RANDOM += ["--model-ema-decay", "0.9", "--grad-accum-steps", "2", "--epochs", "2", "--warmup-epochs", "1"]
+
+
+def image_folder(root: Path, splits: tuple[str, ...] = ("train", "val"), classes: str = "ab", count: int = 6) -> Path:
+    for split in splits:
+        for c in classes:
+            (root / split / c).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([ord(c), i]).integers(0, 127, (20, 24, 3)) + 64 * (c == "a")
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / c / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder of 20 training images, which are five batches, and of 12 held-out images."""
+    root = image_folder(tmp_path_factory.mktemp("images"), ("train",), count=10)
+    recipe = importlib.resources.files("vizoo.configs") / "classification" / "digits_litv2_s.yaml"
+    DATA[:] = ["-c", str(recipe), "--data", str(image_folder(root, ("val",))), "--model", "test_convnext", "-b", "4"]
+
+
+def run(folder: Path, *options: str) -> int:
+    return tool.main([*DATA, "--output", str(folder.parent), "--experiment", folder.name, *options])
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same(a, b, where: str = "checkpoint") -> None:
+    """Equal structure and bit-identical values."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "summary.csv").read_bytes() == (b / "summary.csv").read_bytes()
+    names = {p.name for p in a.iterdir()}
+    assert names == {p.name for p in b.iterdir()}
+    assert {"last.pth.tar", "model_best.pth.tar", "args.yaml", "curves.png"} <= names
+    for name in sorted(n for n in names if n.endswith(".pth.tar")):
+        x, y = load(a / name), load(b / name)
+        for part in ("args", "run"):
+            for key in ("output", "experiment", "recovery_interval", "elapsed"):
+                x[part].pop(key, None), y[part].pop(key, None)
+        assert_same(x, y, name)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+def at_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int, action) -> None:
+    """Do something before the given call of a method."""
+    method, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number:
+            action()
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def die() -> None:
+    raise Killed
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with everything random."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(folder, *RANDOM) == 0
+    return folder
+
+
+def test_whole_run_moved_the_weights_and_wrote_its_files(whole: Path) -> None:
+    last = load(whole / "last.pth.tar")
+    assert (last["epoch"], last["run"]["epoch"], last["run"]["batch"]) == (1, 2, 0)
+    assert last["saver"]["best_metric"] is not None
+    ema, weights = last["state_dict_ema"], last["state_dict"]
+    assert ema.keys() == weights.keys()
+    assert not torch.equal(ema["head.fc.weight"], weights["head.fc.weight"])
+    table = rows(whole)
+    assert [r["epoch"] for r in table] == ["0", "1"]
+    assert len({r["train_loss"] for r in table}) == 2
+    assert set(table[0]) == {"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "options"),
+    [
+        pytest.param(tool.Trainer, "backward", 3, [], id="first-epoch"),
+        pytest.param(tool.Trainer, "backward", 8, [], id="second-epoch"),
+        pytest.param(tool.Trainer, "backward", 8, ["--recovery-interval", "1"], id="recovery"),
+        pytest.param(Saver, "_save", 1, [], id="before-saving"),
+        pytest.param(Saver, "_duplicate", 1, [], id="between-last-and-best"),
+        pytest.param(Saver, "_duplicate", 2, [], id="before-best"),
+        pytest.param(Saver, "drop_recovery", 1, ["--recovery-interval", "1"], id="before-log"),
+    ],
+)
+def test_run_killed_anywhere_resumes_exactly(whole, tmp_path, monkeypatch, owner, name, call, options) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, call, die)
+        with pytest.raises(Killed):
+            run(folder, *RANDOM, *options)
+    assert run(folder, *RANDOM, "--resume") == 0
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("call", [2, 5, 8])
+def test_ctrl_c_saves_at_an_update_and_resumes_exactly(whole, tmp_path, monkeypatch, capsys, call) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, tool.Trainer, "backward", call, interrupt)
+        assert run(folder, *RANDOM) == 130
+    assert "continue with the same command and --resume" in capsys.readouterr().err
+    saved = newest_checkpoint(folder)
+    assert saved is not None
+    assert saved.name.startswith("recovery-")
+    timm.create_model("test_convnext", num_classes=2, checkpoint_path=str(saved))
+    assert run(folder, *RANDOM, "--resume") == 0
+    assert_same_run(whole, folder)
+
+
+def test_ctrl_c_while_measuring_resumes_exactly(whole, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, torch.nn.functional, "cross_entropy", 2, interrupt)  # training uses soft targets
+        assert run(folder, *RANDOM) == 130
+    assert (folder / "recovery-0-5.pth.tar").is_file()
+    assert run(folder, *RANDOM, "--resume") == 0
+    assert_same_run(whole, folder)
+
+
+def test_process_killed_by_the_system_resumes_exactly(whole, tmp_path) -> None:
+    folder = tmp_path / "run"
+    code = """
+import os, signal, sys, torch
+from vizoo.tools import train
+torch.set_num_threads(1)
+backward, calls = train.Trainer.backward, []
+def until_killed(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(*args, **kwargs)
+train.Trainer.backward = until_killed
+train.main(sys.argv[1:])
+"""
+    options = [*DATA, *RANDOM, "--output", str(tmp_path), "--experiment", "run", "--recovery-interval", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *options], stdout=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert newest_checkpoint(folder) == folder / "recovery-1-2.pth.tar"
+    assert run(folder, *RANDOM, "--resume") == 0
+    assert_same_run(whole, folder)
+
+
+def test_loader_processes_resume_exactly(tmp_path, monkeypatch) -> None:
+    options = ["--epochs", "2", "--workers", "2", "--mixup", "0.5"]
+    assert run(tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, tool.Trainer, "backward", 8, interrupt)
+        assert run(tmp_path / "cut", *options) == 130
+    assert run(tmp_path / "cut", *options, "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_seeds_change_the_run(whole, tmp_path) -> None:
+    assert run(tmp_path / "run", *RANDOM, "--seed", "1") == 0
+    assert rows(tmp_path / "run") != rows(whole)
+
+
+def test_best_checkpoint_loads_and_gives_the_reported_accuracy(tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    options = [*DIGITS, "--epochs", "3", "--in-chans", "1", "--model-ema", "--model-ema-decay", "0.5"]
+    assert tool.main([*options, "--output", str(tmp_path), "--experiment", "run"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("load it: "))
+    names: dict = {}
+    exec(line.removeprefix("load it: "), names)  # the printed words really work
+    args = parse_options([*DIGITS, "--in-chans", "1"])
+    data = timm.data.resolve_data_config(vars(args), model=names["model"])
+    loaders = build_loaders(args, digits_splits("L"), data, torch.device("cpu"), 10, False)
+    measured = tool.evaluate(names["model"], loaders[1], torch.device("cpu"))
+    best = max(float(r["eval_top1"]) for r in rows(folder))
+    assert best > 50
+    assert measured["top1"] == best
+    assert f"best top-1 {best:.2f} % on 360 held-out images" in out
+
+
+def test_fixed_size_models_get_the_input_size(tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--model", "test_vit", "--img-size", "32", "--epochs", "1", "--channels-last") == 0
+    out = capsys.readouterr().out
+    assert "img_size=(32, 32)" in out
+    best = str(folder / "model_best.pth.tar")
+    timm.create_model("test_vit", num_classes=2, img_size=(32, 32), checkpoint_path=best)
+
+
+@pytest.mark.parametrize("sched", [("cosine", True), ("step", False), ("wsd", True)], ids=str)
+def test_resumed_learning_rate_follows_the_schedule(tmp_path, monkeypatch, sched) -> None:
+    options = ["--epochs", "4", "--sched", sched[0], "--decay-epochs", "1", "--opt", "sgd", "--lr", "0.01"]
+    options += ["--sched-on-updates" if sched[1] else "--no-sched-on-updates"]
+    assert run(tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, tool.Trainer, "backward", 13, interrupt)
+        assert run(tmp_path / "cut", *options) == 130
+    assert run(tmp_path / "cut", *options, "--resume") == 0
+    lrs = [r["lr"] for r in rows(tmp_path / "whole")]
+    assert len(set(lrs)) > 2
+    assert [r["lr"] for r in rows(tmp_path / "cut")] == lrs
+
+
+def test_half_precision_scaler_is_resumed(tmp_path, monkeypatch) -> None:
+    options = ["--amp", "--epochs", "2"]
+    assert run(tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, tool.Trainer, "backward", 8, interrupt)
+        assert run(tmp_path / "cut", *options) == 130
+    assert load(tmp_path / "cut" / "recovery-1-3.pth.tar")["amp_scaler"]["_growth_tracker"] > 0
+    assert run(tmp_path / "cut", *options, "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_more_epochs_and_other_options_after_the_end(tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--epochs", "1") == 0
+    assert run(folder, "--epochs", "1", "--resume") == 0
+    assert "all 1 epochs are done already" in capsys.readouterr().out
+    assert run(folder, "--epochs", "2", "--resume", "--opt", "sgd", "--no-resume-opt") == 0
+    err = capsys.readouterr().err
+    assert "epochs 1 -> 2" in err
+    assert "opt adamw -> sgd" in err
+    assert [r["epoch"] for r in rows(folder)] == ["0", "1"]
+
+
+def test_keeps_the_best_checkpoints_and_ranks_by_loss(tmp_path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--epochs", "4", "--checkpoint-hist", "2", "--eval-metric", "loss") == 0
+    losses = [float(r["eval_loss"]) for r in rows(folder)]
+    best = sorted(range(4), key=lambda i: losses[i])[:2]
+    assert {p.name for p in folder.glob("checkpoint-*")} == {f"checkpoint-{i}.pth.tar" for i in best}
+    assert load(folder / "model_best.pth.tar")["epoch"] == best[0]
+
+
+def test_resume_from_an_earlier_checkpoint_restores_its_best(tmp_path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--epochs", "3", "--checkpoint-hist", "3") == 0
+    first = folder / "checkpoint-0.pth.tar"
+    assert run(folder, "--epochs", "1", "--checkpoint-hist", "3", "--resume", str(first)) == 0
+    assert load(folder / "model_best.pth.tar")["epoch"] == 0
+    assert load(folder / "last.pth.tar")["epoch"] == 0
+
+
+def test_resume_without_a_name_finds_the_newest_run(tmp_path, capsys) -> None:
+    options = [*DATA, "--output", str(tmp_path), "--epochs", "1"]
+    assert tool.main([*options, "--resume"]) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+    assert tool.main([*options, "--resume"]) == 0
+    assert "all 1 epochs are done" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*-test_convnext-32"))) == 1
+
+
+def test_nan_stops_with_one_line(tmp_path, capsys) -> None:
+    options = ["--opt", "sgd", "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "2", "--drop-path", "0"]
+    assert run(tmp_path / "run", *options, "--clip-grad", "1e9") == 1
+    err = capsys.readouterr().err.strip()
+    assert "the training loss is" in err
+    assert "epoch 1, batch" in err
+    assert "\n" not in err
+
+
+ERRORS = {
+    "model": (["--model", "test_convnex"], ["test_convnex", "did you mean test_convnext"]),
+    "several models": (["--model", "test_convnext*"], ["matches 3 models"]),
+    "device": (["--device", "gpu"], ["'gpu'", "allowed: cpu, cuda"]),
+    "meta device": (["--device", "meta"], ["'meta'", "allowed: cpu"]),
+    "batch size 0": (["-b", "0"], ["--batch-size", "got 0", "at least 1"]),
+    "batch too large": (["-b", "1438"], ["--batch-size 1438", "1437"]),
+    "odd batch": (["-b", "15", "--mixup", "1"], ["--batch-size 15 is odd"]),
+    "epochs 0": (["--epochs", "0"], ["--epochs", "got 0", "at least 1"]),
+    "epochs word": (["--epochs", "ten"], ["--epochs", "'ten' is no int"]),
+    "nan": (["--lr", "nan"], ["--lr", "got nan"]),
+    "config": (["-c", "no.yaml"], ["no.yaml", "No such file"]),
+    "optimizer": (["--opt", "adamx"], ["adamx", "did you mean", "adam"]),
+    "schedule": (["--sched", "cosin"], ["--sched", "cosin", "cosine"]),
+    "smoothing": (["--smoothing", "1.5"], ["--smoothing", "between 0 and 1"]),
+    "augmentation": (["--aa", "nonsense"], ["--aa nonsense", "rand-m9-mstd0.5-inc1"]),
+    "classes": (["--num-classes", "9"], ["--num-classes 9", "10 classes"]),
+    "channels": (["--input-size", "2", "32", "32"], ["--input-size 2", "1 or 3"]),
+    "mean": (["--mean", "0.1", "0.2"], ["--mean has 2 values"]),
+    "interpolation": (["--interpolation", "cubic"], ["'cubic'", "bicubic"]),
+    "lr scale": (["--lr-scale", "0.1"], ["PATTERN=FACTOR"]),
+    "lr scale match": (["--lr-scale", "x.*=0.1"], ["matches 'x.*'", "stem"]),
+    "initial checkpoint": (["--initial-checkpoint", "no.pth"], ["'no.pth' does not exist"]),
+    "resume": (["--resume", "no.pth.tar"], ["'no.pth.tar'", "no such file"]),
+    "data": (["--data", "nowhere"], ["'nowhere' is no folder", "digits"]),
+    "size": (["--model", "test_vit", "--img-size", "9"], ["'test_vit'", "9"]),
+    "tiny size": (["--model", "test_resnet", "--img-size", "2", "-b", "1"], ["'test_resnet'", "2x2", "--batch-size 1"]),
+    "unknown": (["--learning-rate", "1"], ["unrecognized arguments: --learning-rate"]),
+    "sync": (["--torchcompile", "nonsense"], ["--torchcompile 'nonsense'"]),
+    "output": (["--output", "/dev/null/x"], ["/dev/null/x"]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line_with_status_2(case, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, words = ERRORS[case]
+    assert tool.main([*DIGITS, "--epochs", "1", *options]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("vizoo train: error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert not [w for w in words if w not in err], err
+    assert "top-1" not in out
+
+
+def test_resume_refuses_other_models_shapes_and_folders_in_use(tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--epochs", "1") == 0
+    capsys.readouterr()
+    last = str(folder / "last.pth.tar")
+    bare = tmp_path / "bare.pth.tar"
+    torch.save(load(folder / "last.pth.tar")["state_dict"], bare)
+    half = tmp_path / "half.pth.tar"
+    half.write_bytes(bare.read_bytes()[:5000])
+    cases = [
+        ([], ["holds a run", "--resume"]),
+        (["--resume", "--model", "test_vit", "--img-size", "32"], ["'test_convnext'", "'test_vit'"]),
+        (["--resume", last, "--num-classes", "11"], ["does not fit the model"]),
+        (["--resume", last, "--layer-decay", "0.5"], ["optimizer state does not fit", "--no-resume-opt"]),
+        (["--resume", str(bare)], ["no training checkpoint", "--initial-checkpoint"]),
+        (["--resume", str(half)], ["cannot read the checkpoint"]),
+    ]
+    for options, words in cases:
+        assert run(folder, "--epochs", "2", *options) == 2
+        err = capsys.readouterr().err
+        assert len(err.strip().splitlines()) == 1
+        assert not [w for w in words if w not in err], err
+
+
+FOLDER = ["--model", "test_convnext", "--img-size", "32", "-b", "4", "--epochs", "1", "--workers", "0", "--lr", "0.01"]
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation"])
+def test_trains_on_folders(tmp_path, capsys, held_out) -> None:
+    data = image_folder(tmp_path / "data", ("train", held_out))
+    options = ["--output", str(tmp_path), "--experiment", "run"]
+    assert tool.main([*FOLDER, "--data-dir", str(data), *options]) == 0
+    out = capsys.readouterr().out
+    assert "2 classes, 12 training and 12 held-out images" in out
+    assert "num_classes=2" in out
+    assert set(rows(tmp_path / "run")[0]) >= {"train_loss", "train_top1", "eval_top1"}
+
+
+def _drop(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+BAD_DATA = {
+    "no val": (lambda d: (d / "val").rename(d / "test"), ["data' has no folder", "'val/'"]),
+    "class missing": (lambda d: (d / "val" / "b").rename(d / "val" / "c"), ["only in train/: b", "only in val/: c"]),
+    "empty class": (lambda d: _drop(d / "train" / "b"), ["train/b' holds no image"]),
+    "broken": (lambda d: (d / "train" / "b" / "2.png").write_bytes(b"no image"), ["train/b/2.png", "cannot read"]),
+    "cut off": (
+        lambda d: (d / "val" / "a" / "3.png").write_bytes((d / "val" / "a" / "3.png").read_bytes()[:700]),
+        ["val/a/3.png", "cannot read"],
+    ),
+    "stray": (lambda d: (d / "val" / "a" / "3.png").rename(d / "val" / "3.png"), ["val/3.png", "outside any class"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_found_before_training(tmp_path, capsys, case) -> None:
+    data = image_folder(tmp_path / "data")
+    spoil, words = BAD_DATA[case]
+    spoil(data)
+    assert tool.main([*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert not [w for w in words if w not in err], err
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_classes_or_with_one(tmp_path, capsys) -> None:
+    for root, classes, word in (("none", "", "one folder for each class"), ("one", "a", "holds one class, 'a'")):
+        data = image_folder(tmp_path / root, classes=classes)
+        for split in ("train", "val"):
+            (data / split).mkdir(parents=True, exist_ok=True)
+        assert tool.main([*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_check_images_can_be_limited(tmp_path, capsys) -> None:
+    data = image_folder(tmp_path / "data")
+    file = data / "train" / "a" / "0.png"
+    file.write_bytes(file.read_bytes()[:700])  # the header is whole
+    options = [*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]
+    assert tool.main([*options, "--check-images", "full"]) == 2
+    assert "0.png" in capsys.readouterr().err
+    assert tool.main([*options, "--check-images", "header"]) == 0
+
+
+def test_options_come_from_recipe_then_config_then_command_line(tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "epochs: 7\nlr_scale: ['head.*=0.5']\nmodel-ema: true\nmodel_kwargs: {act_layer: relu}\nscale: [1, 1]\n"
+    )
+    args = parse_options(["--data", "digits", "-c", str(config), "--seed", "3", "--lr-scale", "stem.*=2"])
+    assert (args.model, args.img_size, args.hflip, args.opt) == ("litv2_s", 32, 0.0, "adamw")  # recipe
+    assert (args.epochs, args.model_ema, args.scale, args.model_kwargs) == (7, True, [1.0, 1.0], {"act_layer": "relu"})
+    assert args.lr_scale == [("head.*", 0.5), ("stem.*", 2.0)]
+    assert parse_options(["--data", "digits", "-c", str(config), "--epochs", "2", "--no-model-ema"]).epochs == 2
+    assert not parse_options(["--data", "digits", "-c", str(config), "--no-model-ema"]).model_ema
+    assert parse_options(["--data", "x", "--model", "y"]).opt == "sgd"  # no recipe for folders
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("epoch: 3", "unknown option 'epoch', did you mean 'epochs'"),
+        ("epochs: 0", "got 0"),
+        ("epochs: true", "takes a value"),
+        ("amp: 3", "true or false"),
+        ("- a", "option: value"),
+        ("a: [", "no YAML"),
+        ("scale: [1]", "expected 2 arguments"),
+    ],
+)
+def test_bad_config_names_the_file(tmp_path, capsys, text, word) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    assert tool.main([*DIGITS, "-c", str(config)]) == 2
+    err = capsys.readouterr().err
+    assert "c.yaml" in err
+    assert word in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_args_yaml_repeats_the_run(whole, tmp_path) -> None:
+    code = tool.main(["-c", str(whole / "args.yaml"), "--output", str(tmp_path), "--experiment", "again"])
+    assert code == 0
+    assert_same_run(whole, tmp_path / "again")
+
+
+def test_every_timm_option_keeps_its_name_and_every_option_is_explained() -> None:
+    text = build_parser().format_help()
+    for action in build_parser()._actions:
+        assert action.help, action.dest
+        assert all(s in text for s in action.option_strings if not s.startswith("--no-"))
+    assert "examples:" in text
+
+
+def trainer(*options: str) -> tool.Trainer:
+    args = parse_options([*DIGITS, *options])
+    world = argparse.Namespace(distributed=False, world_size=1, global_rank=0, device="cpu")
+    return tool.Trainer(args, world, digits_splits("RGB"))
+
+
+def test_learning_rates_and_parameter_groups() -> None:
+    run = trainer("--lr", "0.1", "--warmup-epochs", "0", "--lr-scale", "stem.*=0.01", "--lr-scale", "*.bias=0")
+    names = {id(p): n for n, p in run.model.named_parameters()}
+    seen = {}
+    for group in run.optimizer.param_groups:
+        for p in group["params"]:
+            seen[names[id(p)]] = group
+    assert seen.keys() == set(names.values())
+    for name, group in seen.items():
+        scale = 0.0 if name.endswith(".bias") else 0.01 if name.startswith("stem.") else 1.0
+        assert group["lr"] == pytest.approx(0.1 * scale), name
+        one_dim = run.model.get_parameter(name).ndim <= 1
+        assert group["weight_decay"] == (0.0 if one_dim else run.args.weight_decay), name
+    assert run.base_lr() == pytest.approx(0.1)
+    # square root for adam-like optimizers, linear for the others, over the total batch
+    scaled = ["--lr-base", "0.1", "--lr-base-size", "64", "--warmup-epochs", "0"]
+    assert trainer(*scaled, "--opt", "adamw").base_lr() == pytest.approx(0.2)
+    assert trainer(*scaled, "--opt", "sgd", "--grad-accum-steps", "2").base_lr() == pytest.approx(0.8)
+    decayed = trainer("--lr", "0.1", "--layer-decay", "0.5", "--warmup-epochs", "0")
+    assert len({g["lr"] for g in decayed.optimizer.param_groups}) > 2
+    assert decayed.base_lr() == pytest.approx(0.1)
+
+
+def test_augmentation_options_reach_the_loader() -> None:
+    run = trainer("--vflip", "0.3", "--hflip", "0.2", "--rotate", "5", "--translate", "0.1", "--color-jitter", "0.2")
+    text = str(run.loader.dataset.transform)
+    for word in (
+        "VerticalFlip(p=0.3)",
+        "HorizontalFlip(p=0.2)",
+        "degrees=[-5.0, 5.0]",
+        "translate=(0.1, 0.1)",
+        "(0.8,",
+    ):
+        assert word in text, text
+    plain = str(trainer("--no-aug").loader.dataset.transform)
+    assert "Random" not in plain
+    more = trainer("--aa", "rand-m3", "--grayscale-prob", "0.1", "--gaussian-blur-prob", "0.1", "--reprob", "0.5")
+    text = str(more.loader.dataset.transform)
+    assert "RandAugment" in text
+    assert "Grayscale" in text
+    assert "GaussianBlur" in text
+    assert more.loader.random_erasing.probability == 0.5
+    assert "RandomCropOrPad" in str(trainer("--train-crop-mode", "rkrr").loader.dataset.transform)
+
+
+def test_batches_follow_seed_epoch_and_position_only() -> None:
+    loader = trainer("--reprob", "0.5").loader
+
+    def batches(epoch: int, rank: int = 0, disturb: bool = False) -> list[torch.Tensor]:
+        out = []
+        for images, _ in seeded_batches(loader, 42, rank, epoch):
+            out.append(images)
+            if disturb:
+                torch.rand(7), np.random.rand(3)  # as dropout or anything else in between would
+        return out
+
+    first = batches(0)
+    assert len(first) == 5
+    assert all(map(torch.equal, first, batches(0, disturb=True)))
+    assert not torch.equal(first[0], batches(1)[0])
+    assert not torch.equal(first[0], batches(0, rank=1)[0])
+
+
+def test_digits_split_is_fixed_and_stratified() -> None:
+    a, b = digits_splits("L"), digits_splits("RGB")
+    assert (len(a.train), len(a.held_out)) == (1437, 360)
+    assert np.array_equal(a.held_out.images, b.held_out.images)
+    counts = np.bincount(a.held_out.targets)
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+    both = {x.tobytes() for x in a.train.images} & {x.tobytes() for x in a.held_out.images}
+    assert not both
+    assert a.train[0][0].mode == "L"
+    assert b.train[0][0].getextrema()[0][1] == 255
+
+
+def test_evaluate_counts_repeated_images_once() -> None:
+    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1], [9, 0, 0]])
+    target = torch.tensor([0, 0, 1, 2, 1])  # the last one only fills the batch
+    loader = DataLoader(TensorDataset(logits, target), batch_size=3)
+    loader.sampler.num_valid_samples = 4
+    seen = []
+    out = tool.evaluate(torch.nn.Identity(), loader, torch.device("cpu"), on_batch=lambda: seen.append(0))
+    assert out["top1"] == 75.0
+    assert out["top5"] == 100.0
+    assert out["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:4], target[:4]).item(), rel=1e-6)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("epochs", [1, 60])
+def test_learning_curves_are_a_picture(tmp_path, epochs) -> None:
+    columns = {"train_loss": 2.0, "eval_loss": 1.0, "eval_top1": 90.0}
+    history = [{"epoch": i, **{k: v + i / 60 for k, v in columns.items()}} for i in range(epochs)]
+    draw_curves(history, tmp_path / "c.png", "title")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size[0] > 1000
+        assert len(image.convert("RGB").getcolors(10**6)) > 20
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "vizoo.tools.train", *DIGITS, "-b", "128", "--epochs", "2", "--model", "test_resnet"]
+    command += ["--device", "cpu", "--output", str(tmp_path), "--experiment", "run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best top-1") == 1
+    assert "cpu x 2 processes" in done.stdout
+    table = rows(tmp_path / "run")
+    assert float(table[1]["eval_top1"]) > 30
+    # what was measured on two halves equals the whole, with the averaged BatchNorm statistics
+    args = parse_options(DIGITS)
+    model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
+    data = timm.data.resolve_data_config(vars(args), model=model)
+    held_out = build_loaders(args, digits_splits("RGB"), data, torch.device("cpu"), 10, False)[1]
+    measured = tool.evaluate(model, held_out, torch.device("cpu"))
+    assert measured["top1"] == pytest.approx(float(table[1]["eval_top1"]), abs=1e-4)
+    assert measured["loss"] == pytest.approx(float(table[1]["eval_loss"]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_learns_the_digits(tmp_path) -> None:
+    options = [*DIGITS, "-b", "64", "--drop-path", "0", "--output", str(tmp_path), "--experiment", "run"]
+    assert tool.main(options) == 0
+    assert max(float(r["eval_top1"]) for r in rows(tmp_path / "run")) >= 95.0
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["epochs"] == 12

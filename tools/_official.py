@@ -1,0 +1,124 @@
+"""Official code of the families, loaded from a local checkout, as the other side of a benchmark.
+
+Nothing of it is part of this package.  An adapter puts the folder on the import path for the time of the import and
+replaces compiled extensions that no longer build by the torchvision operator of the same definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vizoo.tools.common import UserError
+
+
+@contextlib.contextmanager
+def _importing(folder: Path, stubs: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Make the modules of ``folder`` importable; forget them afterwards, so that two checkouts never mix."""
+    before = dict(sys.modules)
+    for name, members in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(members)
+    sys.path.insert(0, str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old import paths of timm
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in list(sys.modules):
+            origin = getattr(sys.modules[name], "__file__", None) or ""
+            if name not in before and (name in stubs or origin.startswith(str(folder))):
+                del sys.modules[name]
+
+
+class _DeformConv2dPack(nn.Module):
+    """The official compiled layer's parameters around torchvision's operator."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int, **_: Any):
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride)
+        self.weight, self.bias, self.stride = conv.weight, conv.bias, stride
+        self.conv_offset = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torchvision.ops import deform_conv2d
+
+        return deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, stride=self.stride)
+
+
+def _litv2(checkout: Path, name: str, size: int) -> nn.Module:
+    stub = "mm_modules.DCN.modules.deform_conv2d"
+    parents = {"mm_modules": {}, "mm_modules.DCN": {}, "mm_modules.DCN.modules": {}}
+    with _importing(checkout / "classification", {**parents, stub: {"DeformConv2dPack": _DeformConv2dPack}}):
+        from models.litv2 import LITv2  # type: ignore[import-not-found]
+    base = name.startswith("litv2_b")
+    alphas = {"00": 0.0, "02": 0.2, "04": 0.4, "05": 0.5, "07": 0.7, "10": 1.0}
+    return LITv2(
+        img_size=size,
+        embed_dim=128 if base else 96,
+        depths=[2, 2, 6, 2] if name.startswith("litv2_s") else [2, 2, 18, 2],
+        num_heads=[4, 8, 16, 32] if base else [3, 6, 12, 24],
+        alpha=alphas[name[-2:]] if "alpha" in name else 0.9,
+        local_ws=[0, 0, 2, 1],
+    )
+
+
+def _hilo(checkout: Path, dim: int, num_heads: int, window_size: int, alpha: float) -> nn.Module:
+    with _importing(checkout, {}):
+        from hilo import HiLo  # type: ignore[import-not-found]
+    return HiLo(dim=dim, num_heads=num_heads, qkv_bias=True, window_size=window_size, alpha=alpha)
+
+
+_MODELS = {"litv2": ("classification/models/litv2.py", _litv2)}
+
+
+def _require(checkout: Path, file: str) -> None:
+    if not (checkout / file).is_file():
+        raise UserError(f"--official {str(checkout)!r}: no {file} there; give a checkout of the official code")
+
+
+def official_model(checkout: Path, name: str, size: int) -> nn.Module:
+    """The official model of one of our names, with weights as its constructor draws them.
+
+    Args:
+        checkout: Folder of the official repository.
+        name: Our name without tag.
+        size: Side of the square input in pixels.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: If the folder is not that repository, or the family has no official code.
+    """
+    family = name.split("_")[0]
+    if family not in _MODELS or name.startswith("test_"):
+        raise UserError(f"--official: no official code is known for {name!r}; known families: {', '.join(_MODELS)}")
+    file, build = _MODELS[family]
+    _require(checkout, file)
+    return build(checkout, name, size)
+
+
+def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
+    """The official stand-alone HiLo layer, called as ``layer(tokens, H, W)``.
+
+    Args:
+        checkout: Folder of the official repository.
+        **arguments: ``dim, num_heads, window_size, alpha``.
+
+    Returns:
+        The layer.
+
+    Raises:
+        UserError: If the folder is not that repository.
+    """
+    _require(checkout, "hilo.py")
+    return _hilo(checkout, **arguments)

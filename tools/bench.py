@@ -1,0 +1,383 @@
+"""``vizoo bench``: a model or a HiLo layer against its official code or the plain reference, in alternation."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vizoo.tools.common import UserError, atomic_write, print_table, progress, resolve_device, resolve_models, run_tool
+
+EXAMPLES = """\
+examples:
+  vizoo bench litv2_s                                   fast paths against plain PyTorch
+  vizoo bench litv2_s --official LITv2                  against a checkout of the official code
+  vizoo bench litv2_s --batch 1 8 --threads 1 2 --dtype float32 bfloat16 --out results.csv
+  vizoo bench litv2_s --official LITv2 --compile        both sides compiled
+  vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
+
+Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
+stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
+COLUMNS = [
+    "name",
+    "peer",
+    "mode",
+    "shape",
+    "dtype",
+    "peer_dtype",
+    "batch",
+    "threads",
+    "rounds",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peer_median_ms",
+    "peer_p20_ms",
+    "peer_p80_ms",
+    "ratio",
+    "error",
+    "cpu_use",
+    "device",
+    "torch",
+    "timm",
+    "vizoo",
+    "commit",
+    "date",
+]
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # ||ours - theirs|| / ||theirs||
+LAYER = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command-line options."""
+    p = argparse.ArgumentParser(
+        prog="vizoo bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("name", help="a model of the zoo, or 'hilo' for one attention layer")
+    p.add_argument(
+        "--official", type=Path, metavar="DIR", help="checkout of the official code (default: plain reference)"
+    )
+    p.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once (1)")
+    p.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads, each in a fresh process (torch's)")
+    p.add_argument(
+        "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
+    )
+    p.add_argument("--size", type=int, metavar="N", help="side of the image (the model's), or of the layer's map (56)")
+    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of the layer (2)")
+    p.add_argument(
+        "--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of the layer (0.9)"
+    )
+    p.add_argument(
+        "--mode", choices=["infer", "train"], default="infer", help="forward, or forward and backward (infer)"
+    )
+    p.add_argument("--compile", action="store_true", help="torch.compile both sides")
+    p.add_argument("--channels-last", action="store_true", help="image and both models in channels_last")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N (cpu)")
+    p.add_argument("--rounds", type=int, default=20, help="timed calls of each side (20)")
+    p.add_argument("--out", type=Path, metavar="FILE.csv", help="append the rows to this file")
+    return p
+
+
+def draw_weights(model: Any) -> None:
+    """Give every parameter and buffer of a model random values of a trained model's size, offsets included."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            value.copy_(0.5 + noise.abs())
+        elif value.dim() > 1:
+            value.copy_(noise / value[0].numel() ** 0.5)
+        else:
+            value.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+
+def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
+    """Both sides with equal weights in float32 on the CPU.
+
+    Args:
+        args: Parsed options.
+
+    Returns:
+        Our module, the peer, the peer's name, and the input's shape without the batch.
+    """
+    import timm
+    from timm.layers import set_fused_attn
+
+    from vizoo.tools._official import official_hilo, official_model
+
+    if args.name == "hilo":
+        from vizoo.backbones.layers import HiLo
+
+        arguments = {**LAYER, "window_size": args.window, "alpha": args.alpha}
+        side = args.size or 56
+        ours = HiLo(qkv_bias=True, **arguments)
+        draw_weights(ours)
+        peer: Any = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
+        peer.load_state_dict(ours.state_dict())
+        if not args.official:
+            peer.fused_attn = False
+        return ours, peer, "official" if args.official else "plain", [side * side, LAYER["dim"]]
+
+    (name,) = resolve_models([args.name]) if not any(c in args.name for c in "*?[") else [""]
+    if not name or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
+        raise UserError(f"{args.name!r} is not one model of the zoo; 'vizoo models' lists them")
+    ours = timm.create_model(name)
+    side = args.size or ours.pretrained_cfg["input_size"][-1]
+    if args.official:
+        peer = official_model(args.official, name.partition(".")[0], side)
+        draw_weights(peer)
+        filter_fn = sys.modules[type(ours).__module__].checkpoint_filter_fn
+        ours.load_state_dict(filter_fn(peer.state_dict(), ours))
+        return ours, peer, "official", [3, side, side]
+    draw_weights(ours)
+    set_fused_attn(False)
+    try:
+        peer = timm.create_model(name)
+    finally:
+        set_fused_attn(True)
+    peer.load_state_dict(ours.state_dict())
+    return ours, peer, "plain", [3, side, side]
+
+
+def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, device: Any) -> tuple[list, list, float]:
+    """Time two functions in turn.
+
+    Args:
+        ours: First function.
+        theirs: Second function.
+        rounds: Timed calls of each.
+        device: Where they run; CUDA is synchronised around each call.
+
+    Returns:
+        Seconds of each call of both sides, and the processor time used over the wall time.
+    """
+    import gc
+    import time
+
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(3):
+        ours(), theirs()
+    gc.collect()
+    gc.disable()
+    wall = cpu = 0.0
+    try:
+        with progress() as bar:
+            task = bar.add_task("timing", total=rounds)
+            for _ in range(rounds):
+                for side, f in zip(times, (ours, theirs), strict=True):
+                    wait()
+                    c, t = time.process_time(), time.perf_counter()
+                    f()
+                    wait()
+                    side.append(time.perf_counter() - t)
+                    wall += side[-1]
+                    cpu += time.process_time() - c
+                bar.advance(task)
+    finally:
+        gc.enable()
+    return *times, cpu / wall
+
+
+def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
+    """Check and time one batch size and dtype with the current number of threads.
+
+    Args:
+        args: Parsed options.
+        batch: Images at once.
+        dtype: Dtype of our side.
+
+    Returns:
+        A row by column name.
+
+    Raises:
+        UserError: If the outputs of the two sides differ.
+    """
+    import numpy as np
+    import timm
+    import torch
+
+    import vizoo
+
+    device = resolve_device(args.device)
+    ours, peer, peer_name, shape = build_sides(args)
+    peer_dtype = dtype if peer_name == "plain" or device.type == "cuda" else "float32"
+    train = args.mode == "train"
+    memory_format = torch.channels_last if args.channels_last else torch.preserve_format
+    sides = []
+    for module, name in ((ours, dtype), (peer, peer_dtype)):
+        module = module.to(device, getattr(torch, name)).train(train)
+        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(device, getattr(torch, name))
+        if args.channels_last:
+            module, x = module.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+        compiled = torch.compile(module) if args.compile else module
+        inputs = (x, *((int(shape[0] ** 0.5),) * 2 if args.name == "hilo" and module is peer and args.official else ()))
+
+        def call(compiled: Any = compiled, inputs: Any = inputs, module: Any = module) -> Any:
+            out = compiled(*inputs)
+            if train:
+                module.zero_grad(set_to_none=True)
+                out.square().mean().backward()
+            return out
+
+        sides.append(call)
+    with torch.set_grad_enabled(train), torch.inference_mode(not train):
+        a, b = (f().detach().float() for f in sides)
+        error = float((a - b).norm() / b.norm())
+        if not error <= TOLERANCE[dtype]:
+            raise UserError(
+                f"{args.name}, {dtype}: outputs differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
+            )
+        mine, theirs, use = alternate(*sides, args.rounds, device)
+
+    def quantiles(seconds: list[float]) -> list[str]:
+        return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
+
+    mq, tq = quantiles(mine), quantiles(theirs)
+    threads = torch.get_num_threads()
+    return {
+        "name": args.name if args.name != "hilo" else f"hilo w{args.window} alpha {args.alpha:g}",
+        "peer": peer_name,
+        "mode": args.mode + (" compiled" if args.compile else "") + (" channels_last" if args.channels_last else ""),
+        "shape": "x".join(map(str, shape)),
+        "dtype": dtype,
+        "peer_dtype": peer_dtype,
+        "batch": batch,
+        "threads": threads,
+        "rounds": args.rounds,
+        **dict(zip(("median_ms", "p20_ms", "p80_ms"), mq, strict=True)),
+        **dict(zip(("peer_median_ms", "peer_p20_ms", "peer_p80_ms"), tq, strict=True)),
+        "ratio": f"{float(np.median(theirs) / np.median(mine)):.2f}",
+        "error": f"{error:.1e}",
+        "cpu_use": f"{use / threads:.2f}" if device.type == "cpu" else "",
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vizoo": vizoo.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def device_name(device: Any) -> str:
+    """Name of the processor or GPU."""
+    import torch
+
+    from vizoo.tools.env import cpu_name
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def commit() -> str:
+    """Commit of the checkout this package runs from, with ``+`` for uncommitted changes; empty outside one."""
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option in ("batch", "threads"):
+        for value in getattr(args, option) or []:
+            if value < 1:
+                raise UserError(f"--{option} {value}: at least 1")
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: at least 1")
+    if args.size is not None and args.size < 1:
+        raise UserError(f"--size {args.size}: at least 1 pixel")
+    if args.official and not args.official.is_dir():
+        raise UserError(f"--official {str(args.official)!r}: no such folder")
+    if args.out and args.out.suffix != ".csv":
+        raise UserError(f"--out {str(args.out)!r}: the ending must be .csv")
+    if args.name != "hilo":
+        resolve_models([args.name])
+    resolve_device(args.device)
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, replacing it in one step."""
+    old: list[dict[str, Any]] = []
+    if path.is_file():
+        old = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    with atomic_write(path) as f:
+        writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+
+
+def _run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    _check(args)
+    import torch
+
+    rows: list[dict[str, Any]] = []
+    threads = args.threads or [torch.get_num_threads()]
+    if len(threads) > 1:  # OpenMP keeps the pool of its first size, so each setting gets a process
+        for n in threads:
+            with tempfile.TemporaryDirectory() as folder:
+                part = Path(folder) / "part.csv"
+                done = subprocess.run(
+                    [sys.executable, "-m", "vizoo.tools.bench", *argv, "--threads", str(n), "--out", str(part)],
+                    stdout=subprocess.DEVNULL,
+                    check=False,
+                )
+                if done.returncode:
+                    return done.returncode
+                rows += csv.DictReader(part.read_text(encoding="utf-8").splitlines())
+    else:
+        torch.set_num_threads(threads[0])
+        for dtype in args.dtype:
+            for batch in args.batch:
+                torch._dynamo.reset()
+                rows.append(one_case(args, batch, dtype))
+    if args.out:
+        append(args.out, rows)
+    shown = {
+        "name": "what",
+        "peer": "against",
+        "mode": "mode",
+        "shape": "shape",
+        "dtype": "dtype",
+        "threads": "threads",
+        "batch": "batch",
+        "median_ms": "ms",
+        "peer_median_ms": "theirs ms",
+        "ratio": "speed-up",
+        "error": "error",
+        "cpu_use": "cpu use",
+    }
+    print_table(list(shown.values()), [[str(row[k]) for k in shown] for row in rows], numeric=range(5, 12))
+    if any(row["cpu_use"] and float(row["cpu_use"]) < 0.8 for row in rows):
+        print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time ours against theirs; returns the exit status."""
+    return run_tool(_run, argv, "bench")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

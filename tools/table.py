@@ -1,0 +1,146 @@
+"""Recounts ``backbones/models.csv`` and writes the generated tables of README.md; for developers, in a checkout.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; the tests fail when one is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vizoo.tools.common import UserError, atomic_write, run_tool
+from vizoo.tools.models import list_zoo
+
+EXAMPLES = """\
+examples:
+  python -m vizoo.tools.table           recount models.csv and rewrite the tables
+  python -m vizoo.tools.table --check   only say what is out of date"""
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+def recount(text: str) -> str:
+    """``models.csv`` with parameters and multiply-accumulates counted again.
+
+    Args:
+        text: Contents of the file; counts may be empty.
+
+    Returns:
+        The new contents, ordered by name.
+    """
+    import timm
+    import torch
+    from timm.models import get_model_input_config
+
+    import vizoo  # noqa: F401 - registers the zoo
+    from vizoo.tools.profiler import count
+
+    rows = sorted(csv.DictReader(text.splitlines()), key=lambda row: row["name"])
+    for row in rows:
+        model = timm.create_model(row["name"], device="meta")
+        counted = count(model, torch.empty(1, *get_model_input_config(model)["input_size"], device="meta"))
+        row["params"], row["macs"] = str(counted.params), str(counted.macs)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int]) -> str:
+    """A Markdown table; ``numeric`` columns are aligned right."""
+    rule = ["---:" if i in numeric else "---" for i in range(len(columns))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
+
+
+def models_table() -> str:
+    """The zoo as a Markdown table."""
+    rows = [
+        [
+            f"`{e.name}`",
+            f"{e.params / 1e6:.2f}",
+            f"{e.macs / 1e9:.3f}",
+            f"{e.size[0]}x{e.size[1]}",
+            str(e.paper_top1 or ""),
+            e.source,
+        ]
+        for e in list_zoo()
+    ]
+    return markdown(["model", "params (M)", "GMACs", "input", "top-1, paper (%)", "source"], rows, (1, 2, 3, 4))
+
+
+def speed_table(folder: Path) -> str:
+    """Recorded benchmarks of whole models as a Markdown table, one row for each record."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        for r in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            rows.append(
+                [
+                    f"`{r['name']}`",
+                    r["peer"],
+                    r["device"],
+                    r["mode"],
+                    r["threads"],
+                    r["batch"],
+                    r["dtype"],
+                    r["median_ms"],
+                    r["peer_median_ms"],
+                    f"**{r['ratio']}x**",
+                ]
+            )
+    columns = ["what", "against", "device", "mode", "threads", "batch", "dtype", "ms", "theirs, ms", "speed-up"]
+    return markdown(columns, rows, (4, 5, 7, 8, 9))
+
+
+def rewrite(text: str, folder: Path) -> str:
+    """README text with every marked table written again."""
+    tables = {"models": models_table, "speed": lambda: speed_table(folder)}
+
+    def fill(m: re.Match[str]) -> str:
+        if m[2] not in tables:
+            raise UserError(f"unknown table {m[2]!r} in README.md; known: {', '.join(tables)}")
+        return f"{m[1]}{tables[m[2]]()}{m[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def _run(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(
+        prog="python -m vizoo.tools.table",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--root", type=Path, default=Path("."), help="the checkout (.)")
+    p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is out of date")
+    args = p.parse_args(argv)
+    stale = 0
+    for name, new in (
+        ("backbones/models.csv", recount),
+        ("README.md", lambda t: rewrite(t, args.root / "tools/results")),
+    ):
+        path = args.root / name
+        if not path.is_file():
+            raise UserError(f"--root {str(args.root)!r}: no {name} there; give the checkout")
+        old = path.read_text(encoding="utf-8")
+        text = new(old)
+        if text == old:
+            continue
+        stale += 1
+        print(f"{name} {'is out of date' if args.check else 'written'}")
+        if not args.check:
+            with atomic_write(path) as f:
+                f.write(text)
+    return int(bool(stale and args.check))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check the generated tables; returns the exit status."""
+    return run_tool(_run, argv, "table")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

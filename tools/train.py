@@ -1,0 +1,727 @@
+"""``vizoo train``: train a classifier with timm's parts and the option names of timm's training script.
+
+Differences from that script: ``--data digits`` brings a data set and a recipe along; data, options and the fit of model
+and input size are checked before training starts; ``--resume`` without a path finds the newest checkpoint of the run;
+and a resumed run is exact, also in the middle of an epoch: on the same machine with the same number of threads, weights
+and summary.csv equal those of an uninterrupted run bit for bit (tested on CPU; CUDA kernels may not be deterministic).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import difflib
+import fnmatch
+import functools
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import timm.loss
+import timm.optim
+import timm.scheduler
+import torch
+import torch.distributed
+import yaml
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, model_parameters
+from timm.utils import (
+    AverageMeter,
+    ModelEmaV3,
+    NativeScaler,
+    accuracy,
+    dispatch_clip_grad,
+    distribute_bn,
+    reduce_tensor,
+)
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+
+from vizoo.tools._data import (
+    Splits,
+    build_loaders,
+    digits_splits,
+    folder_splits,
+    seed_everything,
+    seeded_batches,
+)
+from vizoo.tools._train_options import parse_options
+from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
+from vizoo.tools.common import (
+    UserError,
+    atomic_write,
+    build_model,
+    progress,
+    resolve_device,
+    resolve_models,
+    run_tool,
+    stderr,
+)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    channels_last: bool = False,
+    world_size: int = 1,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Measure a classifier; images repeated to fill the last batches of several processes count once.
+
+    Args:
+        model: Maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
+        loader: Yields images and targets ``[B]``.
+        device: Where the model is.
+        autocast: Makes the context of a forward pass.
+        channels_last: Hand images over in channels-last layout.
+        world_size: Processes that share the images.
+        on_batch: Called after each batch.
+
+    Returns:
+        ``loss`` (cross-entropy without smoothing), ``top1`` and ``top5`` in per cent.
+    """
+    model.eval()
+    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
+    left = getattr(loader.sampler, "num_valid_samples", len(loader.dataset))
+    with torch.inference_mode():
+        for images, target in loader:
+            images, target = images.to(device), target.to(device)
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast():
+                logits = model(images)
+            n = min(len(target), left)
+            left -= n
+            if n:
+                logits, target = logits[:n].float(), target[:n]
+                for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
+                    right = round(value.item() * n / 100)  # exact: the share is a float32
+                    meter.update(100 * right / n, n)
+                loss.update(nn.functional.cross_entropy(logits, target).item(), n)
+            on_batch()
+    sums = [loss.sum, top1.sum, top5.sum, loss.count]
+    if world_size > 1:
+        sums = reduce_tensor(torch.tensor(sums, device=device, dtype=torch.float64), 1).tolist()
+    return {name: total / sums[3] for name, total in zip(("loss", "top1", "top5"), sums[:3], strict=True)}
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the state is at an update boundary."""
+
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+class Trainer:
+    """One training run of one process.
+
+    Args:
+        args: Options.
+        world: ``distributed``, ``world_size``, ``global_rank`` and ``device`` of this process.
+        splits: Data.
+    """
+
+    def __init__(self, args: argparse.Namespace, world: SimpleNamespace, splits: Splits) -> None:
+        self.args, self.world = args, world
+        self.primary = world.global_rank == 0
+        self.device = torch.device(world.device)
+        self.classes = len(splits.classes)
+        self.num_classes = args.num_classes or self.classes
+        if self.num_classes < self.classes:
+            raise UserError(f"--num-classes {self.num_classes} is below the {self.classes} classes of the data")
+        seed_everything(args.seed)
+        self.model = self._build_model()
+        self.loader, self.held_out = build_loaders(
+            args, splits, self.data_config, self.device, self.num_classes, world.distributed
+        )
+        if not len(self.loader):
+            share = f" for each of {world.world_size} processes" if world.distributed else ""
+            raise UserError(
+                f"--batch-size {args.batch_size} exceeds the training images{share}: {len(splits.train)} in total"
+            )
+        self.updates_per_epoch = -(-len(self.loader) // args.grad_accum_steps)
+        self.criterion = self._build_loss().to(self.device)
+        self.optimizer, self.scheduler, self.epochs = self._build_optimizer()
+        self.autocast: Callable[[], Any] = contextlib.nullcontext
+        self.scaler = None
+        if args.amp:
+            dtype = getattr(torch, args.amp_dtype)
+            self.autocast = functools.partial(torch.autocast, device_type=self.device.type, dtype=dtype)
+            self.scaler = NativeScaler(device=self.device.type) if dtype == torch.float16 else None
+        self.ema = None
+        if args.model_ema:
+            self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        # position: epoch in progress, batches of it already used, and the sums over them
+        self.epoch = self.batch = 0
+        self.sums = [0.0, 0.0, 0.0]  # loss, per cent right, images
+        self.history: list[dict[str, float]] = []
+        self.all_sums = [self.sums]  # of all processes, when a checkpoint is written
+        self.elapsed, self.started = 0.0, time.monotonic()
+        self.reported, self.drawn = False, -math.inf
+        self.stop: list[int] = []
+
+    def _build_model(self) -> nn.Module:
+        args = self.args
+        name = args.model
+        self.load_kwargs: dict[str, Any] = {"num_classes": self.num_classes}
+        if args.in_chans != 3:
+            self.load_kwargs["in_chans"] = args.in_chans
+        if args.gp:
+            self.load_kwargs["global_pool"] = args.gp
+        self.load_kwargs.update(args.model_kwargs)
+        config = get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name else None
+        self.data_config = resolve_data_config(vars(args), pretrained_cfg=config.to_dict() if config else {})
+        size = tuple(self.data_config["input_size"])
+        if size[0] != args.in_chans:
+            size = self.data_config["input_size"] = (args.in_chans, *size[1:])
+        if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
+            self.load_kwargs.setdefault("img_size", size[1:])
+        model = build_model(
+            name,
+            pretrained=args.pretrained,
+            checkpoint_path=args.initial_checkpoint or "",
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            **self.load_kwargs,
+        )
+        if args.grad_checkpointing:
+            try:
+                model.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError):
+                raise UserError(f"--grad-checkpointing: model {name!r} does not support it") from None
+        model.to(self.device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.sync_bn and self.world.distributed:
+            if self.device.type != "cuda":
+                raise UserError("--sync-bn needs CUDA devices; leave it out, --dist-bn averages after each epoch")
+            model = timm.layers.convert_sync_batchnorm(model)
+        self._probe(model, size)
+        return model
+
+    def _probe(self, model: nn.Module, size: tuple[int, ...]) -> None:
+        """Run the model once, so that a size it cannot take is one line before training starts."""
+        try:
+            with torch.no_grad():
+                out = model.eval()(torch.zeros(2, *size, device=self.device))
+                if self.args.batch_size == 1:  # BatchNorm on a 1x1 map needs two images
+                    copy.deepcopy(model).train()(torch.zeros(1, *size, device=self.device))
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as e:
+            what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
+            reason = (str(e).strip() or "no message").splitlines()[0][:200]
+            raise UserError(f"model {self.args.model!r} cannot take {what}: {type(e).__name__}: {reason}") from None
+        if not isinstance(out, torch.Tensor) or out.shape != (2, self.num_classes) or not out.isfinite().all():
+            shape = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise UserError(
+                f"model {self.args.model!r} gives {shape} at {size[1]}x{size[2]} instead of finite logits "
+                f"[2, {self.num_classes}]; change --img-size or the model"
+            )
+
+    def _build_loss(self) -> nn.Module:
+        args = self.args
+        self.mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax)
+        if args.bce_loss:
+            return timm.loss.BinaryCrossEntropy(smoothing=0.0 if self.mixed else args.smoothing)
+        if self.mixed:
+            return timm.loss.SoftTargetCrossEntropy()
+        return nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+
+    def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Any, int]:
+        args = self.args
+        lr = args.lr
+        if lr is None:
+            ratio = args.batch_size * self.world.world_size * args.grad_accum_steps / args.lr_base_size
+            root = (args.lr_base_scale or ("sqrt" if "ada" in args.opt or "lamb" in args.opt else "linear")) == "sqrt"
+            lr = args.lr_base * (math.sqrt(ratio) if root else ratio)
+        try:
+            timm.optim.get_optimizer_class(args.opt.lower().removeprefix("lookahead_"))
+        except ValueError:
+            near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "for example adamw, sgd, lamb"
+            raise UserError(f"--opt {args.opt!r} is unknown; {hint}") from None
+        extra = {"eps": args.opt_eps, "betas": args.opt_betas}
+        try:
+            optimizer = timm.optim.create_optimizer_v2(
+                self.model,
+                opt=args.opt,
+                lr=lr,
+                momentum=args.momentum,
+                param_group_fn=functools.partial(parameter_groups, args=args),
+                **{k: v for k, v in extra.items() if v is not None},
+            )
+        except UserError:
+            raise
+        except (TypeError, ValueError, AssertionError, ImportError) as e:
+            raise UserError(f"--opt {args.opt!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+        try:
+            scheduler, epochs = timm.scheduler.create_scheduler_v2(
+                optimizer,
+                **timm.scheduler.scheduler_kwargs(args),
+                updates_per_epoch=self.updates_per_epoch,
+            )
+        except (AssertionError, ValueError) as e:
+            raise UserError(f"--sched {args.sched} with --epochs {args.epochs}: {e}") from None
+        return optimizer, scheduler, epochs
+
+    def contents(self) -> dict[str, Any]:
+        """What a checkpoint holds; every entry loads with ``weights_only=True``."""
+        out: dict[str, Any] = {
+            "arch": self.args.model,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "args": {k: v for k, v in vars(self.args).items() if k not in ("config", "debug", "resume")},
+            "run": {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "sums": self.all_sums,
+                "history": self.history,
+                "elapsed": self.elapsed + time.monotonic() - self.started,
+            },
+        }
+        if self.ema:
+            out["state_dict_ema"] = self.ema.module.state_dict()
+        if self.scaler:
+            out[self.scaler.state_dict_key] = self.scaler.state_dict()
+        return out
+
+    def save_recovery(self) -> Path:
+        """Save in the middle of an epoch; all processes call it at the same update."""
+        self.all_sums = [self.sums]
+        if self.world.distributed:
+            self.all_sums = [[] for _ in range(self.world.world_size)]
+            torch.distributed.all_gather_object(self.all_sums, self.sums)
+        if self.saver:
+            self.saver.save_recovery(self.epoch, self.batch)
+        return self.folder / f"recovery-{self.epoch}-{self.batch}.pth.tar"
+
+    def resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this tool or of timm's training script.
+
+        Args:
+            path: The file.
+            checkpoint: Its contents.
+
+        Raises:
+            UserError: If it belongs to another model or another optimizer.
+        """
+        args = self.args
+        if checkpoint["arch"] != args.model:
+            raise UserError(f"--resume {str(path)!r} holds model {checkpoint['arch']!r}, --model is {args.model!r}")
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            if self.ema:
+                self.ema.module.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
+        except RuntimeError as e:
+            reason = " ".join(" ".join(str(e).split()).split(" ")[:30])
+            raise UserError(f"--resume {str(path)!r} does not fit the model with these options: {reason}") from None
+        if not args.no_resume_opt:
+            try:
+                self.optimizer.load_state_dict(checkpoint["optimizer"])
+            except (ValueError, KeyError) as e:
+                raise UserError(
+                    f"--resume {str(path)!r}: its optimizer state does not fit --opt {args.opt!r} ({e}); "
+                    "add --no-resume-opt to start with a fresh optimizer"
+                ) from None
+            if self.scaler and self.scaler.state_dict_key in checkpoint:
+                self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
+        run = checkpoint.get("run") or {"epoch": checkpoint["epoch"] + 1}
+        self.epoch, self.batch = run["epoch"], run.get("batch", 0)
+        sums = run.get("sums", [])
+        if len(sums) == self.world.world_size:
+            self.sums = sums[self.world.global_rank]
+        self.history, self.elapsed = run.get("history", []), run.get("elapsed", 0.0)
+        if self.batch > len(self.loader):
+            raise UserError(
+                f"--resume {str(path)!r} stopped after {self.batch} batches of an epoch, which now has "
+                f"{len(self.loader)}; use its --batch-size, or resume from last.pth.tar"
+            )
+        if self.scheduler.t_in_epochs:
+            self.scheduler.step(self.epoch)
+        else:
+            self.scheduler.step_update(self.epoch * self.updates_per_epoch - (-self.batch // args.grad_accum_steps))
+        before = checkpoint.get("args")
+        if isinstance(before, dict) and self.primary:
+            same = {k: v for k, v in vars(args).items() if k not in ("output", "experiment", "log_interval")}
+            changed = [f"{k} {before[k]} -> {v}" for k, v in same.items() if before.get(k, v) != v]
+            if changed:
+                print(f"vizoo train: resumed with other options: {'; '.join(changed)}", file=sys.stderr)
+
+    def prepare(self, folder: Path, resumed: tuple[Path, dict[str, Any]] | None) -> None:
+        """Set up output and parallel training.
+
+        Args:
+            folder: Output folder of the run; the first process writes to it.
+            resumed: Checkpoint to continue from and its contents.
+        """
+        args = self.args
+        self.folder = folder
+        self.saver: Saver | None = None
+        if resumed:
+            self.resume(*resumed)
+        if self.primary:
+            self.saver = Saver(
+                self.contents,
+                model=self.model,
+                optimizer=self.optimizer,
+                checkpoint_dir=str(folder),
+                recovery_dir=str(folder),
+                decreasing=args.eval_metric == "loss",
+                max_history=args.checkpoint_hist,
+            )
+            if resumed and resumed[0].parent.resolve() == folder.resolve() and "saver" in resumed[1]:
+                self.saver.repeat(resumed[0], resumed[1]["saver"])
+            options = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "resume") and v is not None}
+            options["lr_scale"] = [f"{pattern}={scale}" for pattern, scale in args.lr_scale]
+            with atomic_write(folder / "args.yaml") as f:
+                yaml.safe_dump(options, f, sort_keys=False)
+            self.write_log(picture=True)
+        compute: Any = self.model
+        if args.torchcompile:
+            try:
+                compute = torch.compile(self.model, backend=args.torchcompile)
+            except (RuntimeError, ImportError) as e:
+                raise UserError(f"--torchcompile {args.torchcompile!r}: {str(e).splitlines()[0]}") from None
+        self.eval_model = compute
+        if self.world.distributed:
+            ids = [self.device] if self.device.type == "cuda" else None
+            compute = nn.parallel.DistributedDataParallel(compute, device_ids=ids)
+        self.compute = compute
+
+    def fit(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            Stopped: After a signal, with a checkpoint saved.
+            Diverged: When the loss is not finite.
+        """
+        reduce = self.args.dist_bn == "reduce"
+        while self.epoch < self.epochs:
+            began = time.monotonic()
+            used = self.sums[2]
+            self.train_epoch()
+            trained = time.monotonic()
+            sums = self.sums
+            if self.world.distributed:
+                sums = reduce_tensor(torch.tensor(sums, device=self.device, dtype=torch.float64), 1).tolist()
+                for m in (self.model, self.ema) if self.args.dist_bn else ():
+                    if m is not None:
+                        distribute_bn(m, self.world.world_size, reduce)
+            model = self.ema.module if self.ema else self.eval_model
+            measured = evaluate(
+                model,
+                self.held_out,
+                self.device,
+                self.autocast,
+                self.args.channels_last,
+                self.world.world_size,
+                on_batch=lambda: self.stop_if_asked(agreed=not self.world.distributed),
+            )
+            row = {"epoch": self.epoch, "train_loss": sums[0] / sums[2]}
+            if not self.mixed:
+                row["train_top1"] = sums[1] / sums[2]
+            row.update({f"eval_{k}": v for k, v in measured.items()}, lr=self.base_lr())
+            self.history.append(row)
+            self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
+            self.all_sums = []
+            if self.saver:
+                best = self.saver.best_epoch
+                self.saver.save_checkpoint(self.epoch - 1, metric=measured[self.args.eval_metric])
+                self.saver.drop_recovery()
+                speed = (sums[2] - used * self.world.world_size) / max(trained - began, 1e-9)
+                self.report_epoch(row, speed, improved=self.saver.best_epoch != best)
+            self.scheduler.step(self.epoch)
+            self.stop_if_asked()
+
+    def train_epoch(self) -> None:
+        """Train on the rest of the epoch in progress.
+
+        Raises:
+            Stopped: After a signal, with a checkpoint saved.
+            Diverged: When the loss is not finite.
+        """
+        args, steps = self.args, len(self.loader)
+        last_group = steps % args.grad_accum_steps or args.grad_accum_steps
+        second_order = getattr(self.optimizer, "is_second_order", False)
+        self.loader.mixup_enabled = not args.mixup_off_epoch or self.epoch < args.mixup_off_epoch
+        self.model.train()
+        self.compute.train()
+        self.optimizer.zero_grad()
+        if self.batch == steps:
+            return  # stopped while the held-out images were measured
+        bar = progress(disable=not (self.primary and stderr.is_terminal))
+        with bar:
+            task = bar.add_task(f"epoch {self.epoch + 1}/{self.epochs}", total=steps, completed=self.batch)
+            for k, (images, target) in enumerate(
+                seeded_batches(self.loader, args.seed, self.world.global_rank, self.epoch)
+            ):
+                if k < self.batch:
+                    continue
+                group = last_group if k >= steps - last_group else args.grad_accum_steps
+                update = k + 1 == steps or (k + 1) % args.grad_accum_steps == 0
+                if args.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                wait = self.world.distributed and not update
+                with self.compute.no_sync() if wait else contextlib.nullcontext():
+                    with self.autocast():
+                        logits = self.compute(images)
+                        loss = self.criterion(logits, target)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise Diverged(
+                            f"the training loss is {value} in epoch {self.epoch + 1}, batch {k + 1} of {steps}, at "
+                            f"learning rate {self.base_lr():.3g}; lower --lr, add --clip-grad or raise --warmup-epochs"
+                        )
+                    self.backward(loss / group, update, create_graph=second_order)
+                n = len(target)
+                self.sums[0] += value * n
+                if not self.mixed:
+                    self.sums[1] += 100 * (logits.argmax(1) == target).sum().item()
+                self.sums[2] += n
+                bar.update(task, completed=k + 1, description=f"epoch {self.epoch + 1}/{self.epochs} loss {value:.3f}")
+                if not update:
+                    continue
+                self.batch = k + 1
+                done = k // args.grad_accum_steps + 1
+                total = self.epoch * self.updates_per_epoch + done
+                self.optimizer.zero_grad()
+                if self.ema:
+                    self.ema.update(self.model, step=total)
+                self.scheduler.step_update(total)
+                if self.primary and done % args.log_interval == 0 and not stderr.is_terminal:
+                    mean = self.sums[0] / self.sums[2]
+                    print(f"epoch {self.epoch + 1} batch {k + 1}/{steps} loss {mean:.4f}", file=sys.stderr)
+                self.stop_if_asked(agreed=not self.world.distributed or done % args.log_interval == 0)
+                if args.recovery_interval and done % args.recovery_interval == 0 and k + 1 < steps:
+                    self.save_recovery()
+
+    def backward(self, loss: torch.Tensor, update: bool, create_graph: bool) -> None:
+        """Accumulate gradients and, at an update, clip them and step."""
+        args = self.args
+        parameters = model_parameters(self.model, exclude_head=args.clip_mode == "agc")
+        if self.scaler:
+            self.scaler(
+                loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, create_graph, need_update=update
+            )
+            return
+        loss.backward(create_graph=create_graph)
+        if update:
+            if args.clip_grad is not None:
+                dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+            self.optimizer.step()
+
+    def stop_if_asked(self, agreed: bool = True) -> None:
+        """Save and raise after a signal.
+
+        Args:
+            agreed: False where processes cannot stop together; they do at the next log interval or epoch.
+
+        Raises:
+            Stopped: If any process got a signal.
+        """
+        if not agreed:
+            return
+        asked = self.stop[0] if self.stop else 0
+        if self.world.distributed:
+            flag = torch.tensor(asked, device=self.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = int(flag)
+        if asked:
+            self.stop[:] = [asked]
+            path = self.save_recovery() if self.batch else self.folder / "last.pth.tar"
+            self.write_log(picture=True)
+            raise Stopped(
+                f"stopped in epoch {self.epoch + 1} of {self.epochs} after {self.batch} of {len(self.loader)} batches; "
+                f"saved {path}; continue with the same command and --resume"
+            )
+
+    def base_lr(self) -> float:
+        """Learning rate of the groups that are not scaled down."""
+        return max(
+            g["lr"] / g.get("lr_scale", 1.0) if g.get("lr_scale", 1.0) else 0.0 for g in self.optimizer.param_groups
+        )
+
+    def report_epoch(self, row: dict[str, float], speed: float, improved: bool) -> None:
+        """Print one line and rewrite the log."""
+        if not self.reported:
+            print("  epoch  train loss  held-out loss   top-1 %        lr  images/s  elapsed")
+            self.reported = True
+        elapsed = datetime.timedelta(seconds=int(self.elapsed + time.monotonic() - self.started))
+        print(
+            f"{int(row['epoch']) + 1:3d}/{self.epochs:<3d}  {row['train_loss']:10.4f}  {row['eval_loss']:13.4f}  "
+            f"{row['eval_top1']:8.2f}{'*' if improved else ' '}  {row['lr']:8.2e}  {speed:8.0f}  {elapsed}",
+            flush=True,
+        )
+        self.write_log(picture=time.monotonic() - self.drawn > 10 or self.epoch == self.epochs)
+
+    def write_log(self, picture: bool) -> None:
+        """Write summary.csv and, at most every ten seconds, curves.png."""
+        if not self.saver or not self.history:
+            return
+        with atomic_write(self.folder / "summary.csv") as f:
+            writer = csv.DictWriter(f, fieldnames=list(self.history[-1]))
+            writer.writeheader()
+            writer.writerows(self.history)
+        if picture:
+            size = "x".join(map(str, self.data_config["input_size"]))
+            title = f"{self.args.model} on {Path(self.args.data).name}, {size}"
+            draw_curves(self.history, self.folder / "curves.png", title)
+            self.drawn = time.monotonic()
+
+    def summary(self) -> str:
+        """The last words: best result, where it is and how to load it."""
+        assert self.saver is not None
+        name, unit = {"top1": ("top-1", " %"), "top5": ("top-5", " %"), "loss": ("loss", "")}[self.args.eval_metric]
+        best = self.folder / "model_best.pth.tar"
+        keywords = {**self.load_kwargs, "checkpoint_path": str(best)}
+        call = ", ".join([repr(self.args.model), *(f"{k}={v!r}" for k, v in keywords.items())])
+        result = f"best {name} {self.saver.best_metric:.{2 if unit else 4}f}{unit}"
+        count, epoch = len(self.held_out.dataset), (self.saver.best_epoch or 0) + 1
+        return (
+            f"{result} on {count:,} held-out images, epoch {epoch} of {self.epochs}: {best}\n"
+            f"learning curves: {self.folder / 'curves.png'}\n"
+            f"load it: import timm, vizoo; model = timm.create_model({call})"
+        )
+
+
+def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Timm's parameter groups, split where ``--lr-scale`` matches; timm's schedulers honour ``lr_scale``.
+
+    Args:
+        model: The model.
+        args: ``weight_decay``, ``layer_decay``, ``layer_decay_min_scale`` and ``lr_scale``.
+
+    Returns:
+        Groups for an optimizer.
+
+    Raises:
+        UserError: If a pattern matches no parameter.
+    """
+    keep: set[str] = getattr(model, "no_weight_decay", set)()
+    if args.layer_decay is None:
+        groups = timm.optim.param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=keep)
+    else:
+        groups = timm.optim.param_groups_layer_decay(
+            model,
+            args.weight_decay,
+            no_weight_decay_list=keep,
+            layer_decay=args.layer_decay,
+            min_scale=args.layer_decay_min_scale,
+        )
+    names = {id(p): n for n, p in model.named_parameters()}
+    for pattern, _ in args.lr_scale:
+        if not fnmatch.filter(names.values(), pattern):
+            some = ", ".join(list(names.values())[:3])
+            raise UserError(f"--lr-scale: no parameter of {args.model!r} matches {pattern!r}; some are {some}")
+    split: dict[tuple[int, float], dict[str, Any]] = {}
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            scale = 1.0
+            for pattern, factor in args.lr_scale:
+                if fnmatch.fnmatchcase(names[id(p)], pattern):
+                    scale = factor
+            whole = {**group, "lr_scale": group.get("lr_scale", 1.0) * scale, "params": []}
+            split.setdefault((i, scale), whole)["params"].append(p)
+    return list(split.values())
+
+
+@contextlib.contextmanager
+def _signals(stop: list[int]) -> Iterator[None]:
+    """Collect SIGINT and SIGTERM, so that training stops at an update; the second Ctrl-C interrupts at once."""
+
+    def handle(signum: int, frame: Any) -> None:
+        if stop and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, action in before.items():
+            signal.signal(s, action)
+
+
+def _train(argv: list[str]) -> int:
+    args = parse_options(argv)
+    names = resolve_models([args.model])
+    if len(names) != 1:
+        raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
+    args.model = names[0]
+    if resolve_device(args.device).type == "meta":
+        raise UserError("--device 'meta' holds no values to train; allowed: cpu, cuda, cuda:N")
+    world = SimpleNamespace(**init_distributed_device_so(args.device))
+    try:
+        mode = "L" if args.in_chans == 1 else "RGB"
+        if args.data == "digits":
+            splits = digits_splits(mode)
+        else:
+            check = args.check_images if world.global_rank == 0 else "none"
+            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check)
+        return _run(args, world, splits)
+    finally:
+        if world.distributed:
+            torch.distributed.destroy_process_group()
+
+
+def _run(args: argparse.Namespace, world: SimpleNamespace, splits: Splits) -> int:
+    trainer = Trainer(args, world, splits)
+    size = trainer.data_config["input_size"]
+    chosen: list[Any] = [choose_folder(args, size)] if trainer.primary else [None]
+    if world.distributed:
+        torch.distributed.broadcast_object_list(chosen)
+    folder, checkpoint = chosen[0]
+    trainer.prepare(folder, (checkpoint, load_training_checkpoint(checkpoint)) if checkpoint else None)
+    if trainer.primary:
+        millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        processes = f" x {world.world_size} processes" if world.distributed else ""
+        print(
+            f"{args.model}: {millions:.2f} M parameters, input {'x'.join(map(str, size))}, {world.device}{processes}\n"
+            f"{args.data}: {trainer.classes} classes, {len(splits.train):,} training and {len(splits.held_out):,} "
+            f"held-out images\noutput: {folder}"
+        )
+        if trainer.epoch >= trainer.epochs:
+            print(f"all {trainer.epochs} epochs are done already; raise --epochs to train on")
+    try:
+        with _signals(trainer.stop):
+            trainer.fit()
+    except Stopped as e:
+        if trainer.primary:
+            print(f"vizoo train: {e}", file=sys.stderr)
+        return 128 + trainer.stop[0]
+    except Diverged as e:
+        print(f"vizoo train: error: {e}", file=sys.stderr)
+        return 1
+    if trainer.primary:
+        print(trainer.summary())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train a classifier.
+
+    Args:
+        argv: Arguments; None means ``sys.argv[1:]``.
+
+    Returns:
+        Exit status: 0 done, 1 the loss diverged, 2 bad input, 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    return run_tool(_train, argv, "train")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
