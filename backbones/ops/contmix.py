@@ -243,26 +243,14 @@ if HAS_TRITON:
             q_ptr + b * stride_qb + (g * C + c)[:, None] * stride_qc + n[None, :] * stride_qn, mask=m_cn, other=0.0
         )
         group = b * stride_vb + (half * G + g) * C * stride_vc
+        context = m_ptr + (b * G + g) * C * S
+        table = rpb_ptr + g * (2 * K - 1) * (2 * K - 1)
         peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         acc = tl.zeros((CP, BLOCK_N), tl.float32)
         for start in range(0, K * K, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
-            _, s = _logits(
-                q,
-                m_ptr + (b * G + g) * C * S,
-                bias_ptr,
-                rpb_ptr + g * (2 * K - 1) * (2 * K - 1),
-                o,
-                m_n,
-                si - y,
-                sj - x,
-                S,
-                first,
-                K,
-                C,
-                CP,
-            )
+            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
             higher = tl.maximum(peak, tl.max(s, 0))
             shrink = tl.exp(peak - higher)
             p = tl.exp(s - higher[None, :])
@@ -283,7 +271,6 @@ if HAS_TRITON:
         bias_ptr,
         rpb_ptr,
         v_ptr,
-        out_ptr,
         lse_ptr,
         dout_ptr,
         p_ptr,
@@ -322,39 +309,37 @@ if HAS_TRITON:
             q_ptr + b * stride_qb + (g * C + c)[:, None] * stride_qc + n[None, :] * stride_qn, mask=m_cn, other=0.0
         )
         group = b * stride_vb + (half * G + g) * C * stride_vc
-        place = group + c[:, None] * stride_vc + n[None, :] * stride_vn
-        dout = tl.load(dout_ptr + place, mask=m_cn, other=0.0).to(tl.float32)
-        out = tl.load(out_ptr + place, mask=m_cn, other=0.0).to(tl.float32)
-        delta = tl.sum(dout * out, 0)
+        dout = tl.load(dout_ptr + group + c[:, None] * stride_vc + n[None, :] * stride_vn, mask=m_cn, other=0.0)
+        dout = dout.to(tl.float32)
         lse = tl.load(lse_ptr + ((b * 2 + half) * G + g) * N + n, mask=m_n, other=0.0)
-        dq = tl.zeros((CP, BLOCK_N), tl.float32)
+        context = m_ptr + (b * G + g) * C * S
+        table = rpb_ptr + g * (2 * K - 1) * (2 * K - 1)
+        # the mean gradient comes from the float32 weights, since the stored output of a half precision run is rounded
+        delta = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, K * K, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             m_o = o < K * K
-            m, s = _logits(
-                q,
-                m_ptr + (b * G + g) * C * S,
-                bias_ptr,
-                rpb_ptr + g * (2 * K - 1) * (2 * K - 1),
-                o,
-                m_n,
-                si - y,
-                sj - x,
-                S,
-                first,
-                K,
-                C,
-                CP,
-            )
+            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
             p = tl.exp(s - lse[None, :])
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
             w = load_window(v_ptr + group, pixel, m_o, m_n, stride_vc, stride_vn, C, CP)
-            ds = p * (tl.sum(dout[None, :, :] * w, 1) - delta[None, :])
+            dp = tl.sum(dout[None, :, :] * w, 1)
+            delta += tl.sum(p * dp, 0)
+            p_dp = ds_ptr + ((b * G + g) * S + first + o)[:, None] * N + n[None, :]
+            tl.store(p_dp, dp, mask=m_o[:, None] & m_n[None, :])
+        tl.debug_barrier()  # another thread of the block may read back what this one wrote
+        dq = tl.zeros((CP, BLOCK_N), tl.float32)
+        for start in range(0, K * K, BLOCK_O):
+            o = start + tl.arange(0, BLOCK_O)
+            m_on = (o < K * K)[:, None] & m_n[None, :]
+            m, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
+            p = tl.exp(s - lse[None, :])
+            place = ((b * G + g) * S + first + o)[:, None] * N + n[None, :]
+            ds = p * (tl.load(ds_ptr + place, mask=m_on, other=0.0) - delta[None, :])
             # float32: a float16 product of small gradients would vanish
             dq += tl.dot(tl.trans(m).to(tl.float32), ds, input_precision="ieee")
-            weight = ((b * G + g) * S + first + o)[:, None] * N + n[None, :]
-            tl.store(p_ptr + weight, p.to(p_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
-            tl.store(ds_ptr + weight, ds, mask=m_o[:, None] & m_n[None, :])
+            tl.store(p_ptr + place, p.to(p_ptr.dtype.element_ty), mask=m_on)
+            tl.store(ds_ptr + place, ds, mask=m_on)
         p_dq = dq_ptr + (((b * 2 + half) * G + g) * C + c)[:, None] * N + n[None, :]
         tl.store(p_dq, dq, mask=m_cn)
 
@@ -457,7 +442,6 @@ def _contmix_backward(
     rpb1: Tensor,
     rpb2: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     k1: int,
     k2: int,
@@ -467,7 +451,7 @@ def _contmix_backward(
     N = H * W
     q, M = q.contiguous(memory_format=_memory_format(q)), M.contiguous()
     v = v.contiguous(memory_format=_memory_format(v))
-    dout, out = (t.contiguous(memory_format=_memory_format(v)) for t in (dout, out))
+    dout = dout.contiguous(memory_format=_memory_format(v))
     weights = torch.empty(B, G, S, N, dtype=v.dtype, device=v.device)
     ds = torch.empty(B, G, S, N, dtype=torch.float32, device=v.device)
     dq = torch.empty(B, 2, G, C, N, dtype=torch.float32, device=v.device)
@@ -481,7 +465,6 @@ def _contmix_backward(
         k2,
         (rpb1.contiguous(), rpb2.contiguous()),
         bias_ptr=bias.contiguous(),
-        out_ptr=out,
         lse_ptr=lse,
         dout_ptr=dout,
         p_ptr=weights,
@@ -523,14 +506,14 @@ def _contmix_backward(
 
 
 @_contmix_backward.register_fake
-def _(dout, q, M, bias, rpb1, rpb2, v, out, lse, k1, k2):
+def _(dout, q, M, bias, rpb1, rpb2, v, lse, k1, k2):
     plain = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, M, bias, rpb1, rpb2))
     return *plain, torch.empty_like(v, memory_format=_memory_format(v))
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.k1, ctx.k2 = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
