@@ -401,8 +401,8 @@ class LITv2(nn.Module):
             num_classes: Classes; 0 removes it.
             global_pool: Pooling as in the constructor; None keeps the current one.
         """
-        self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

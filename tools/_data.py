@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from torchvision import transforms
 
-from vizoo.tools.common import UserError, progress, stderr
+from vizoo.tools.common import UserError, progress
 
 DIGITS_HELD_OUT = 360
 FULL_CHECK_LIMIT = 20_000
@@ -152,7 +152,7 @@ def check_images(files: list[str], decode: bool) -> None:
             return str(e).replace(repr(file), "").strip() or type(e).__name__
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(disable=not stderr.is_terminal) as bar:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
         reasons = bar.track(pool.map(problem, files), len(files), description="checking images")
         bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
     if bad:

@@ -56,7 +56,7 @@ class _DeformConv2dPack(nn.Module):
 
 def _litv2(checkout: Path, name: str, size: int) -> nn.Module:
     stub = "mm_modules.DCN.modules.deform_conv2d"
-    parents = {"mm_modules": {}, "mm_modules.DCN": {}, "mm_modules.DCN.modules": {}}
+    parents: dict[str, dict[str, Any]] = {"mm_modules": {}, "mm_modules.DCN": {}, "mm_modules.DCN.modules": {}}
     with _importing(checkout / "classification", {**parents, stub: {"DeformConv2dPack": _DeformConv2dPack}}):
         from models.litv2 import LITv2  # type: ignore[import-not-found]
     base = name.startswith("litv2_b")

@@ -26,7 +26,7 @@ examples:
       the same recipe with another model; options given here override the recipe
   vizoo train --data digits --output runs --experiment first --resume
       continue runs/first exactly where it was killed, or start it
-  vizoo train --data flowers --model litv2_s --initial-checkpoint litv2_s.pth --opt adamw --lr 1e-4 --epochs 30 -b 64
+  vizoo train --data flowers --model litv2_s --pretrained-path litv2_s.pth --opt adamw --lr 1e-4 --epochs 30 -b 64
       fine-tune on your own images: flowers/train/<class>/*.jpg and flowers/val/<class>/*.jpg
   vizoo train -c output/train/first/args.yaml --seed 1
       repeat a run with another seed
@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     toggle = argparse.BooleanOptionalAction
     p = _Parser(
         prog="vizoo train",
-        description="Train a classifier on handwritten digits or on folders of images.",
+        usage="vizoo train --data NAME|DIR [--model MODEL] [options]",
+        description="Train a classifier on handwritten digits or on folders of images.  Parentheses give defaults; "
+        "'digits' is what its recipe sets instead.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -110,8 +112,15 @@ def build_parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("model")
     g.add_argument("--model", metavar="MODEL", help="any model of timm or vizoo, see 'vizoo models' (digits: litv2_s)")
     g.add_argument("--pretrained", action=toggle, default=False, help="start from published weights")
-    g.add_argument("--initial-checkpoint", metavar="PATH", help="start from this checkpoint")
-    g.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="passed on")
+    g.add_argument(
+        "--pretrained-path",
+        metavar="PATH",
+        help="start from this file as if it were the published weights: official names and another head are adapted",
+    )
+    g.add_argument("--initial-checkpoint", metavar="PATH", help="start from exactly this checkpoint, head included")
+    g.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="extra model arguments"
+    )
     g.add_argument("--num-classes", type=positive, metavar="N", help="outputs (the number of classes in the data)")
     g.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax, catavgmax (the model's)")
     g.add_argument("--img-size", type=positive, metavar="N", help="side of the square input (the model's; digits 32)")
@@ -142,7 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--opt-eps", type=real, metavar="EPS", help="(the optimizer's)")
     g.add_argument("--opt-betas", type=share, nargs="+", metavar="BETA", help="(the optimizer's)")
     g.add_argument("--momentum", type=real, default=0.9, metavar="M", help="(0.9)")
-    g.add_argument("--weight-decay", type=real, default=2e-5, help="not for biases and norms (2e-5; digits 0.05)")
+    g.add_argument(
+        "--weight-decay", type=real, default=2e-5, metavar="W", help="not for biases and norms (2e-5; digits 0.05)"
+    )
     g.add_argument("--clip-grad", type=real, metavar="NORM", help="clip gradients (off)")
     g.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="(norm)")
     g.add_argument("--layer-decay", type=real, metavar="FACTOR", help="layer-wise learning rate decay (off)")

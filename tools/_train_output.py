@@ -70,13 +70,14 @@ class Saver(CheckpointSaver):
             file.unlink()
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
+def draw_curves(history: list[dict[str, float]], path: Path, title: str, how: str) -> None:
     """Draw loss and accuracy of training and held-out images over the epochs.
 
     Args:
         history: Rows of summary.csv.
         path: PNG file to write.
         title: Above the picture.
+        how: What makes the training values differ from held-out ones.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -85,7 +86,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
-    series = (("train", "training (augmented)", "tab:gray"), ("eval", "held-out", "tab:blue"))
+    series = (("train", f"training ({how})", "tab:gray"), ("eval", "held-out", "tab:blue"))
     for axes, metric, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
         for prefix, name, colour in series:
             key = f"{prefix}_{metric}"

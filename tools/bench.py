@@ -8,7 +8,7 @@ import datetime
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ COLUMNS = [
     "date",
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # ||ours - theirs|| / ||theirs||
-LAYER = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
+LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +123,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
 
         arguments = {**LAYER, "window_size": args.window, "alpha": args.alpha}
         side = args.size or 56
-        ours = HiLo(qkv_bias=True, **arguments)
+        ours: Any = HiLo(qkv_bias=True, **arguments)
         draw_weights(ours)
         peer: Any = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
         peer.load_state_dict(ours.state_dict())
@@ -152,51 +152,6 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     return ours, peer, "plain", [3, side, side]
 
 
-def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, device: Any) -> tuple[list, list, float]:
-    """Time two functions in turn.
-
-    Args:
-        ours: First function.
-        theirs: Second function.
-        rounds: Timed calls of each.
-        device: Where they run; CUDA is synchronised around each call.
-
-    Returns:
-        Seconds of each call of both sides, and the processor time used over the wall time.
-    """
-    import gc
-    import time
-
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):
-        ours(), theirs()
-    gc.collect()
-    gc.disable()
-    wall = cpu = 0.0
-    try:
-        with progress() as bar:
-            task = bar.add_task("timing", total=rounds)
-            for _ in range(rounds):
-                for side, f in zip(times, (ours, theirs), strict=True):
-                    wait()
-                    c, t = time.process_time(), time.perf_counter()
-                    f()
-                    wait()
-                    side.append(time.perf_counter() - t)
-                    wall += side[-1]
-                    cpu += time.process_time() - c
-                bar.advance(task)
-    finally:
-        gc.enable()
-    return *times, cpu / wall
-
-
 def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     """Check and time one batch size and dtype with the current number of threads.
 
@@ -216,6 +171,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     import torch
 
     import vizoo
+    from vizoo.tools.profiler import compare
 
     device = resolve_device(args.device)
     ours, peer, peer_name, shape = build_sides(args)
@@ -246,13 +202,15 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
             raise UserError(
                 f"{args.name}, {dtype}: outputs differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
             )
-        mine, theirs, use = alternate(*sides, args.rounds, device)
+        with progress() as bar:
+            task = bar.add_task("timing", total=args.rounds)
+            functions = dict(zip(("ours", "theirs"), sides, strict=True))
+            timed = compare(functions, rounds=args.rounds, device=device, tick=lambda: bar.advance(task))
 
     def quantiles(seconds: list[float]) -> list[str]:
         return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
 
-    mq, tq = quantiles(mine), quantiles(theirs)
-    threads = torch.get_num_threads()
+    mq, tq = quantiles(timed.seconds["ours"]), quantiles(timed.seconds["theirs"])
     return {
         "name": args.name if args.name != "hilo" else f"hilo w{args.window} alpha {args.alpha:g}",
         "peer": peer_name,
@@ -261,13 +219,13 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         "dtype": dtype,
         "peer_dtype": peer_dtype,
         "batch": batch,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "rounds": args.rounds,
         **dict(zip(("median_ms", "p20_ms", "p80_ms"), mq, strict=True)),
         **dict(zip(("peer_median_ms", "peer_p20_ms", "peer_p80_ms"), tq, strict=True)),
-        "ratio": f"{float(np.median(theirs) / np.median(mine)):.2f}",
+        "ratio": f"{timed.ratio('theirs')[0]:.2f}",
         "error": f"{error:.1e}",
-        "cpu_use": f"{use / threads:.2f}" if device.type == "cpu" else "",
+        "cpu_use": "" if timed.cpu_use is None else f"{timed.cpu_use:.2f}",
         "device": device_name(device),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -112,14 +112,14 @@ def build_model(name: str, **kwargs: Any) -> Any:
     for path in (kwargs.get("checkpoint_path"), overlay.get("file")):
         if path and not Path(path).is_file():
             raise UserError(f"checkpoint file {str(path)!r} does not exist")
+    given = kwargs.get("checkpoint_path") or overlay.get("file")
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, AssertionError, RuntimeError, ValueError, KeyError, OSError, EOFError) as e:
-        raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e
-    except Exception as e:
-        if type(e).__name__ not in ("UnpicklingError", "SafetensorError", "HTTPError", "BadZipFile"):
-            raise
-        raise UserError(f"cannot load weights of {name!r}: {_first_line(e)}") from e
+    except Exception as e:  # whatever a constructor or an unpickler raises; --debug shows it whole
+        if not given or isinstance(e, TypeError):
+            raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e
+        why = _first_line(e) if isinstance(e, RuntimeError) else "not a checkpoint that PyTorch reads safely"
+        raise UserError(f"checkpoint file {str(given)!r} does not fit {name!r} or cannot be read: {why}") from e
 
 
 def _first_line(e: BaseException) -> str:
@@ -203,7 +203,10 @@ def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def progress(**kwargs: Any) -> Progress:
-    """A progress bar on standard error with elapsed and remaining time; it disappears when done."""
+    """A progress bar on standard error with elapsed and remaining time; it disappears when done.
+
+    Nothing is drawn when standard error is no terminal.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -212,7 +215,7 @@ def progress(**kwargs: Any) -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
-        **kwargs,
+        **{"disable": not stderr.is_terminal, **kwargs},
     )
 
 

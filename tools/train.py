@@ -188,9 +188,13 @@ class Trainer:
             size = self.data_config["input_size"] = (args.in_chans, *size[1:])
         if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
             self.load_kwargs.setdefault("img_size", size[1:])
+        overlay: dict[str, Any] = {}
+        if args.pretrained_path:  # -1 classes: its head is always replaced
+            overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
         model = build_model(
             name,
-            pretrained=args.pretrained,
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            **overlay,
             checkpoint_path=args.initial_checkpoint or "",
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
@@ -576,7 +580,9 @@ class Trainer:
         if picture:
             size = "x".join(map(str, self.data_config["input_size"]))
             title = f"{self.args.model} on {Path(self.args.data).name}, {size}"
-            draw_curves(self.history, self.folder / "curves.png", title)
+            how = ["as is" if self.args.no_aug else "augmented"]
+            how += ["mixed"] * self.mixed + [f"smoothing {self.args.smoothing:g}"] * bool(self.args.smoothing)
+            draw_curves(self.history, self.folder / "curves.png", title, ", ".join(how))
             self.drawn = time.monotonic()
 
     def summary(self) -> str:

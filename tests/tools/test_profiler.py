@@ -1,0 +1,279 @@
+"""The profiler as a user meets it: one table, files, pictures, errors; conditions recorded with every result."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vizoo.tools import profiler
+from vizoo.tools.common import UserError
+
+FAST = ["--min-time", "0", "--max-time", "0"]
+
+
+def run(capsys, *words):
+    try:
+        status = profiler.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_papers_numbers(capsys):
+    """The table of the paper: parameters and multiply-accumulates of LITv2-S, M and B."""
+    status, out, err = run(capsys, "litv2_s", "litv2_m", "litv2_b", "litv2_b.r384_in1k", "--strict")
+    assert (status, err) == (0, "")
+    for name, numbers in {
+        "litv2_s": "27.84 3.724",
+        "litv2_m": "48.83 7.463",
+        "litv2_b": "86.52 13.172",
+        "litv2_b.r384_in1k": "86.52 39.646",
+    }.items():
+        row = next(line.split() for line in out.splitlines() if line.split()[:1] == [name])
+        assert " ".join(row[2:4]) == numbers
+    assert "GMACs: multiply-accumulates" in out
+    assert "…" not in out
+
+
+def test_everything_on_a_device(capsys, tmp_path):
+    out_file = tmp_path / "out.json"
+    words = ("test_litv2", "resnet18", "--device", "cpu", "--size", "32", "64", "--batch", "2", *FAST)
+    status, out, _ = run(capsys, *words, "--threads", "1", "--out", str(out_file))
+    assert status == 0
+    header = " ".join(out.split("─")[0].split())
+    for word in ("params", "GMACs", "acts", "peak", "p50", "img/s", "threads"):
+        assert word in header
+    found = json.loads(out_file.read_text(encoding="utf-8"))
+    assert [d["model"] for d in found] == ["test_litv2", "resnet18"]
+    for d in found:
+        assert d["size"] == [32, 64]
+        assert d["latency_batch"] == d["throughput_batch"] == 2
+        assert d["latency"]["n"] >= 3
+        assert len(d["latency"]["samples_ms"]) == d["latency"]["n"]
+        assert d["throughput"] > 0
+        assert d["memory"]["peak"] > d["state_bytes"]
+        assert d["config"]["threads"] == 1
+        assert d["config"]["device"] == "cpu"
+        assert {"vizoo", "torch", "timm", "machine", "cores", "load", "date"} <= set(d["environment"])
+
+
+def test_csv_is_appended_and_checked(capsys, tmp_path):
+    out = tmp_path / "out.csv"
+    for size in ("64", "96"):
+        assert run(capsys, "test_litv2", "--size", size, "--out", str(out))[0] == 0
+    with out.open(encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["height"], int(r["params"])) for r in rows] == [("64", 494_240), ("96", 494_240)]
+    assert int(rows[1]["macs"]) == 9_668_864
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n", encoding="utf-8")
+    status, _, err = run(capsys, "test_litv2", "--out", str(other))
+    assert status == 2
+    assert "has other columns" in err
+    assert other.read_text(encoding="utf-8") == "a,b\n1,2\n"
+
+
+def test_markdown(capsys, tmp_path):
+    out = tmp_path / "out.md"
+    assert run(capsys, "test_litv2", "--out", str(out))[0] == 0
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("| model | size | params M | GMACs |")
+    assert lines[2].startswith("| test_litv2 | 96x96 | 0.49 | 0.010 |")
+
+
+@pytest.mark.parametrize("mode", ["count", "latency"])
+def test_plot(mode, capsys, tmp_path):
+    picture = tmp_path / "cost.png"
+    words = ("test_litv2", "resnet18", "--device", "cpu", "--mode", mode, "--size", "32", "--plot", str(picture), *FAST)
+    assert run(capsys, *words)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 5000
+
+
+def test_breakdowns(capsys):
+    status, out, _ = run(capsys, "test_litv2", "--depth", "2", "--sort", "macs", "--top", "3")
+    assert status == 0
+    table = out.partition("modules of test_litv2")[2]
+    assert "100.0%" in table
+    assert "stages" in table
+    assert "norm" not in table
+    out = run(capsys, "test_litv2", "--by", "op", "--top", "1")[1]
+    assert "aten::addmm" in out.partition("operators of test_litv2")[2]
+
+
+def test_threads_in_processes_of_their_own(capsys, tmp_path):
+    out = tmp_path / "out.csv"
+    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "--size", "32", "--threads", "1,2", *FAST)
+    assert run(capsys, *words, "--out", str(out))[0] == 0
+    with out.open(encoding="utf-8") as f:
+        assert [row["threads"] for row in csv.DictReader(f)] == ["1", "2"]
+
+
+def test_fvcore_and_check(capsys):
+    status, out, err = run(capsys, "test_litv2", "--fvcore", "--check", "--strict")
+    assert (status, err) == (0, "")
+    assert "fvcore" in out
+
+
+@torch.library.custom_op("vizoo_test::opaque", mutates_args=())
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@opaque.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_strict_and_check_bite(capsys, monkeypatch):
+    forward = timm.models.resnet.ResNet.forward_head
+    monkeypatch.setattr(
+        timm.models.resnet.ResNet, "forward_head", lambda self, x, *a, **k: forward(self, opaque(x), *a, **k)
+    )
+    status, out, err = run(capsys, "resnet18", "--size", "64")
+    assert status == 0
+    assert "uncounted: vizoo_test::opaque (1 calls)" in err
+    assert run(capsys, "resnet18", "--size", "64", "--strict")[0] == 3
+    monkeypatch.undo()
+    monkeypatch.setattr("vizoo.tools._counting.fvcore_macs", lambda *a, **k: 5)
+    status, _, err = run(capsys, "resnet18", "--size", "64", "--check")
+    assert status == 3
+    assert "engines differ: fvcore counts 5" in err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--dtype", "bf16"],
+        ["--dtype", "bf16", "--amp"],
+        ["--channels-last"],
+        ["--no-fused"],
+        ["--features"],
+        ["--in-chans", "1", "--num-classes", "0"],
+        ["--model-kwargs", "alpha=1.0", "global_pool=max"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_conditions(extra, capsys):
+    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "memory", "--size", "64", *FAST, *extra)
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    if "--dtype" in extra:
+        assert "bf16" in out
+    if "--channels-last" in extra:
+        assert "channels_last" in out
+
+
+def test_reparam(capsys):
+    plain = json_of(capsys, "repvgg_a0", "--size", "64")
+    merged = json_of(capsys, "repvgg_a0", "--size", "64", "--reparam")
+    assert merged["params"] < plain["params"]
+    assert merged["macs"] < plain["macs"]
+
+
+def json_of(capsys, *words):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.json"
+        assert run(capsys, *words, "--out", str(path))[0] == 0
+        return json.loads(path.read_text(encoding="utf-8"))[0]
+
+
+def test_counts_do_not_depend_on_the_conditions(capsys):
+    base = json_of(capsys, "test_litv2")
+    for words in (["--no-fused"], ["--dtype", "bf16", "--device", "cpu", "--mode", "count"], ["--channels-last"]):
+        other = json_of(capsys, "test_litv2", *words)
+        assert [other[k] for k in ("params", "macs", "acts")] == [base[k] for k in ("params", "macs", "acts")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
+        (["nothing*"], "no model matches 'nothing*'"),
+        (["test_litv2", "--size", "0"], "--size 0"),
+        (["test_litv2", "--size", "20"], "'test_litv2' cannot run at size 20x20: got a"),
+        (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
+        (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
+        (["test_litv2", "--device", "cuda:63"], "not on this machine"),
+        (["test_litv2", "--device", "meta", "--mode", "latency"], "the meta device computes nothing"),
+        (["test_litv2", "--batch", "0"], "--batch 0"),
+        (["test_litv2", "--threads", "0"], "--threads 0"),
+        (["test_litv2", "--threads", "x"], "--threads x"),
+        (["test_litv2", "--out", "x.txt"], "must be one of .json, .csv, .md"),
+        (["test_litv2", "--out", "/nowhere/x.csv"], "the folder does not exist"),
+        (["test_litv2", "--plot", "x.gif"], "must be one of .png"),
+        (["test_litv2", "--model-kwargs", "alpha"], "write NAME=VALUE"),
+        (["test_litv2", "--model-kwargs", "alpha=3"], "got alpha=3"),
+        (["test_litv2", "--model-kwargs", "no_such=3"], "no_such"),
+        (["test_litv2", "--num-classes", "-1"], "--num-classes -1"),
+        (["test_litv2", "--checkpoint", "/nowhere.pth"], "'/nowhere.pth' does not exist"),
+        (["test_litv2", "--amp"], "give dtype bf16 or fp16"),
+        (["test_litv2", "--min-time", "3", "--max-time", "1"], "need 0 <= min <= max"),
+        (["test_litv2", "--import", "no_such_package"], "--import no_such_package"),
+    ],
+)
+def test_errors_are_one_line(words, message, capsys):
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert message in err
+
+
+def test_python_interface():
+    torch.set_num_threads(1)
+    r = profiler.profile(
+        "test_litv2", size=64, mode=("count", "latency", "throughput"), batch=1, min_time=0, max_time=0
+    )
+    assert r.latency.median > 0
+    assert r.throughput == pytest.approx(1 / r.latency.median, rel=5)
+    assert r.memory is None
+    assert r.by_module(depth=0)[0]["macs"] == r.macs
+    assert sum(row["macs"] for row in r.by_op()) == r.macs
+    assert "| test_litv2 | 64x64 |" in r.table()
+    assert r.bytes > r.params * 4
+
+
+def test_any_module():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x, flag):
+            return self.fc(x) if flag else x
+
+    model = Two().train()
+    r = profiler.profile(model, (torch.zeros(1, 4), True), mode="all", batch=3, min_time=0, max_time=0)
+    assert (r.model, r.size, r.macs) == ("Two", None, 12)
+    assert r.throughput_batch == 3
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"mode": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4}], ids=str
+)
+def test_python_errors(kwargs):
+    with pytest.raises(UserError, match=str(next(iter(kwargs.values())))):
+        profiler.profile("test_litv2", **kwargs)
+
+
+def test_import_is_light():
+    """Importing the profiler brings in neither fvcore, torchvision models, matplotlib nor any mm package."""
+    code = (
+        "import sys, vizoo.tools.profiler\n"
+        "heavy = ('fvcore', 'matplotlib', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'sklearn')\n"
+        "bad = [m for m in heavy if m in sys.modules]\n"
+        "raise SystemExit(f'imported {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,173 @@
+"""Timing: stopping rules and statistics under fake clocks, alternation, memory."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vizoo.tools import _timing
+from vizoo.tools.profiler import compare, measure
+
+
+class Clock:
+    """Wall and processor time that advance only when the function under test runs."""
+
+    def __init__(self, seconds, use=1.0):
+        self.seconds, self.use = seconds, use
+        self.wall = self.cpu = 0.0
+        self.calls = 0
+
+    def work(self):
+        step = self.seconds(self.calls) if callable(self.seconds) else self.seconds
+        self.calls += 1
+        self.wall += step
+        self.cpu += step * self.use * torch.get_num_threads()
+
+    def measure(self, **kwargs):
+        return measure(self.work, clock=lambda: self.wall, cpu_clock=lambda: self.cpu, **kwargs)
+
+
+def test_steady_calls_stop_at_a_hundred():
+    clock = Clock(0.001)
+    stats = clock.measure()
+    assert stats.n == 100
+    assert stats.warmup >= 1000  # a second of warm-up
+    assert stats.median == pytest.approx(0.001)
+    assert stats.iqr == pytest.approx(0, abs=1e-9)
+    assert stats.cpu_use == pytest.approx(1)
+    assert stats.warnings == []
+
+
+def test_slow_calls_stop_at_min_time():
+    stats = Clock(0.5).measure(min_time=2, max_time=60)
+    assert stats.warmup == 10
+    assert stats.n == 4
+
+
+def test_warm_up_waits_until_the_medians_settle():
+    """Each of the first 40 calls is faster than the one before; the samples see only the settled speed."""
+    clock = Clock(lambda i: 0.2 * max(1, 10 - i / 4))
+    stats = clock.measure(min_time=1, max_time=600)
+    assert stats.first == pytest.approx(2.0)
+    assert stats.warmup > 40
+    assert stats.quantile(1.0) == pytest.approx(0.2)
+
+
+def test_noise_is_sampled_until_max_time_and_named():
+    stats = Clock(lambda i: 0.1 + 0.1 * (i % 2)).measure(min_time=1, max_time=8)
+    assert sum(stats.samples) >= 8
+    assert [w for w in stats.warnings if w.startswith("noisy: interquartile range")]
+
+
+def test_busy_machine_is_named():
+    stats = Clock(0.1, use=0.5).measure(min_time=0.5, max_time=5)
+    assert stats.cpu_use == pytest.approx(0.5)
+    assert stats.warnings == ["machine busy: got 50% of the threads, numbers unreliable"]
+    assert Clock(0.1, use=0.85).measure(min_time=0.5, max_time=5).warnings == []
+
+
+def test_at_least_three_samples():
+    assert Clock(100.0).measure(min_time=1, max_time=2).n == 3
+
+
+@pytest.mark.parametrize("kwargs", [{"warmup": -1}, {"min_time": -1}, {"min_time": 3, "max_time": 2}], ids=str)
+def test_bad_arguments(kwargs):
+    with pytest.raises(ValueError, match="need 0 <= min_time <= max_time"):
+        measure(lambda: None, **kwargs)
+
+
+def test_quantiles_are_numpys():
+    samples = np.random.default_rng(0).random(37).tolist()
+    stats = _timing.Stats(samples, None, 0.0, 0)
+    for q in (0, 0.1, 0.25, 0.5, 0.9, 0.99, 1):
+        assert stats.quantile(q) == pytest.approx(np.quantile(samples, q))
+    d = stats.to_dict()
+    assert d["median_ms"] == pytest.approx(1e3 * np.median(samples))
+    assert d["iqr_ms"] == pytest.approx(1e3 * (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)))
+    assert len(d["samples_ms"]) == 37
+
+
+def test_garbage_collection_comes_back():
+    def fail():
+        assert not gc.isenabled()
+        raise KeyError("x")
+
+    with pytest.raises(KeyError), _timing.quiet():
+        fail()
+    assert gc.isenabled()
+
+
+def test_compare_alternates():
+    order = []
+
+    def make(name, value):
+        def call(x):
+            order.append(name)
+            return {"y": x + value}
+
+        return call
+
+    rounds = []
+    functions = {"a": make("a", 0.0), "b": make("b", 0.25), "c": make("c", -3.0)}
+    found = compare(functions, (torch.zeros(2, 2),), rounds=4, warmup=2, tick=lambda: rounds.append(1))
+    assert order == ["a", "b", "c"] * 7  # one for the outputs, two to warm up, four timed
+    assert len(rounds) == 4
+    assert found.difference == {"a": 0.0, "b": 0.25, "c": 3.0}
+    assert {k: len(v) for k, v in found.seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_ratio_has_an_interval():
+    rng = np.random.default_rng(0)
+    fast = (0.1 + 0.01 * rng.random(50)).tolist()
+    slow = (0.2 + 0.02 * rng.random(50)).tolist()
+    ratio, low, high = _timing.Comparison({"fast": fast, "slow": slow}, 1.0, {}).ratio("slow")
+    assert ratio == pytest.approx(np.median(slow) / np.median(fast))
+    assert low <= ratio <= high
+    assert high - low < 0.2
+
+
+@pytest.mark.parametrize("functions", [{}, {"a": lambda: None}])
+def test_compare_needs_two(functions):
+    with pytest.raises(ValueError, match="need two functions"):
+        compare(functions)
+    with pytest.raises(ValueError, match="rounds=0"):
+        compare({"a": lambda: None, "b": lambda: None}, rounds=0)
+
+
+def test_memory_is_tracked():
+    """Two maps of 1 MB are alive at the peak: the first layer's output and the second's."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 256)).eval()
+    x = torch.randn(1024, 64)
+    with torch.inference_mode():
+        found = _timing.peak_memory(lambda: model(x), model, [x], "cpu")
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert found.how == "tracked"
+    assert found.activations == pytest.approx(2 * 1024 * 256 * 4, rel=0.01)
+    assert found.peak == pytest.approx(weights + x.numel() * 4 + 2 * 1024 * 256 * 4, rel=0.01)
+
+
+def test_memory_falls_back_to_the_resident_set(monkeypatch):
+    from torch.distributed._tools import mem_tracker
+
+    def broken():
+        raise AttributeError("gone")
+
+    monkeypatch.setattr(mem_tracker, "MemTracker", broken)
+    model, x = nn.Linear(4, 4), torch.zeros(1, 4)
+    found = _timing.peak_memory(lambda: model(x), model, [x], "cpu")
+    assert found.how == "resident set"
+    assert found.peak >= 4 * 20 + 16
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model = nn.Linear(1024, 1024).cuda()
+    x = torch.randn(4096, 1024, device="cuda")
+    with torch.inference_mode():
+        stats = measure(lambda: model(x), "cuda", min_time=0.2, max_time=1)
+        assert stats.cpu_use is None
+        assert 0 < _timing.back_to_back(lambda: model(x), "cuda", 0.02) <= 2 * stats.median
+        found = _timing.peak_memory(lambda: model(x), model, [x], "cuda")
+    assert found.activations >= 4096 * 1024 * 4

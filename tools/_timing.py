@@ -1,0 +1,398 @@
+"""Timing engine of the profiler: warm-up, medians with their spread, and a word when the machine was busy."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+WARMUP_CALLS, WARMUP_SECONDS, MIN_RUNS = 10, 1.0, 100
+SETTLED = 0.02  # relative change of the last five medians that ends the warm-up
+SPREAD = 0.05  # interquartile range over median that ends the sampling early
+NOISY, BUSY = 0.10, 0.80
+
+
+class Stats(NamedTuple):
+    """Seconds of repeated calls.
+
+    Attributes:
+        samples: Every call, in order.
+        cpu_use: Processor time over wall time and threads; None on a GPU.
+        first: Seconds of the very first call, compilation and autotuning included.
+        warmup: Number of calls before the samples.
+    """
+
+    samples: list[float]
+    cpu_use: float | None
+    first: float
+    warmup: int
+
+    def quantile(self, q: float) -> float:
+        """The ``q`` quantile, linear between samples."""
+        ordered = sorted(self.samples)
+        position = q * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    @property
+    def median(self) -> float:
+        """Median seconds, the headline."""
+        return self.quantile(0.5)
+
+    @property
+    def iqr(self) -> float:
+        """Interquartile range in seconds."""
+        return self.quantile(0.75) - self.quantile(0.25)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the numbers doubtful; empty when nothing does."""
+        found = []
+        if self.cpu_use is not None and self.cpu_use < BUSY:
+            found.append(f"machine busy: got {self.cpu_use:.0%} of the threads, numbers unreliable")
+        if self.n > 3 and self.iqr > NOISY * self.median:
+            found.append(f"noisy: interquartile range {self.iqr / self.median:.0%} of the median")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Statistics in milliseconds, and the samples."""
+        quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+        return {
+            "n": self.n,
+            "warmup": self.warmup,
+            "first_ms": 1e3 * self.first,
+            **{f"{name}_ms": 1e3 * self.quantile(q) for name, q in quantiles.items()},
+            "iqr_ms": 1e3 * self.iqr,
+            "cpu_use": self.cpu_use,
+            "warnings": self.warnings,
+            "samples_ms": [1e3 * s for s in self.samples],
+        }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection and no slow denormal numbers while timing."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        if enabled:
+            gc.enable()
+
+
+def measure(
+    fn: Callable[[], Any],
+    device: Any = "cpu",
+    warmup: int = WARMUP_CALLS,
+    min_time: float = 2.0,
+    max_time: float = 10.0,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = time.process_time,
+    tick: Callable[[float], None] | None = None,
+) -> Stats:
+    """Time repeated calls.
+
+    Warm-up runs at least ``warmup`` calls and a second, and until the last five running medians move less than 2 %.
+    Sampling stops at 100 calls or ``min_time`` once the interquartile range is below 5 % of the median, and at
+    ``max_time`` in any case.  On CUDA an event pair surrounds each call and there is one synchronisation at the end.
+
+    Args:
+        fn: Function without arguments.
+        device: Where it computes.
+        warmup: Least number of warm-up calls.
+        min_time: Least seconds of sampling, unless 100 calls come first.
+        max_time: Most seconds of warm-up and of sampling, each; at least three samples are taken all the same.
+        clock: Wall clock in seconds.
+        cpu_clock: Processor clock in seconds.
+        tick: Called after each call with the share of ``max_time`` that has passed, for a progress bar.
+
+    Returns:
+        The samples and their statistics.
+
+    Raises:
+        ValueError: If a time or a number of calls is negative, or ``max_time`` is below ``min_time``.
+    """
+    if warmup < 0 or min_time < 0 or max_time < min_time:
+        raise ValueError(
+            f"got warmup={warmup}, min_time={min_time}, max_time={max_time}; need 0 <= min_time <= max_time"
+        )
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+
+    def call() -> float:
+        start = clock()
+        fn()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    first = call()
+    calls, begin = 1, clock()
+    recent: list[float] = []
+    medians: list[float] = []
+    while True:
+        enough = calls >= warmup and clock() - begin >= min(WARMUP_SECONDS, max_time)
+        settled = len(medians) >= 5 and max(medians[-5:]) - min(medians[-5:]) <= SETTLED * medians[-1]
+        if (enough and settled) or (clock() - begin >= max_time and calls > 1):
+            break
+        recent.append(call())
+        medians.append(statistics.median(recent[-10:]))
+        calls += 1
+        if tick:
+            tick(0.0)
+
+    with quiet():
+        samples, cpu_use = _sample(fn, device, min_time, max_time, clock, cpu_clock, tick)
+    return Stats(samples, cpu_use, first, calls)
+
+
+def _sample(
+    fn: Callable[[], Any],
+    device: torch.device,
+    min_time: float,
+    max_time: float,
+    clock: Callable[[], float],
+    cpu_clock: Callable[[], float],
+    tick: Callable[[float], None] | None,
+) -> tuple[list[float], float | None]:
+    samples: list[float] = []
+    begin = clock()
+    if device.type == "cuda":
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        while len(events) < 3 or (len(events) < MIN_RUNS and clock() - begin < min_time):
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            fn()
+            pair[1].record()
+            events.append(pair)
+        torch.cuda.synchronize(device)
+        return [a.elapsed_time(b) / 1e3 for a, b in events], None
+    cpu_begin = cpu_clock()
+    while True:
+        start = clock()
+        fn()
+        samples.append(clock() - start)
+        elapsed = clock() - begin
+        if tick:
+            tick(min(1.0, elapsed / max_time))
+        if len(samples) < 3:
+            continue
+        if elapsed >= max_time:
+            break
+        done = len(samples) >= MIN_RUNS or elapsed >= min_time
+        stats = Stats(samples, None, 0.0, 0)
+        if done and stats.iqr <= SPREAD * stats.median:
+            break
+    use = (cpu_clock() - cpu_begin) / (clock() - begin) / torch.get_num_threads()
+    return samples, use
+
+
+class Comparison(NamedTuple):
+    """Alternating timings of several functions.
+
+    Attributes:
+        seconds: Samples by name.
+        cpu_use: Processor time over wall time and threads; None on a GPU.
+        difference: Largest absolute difference of each output from the first function's.
+    """
+
+    seconds: dict[str, list[float]]
+    cpu_use: float | None
+    difference: dict[str, float]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one function."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+        """Speed of the first function relative to ``name``: median of the other over median of the first.
+
+        Args:
+            name: The other function.
+            resamples: Bootstrap resamples for the interval.
+            seed: Seed of the resampling.
+
+        Returns:
+            The ratio and the 2.5 % and 97.5 % quantiles of its bootstrap; above 1 the first function is faster.
+        """
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        a, b = (np.asarray(self.seconds[k]) for k in (next(iter(self.seconds)), name))
+        draws = [
+            np.median(rng.choice(b, size=(resamples, len(b))), axis=1),
+            np.median(rng.choice(a, size=(resamples, len(a))), axis=1),
+        ]
+        low, high = np.quantile(draws[0] / draws[1], [0.025, 0.975])
+        return float(np.median(b) / np.median(a)), float(low), float(high)
+
+
+def compare(
+    functions: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[Any] = (),
+    rounds: int = 20,
+    warmup: int = 3,
+    device: Any = "cpu",
+    tick: Callable[[], None] | None = None,
+) -> Comparison:
+    """Time functions in turn, A, B, A, B ..., in one process, so that a drift of the machine meets all of them.
+
+    Args:
+        functions: At least two functions by name; the first is the one the others are compared with.
+        inputs: Positional arguments of every function.
+        rounds: Timed calls of each.
+        warmup: Calls of each before that.
+        device: Where they compute; CUDA is synchronised around each call.
+        tick: Called after each round.
+
+    Returns:
+        The samples, and how far the outputs are apart.
+
+    Raises:
+        ValueError: If there are fewer than two functions or no rounds.
+    """
+    if len(functions) < 2 or rounds < 1:
+        raise ValueError(f"got {len(functions)} functions and rounds={rounds}, need two functions and one round")
+    device = torch.device(device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def tensors(out: Any) -> list[torch.Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(out)
+        return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor)]
+
+    outputs = {name: tensors(f(*inputs)) for name, f in functions.items()}
+    reference = next(iter(outputs.values()))
+    difference = {
+        name: max([float((a - b).abs().max()) for a, b in zip(out, reference, strict=True)], default=0.0)
+        for name, out in outputs.items()
+    }
+    del outputs, reference
+    for _ in range(warmup):
+        for f in functions.values():
+            f(*inputs)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    wall = cpu = 0.0
+    with quiet():
+        for _ in range(rounds):
+            for name, f in functions.items():
+                wait()
+                c, t = time.process_time(), time.perf_counter()
+                f(*inputs)
+                wait()
+                seconds[name].append(time.perf_counter() - t)
+                wall += seconds[name][-1]
+                cpu += time.process_time() - c
+            if tick:
+                tick()
+    use = None if device.type == "cuda" else cpu / wall / torch.get_num_threads()
+    return Comparison(seconds, use, difference)
+
+
+def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> float:
+    """Seconds a call on CUDA when calls follow each other without synchronisation.
+
+    Args:
+        fn: The call, already warm.
+        device: A CUDA device.
+        seconds: Least length of one measurement.
+
+    Returns:
+        Median over five measurements.
+    """
+    device = torch.device(device)
+    pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    calls = 1
+    found: list[float] = []
+    while len(found) < 5:
+        pair[0].record()
+        for _ in range(calls):
+            fn()
+        pair[1].record()
+        torch.cuda.synchronize(device)
+        elapsed = pair[0].elapsed_time(pair[1]) / 1e3
+        if elapsed < seconds:
+            calls = math.ceil(calls * min(10.0, 1.2 * seconds / max(elapsed, 1e-6)))
+        else:
+            found.append(elapsed / calls)
+    return statistics.median(found)
+
+
+class Memory(NamedTuple):
+    """Peak memory of one call in bytes.
+
+    Attributes:
+        peak: Everything, weights included.
+        activations: Peak without weights and input.
+        how: ``cuda allocator``, ``tracked`` (tensors on the CPU) or ``resident set`` of the process.
+    """
+
+    peak: int
+    activations: int
+    how: str
+
+
+def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device: Any) -> Memory:
+    """Peak memory of one call.
+
+    Args:
+        fn: The call.
+        model: The module it runs, whose weights are told apart.
+        inputs: Its tensors.
+        device: CPU or CUDA.
+
+    Returns:
+        The peak.  CUDA asks the allocator; on a CPU tensors are tracked by PyTorch's (private) memory tracker, and
+        where that fails the growth of the process is reported.
+    """
+    device = torch.device(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    given = sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor))
+    if device.type == "cuda":
+        fn()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return Memory(
+            weights + given + torch.cuda.max_memory_allocated(device) - before,
+            torch.cuda.max_memory_allocated(device) - before,
+            "cuda allocator",
+        )
+    try:
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        tracker = MemTracker()
+        tracker.track_external(model, *(t for t in inputs if isinstance(t, torch.Tensor)))
+        with tracker:
+            fn()
+        peak = int(tracker.get_tracker_snapshot("peak")[device]["Total"])
+        return Memory(peak, max(0, peak - weights - given), "tracked")
+    except Exception:  # private interface of PyTorch
+        import psutil
+
+        process = psutil.Process()
+        before = process.memory_info().rss
+        fn()
+        grown = max(0, process.memory_info().rss - before)
+        return Memory(weights + given + grown, grown, "resident set")
