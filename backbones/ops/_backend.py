@@ -103,7 +103,7 @@ def use_triton(backend: str, x: Tensor, unsupported: str = "") -> bool:
         return False
     if not HAS_TRITON:
         unsupported = unsupported or "the package triton is not installed"
-    elif x.device.type != "cuda" and not INTERPRETED:
+    elif x.device.type not in ("cuda", "meta") and not INTERPRETED:
         unsupported = unsupported or f"the tensors are on {x.device.type}, not on a CUDA device"
     if backend == "triton":
         if unsupported:

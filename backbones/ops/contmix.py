@@ -145,25 +145,24 @@ def reference_contmix(
     return _gather_form(q, M, bias, rpb1, rpb2, v, k1, k2)
 
 
-def _matmul_half(
-    queries: Tensor, M: Tensor, bias: Tensor, rpb: Tensor, values: Tensor, kernel_size: int, backend: str
-) -> Tensor:
+def _matmul_half(queries: Tensor, M: Tensor, bias: Tensor, rpb: Tensor, values: Tensor, kernel_size: int) -> Tensor:
     """One kernel size: queries ``[B, G, N, C]``, ``M`` ``[B, G, C, K*K]``, values ``[B, G, C, H, W]`` -> the last."""
     B, G, C, H, W = values.shape
     table = _expand_rpb(rpb.to(queries.dtype), H, W, kernel_size) + bias.to(queries.dtype)  # [G, N, K*K]
     weights = (queries @ M).add_(table).softmax(-1).to(values.dtype)
     weights = weights.reshape(B, G, H, W, kernel_size * kernel_size)
-    return na2d_av(weights, values.permute(0, 1, 3, 4, 2), kernel_size, backend).permute(0, 1, 4, 2, 3)
+    return na2d_av(weights, values.permute(0, 1, 3, 4, 2), kernel_size, "torch").permute(0, 1, 4, 2, 3)
 
 
 def _matmul_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int) -> Tensor:
     B, H, W = q.shape[0], q.shape[2], q.shape[3]
-    G, C, s = M.shape[1], M.shape[2], k1 * k1
-    dtype = _logit_dtype(q)
-    queries, M = q.reshape(B, G, C, H * W).transpose(2, 3).to(dtype), M.to(dtype)
-    values = v.reshape(B, 2, G, C, H, W)
-    small = _matmul_half(queries, M[..., :s], bias[:s], rpb1, values[:, 0], k1, "torch")
-    large = _matmul_half(queries, M[..., s:], bias[s:], rpb2, values[:, 1], k2, "torch")
+    G, C, dtype = M.shape[1], M.shape[2], _logit_dtype(q)
+    queries = q.reshape(B, G, C, H * W).transpose(2, 3).to(dtype)
+    M1, M2 = M.to(dtype).split([k1 * k1, k2 * k2], dim=3)
+    bias1, bias2 = bias.split([k1 * k1, k2 * k2])
+    v1, v2 = v.reshape(B, 2, G, C, H, W).unbind(1)
+    small = _matmul_half(queries, M1, bias1, rpb1, v1, k1)
+    large = _matmul_half(queries, M2, bias2, rpb2, v2, k2)
     return torch.stack([small, large], dim=1).reshape(v.shape)
 
 

@@ -177,7 +177,7 @@ def test_opcheck(change):
     torch.library.opcheck(torch.ops.vizoo.contmix_backward.default, (torch.randn_like(out), *plain, lse, 3, 3))
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [DEVICE, "meta"])
 @pytest.mark.parametrize("case", [(2, 2, 3, 13, 11, 3, 5), (1, 1, 2, 7, 7, 5, 7)], ids=ids)
 def test_counts_are_those_of_the_definition(case, device):
     """Logits and sum: ``2 B G H W (k1^2 + k2^2) C`` multiply-accumulates, twice that backward, on every path."""
