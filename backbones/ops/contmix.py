@@ -133,7 +133,7 @@ def reference_contmix(
         k2: Side of the large window, likewise; ``working_size`` says how a smaller map is enlarged first.
 
     Returns:
-        ``[B, 2 * G * C, H, W]`` in the layout and dtype of ``v``.
+        ``[B, 2 * G * C, H, W]`` in the channel order and dtype of ``v``.
 
     Raises:
         ValueError: If a window does not fit the map, or the shapes do not fit each other.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
 from vizoo.backbones.ops.contmix import contmix, reference_contmix, working_size
+from vizoo.backbones.ops.na2d_av import na2d_av
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -309,6 +310,17 @@ def rejected(change):
 def test_rejects(f, change, message):
     with pytest.raises(ValueError, match=message):
         f(*rejected(change))
+
+
+def test_auto_never_interprets(monkeypatch):
+    """On CPU tensors the kernels run only when a caller insists."""
+    calls = []
+    monkeypatch.setattr(f"{contmix.__module__}._contmix", lambda *a: calls.append(a))
+    monkeypatch.setattr(f"{na2d_av.__module__}._triton_forward", lambda *a: calls.append(a))
+    tensors = [t.float() for t in inputs(1, 1, 2, 3, 4, 3, 3)]
+    contmix(*tensors, 3, 3)
+    na2d_av(torch.rand(1, 1, 3, 4, 9), torch.rand(1, 1, 3, 4, 2), 3)
+    assert calls == []
 
 
 def test_rejects_backends():
