@@ -2,7 +2,7 @@
 
 Paper: "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", M. Lou, Y. Yu, CVPR
 2025, https://arxiv.org/abs/2502.20087.  Official code and weights: github.com/LMMMEng/OverLoCK (Apache-2.0), whose
-outputs these models reproduce and whose parameter names they keep.
+outputs these models reproduce and whose parameter names they keep.  The classifier is a linear layer here.
 
 Deviations: the affinity to the context regions and the projection to kernel offsets are one product (equal up to
 rounding).  Maps that the official rule would enlarge to less than the window (an 11x11 map for ``K = 15``), where the
@@ -293,8 +293,8 @@ def to_fast_layout(x: Tensor) -> Tensor:
     return x
 
 
-def _classifier(dim: int, num_classes: int, **dd: Any) -> nn.Module:
-    return Pointwise(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+def _classifier(layer: type[nn.Module], dim: int, num_classes: int, **dd: Any) -> nn.Module:
+    return layer(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
 
 @register_notrace_function
@@ -448,7 +448,7 @@ class OverLoCK(nn.Module):
             self.aux_head = nn.Sequential(
                 nn.BatchNorm2d(embed_dims[3], **dd),
                 nn.AdaptiveAvgPool2d(1),
-                _classifier(embed_dims[3], num_classes, **dd),
+                _classifier(Pointwise, embed_dims[3], num_classes, **dd),
             )
         self.head = nn.Sequential(
             nn.Identity() if dense else Pointwise(self.num_features, projection, bias=False, **dd),
@@ -458,7 +458,7 @@ class OverLoCK(nn.Module):
             nn.Identity(),
         )
         self.head_hidden_size = self._head_width() * self.head[3].feat_mult()  # type: ignore[operator]
-        self.head[4] = _classifier(self.head_hidden_size, self.num_classes, **dd)
+        self.head[4] = _classifier(nn.Linear, self.head_hidden_size, self.num_classes, **dd)
         self.init_weights(needs_reset=False)
 
     def _head_width(self) -> int:
@@ -466,7 +466,7 @@ class OverLoCK(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as the paper: truncated normal for convolutions, no biases.
+        """Initialise as the paper: truncated normal for convolutions and the classifier, no biases.
 
         Args:
             needs_reset: First give every layer its own default, as after ``to_empty()``.
@@ -474,7 +474,7 @@ class OverLoCK(nn.Module):
         for module in self.modules():
             if needs_reset and module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -519,7 +519,7 @@ class OverLoCK(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last 1x1 convolution."""
+        """The last linear layer."""
         return self.head[4]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
@@ -540,10 +540,10 @@ class OverLoCK(nn.Module):
                 self.head[i] = nn.Identity()
         self.num_classes = num_classes
         self.head_hidden_size = self._head_width() * pool.feat_mult()
-        self.head[4] = _classifier(self.head_hidden_size, num_classes, **dd).train(self.training)
+        self.head[4] = _classifier(nn.Linear, self.head_hidden_size, num_classes, **dd).train(self.training)
         if self.aux_head is not None:
             width = self.aux_head[0].num_features  # type: ignore[index]
-            self.aux_head[2] = _classifier(width, num_classes, **dd).train(self.training)  # type: ignore[operator]
+            self.aux_head[2] = _classifier(Pointwise, width, num_classes, **dd).train(self.training)  # type: ignore[operator]
 
     def _pyramid(self, x: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
         """Features without norms up to a level, and the overview map, which needs a level of at least 2."""
@@ -649,13 +649,13 @@ class OverLoCK(nn.Module):
         """Map ``[B, num_features, H, W]`` to logits, or to the pooled features with ``pre_logits``."""
         if self.global_pool == "" and self.num_classes == 0:
             return x
-        x = self.head[2](self.head[1](self.head[0](x)))
-        x = self.head[3](x)
+        x = self.head[3](self.head[2](self.head[1](self.head[0](x))))
+        x = x.permute(0, 2, 3, 1) if self.global_pool == "" else x.flatten(1)
         if not pre_logits:
             if self.drop_rate > 0.0:
                 x = F.dropout(x, p=self.drop_rate, training=self.training)
             x = self.head[4](x)
-        return x if self.global_pool == "" else x.flatten(1)
+        return x.permute(0, 3, 1, 2) if self.global_pool == "" else x
 
     @torch.jit.ignore
     def _forward_aux(self, x: Tensor) -> Any:
@@ -718,6 +718,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
         state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
 
+    if "head.4.weight" in state_dict:  # officially a 1x1 convolution
+        state_dict["head.4.weight"] = state_dict["head.4.weight"].flatten(1)
     own = model.state_dict()
     for k in [k for k in state_dict if k.startswith(("head.", "aux_head.", "extra_norm.", "h_proj.")) and k not in own]:
         _logger.info("left out of the checkpoint: %s, which this model does not have", k)
