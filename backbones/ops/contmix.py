@@ -115,6 +115,32 @@ def _gather_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor,
     return torch.stack([out1, out2], dim=1).permute(0, 1, 2, 5, 3, 4).reshape(v.shape)
 
 
+def contmix_from_logits(logits: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int) -> Tensor:
+    """The second half of ContMix: relative position bias, softmax and weighted sums (OverLoCK, Sec. 3.3).
+
+    Args:
+        logits: Logits of both kernels for every query ``[B, G, H * W, k1^2 + k2^2]``.
+        rpb1: Relative position bias of the small kernel ``[G, 2 k1 - 1, 2 k1 - 1]``.
+        rpb2: The same of the large kernel ``[G, 2 k2 - 1, 2 k2 - 1]``.
+        v: Values ``[B, 2 * G * C, H, W]``, channels laid out as ``[2 (small, large), G, C]``.
+        k1: Side of the small window.
+        k2: Side of the large window.
+
+    Returns:
+        ``[B, 2 * G * C, H, W]`` in the channel order and dtype of ``v``.
+    """
+    B, G, H, W = logits.shape[0], logits.shape[1], v.shape[2], v.shape[3]
+    logits = logits.to(_logit_dtype(logits))
+    values = v.reshape(B, 2, G, -1, H, W).permute(1, 0, 2, 4, 5, 3)  # [2, B, G, H, W, C]
+    small = logits[..., : k1 * k1] + _gather_rpb(rpb1.to(logits.dtype), H, W, k1)
+    large = logits[..., k1 * k1 :] + _gather_rpb(rpb2.to(logits.dtype), H, W, k2)
+    weights1 = small.softmax(-1).reshape(B, G, H, W, k1 * k1)
+    weights2 = large.softmax(-1).reshape(B, G, H, W, k2 * k2)
+    out1 = na2d_av(weights1.to(v.dtype), values[0], k1, "torch")
+    out2 = na2d_av(weights2.to(v.dtype), values[1], k2, "torch")
+    return torch.stack([out1, out2], dim=1).permute(0, 1, 2, 5, 3, 4).reshape(v.shape)
+
+
 def reference_contmix(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
 ) -> Tensor:
