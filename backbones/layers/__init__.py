@@ -1,6 +1,7 @@
 """Modules shared by several families."""
 
+from .contmix import ContMixBlock
 from .features import FeatureGetter
 from .hilo import HiLo
 
-__all__ = ["FeatureGetter", "HiLo"]
+__all__ = ["ContMixBlock", "FeatureGetter", "HiLo"]

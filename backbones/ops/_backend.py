@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from typing import NamedTuple
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 _ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # operators define their kernels only if it is there
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # kernels run in Python, also on CPU tensors
 
 
 class Backend(NamedTuple):
@@ -78,3 +81,45 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def use_triton(backend: str, x: Tensor, unsupported: str = "") -> bool:
+    """Whether a Triton kernel takes this call.
+
+    Args:
+        backend: ``"auto"`` takes it for CUDA tensors outside export, ``"triton"`` insists, ``"torch"`` refuses.
+        x: An input of the operator, on the device where it runs.
+        unsupported: What the kernel cannot do with these inputs; empty when it can take them.
+
+    Returns:
+        True for the kernel, False for plain PyTorch.
+
+    Raises:
+        ValueError: If ``backend`` is unknown, or insists where no kernel can run.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"got backend={backend!r}, need 'auto', 'torch' or 'triton'")
+    if backend == "torch":
+        return False
+    if not HAS_TRITON:
+        unsupported = unsupported or "the package triton is not installed"
+    elif x.device.type not in ("cuda", "meta") and not INTERPRETED:
+        unsupported = unsupported or f"the tensors are on {x.device.type}, not on a CUDA device"
+    if backend == "triton":
+        if unsupported:
+            raise ValueError(f"got backend='triton', but {unsupported}; use 'auto' or 'torch'")
+        return True
+    return not unsupported and x.device.type == "cuda" and not torch.compiler.is_exporting()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context that launches kernels on the device of ``x``."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which products on the device of ``x`` keep the dtypes that the operator chose."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,521 @@
+"""ContMix block and the parts it shares with the rest of OverLoCK (Sec. 3.3), channels first."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, register_notrace_function, register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from ..ops._backend import use_onednn
+from ..ops.contmix import contmix, contmix_from_logits, working_size
+from ..ops.linear import linear
+
+__all__ = ["ContMixBlock"]
+
+BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+REGIONS = 7  # side of the pooled grid of context regions
+
+
+@register_notrace_module  # picks its path by the device of its input
+def as_written(x: Tensor) -> bool:
+    """Whether to compute in the order of the official code: on the meta device and in traces.
+
+    Profilers count there, and published counts are those of that order.  Results are equal up to rounding.
+    """
+    return x.is_meta or torch.jit.is_tracing()
+
+
+class ResDWConv(nn.Conv2d):
+    """Depthwise 3x3 convolution added to its input.
+
+    Args:
+        dim: Channels.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        return x + F.conv2d(x, self.weight, self.bias, padding=1, groups=self.groups)
+
+
+@register_notrace_module  # picks its path by the device of its input
+class Pointwise(nn.Conv2d):
+    """1x1 convolution.
+
+    Args:
+        dim: Input channels.
+        out_dim: Output channels.
+        bias: Whether there is a bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to ``[B, out_dim, H, W]``."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if use_onednn(x, self.weight):
+                return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight, self.bias)
+
+
+@register_notrace_module  # picks its form by the device of its input
+class LayerScale(nn.Module):
+    """Scale and bias for every channel.
+
+    Args:
+        dim: Channels.
+        init_value: Initial scale.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_value: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.init_value = init_value
+        self.weight = nn.Parameter(torch.empty(dim, 1, 1, 1, device=device, dtype=dtype))  # as the official 1x1 kernel
+        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial scale, no bias."""
+        nn.init.constant_(self.weight, self.init_value)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        if as_written(x):
+            return F.conv2d(x, self.weight, self.bias, groups=self.weight.shape[0])
+        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        return torch.addcmul(bias.to(x.dtype), x, weight.to(x.dtype))  # the cast keeps autocast in half precision
+
+
+@register_notrace_module  # picks the dtype of the norm
+class GlobalResponseNorm(nn.Module):
+    """Scale every channel by its norm over the map, relative to the mean norm of all channels.
+
+    The residual is inside the factor: ``(gamma * n + 1) * x + beta``.
+
+    Args:
+        dim: Channels.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Identity."""
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        # float32: the norm of a large map overflows float16
+        norm = torch.linalg.vector_norm(x if x.dtype == torch.float64 else x.float(), dim=(2, 3), keepdim=True)
+        factor = self.gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
+        return torch.addcmul(self.beta.to(x.dtype), x, factor.to(x.dtype))
+
+
+class SqueezeExcite(nn.Module):
+    """Gate every channel by what the pooled map says.
+
+    Args:
+        dim: Channels; the hidden layer has an eighth of them, at least 16.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_dim = max(16, dim // 8)
+        self.proj = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            Pointwise(dim, hidden_dim, **dd),
+            nn.GELU(),
+            Pointwise(hidden_dim, dim, **dd),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        return x * self.proj(x)
+
+
+def merge_branches(
+    kernel_size: int, branches: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]
+) -> list[Tensor]:
+    """One depthwise kernel and bias that equal normed parallel depthwise convolutions.
+
+    Args:
+        kernel_size: Side of the large kernel.
+        branches: ``(kernel, gamma, beta, mean, variance, eps)`` of the large kernel, then of each of ``BRANCHES``.
+
+    Returns:
+        Kernel ``[C, 1, K, K]`` and bias ``[C]``, in float32 or in float64 if the kernels are.
+    """
+    dilations = (1, *(dilation for _, dilation in BRANCHES[kernel_size]))
+    dtype = torch.promote_types(branches[0][0].dtype, torch.float32)
+    weight = branches[0][0].new_zeros(branches[0][0].shape, dtype=dtype)
+    bias = weight.new_zeros(weight.shape[0])
+    for (kernel, gamma, beta, mean, variance, eps), dilation in zip(branches, dilations, strict=True):
+        scale = gamma.to(dtype) / (variance.to(dtype) + eps).sqrt()
+        pad = (kernel_size - dilation * (kernel.shape[2] - 1) - 1) // 2
+        taps = slice(pad, kernel_size - pad, dilation)
+        weight[:, :, taps, taps] += kernel.to(dtype) * scale.reshape(-1, 1, 1, 1)
+        bias += beta.to(dtype) - mean.to(dtype) * scale
+    return [weight, bias]
+
+
+@register_notrace_module  # picks its path by the device of its input
+class DilatedReparamBlock(nn.Sequential):
+    """Depthwise large kernel with parallel dilated kernels, each normed; or the one kernel that equals them.
+
+    The order of the modules is convolution and norm of the large kernel, then of each branch.
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the large kernel, a key of ``BRANCHES``.
+        deploy: Build the merged form, one convolution with bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If ``kernel_size`` has no branches defined.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        deploy: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(f"got kernel_size={kernel_size}, need one of {sorted(BRANCHES)}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel_size = kernel_size
+        self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy, **dd)
+        if not deploy:
+            self.origin_bn = nn.BatchNorm2d(dim, **dd)
+            for k, r in BRANCHES[kernel_size]:
+                conv = nn.Conv2d(dim, dim, k, padding=(r * (k - 1) + 1) // 2, dilation=r, groups=dim, bias=False, **dd)
+                self.add_module(f"dil_conv_k{k}_{r}", conv)
+                self.add_module(f"dil_bn_k{k}_{r}", nn.BatchNorm2d(dim, **dd))
+
+    def _merged(self) -> list[Tensor]:
+        modules: list[Any] = list(self.children())
+        return merge_branches(
+            self.kernel_size,
+            [
+                (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+                for conv, bn in zip(modules[::2], modules[1::2], strict=True)
+            ],
+        )
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Replace the branches by the one kernel that equals them with the norms' running statistics."""
+        if len(self) == 1:
+            return
+        weight, bias = self._merged()
+        old = self.lk_origin
+        conv = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            self.kernel_size,
+            padding=self.kernel_size // 2,
+            groups=old.groups,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)  # type: ignore[union-attr]
+        for name in list(self._modules):
+            delattr(self, name)
+        self.lk_origin = conv.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        out, branch = x, x
+        for i, module in enumerate(self):
+            branch = module(x) if i % 2 == 0 else module(branch)
+            if i <= 1:
+                out = branch
+            elif i % 2 == 1:
+                out = out + branch
+        return out
+
+
+@register_notrace_function
+def enlarge(x: Tensor, kernel_size: int) -> Tensor:
+    """Resize a map that is smaller than the window to the working size."""
+    H, W = x.shape[2], x.shape[3]
+    if min(H, W) >= kernel_size:
+        return x
+    h, w = working_size(H, W, kernel_size)
+    return F.interpolate(x, size=[h, w], mode="bilinear", align_corners=False)
+
+
+@register_notrace_function
+def shrink(x: Tensor, like: Tensor) -> Tensor:
+    """Pool a map of working size back to the size of ``like``."""
+    H, W = like.shape[2], like.shape[3]
+    if x.shape[2] == H and x.shape[3] == W:
+        return x
+    return F.adaptive_avg_pool2d(x, (H, W))
+
+
+@register_notrace_function
+def mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rpb1: Tensor,
+    rpb2: Tensor,
+    scale: float,
+    k1: int,
+    k2: int,
+) -> Tensor:
+    """Weighted sums over two windows whose weights come from queries and context regions.
+
+    Args:
+        q: Queries ``[B, C / 2, H, W]``.
+        k: Context regions ``[B, C / 2, 7, 7]``.
+        v: Values ``[B, C, H, W]``.
+        weight: Projection from regions to kernel offsets ``[k1^2 + k2^2, 49, 1, 1]``.
+        bias: Its bias.
+        rpb1: Relative position bias of the small kernel ``[groups, 2 k1 - 1, 2 k1 - 1]``.
+        rpb2: The same of the large kernel.
+        scale: Scale of the queries.
+        k1: Side of the small window.
+        k2: Side of the large window.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    assert bias is not None  # a convolution's bias is optional to TorchScript
+    B, G, R = k.shape[0], rpb1.shape[0], k.shape[2] * k.shape[3]
+    keys = k.reshape(B, G, -1, R) * scale
+    if as_written(q):
+        affinity = q.reshape(B, G, keys.shape[2], -1).transpose(2, 3) @ keys  # [B, G, H*W, 49]
+        return contmix_from_logits(F.linear(affinity, weight.reshape(-1, R), bias), rpb1, rpb2, v, k1, k2)
+    return contmix(q, keys @ weight.reshape(-1, R).t(), bias, rpb1, rpb2, v, k1, k2)
+
+
+class DynamicBlock(nn.Module):
+    """What a block with ContMix is made of; subclasses say where query, context and value come from.
+
+    Args:
+        dim: Channels of query and value.
+        ctx_dim: Channels of the context.
+        out_dim: Channels of the block.
+        kernel_size: Side of the large kernel.
+        smk_size: Side of the small kernel.
+        num_heads: Half the number of channel groups.
+        mlp_ratio: Hidden channels of the feed-forward network over ``dim``.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        res_scale: Put the layer scale on the skip path, not on the branch.
+        drop_path: Stochastic depth rate of both branches.
+        deploy: Build the merged form of the large-kernel convolution.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If ``dim`` is no multiple of ``4 * num_heads`` or a kernel size is not usable.
+    """
+
+    res_scale: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        ctx_dim: int,
+        out_dim: int,
+        kernel_size: int,
+        smk_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        ls_init_value: float | None,
+        res_scale: bool,
+        drop_path: float,
+        deploy: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % (4 * num_heads):
+            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of 4 * num_heads")
+        if smk_size < 3 or smk_size % 2 == 0 or smk_size > kernel_size:
+            raise ValueError(f"got smk_size={smk_size}, need an odd number from 3 to kernel_size={kernel_size}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_dim = int(dim * mlp_ratio)
+        groups = 2 * num_heads
+        self.kernel_size = kernel_size
+        self.smk_size = smk_size
+        self.scale = float((dim // groups) ** -0.5)
+        self.res_scale = res_scale
+        self.rpb1 = nn.Parameter(torch.empty(groups, 2 * smk_size - 1, 2 * smk_size - 1, **dd))
+        self.rpb2 = nn.Parameter(torch.empty(groups, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
+        self.dwconv1 = ResDWConv(out_dim, **dd)
+        self.norm1 = LayerNorm2d(out_dim, **dd)
+        self.weight_query = nn.Sequential(Pointwise(dim, dim // 2, bias=False, **dd), nn.BatchNorm2d(dim // 2, **dd))
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(REGIONS),
+            Pointwise(ctx_dim, dim // 2, bias=False, **dd),
+            nn.BatchNorm2d(dim // 2, **dd),
+        )
+        self.weight_proj = nn.Conv2d(REGIONS**2, kernel_size**2 + smk_size**2, 1, **dd)
+        self.lepe = nn.Sequential(DilatedReparamBlock(dim, kernel_size, deploy=deploy, **dd), nn.BatchNorm2d(dim, **dd))
+        self.se_layer = SqueezeExcite(dim, **dd)
+        self.gate = nn.Sequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd), nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), Pointwise(dim, out_dim, **dd))
+        self.dwconv2 = ResDWConv(out_dim, **dd)
+        self.norm2 = LayerNorm2d(out_dim, **dd)
+        self.mlp = nn.Sequential(
+            Pointwise(out_dim, hidden_dim, **dd),
+            nn.GELU(),
+            ResDWConv(hidden_dim, **dd),
+            GlobalResponseNorm(hidden_dim, **dd),
+            Pointwise(hidden_dim, out_dim, **dd),
+        )
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value, **dd)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def contmix(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
+        """ContMix on maps ``[B, C, H, W]`` of at least ``kernel_size``, with ``dim``, ``ctx_dim``, ``dim`` channels."""
+        return mix(
+            self.weight_query(query),
+            self.weight_key(context),
+            value,
+            self.weight_proj.weight,
+            self.weight_proj.bias,
+            self.rpb1,
+            self.rpb2,
+            self.scale,
+            self.smk_size,
+            self.kernel_size,
+        )
+
+    def finish(self, skip: Tensor, x: Tensor, gate: Tensor, lepe: Tensor) -> Tensor:
+        """Gate the mixed map, add it to ``skip`` and apply the feed-forward network."""
+        x = self.proj(gate * self.se_layer(x + lepe))
+        if self.res_scale:
+            x = self.dwconv2(self.ls1(skip) + self.drop_path(x))
+            return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.dwconv2(skip + self.drop_path(self.ls1(x)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ContMixBlock(DynamicBlock):
+    """Context-mixing block for any network: ContMix with its own context, and a feed-forward network (Sec. 3.3).
+
+    Every position gets two convolution kernels per channel group, made from its affinity to 49 regions of the map.  The
+    cost is linear in the number of positions.  A map smaller than the large kernel is worked on at a larger size.
+
+    Args:
+        dim: Channels, a multiple of ``4 * num_heads``.
+        kernel_size: Side of the large kernel: 5, 7, 9, 11, 13, 15, 17 or 19.
+        smk_size: Side of the small kernel, odd, from 3 to ``kernel_size``.
+        num_heads: Half the number of channel groups with kernels of their own.
+        mlp_ratio: Hidden channels of the feed-forward network over ``dim``.
+        res_scale: Put the layer scale on the skip path, not on the branch.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        drop_path: Stochastic depth rate of both branches.
+        deploy: Build the merged form of the large-kernel convolution.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        dim: int = 64,
+        kernel_size: int = 7,
+        smk_size: int = 5,
+        num_heads: int = 2,
+        mlp_ratio: float = 4.0,
+        res_scale: bool = False,
+        ls_init_value: float | None = None,
+        drop_path: float = 0.0,
+        deploy: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            dim,
+            dim,
+            dim,
+            kernel_size=kernel_size,
+            smk_size=smk_size,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            ls_init_value=ls_init_value,
+            res_scale=res_scale,
+            drop_path=drop_path,
+            deploy=deploy,
+            **dd,
+        )
+        self.weight_value = nn.Sequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.fusion_proj = nn.Sequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal relative position biases."""
+        trunc_normal_(self.rpb1, std=0.02)
+        trunc_normal_(self.rpb2, std=0.02)
+
+    def reparameterize(self) -> None:
+        """Merge the branches of the large-kernel convolution for inference."""
+        self.lepe[0].reparameterize()  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        skip = self.dwconv1(x)
+        x = self.norm1(skip)
+        gate, lepe = self.gate(x), self.lepe(x)
+        large = enlarge(x, self.kernel_size)
+        large = self.contmix(large, large, self.weight_value(large))
+        return self.finish(skip, self.fusion_proj(shrink(large, x)), gate, lepe)

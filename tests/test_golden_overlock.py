@@ -1,0 +1,283 @@
+"""Official outputs of OverLoCK: the whole net in both forms, its dense backbone, its blocks and the kernel merge."""
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+from golden import image, load, weights
+from timm.utils.model import reparameterize_model
+from tolerance import close, golden_close
+
+import vizoo  # noqa: F401
+from vizoo.backbones.layers import ContMixBlock
+from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock
+from vizoo.backbones.overlock import FocusBlock, checkpoint_filter_fn
+from vizoo.tools.profiler import count
+
+# parameters with the auxiliary head and without, GMACs: training form, then merged form
+OFFICIAL = {
+    "overlock_xt": ((17307272, 16969600, 2.863), (16791384, 16453712, 2.701)),
+    "overlock_t": ((34990472, 34476448, 5.993), (33981064, 33467040, 5.646)),
+    "overlock_s": ((58309772, 57795748, 10.437), (56670476, 56156452, 9.894)),
+    "overlock_b": ((98012968, 97434816, 17.963), (95520680, 94942528, 17.096)),
+}
+FOCUS = {"use_prior": False, "kernel_size": 13}, {"use_prior": True, "kernel_size": 7}
+BLOCKS = {
+    "overlock_contmix_k7": {"dim": 32, "num_heads": 2, "res_scale": True, "ls_init_value": 1},
+    "overlock_contmix_k13": {"dim": 24, "kernel_size": 13, "num_heads": 1, "mlp_ratio": 2},
+    "overlock_contmix_k13_small": {
+        "dim": 24,
+        "kernel_size": 13,
+        "num_heads": 1,
+        "mlp_ratio": 2,
+        "res_scale": True,
+        "ls_init_value": 1,
+    },
+}
+
+
+def overlock_t(official, **kwargs):
+    """OverLoCK-T that took an official checkpoint strictly."""
+    model = timm.create_model("overlock_t", **kwargs).eval()
+    model.load_state_dict(checkpoint_filter_fn(official, model), strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """The classification case in training form."""
+    return overlock_t({"state_dict": weights(load("overlock_t").keys)}, aux_head=True)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+def test_classification(classifier, grad):
+    case = load("overlock_t")
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+        for name, module in classifier.named_children()
+    ]
+    with torch.set_grad_enabled(grad):
+        golden_close(classifier(image(case.input_shape)), case.outputs["logits"], "logits")
+        golden_close(classifier.aux_head(seen["blocks4"]).flatten(1), case.outputs["aux"], "aux")
+    for hook in hooks:
+        hook.remove()
+    focus3 = seen["sub_blocks3"]
+    golden_close(seen["blocks1"][:, ::4, ::4, ::4], case.outputs["stage1"], "stage 1")
+    golden_close(seen["blocks2"][:, ::8, ::2, ::2], case.outputs["stage2"], "stage 2")
+    golden_close(seen["blocks3"][:, ::16], case.outputs["base3"], "Base-Net")
+    golden_close(seen["blocks4"][:, ::16], case.outputs["overview"], "Overview-Net")
+    golden_close(seen["high_level_proj"][:, ::4], case.outputs["prior"], "context prior")
+    golden_close(focus3[:, :256][:, ::16], case.outputs["focus3_x"], "Focus-Net, stride 16")
+    golden_close(focus3[:, 256:][:, ::8], case.outputs["focus3_ctx"], "context stream")
+    golden_close(seen["sub_blocks4"][:, ::16], case.outputs["focus4"], "Focus-Net, stride 32")
+
+
+@pytest.mark.parametrize("how", ["model", "timm", "checkpoint"])
+def test_merged_by_us(classifier, how):
+    """A trained model merged in place, by timm's tool, or while it is loaded answers as before."""
+    case = load("overlock_t")
+    if how == "model":
+        model = copy.deepcopy(classifier)
+        model.reparameterize()
+        model.reparameterize()
+        assert model._model_args["deploy"] is True
+    elif how == "timm":
+        model = reparameterize_model(classifier)
+    else:
+        model = overlock_t({"model": weights(case.keys)}, deploy=True, aux_head=True)
+    official = {k: shape for k, (shape, _) in load("overlock_t_reparam").keys.items()}
+    official["head.4.weight"] = [1000, 1024]  # a linear layer here
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == official
+    with torch.no_grad():
+        golden_close(model(image(case.input_shape)), case.outputs["logits"], "logits")
+
+
+def test_official_merged_weights():
+    case = load("overlock_t_reparam")
+    official = {f"module.{k}": v for k, v in weights(case.keys).items()}
+    model = overlock_t({"model": official, "epoch": 300}, deploy=True, aux_head=True)
+    with torch.no_grad():
+        golden_close(model(image(case.input_shape)), case.outputs["logits"], "logits")
+        _, overview = model._pyramid(image(case.input_shape), 2)
+        golden_close(model.aux_head(overview).flatten(1), case.outputs["aux"], "aux")
+    bare = overlock_t(official, deploy=True)  # the auxiliary head is left out
+    with torch.no_grad():
+        golden_close(bare(image(case.input_shape)), case.outputs["logits"], "logits without auxiliary head")
+    with pytest.raises(ValueError, match="deploy=True"):
+        checkpoint_filter_fn(official, timm.create_model("overlock_t", device="meta"))
+
+
+def test_merged_tag_builds_merged_model():
+    model = timm.create_model("overlock_t.reparam_in1k", device="meta")
+    assert "blocks1.0.proj.1.lk_origin.bias" in model.state_dict()
+    assert model._model_args["deploy"] is True
+    model = timm.create_model("overlock_t.maskrcnn_1x_coco", device="meta")
+    assert "extra_norm.4.weight" in model.state_dict()
+    assert model.num_classes == 0
+
+
+def test_segmentation_backbone(tmp_path):
+    case = load("overlock_t_seg_192x256")
+    segmentor = {f"backbone.{k}": v for k, v in weights(case.keys).items()}
+    segmentor["decode_head.conv_seg.weight"] = torch.zeros(1)
+    torch.save({"meta": {}, "state_dict": segmentor}, tmp_path / "segmentor.pth")
+    backbone = timm.create_model(
+        "overlock_t",
+        features_only=True,
+        dense="seg",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "segmentor.pth")},
+    ).eval()
+    with torch.no_grad():
+        features = backbone(image(case.input_shape))
+    assert [list(f.shape) for f in features] == case.meta["full_shapes"]
+    assert {k.removeprefix("model.") for k in backbone.state_dict()} == case.keys.keys()
+    for i, (feature, (c, s)) in enumerate(zip(features, ((8, 4), (8, 2), (16, 1), (16, 1)), strict=True)):
+        golden_close(feature[:, ::c, ::s, ::s], case.outputs[f"feat{i}"], f"level {i}")
+
+
+def test_detection_backbone():
+    """The detection backbone is the segmentation one, with the overview added to its last level."""
+    case = load("overlock_t_seg_192x256")
+    keys = {
+        **case.keys,
+        **{f"extra_norm.4.{leaf}": [[512], "torch.float32"] for leaf in ("weight", "bias")},
+        "h_proj.0.weight": [[640, 512, 1, 1], "torch.float32"],
+        "h_proj.0.bias": [[640], "torch.float32"],
+        "h_proj.1.weight": [[640, 1, 1, 1], "torch.float32"],
+        "h_proj.1.bias": [[640], "torch.float32"],
+    }
+    state = weights(keys)
+    model = overlock_t({"state_dict": {f"backbone.{k}": v for k, v in state.items()}}, dense="det")
+    assert model.state_dict().keys() == keys.keys()
+    x = image(case.input_shape)
+    with torch.no_grad():
+        features = model.forward_intermediates(x, intermediates_only=True)
+        for i, (c, s) in enumerate(((8, 4), (8, 2), (16, 1))):
+            golden_close(features[i][:, ::c, ::s, ::s], case.outputs[f"feat{i}"], f"level {i}")
+        _, overview = model._pyramid(x, 2)
+        added = torch.nn.functional.layer_norm(
+            overview.permute(0, 2, 3, 1), (512,), state["extra_norm.4.weight"], state["extra_norm.4.bias"], 1e-6
+        ).permute(0, 3, 1, 2)
+        added = torch.nn.functional.conv2d(added, state["h_proj.0.weight"], state["h_proj.0.bias"])
+        added = added * state["h_proj.1.weight"].view(1, -1, 1, 1) + state["h_proj.1.bias"].view(1, -1, 1, 1)
+        golden_close((features[3] - added)[:, ::16], case.outputs["feat3"], "level 3")
+
+
+def test_classifier_becomes_dense_backbone(classifier):
+    """Norms that a classification checkpoint does not have keep their initial values; classifiers drop dense norms."""
+    dense = timm.create_model("overlock_t", dense="det")
+    state = checkpoint_filter_fn(classifier.state_dict(), dense)
+    dense.load_state_dict(state, strict=True)
+    close(dense.high_level_proj.weight, classifier.high_level_proj.weight, "same")
+    state = checkpoint_filter_fn(dense.state_dict(), timm.create_model("overlock_t", num_classes=0))
+    assert not [k for k in state if re.match(r"extra_norm|h_proj|aux_head", k)]
+
+
+def block_gradients(block, x, out, case):
+    names = ("rpb1", "rpb2", "weight_proj.weight", "weight_proj.bias")
+    found = torch.autograd.grad(out, [x, *(block.get_parameter(n) for n in names)], image(out.shape, seed=7))
+    for name, gradient in zip(("input", *names), found, strict=True):
+        golden_close(gradient, case.outputs[f"grad_{name.replace('.', '_')}"], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("kwargs", FOCUS, ids=["first_k13", "mid_k7_small"])
+def test_focus_block(kwargs):
+    case = load("overlock_dynblock_mid_k7_small" if kwargs["use_prior"] else "overlock_dynblock_first_k13")
+    block = FocusBlock(32, 16, num_heads=2, ls_init_value=1, **kwargs).eval()
+    block.load_state_dict(weights(case.keys), strict=True)
+    B, _, H, W = case.input_shape
+    x = image(case.input_shape).requires_grad_()
+    context, prior = image((B, 16, H, W), seed=11), image((B, 16, H, W), seed=12)
+    out = block(torch.cat([x, context], dim=1), prior)
+    golden_close(out, case.outputs["out"], "output")
+    block_gradients(block, x, out, case)
+    with torch.no_grad():
+        golden_close(block(torch.cat([x, context], dim=1), prior), case.outputs["out"], "inference")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_contmix_block(name):
+    case = load(name)
+    block = ContMixBlock(**BLOCKS[name]).eval()
+    block.load_state_dict(weights(case.keys), strict=True)
+    x = image(case.input_shape).requires_grad_()
+    out = block(x)
+    golden_close(out, case.outputs["out"], "output")
+    block_gradients(block, x, out, case)
+    block.reparameterize()
+    with torch.no_grad():
+        golden_close(block(x), case.outputs["out"], "merged")
+
+
+@pytest.mark.parametrize("kernel_size", BRANCHES)
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+def test_kernel_merge(kernel_size, grad):
+    case, prefix = load("overlock_reparam_merge"), f"k{kernel_size}."
+    block = DilatedReparamBlock(4, kernel_size).eval()
+    state = {k.removeprefix(prefix): v for k, v in weights(case.keys).items() if k.startswith(prefix)}
+    block.load_state_dict(state, strict=True)
+    x = image(case.input_shape)
+    with torch.set_grad_enabled(grad):
+        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "branches")
+        block.reparameterize()
+        assert list(block.state_dict()) == ["lk_origin.weight", "lk_origin.bias"]
+        golden_close(block.lk_origin.weight, case.outputs[f"weight_k{kernel_size}"], "kernel")
+        golden_close(block.lk_origin.bias, case.outputs[f"bias_k{kernel_size}"], "bias")
+        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "merged")
+
+
+def test_auxiliary_head():
+    """In training it adds its logits, in evaluation the output is a tensor; it follows the classifier."""
+    model = timm.create_model("test_overlock", aux_head=True, num_classes=7)
+    out = model.train()(torch.randn(2, 3, 96, 96))
+    assert {k: v.shape for k, v in out.items()} == {"main": (2, 7), "aux": (2, 7)}
+    (out["main"].mean() + 0.4 * out["aux"].mean()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    model.reset_classifier(3)
+    assert model(torch.randn(2, 3, 96, 96))["aux"].shape == (2, 3)
+    assert model.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 3)
+    assert timm.create_model("test_overlock").train()(torch.randn(2, 3, 96, 96)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 200), (193, 65)], ids=str)
+def test_any_size(size):
+    model = timm.create_model("test_overlock").eval()
+    with torch.no_grad():
+        final, features = model.forward_intermediates(torch.randn(2, 3, *size))
+    assert torch.isfinite(final).all()
+    h, w = size
+    for level, feature in enumerate(features):
+        for _ in range(1 if level else 2):
+            h, w = -(-h // 2), -(-w // 2)
+        assert feature.shape[2:] == (h, w)
+
+
+def official_macs(model):
+    """Multiply-accumulates as the official code spends them.
+
+    Its layer scales are 1x1 convolutions, and it multiplies queries and keys before the projection to kernel offsets.
+    """
+    side = 224 // 16
+    total = count(model, torch.empty(1, 3, 224, 224, device="meta")).macs
+    for name, module in model.named_modules():
+        n = (side if re.match(r"(sub_)?blocks3", name) else side // 2) ** 2
+        if type(module).__name__ == "LayerScale":
+            total += n * module.bias.numel()
+        elif isinstance(module, FocusBlock):
+            half, S, G = module.dim // 2, module.weight_proj.out_channels, module.rpb1.shape[0]
+            total += 49 * n * (half + G * S) - (n + 49) * half * S
+    return total
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("merged", [False, True], ids=["training", "merged"])
+def test_size_of_every_form(name, merged):
+    with_aux, without, gmacs = OFFICIAL[name][merged]
+    for aux, expected in ((True, with_aux), (False, without)):
+        model = timm.create_model(name, device="meta", deploy=merged, aux_head=aux).eval()
+        assert sum(p.numel() for p in model.parameters()) == expected
+    assert round(official_macs(model) / 1e9, 3) == gmacs
