@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +64,7 @@ class Stats(NamedTuple):
         """What makes the numbers doubtful; empty when nothing does."""
         found = []
         if self.cpu_use is not None and self.cpu_use < BUSY:
-            found.append(f"machine busy: got {self.cpu_use:.0%} of the threads, numbers unreliable")
+            found.append(f"machine busy or too many threads: used {self.cpu_use:.0%} of them, numbers unreliable")
         if self.n > 3 and self.iqr > NOISY * self.median:
             found.append(f"noisy: interquartile range {self.iqr / self.median:.0%} of the median")
         return found
@@ -110,7 +113,7 @@ def measure(
 
     Warm-up runs at least ``warmup`` calls and a second, and until the last five running medians move less than 2 %.
     Sampling stops at 100 calls or ``min_time`` once the interquartile range is below 5 % of the median, and at
-    ``max_time`` in any case.  On CUDA an event pair surrounds each call and there is one synchronisation at the end.
+    ``max_time`` in any case.  On CUDA an event pair surrounds each call and one synchronisation ends 25 calls.
 
     Args:
         fn: Function without arguments.
@@ -172,35 +175,38 @@ def _sample(
     tick: Callable[[float], None] | None,
 ) -> tuple[list[float], float | None]:
     samples: list[float] = []
-    begin = clock()
-    if device.type == "cuda":
-        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        while len(events) < 3 or (len(events) < MIN_RUNS and clock() - begin < min_time):
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            fn()
-            pair[1].record()
-            events.append(pair)
-        torch.cuda.synchronize(device)
-        return [a.elapsed_time(b) / 1e3 for a, b in events], None
-    cpu_begin = cpu_clock()
+    begin, cpu_begin = clock(), cpu_clock()
     while True:
-        start = clock()
-        fn()
-        samples.append(clock() - start)
+        if device.type == "cuda":
+            samples += _cuda_samples(fn, device)
+        else:
+            start = clock()
+            fn()
+            samples.append(clock() - start)
         elapsed = clock() - begin
         if tick:
-            tick(min(1.0, elapsed / max_time))
+            tick(min(1.0, elapsed / max_time) if max_time else 1.0)
         if len(samples) < 3:
             continue
-        if elapsed >= max_time:
-            break
-        done = len(samples) >= MIN_RUNS or elapsed >= min_time
         stats = Stats(samples, None, 0.0, 0)
-        if done and stats.iqr <= SPREAD * stats.median:
+        enough = len(samples) >= MIN_RUNS or elapsed >= min_time
+        if elapsed >= max_time or (enough and stats.iqr <= SPREAD * stats.median):
             break
-    use = (cpu_clock() - cpu_begin) / (clock() - begin) / torch.get_num_threads()
-    return samples, use
+    if device.type == "cuda":
+        return samples, None
+    return samples, (cpu_clock() - cpu_begin) / max(clock() - begin, 1e-9) / torch.get_num_threads()
+
+
+def _cuda_samples(fn: Callable[[], Any], device: torch.device, calls: int = 25) -> list[float]:
+    """Seconds of each call by an event pair around it, with one synchronisation after the last."""
+    with torch.cuda.device(device):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for before, after in events:
+            before.record()
+            fn()
+            after.record()
+        torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
 
 
 class Comparison(NamedTuple):
@@ -282,7 +288,7 @@ def compare(
     outputs = {name: tensors(f(*inputs)) for name, f in functions.items()}
     reference = next(iter(outputs.values()))
     difference = {
-        name: max([float((a - b).abs().max()) for a, b in zip(out, reference, strict=True)], default=0.0)
+        name: max([float((a - b).abs().max()) for a, b in zip(out, reference, strict=True) if a.numel()], default=0.0)
         for name, out in outputs.items()
     }
     del outputs, reference
@@ -343,11 +349,13 @@ class Memory(NamedTuple):
         peak: Everything, weights included.
         activations: Peak without weights and input.
         how: ``cuda allocator``, ``tracked`` (tensors on the CPU) or ``resident set`` of the process.
+        reserved: Peak that CUDA's allocator had reserved; None elsewhere.
     """
 
     peak: int
     activations: int
     how: str
+    reserved: int | None = None
 
 
 def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device: Any) -> Memory:
@@ -361,7 +369,7 @@ def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device
 
     Returns:
         The peak.  CUDA asks the allocator; on a CPU tensors are tracked by PyTorch's (private) memory tracker, and
-        where that fails the growth of the process is reported.
+        where that fails the growth of the process is sampled every millisecond.
     """
     device = torch.device(device)
     tensors = [*model.parameters(), *model.buffers()]
@@ -374,11 +382,8 @@ def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device
         before = torch.cuda.memory_allocated(device)
         fn()
         torch.cuda.synchronize(device)
-        return Memory(
-            weights + given + torch.cuda.max_memory_allocated(device) - before,
-            torch.cuda.max_memory_allocated(device) - before,
-            "cuda allocator",
-        )
+        grown = torch.cuda.max_memory_allocated(device) - before
+        return Memory(weights + given + grown, grown, "cuda allocator", torch.cuda.max_memory_reserved(device))
     try:
         from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -389,10 +394,170 @@ def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device
         peak = int(tracker.get_tracker_snapshot("peak")[device]["Total"])
         return Memory(peak, max(0, peak - weights - given), "tracked")
     except Exception:  # private interface of PyTorch
-        import psutil
-
-        process = psutil.Process()
-        before = process.memory_info().rss
-        fn()
-        grown = max(0, process.memory_info().rss - before)
+        grown = _resident_growth(fn)
         return Memory(weights + given + grown, grown, "resident set")
+
+
+def _resident_growth(fn: Callable[[], Any]) -> int:
+    import psutil
+
+    process, stop = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not stop.wait(1e-3):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        fn()
+        seen.append(process.memory_info().rss)
+    finally:
+        stop.set()
+        watcher.join()
+    return max(seen) - seen[0]
+
+
+# whole models
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: those of the machine, its affinity and its control group's quota."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [psutil.cpu_count(logical=False) or allowed, allowed]
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        limits.append(int(quota) // int(period))
+    return max(1, min(limits))
+
+
+def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
+    """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if not x.is_floating_point():
+        return x.to(device).repeat(batch, *[1] * (x.dim() - 1)) if x.dim() else x.to(device)
+    shape = (batch * x.shape[0], *x.shape[1:]) if x.dim() else ()
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+@contextlib.contextmanager
+def conditions(device: torch.device, dtype: torch.dtype, amp: bool, tf32: bool) -> Iterator[None]:
+    """Inference mode, autocast if asked for, TensorFloat-32 only if asked for, convolution algorithms searched."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype if amp else None, enabled=amp):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+class Measured(NamedTuple):
+    """Measurements of one model; what was not asked for is None.
+
+    Attributes:
+        latency: Seconds of one call of ``latency_batch`` images.
+        latency_batch: Images.
+        throughput: Images a second in calls of ``throughput_batch``.
+        throughput_batch: Images.
+        memory: Peak at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
+        notes: What is doubtful or was changed on the way.
+    """
+
+    latency: Stats | None
+    latency_batch: int | None
+    throughput: float | None
+    throughput_batch: int | None
+    memory: Memory | None
+    notes: list[str]
+
+
+def measure_model(
+    model: torch.nn.Module,
+    inputs: Sequence[Any],
+    modes: Sequence[str],
+    device: torch.device,
+    *,
+    weights: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    compile: bool | str = False,
+    batch: int | None = None,
+    min_time: float = 2.0,
+    max_time: float = 10.0,
+    step: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Latency, throughput and peak memory of a model, inside :func:`conditions`.
+
+    Args:
+        model: A module in evaluation mode, on ``device`` and in ``weights``.
+        inputs: Positional inputs at batch 1, of which only shapes and dtypes matter where they are floating.
+        modes: Any of ``latency``, ``throughput``, ``memory``.
+        device: Where it is.
+        weights: Dtype of floating inputs.
+        channels_last: Give images in channels_last memory.
+        compile: ``torch.compile``; a string is its mode.
+        batch: Images at once; None is 1 for latency, and 8 on a CPU or 64 on a GPU for throughput.
+        min_time: As in :func:`measure`.
+        max_time: As in :func:`measure`.
+        step: Called with a text when a new part begins.
+
+    Returns:
+        The measurements.  A batch that does not fit into a GPU's memory is halved, with a note.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: If a single image does not fit.
+    """
+    cuda = device.type == "cuda"
+    run: Any = model
+    if compile:
+        torch._dynamo.reset()
+        run = torch.compile(model, mode=compile if isinstance(compile, str) else None)
+
+    def given(n: int) -> list[Any]:
+        tensors = [random_like(x, n, device, weights) for x in inputs]
+        if channels_last:
+            images = [isinstance(x, torch.Tensor) and x.dim() == 4 for x in tensors]
+            last = torch.channels_last
+            tensors = [x.contiguous(memory_format=last) if i else x for x, i in zip(tensors, images, strict=True)]
+        return tensors
+
+    def timed(n: int) -> tuple[Stats, Callable[[], Any]]:
+        tensors = given(n)
+        return measure(lambda: run(*tensors), device, min_time=min_time, max_time=max_time), lambda: run(*tensors)
+
+    notes: list[str] = []
+    latency, throughput, memory = None, None, None
+    small, large = batch or 1, batch or (64 if cuda else 8)
+    if "latency" in modes:
+        step(f"latency, batch {small}")
+        latency, _ = timed(small)
+        notes += [f"latency: {w}" for w in latency.warnings]
+    while "throughput" in modes and throughput is None:
+        step(f"throughput, batch {large}")
+        try:
+            stats, call = timed(large)
+            throughput = large / (back_to_back(call, device) if cuda else stats.median)
+        except torch.cuda.OutOfMemoryError:
+            if large == 1:
+                raise
+            torch.cuda.empty_cache()
+            large //= 2
+            continue
+        notes += [f"throughput: {w}" for w in stats.warnings]
+        if large < (batch or 64) and cuda:
+            notes.append(f"out of memory: batch reduced to {large}")
+    if "memory" in modes:
+        step("memory")
+        tensors = given(large if throughput else small)
+        target = run if cuda else model
+        if compile and not cuda:
+            notes.append("memory is that of the uncompiled model")
+        memory = peak_memory(lambda: target(*tensors), model, tensors, device)
+    return Measured(latency, small if latency else None, throughput, large if throughput else None, memory, notes)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import csv
 import dataclasses
 import importlib
 import json
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vizoo.backbones.ops._cost import Cost, register_cost
 from vizoo.tools.common import (
@@ -39,6 +41,7 @@ FOOTNOTE = """\
 GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
 print them as FLOPs.  GFLOPs = 2 GMACs + other GFLOPs (norms, softmax, activations, biases, by fixed costs per element).
 acts: elements written by those contractions, attention scores included."""
+FVCORE = "fvcore G: fvcore's total in 1e9: a multiply-accumulate counts one, and norms and pooling are in it."
 EXAMPLES = """\
 examples:
   vizoo profile litv2_s                                    exact counts; needs no device and no weights
@@ -146,6 +149,8 @@ class Profile:
             "kernels": c.kernels,
             "largest_tensor": c.largest,
             "uncounted": c.uncounted,
+            "modules": {path: m._asdict() for path, m in c.modules.items()},
+            "ops": self.by_op(),
             "fvcore_total": self.fvcore_total,
             "latency_batch": self.latency_batch,
             "latency": self.latency.to_dict() if self.latency else None,
@@ -219,21 +224,26 @@ def compare(*args: Any, **kwargs: Any) -> Comparison:
 def environment(device: Any) -> dict[str, Any]:
     """Versions and machine of a measurement."""
     import datetime
+    import platform
 
     import psutil
     import timm
     import torch
 
     import vizoo
+    from vizoo.tools.bench import commit
     from vizoo.tools.env import cpu_name
 
     gpu = device.type == "cuda"
     return {
         "vizoo": vizoo.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "cuda": torch.version.cuda if gpu else None,
         "machine": torch.cuda.get_device_name(device) if gpu else cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "load": round(psutil.getloadavg()[0], 2),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -304,47 +314,58 @@ def profile(
         raise UserError(f"amp with dtype {dtype}: give dtype bf16 or fp16")
 
     tell = step or (lambda text: None)
-    real = bool(timed or check or fvcore)
+    real = bool(timed or check or fvcore or (model_kwargs or {}).get("checkpoint_path"))
     tell("building")
+    net, name, side, inputs = _build(model, inputs, size, dict(model_kwargs or {}), real)
+    modes_before = {m: m.training for m in net.modules()}
+    net.eval()
+    try:
+        tell("counting")
+        result = Profile(name, side, {}, {}, _counted(net, inputs, name, side))
+        result.notes += [f"uncounted: {op} ({calls} calls)" for op, calls in result.uncounted.items()]
+        if check or fvcore:
+            _second_engine(result, net, inputs, check, fvcore)
+        result.config = {
+            "device": str(where),
+            "dtype": dtype,
+            "amp": amp,
+            "channels_last": channels_last,
+            "compile": compile,
+            "threads": torch.get_num_threads() if where.type == "cpu" else None,
+        }
+        result.environment = environment(where)
+        if timed:
+            own = isinstance(model, str)  # a module of the caller is neither moved nor converted
+            _measure(result, net if own else copy.deepcopy(net), inputs, timed, where, batch, min_time, max_time, tell)
+    finally:
+        for module, training in modes_before.items():
+            module.training = training
+    return result
+
+
+def _build(
+    model: Any, inputs: Sequence[Any] | None, size: Any, kwargs: dict[str, Any], real: bool
+) -> tuple[Any, str, tuple[int, int] | None, Sequence[Any]]:
+    """Model, name, image size and inputs; without ``real`` the weights are on the meta device."""
+    import torch
+    from timm.models import get_model_input_config
+
+    from vizoo.tools._counting import unwrap
+
+    place = {} if real else {"device": "meta"}
     if isinstance(model, str):
         name = resolve_models([model])[0]
-        net = build_model(name, **(model_kwargs or {}), **({} if real else {"device": "meta"}))
+        net = build_model(name, **kwargs, **place)
     else:
-        name, net = type(model).__name__, model
-    side: tuple[int, int] | None = None
-    if inputs is None:
-        from timm.models import get_model_input_config
-
-        config = get_model_input_config(net)
-        side = read_size(size, "size") if size is not None else tuple(config["input_size"][1:])  # type: ignore[assignment]
-        if isinstance(model, str) and config["fixed_input_size"] and side != tuple(config["input_size"][1:]):
-            net = build_model(
-                name, **{**(model_kwargs or {}), "img_size": side}, **({} if real else {"device": "meta"})
-            )
-        inputs = (torch.empty(1, config["input_size"][0], *side, device="meta"),)
-    was_training = net.training
-    net.eval()
-
-    tell("counting")
-    result = Profile(name, side, {}, {}, _counted(net, inputs, name, side))
-    result.notes += [f"uncounted: {op} ({calls} calls)" for op, calls in result.uncounted.items()]
-    if check or fvcore:
-        _second_engine(result, net, inputs, check, fvcore)
-
-    result.config = {
-        "device": str(where),
-        "dtype": dtype,
-        "amp": amp,
-        "channels_last": channels_last,
-        "compile": compile,
-        "threads": torch.get_num_threads() if where.type == "cpu" else None,
-    }
-    result.environment = environment(where)
-    if timed:
-        _measure(result, net, inputs, timed, where, batch, min_time, max_time, tell)
-    if not isinstance(model, str):
-        net.train(was_training)
-    return result
+        net = unwrap(model)
+        name = type(net).__name__
+    if inputs is not None:
+        return net, name, None, inputs
+    config = get_model_input_config(net)
+    side = tuple(config["input_size"][1:]) if size is None else read_size(size, "size")
+    if isinstance(model, str) and config["fixed_input_size"] and side != tuple(config["input_size"][1:]):
+        net = build_model(name, **{**kwargs, "img_size": side}, **place)
+    return net, name, (side[0], side[1]), (torch.empty(1, config["input_size"][0], *side, device="meta"),)
 
 
 def _counted(net: Any, inputs: Sequence[Any], name: str, side: tuple[int, int] | None) -> Count:
@@ -352,32 +373,27 @@ def _counted(net: Any, inputs: Sequence[Any], name: str, side: tuple[int, int] |
         return count(net, *inputs)
     except Exception as e:
         at = f" at size {side[0]}x{side[1]}" if side else ""
-        text = " ".join(str(e).split())[:300] or type(e).__name__
-        raise UserError(f"{name!r} cannot run{at}: {text}") from e
+        raise UserError(f"{name!r} cannot run{at}: {_one_line(e)}") from e
 
 
-def _random_like(x: Any, batch: int, device: Any, dtype: Any) -> Any:
-    """Random input of another batch size: zeros would flatter power and hide slow numbers."""
-    import torch
-
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch * x.shape[0], *x.shape[1:], generator=generator).to(device, dtype)
+def _one_line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool, fvcore: bool) -> None:
     import torch
 
     from vizoo.tools._counting import differences, fvcore_counts
+    from vizoo.tools._timing import random_like
 
-    one = [_random_like(x, 1, "cpu", torch.float32) for x in inputs]
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    one = [random_like(x, 1, "cpu", dtype) for x in inputs]
     if fvcore:
         result.fvcore_total = fvcore_counts(net, *one, contractions=False).get("", 0)
     if check:
         wrong = differences(result.counts, fvcore_counts(net, *one))
         result.notes += [f"engines differ: multiply-accumulates of {text}" for text in wrong]
-        three = count(net, *(_random_like(x, 3, "meta", torch.float32) for x in inputs)).macs
+        three = count(net, *(random_like(x, 3, "meta", dtype) for x in inputs)).macs
         if three != 3 * result.macs:
             result.notes.append(f"not linear in the batch: {three:,} multiply-accumulates for 3 images")
 
@@ -393,76 +409,40 @@ def _measure(
     max_time: float,
     tell: Any,
 ) -> None:
-    import contextlib
-
     import torch
 
-    from vizoo.tools._timing import back_to_back, peak_memory
-    from vizoo.tools._timing import measure as timing
+    from vizoo.tools._timing import conditions, measure_model
 
     config = result.config
     dtype = getattr(torch, DTYPES[config["dtype"]])
     weights = torch.float32 if config["amp"] else dtype
-    net = net.to(device, weights)
-    if config["channels_last"]:
-        net = net.to(memory_format=torch.channels_last)
-    run = net
-    if config["compile"]:
-        torch._dynamo.reset()
-        run = torch.compile(net, mode=config["compile"] if isinstance(config["compile"], str) else None)
-
-    @contextlib.contextmanager
-    def conditions() -> Any:
-        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        benchmark = torch.backends.cudnn.benchmark
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config["dtype"] == "tf32"
-        torch.backends.cudnn.benchmark = True
-        try:
-            with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=config["amp"]):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-            torch.backends.cudnn.benchmark = benchmark
-
-    def call_of(n: int) -> tuple[Any, list[Any]]:
-        given = [_random_like(x, n, device, weights) for x in inputs]
+    options = {"channels_last": config["channels_last"], "compile": config["compile"], "batch": batch}
+    try:
+        net = net.to(device, weights)
         if config["channels_last"]:
-            given = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given]
-        return lambda: run(*given), given
-
-    large = batch or (64 if device.type == "cuda" else 8)
-    with conditions():
-        if "latency" in modes:
-            tell(f"latency, batch {batch or 1}")
-            call, _ = call_of(batch or 1)
-            result.latency_batch = batch or 1
-            result.latency = timing(call, device, min_time=min_time, max_time=max_time)
-            result.notes += [f"latency: {w}" for w in result.latency.warnings]
-        while "throughput" in modes:
-            tell(f"throughput, batch {large}")
-            try:
-                call, _ = call_of(large)
-                stats = timing(call, device, min_time=min_time, max_time=max_time)
-                seconds = back_to_back(call, device) if device.type == "cuda" else stats.median
-            except torch.cuda.OutOfMemoryError:
-                if large == 1:
-                    raise UserError(f"{result.model!r}: one image does not fit into the memory of {device}") from None
-                torch.cuda.empty_cache()
-                large //= 2
-                continue
-            result.throughput, result.throughput_batch = large / seconds, large
-            result.notes += [f"throughput: {w}" for w in stats.warnings]
-            if large != (batch or large):
-                result.notes.append(f"out of memory: batch reduced to {large}")
-            break
-        if "memory" in modes:
-            tell("memory")
-            n = result.throughput_batch or result.latency_batch or batch or 1
-            if config["compile"] and device.type == "cpu":
-                result.notes.append("memory is that of the uncompiled model")
-            given = call_of(n)[1]
-            target = net if device.type == "cpu" else run
-            result.memory = peak_memory(lambda: target(*given), net, given, device)
+            net = net.to(memory_format=torch.channels_last)
+        with conditions(device, dtype, config["amp"], config["dtype"] == "tf32"):
+            found = measure_model(
+                net,
+                inputs,
+                modes,
+                device,
+                weights=weights,
+                min_time=min_time,
+                max_time=max_time,
+                step=tell,
+                **options,
+            )
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"{result.model!r}: one image does not fit into the memory of {device}") from None
+    except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
+        given = "".join(f" --{k.replace('_', '-')}" for k in ("amp", "channels_last", "compile") if config[k])
+        text = f"{result.model!r} cannot run on {device} with --dtype {config['dtype']}{given}: {_one_line(e)}"
+        raise UserError(text) from e
+    result.latency, result.latency_batch = found.latency, found.latency_batch
+    result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
+    result.memory = found.memory
+    result.notes += found.notes
 
 
 # tables and files
@@ -526,8 +506,16 @@ def _conditions(profiles: Sequence[Profile]) -> str:
         parts.append(f"img/s: batch {p.throughput_batch}")
     if p.memory:
         parts.append(f"peak MB: weights, input and activations, batch {p.throughput_batch or p.latency_batch or 1}")
+    if c["compile"] and p.latency:
+        parts.append(f"first call with compilation {p.latency.first:.1f} s")
     parts.append(f"torch {e['torch']}, {e['date'][:10]}")
     return "; ".join(parts) + "."
+
+
+def _footnotes(profiles: Sequence[Profile]) -> list[str]:
+    """Conventions of the columns that are shown."""
+    total = any(p.fvcore_total is not None for p in profiles)
+    return list(filter(None, [_conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
 
 
 def markdown_table(profiles: Sequence[Profile]) -> str:
@@ -535,7 +523,7 @@ def markdown_table(profiles: Sequence[Profile]) -> str:
     columns, rows = _cells(profiles)
     rule = ["---" if c in ("model", "note") else "---:" for c in columns]
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
-    return "\n".join([*lines, "", *filter(None, [_conditions(profiles), FOOTNOTE]), ""])
+    return "\n".join([*lines, "", *_footnotes(profiles), ""])
 
 
 def print_profiles(profiles: Sequence[Profile]) -> None:
@@ -545,7 +533,7 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
     if "note" in columns:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows, numeric=range(1, len(columns)))
-    for line in filter(None, [_conditions(profiles), FOOTNOTE]):
+    for line in _footnotes(profiles):
         print(line)
     for name, note in notes:
         stderr.print(f"{name}: {note}", style="yellow")
@@ -627,9 +615,14 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
 # command line
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see 'vizoo profile --help'")
+
+
 def parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="vizoo profile",
         description=__doc__,
         epilog=EXAMPLES,
@@ -645,13 +638,26 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", help="cpu, cuda, cuda:N or meta")
     p.add_argument(
-        "--threads", metavar="N[,N]", help="CPU threads; several are measured in a fresh process each (all cores)"
+        "--threads", metavar="N[,N]", help="CPU threads; several are measured in a fresh process each (physical cores)"
     )
     p.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of weights and input (fp32)")
     p.add_argument("--amp", action="store_true", help="float32 weights under autocast to --dtype")
     p.add_argument("--channels-last", action="store_true", help="channels_last memory")
-    p.add_argument("--compile", nargs="?", const=True, default=False, metavar="MODE", help="torch.compile")
-    p.add_argument("--no-fused", action="store_true", help="plain PyTorch instead of fused attention and kernels")
+    p.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=[True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        metavar="MODE",
+        help="torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+    )
+    p.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fused attention and kernels (default), or plain PyTorch",
+    )
     p.add_argument("--reparam", action="store_true", help="merge branches for inference where the model can")
     p.add_argument("--features", action="store_true", help="the backbone as features_only")
     p.add_argument("--in-chans", type=int, metavar="N", help="channels of the image")
@@ -660,7 +666,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", metavar="FILE", help="weights, as timm's checkpoint_path")
     p.add_argument("--depth", type=int, metavar="N", help="also list modules down to this depth")
     p.add_argument("--by", choices=["module", "op"], help="list modules (depth 1) or operators")
-    p.add_argument("--sort", choices=["macs", "acts", "other"], default="", help="order of the modules")
+    p.add_argument("--sort", choices=["macs", "params", "acts", "other"], default="", help="order of the modules")
     p.add_argument("--top", type=int, default=0, metavar="N", help="most rows of that list")
     p.add_argument("--fvcore", action="store_true", help="also fvcore's total, with its norms and pooling")
     p.add_argument("--check", action="store_true", help="compare both counting engines and batch sizes; exit status 3")
@@ -701,11 +707,10 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _threads(args: argparse.Namespace) -> list[int]:
-    import psutil
-
     if args.threads is None:
-        available = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
-        return [max(1, min(psutil.cpu_count(logical=False) or 1, available or 1 << 30))]
+        from vizoo.tools._timing import default_threads
+
+        return [default_threads()]
     try:
         threads = [int(n) for n in args.threads.split(",")]
     except ValueError:
@@ -717,11 +722,7 @@ def _threads(args: argparse.Namespace) -> list[int]:
 
 def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Refuse bad input before anything runs; returns the names and modes."""
-    for package in args.packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as e:
-            raise UserError(f"--import {package}: {e}") from None
+    _import(args.packages)
     for option, allowed in (("out", (".json", ".csv", ".md")), ("plot", (".png", ".pdf", ".svg"))):
         path = getattr(args, option)
         if path is None:
@@ -741,68 +742,92 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return resolve_models(args.models), modes
 
 
-def _one(args: argparse.Namespace, name: str, modes: list[str], tell: Any) -> Profile:
-    from timm.layers import set_fused_attn
+def _import(packages: Sequence[str]) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as e:
+            raise UserError(f"--import {package}: {e}") from None
 
+
+@contextlib.contextmanager
+def _fused(enable: bool) -> Iterator[None]:
+    """Models built inside use fused attention and kernels, or do not."""
+    from timm.layers import set_fused_attn, use_fused_attn
+
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(enable, experimental=enable and before[1])
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)
+
+
+def _one(args: argparse.Namespace, name: str, modes: list[str], tell: Any) -> Profile:
     kwargs = _model_kwargs(args)
     model: Any = name
-    if args.no_fused or args.reparam:
-        from timm.utils.model import reparameterize_model
-
-        set_fused_attn(not args.no_fused)
-        try:
-            model = build_model(name, **kwargs).eval()
-        finally:
-            set_fused_attn(True)
+    with _fused(args.fused):
         if args.reparam:
-            model = reparameterize_model(model)
-    result = profile(
-        model,
-        size=args.size,
-        mode=modes,
-        device=args.device or "cpu",
-        dtype=args.dtype,
-        amp=args.amp,
-        channels_last=args.channels_last,
-        compile=args.compile,
-        batch=args.batch,
-        fvcore=args.fvcore,
-        check=args.check,
-        min_time=args.min_time,
-        max_time=args.max_time,
-        model_kwargs=kwargs,
-        step=tell,
-    )
+            from timm.utils.model import reparameterize_model
+
+            model = reparameterize_model(build_model(name, **kwargs).eval())
+        result = profile(
+            model,
+            size=args.size,
+            mode=modes,
+            device=args.device or "cpu",
+            dtype=args.dtype,
+            amp=args.amp,
+            channels_last=args.channels_last,
+            compile=args.compile,
+            batch=args.batch,
+            fvcore=args.fvcore,
+            check=args.check,
+            min_time=args.min_time,
+            max_time=args.max_time,
+            model_kwargs=kwargs,
+            step=tell,
+        )
     result.model = name
-    result.config.update(fused=not args.no_fused, reparam=args.reparam, features=args.features)
+    result.config.update(fused=args.fused, reparam=args.reparam, features=args.features)
     return result
 
 
 def _breakdown(args: argparse.Namespace, p: Profile) -> None:
     if args.by == "op":
-        rows = [[r["op"], f"{r['calls']:,}", f"{r['macs'] / 1e9:.4f}", f"{r['share']:.1%}"] for r in p.by_op()]
-        print(f"\noperators of {p.model}")
-        print_table(["operator", "calls", "GMACs", "share"], rows[: args.top or None], numeric=(1, 2, 3))
+        rows = [
+            [r["op"], f"{r['calls']:,}", f"{r['macs'] / 1e9:.4f}", f"{r['share']:.1%}", f"{r['other'] / 1e9:.4f}"]
+            for r in p.by_op(args.top)
+        ]
+        print_table([f"operators of {p.model}", "calls", "GMACs", "share", "other GFLOPs"], rows, numeric=(1, 2, 3, 4))
         return
-    modules = p.by_module(1 if args.depth is None else args.depth, args.sort, args.top)
     rows = [
         [
             r["module"],
+            f"{r['params'] / 1e6:.3f}",
             f"{r['macs'] / 1e9:.4f}",
             f"{r['share']:.1%}",
             f"{r['acts'] / 1e6:.3f}",
             f"{r['other'] / 1e9:.4f}",
+            "x".join(map(str, r["out"] or ())),
         ]
-        for r in modules
+        for r in p.by_module(1 if args.depth is None else args.depth, args.sort, args.top)
     ]
-    print(f"\nmodules of {p.model}")
-    print_table(["module", "GMACs", "share", "acts M", "other GFLOPs"], rows, numeric=(1, 2, 3, 4))
+    columns = [f"modules of {p.model}", "params M", "GMACs", "share", "acts M", "other GFLOPs", "output"]
+    print_table(columns, rows, numeric=range(1, 6))
+
+
+def _one_interop_thread() -> None:
+    import torch
+
+    torch.set_num_interop_threads(1)
 
 
 def _profile_all(args: argparse.Namespace, names: list[str], modes: list[str], threads: int) -> list[Profile]:
     """Profile every model with one number of threads."""
     import torch
 
+    _import(args.packages)
     torch.set_num_threads(threads)
     profiles = []
     with progress() as bar:
@@ -822,11 +847,16 @@ def _run(argv: list[str]) -> int:
     names, modes = _check(args)
     threads = _threads(args)
     if len(threads) == 1:
+        import torch
+
+        before = torch.get_num_threads()
         profiles = _profile_all(args, names, modes, threads[0])
+        torch.set_num_threads(before)
     else:  # OpenMP keeps the pool of its first size, so each setting gets a fresh process
         profiles = []
         for n in threads:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=spawn, initializer=_one_interop_thread) as pool:
                 profiles += pool.submit(_profile_all, args, names, modes, n).result()
     if args.out:
         write_results(profiles, args.out, args.out.suffix[1:])
@@ -847,4 +877,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from vizoo.tools import profiler  # under its own name its results can be sent between processes
+
+    raise SystemExit(profiler.main())

@@ -64,7 +64,7 @@ def test_noise_is_sampled_until_max_time_and_named():
 def test_busy_machine_is_named():
     stats = Clock(0.1, use=0.5).measure(min_time=0.5, max_time=5)
     assert stats.cpu_use == pytest.approx(0.5)
-    assert stats.warnings == ["machine busy: got 50% of the threads, numbers unreliable"]
+    assert stats.warnings == ["machine busy or too many threads: used 50% of them, numbers unreliable"]
     assert Clock(0.1, use=0.85).measure(min_time=0.5, max_time=5).warnings == []
 
 
