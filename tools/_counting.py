@@ -18,6 +18,7 @@ import copy
 import functools
 import math
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -524,7 +525,8 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 setattr(parent, name, unwrap(child))  # compiled functions cannot be traced
-    with _untouched(model, False), torch.no_grad():
+    with _untouched(model, False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # tracing is deprecated; fvcore has nothing else
         analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, inputs))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         for name in COSTS:

@@ -799,7 +799,8 @@ def _breakdown(args: argparse.Namespace, p: Profile) -> None:
             [r["op"], f"{r['calls']:,}", f"{r['macs'] / 1e9:.4f}", f"{r['share']:.1%}", f"{r['other'] / 1e9:.4f}"]
             for r in p.by_op(args.top)
         ]
-        print_table([f"operators of {p.model}", "calls", "GMACs", "share", "other GFLOPs"], rows, numeric=(1, 2, 3, 4))
+        print(f"\noperators of {p.model}")
+        print_table(["operator", "calls", "GMACs", "share", "other GFLOPs"], rows, numeric=(1, 2, 3, 4))
         return
     rows = [
         [
@@ -813,7 +814,8 @@ def _breakdown(args: argparse.Namespace, p: Profile) -> None:
         ]
         for r in p.by_module(1 if args.depth is None else args.depth, args.sort, args.top)
     ]
-    columns = [f"modules of {p.model}", "params M", "GMACs", "share", "acts M", "other GFLOPs", "output"]
+    print(f"\nmodules of {p.model}")
+    columns = ["module", "params M", "GMACs", "share", "acts M", "other GFLOPs", "output"]
     print_table(columns, rows, numeric=range(1, 6))
 
 
