@@ -516,8 +516,9 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
     Returns:
         Counts by module path, the total at ``""``.
     """
-    from fvcore.nn import FlopCountAnalysis
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it scripts functions, which is deprecated
+        from fvcore.nn import FlopCountAnalysis
     model = unwrap(model)
     elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
     if elsewhere or any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
@@ -526,7 +527,7 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
             for name, child in parent.named_children():
                 setattr(parent, name, unwrap(child))  # compiled functions cannot be traced
     with _untouched(model, False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # tracing is deprecated; fvcore has nothing else
+        warnings.simplefilter("ignore", FutureWarning)  # it traces, which is deprecated too
         analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, inputs))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         for name in COSTS:

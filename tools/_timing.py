@@ -534,6 +534,7 @@ def measure_model(
 
     notes: list[str] = []
     latency, throughput, memory = None, None, None
+    reduced = False
     small, large = batch or 1, batch or (64 if cuda else 8)
     if "latency" in modes:
         step(f"latency, batch {small}")
@@ -549,9 +550,10 @@ def measure_model(
                 raise
             torch.cuda.empty_cache()
             large //= 2
+            reduced = True
             continue
         notes += [f"throughput: {w}" for w in stats.warnings]
-        if large < (batch or 64) and cuda:
+        if reduced:
             notes.append(f"out of memory: batch reduced to {large}")
     if "memory" in modes:
         step("memory")

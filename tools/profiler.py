@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -529,14 +530,16 @@ def markdown_table(profiles: Sequence[Profile]) -> str:
 def print_profiles(profiles: Sequence[Profile]) -> None:
     """Print the table with its conventions; notes follow below it."""
     columns, rows = _cells(profiles)
-    notes = [(p.model, note) for p in profiles for note in p.notes]
+    several = len({p.config.get("threads") for p in profiles}) > 1
+    names = [f"{p.model}, {p.config['threads']} threads" if several else p.model for p in profiles]
+    notes = [(name, note) for name, p in zip(names, profiles, strict=True) for note in p.notes]
     if "note" in columns:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows, numeric=range(1, len(columns)))
     for line in _footnotes(profiles):
         print(line)
     for name, note in notes:
-        stderr.print(f"{name}: {note}", style="yellow")
+        stderr.print(f"{name}: {note}", style="yellow", soft_wrap=True)
 
 
 def write_results(profiles: Sequence[Profile], path: Path, kind: str) -> None:
@@ -606,7 +609,9 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.set_title(_conditions(profiles).split(";")[0] or "counts", fontsize=9)
+    threads = profiles[0].config.get("threads")
+    where = _conditions(profiles).split(";")[:2] + ([f" {threads} threads"] if threads and not several else [])
+    axes.set_title(",".join(where) if len(where) > 1 else "counts", fontsize=9)
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format=path.suffix[1:], dpi=150)
     plt.close(figure)
@@ -624,7 +629,7 @@ def parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = _Parser(
         prog="vizoo profile",
-        description=__doc__,
+        description=str(__doc__).replace("`", ""),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -646,9 +651,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--compile",
         nargs="?",
-        const=True,
+        const="default",
         default=False,
-        choices=[True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
         metavar="MODE",
         help="torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
     )
@@ -731,6 +736,11 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             raise UserError(f"--{option} {str(path)!r}: the ending must be one of {', '.join(allowed)}")
         if not path.absolute().parent.is_dir():
             raise UserError(f"--{option} {str(path)!r}: the folder does not exist")
+        try:
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+        except OSError as e:
+            raise UserError(f"--{option} {str(path)!r}: cannot write into the folder: {e.strerror}") from None
     if args.size is not None:
         read_size(args.size)
     if args.batch is not None and args.batch < 1:

@@ -277,3 +277,58 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_callers_module_stays_as_it_was():
+    """Neither its dtype, memory format, modes nor gradients change, whatever is measured."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    r = profiler.profile(
+        model, (torch.zeros(1, 3, 8, 6),), mode="all", dtype="bf16", channels_last=True, min_time=0, max_time=0
+    )
+    assert r.memory.peak > 0
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype
+        assert value.is_contiguous()
+        assert torch.equal(value, before[key])
+
+
+def test_options_of_the_process_come_back(capsys):
+    from timm.layers import use_fused_attn
+
+    before = torch.get_num_threads(), use_fused_attn(), torch.backends.cudnn.benchmark
+    words = ("test_vit", "--no-fused", "--device", "cpu", "--mode", "latency", "--threads", "2", *FAST)
+    assert run(capsys, *words)[0] == 0
+    assert (torch.get_num_threads(), use_fused_attn(), torch.backends.cudnn.benchmark) == before
+
+
+def test_unfused_really_is(capsys, tmp_path):
+    ops = {}
+    for option in ("--fused", "--no-fused"):
+        ops[option] = {row["op"] for row in json_of(capsys, "test_vit", option)["ops"]}
+    assert ops["--fused"] - ops["--no-fused"] == {"aten::scaled_dot_product_attention"}
+
+
+def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel\nfor this dtype")
+
+    monkeypatch.setattr("vizoo.tools._timing.measure", broken)
+    status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--mode", "latency")
+    assert (status, out) == (2, "")
+    assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")
+
+
+def test_folder_that_cannot_be_written(capsys, monkeypatch):
+    """It is noticed before anything is built."""
+    monkeypatch.setattr("vizoo.tools.profiler.build_model", lambda *args, **kwargs: pytest.fail("a model was built"))
+
+    def refuse(**kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    status, out, err = run(capsys, "test_litv2", "--out", "x.csv")
+    assert (status, out) == (2, "")
+    assert err == "vizoo profile: error: --out 'x.csv': cannot write into the folder: Permission denied\n"

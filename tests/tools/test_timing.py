@@ -161,6 +161,77 @@ def test_memory_falls_back_to_the_resident_set(monkeypatch):
     assert found.peak >= 4 * 20 + 16
 
 
+def test_resident_set_sees_the_peak_and_not_the_end():
+    def allocate():
+        np.ones(64 << 20, dtype=np.uint8).sum()
+
+    allocate()
+    assert _timing._resident_growth(allocate) > 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), (None, 4)]
+)
+def test_default_threads_know_the_quota(quota, threads, monkeypatch):
+    """Physical cores, but no more than the affinity mask and the quota of the control group."""
+    import psutil
+
+    def read(self, **kwargs):
+        if quota is None:
+            raise FileNotFoundError
+        return quota
+
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(_timing.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(_timing.Path, "read_text", read)
+    assert _timing.default_threads() == threads
+
+
+def test_inputs_grow_with_the_batch():
+    f = _timing.random_like
+    image = f(torch.zeros(1, 3, 4, 5), 2, "cpu", torch.bfloat16)
+    assert (image.shape, image.dtype) == ((2, 3, 4, 5), torch.bfloat16)
+    assert image.float().std() > 0.5
+    assert torch.equal(f(torch.tensor([[1, 2]]), 3, "cpu", torch.float32), torch.tensor([[1, 2]] * 3))
+    assert f(torch.zeros(1, 2), 3, "meta", torch.float32).shape == (3, 2)
+    assert f("text", 3, "cpu", torch.float32) == "text"
+    state = torch.get_rng_state()
+    f(torch.zeros(1, 2), 3, "cpu", torch.float32)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batch_is_halved_until_it_fits(monkeypatch):
+    """As on a GPU whose memory holds 10 images; the clock is faked."""
+    tried = []
+
+    def fake(fn, device, **kwargs):
+        tried.append(fn().shape[0])
+        if tried[-1] > 10:
+            raise torch.cuda.OutOfMemoryError
+        return _timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
+
+    monkeypatch.setattr(_timing, "measure", fake)
+    found = _timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"), batch=64)
+    assert tried == [64, 32, 16, 8]
+    assert (found.throughput, found.throughput_batch) == (pytest.approx(10), 8)
+    assert found.notes == ["out of memory: batch reduced to 8"]
+    monkeypatch.setattr(_timing, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        _timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"))
+
+
+def test_conditions_come_back():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, torch.backends.cudnn.benchmark
+    with _timing.conditions(torch.device("cpu"), torch.bfloat16, amp=True, tf32=True):
+        assert matmul.allow_tf32
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert (matmul.allow_tf32, torch.backends.cudnn.benchmark) == before
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     model = nn.Linear(1024, 1024).cuda()
