@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import math
 import sys
 import warnings
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vizoo.backbones.ops._cost import COSTS, Cost, find_operator, first_shape, flop_formulas
+from vizoo.backbones.ops._cost import COSTS, Cost, find_operator, flop_formulas
 
 
 class ModuleCost(NamedTuple):
@@ -149,6 +150,14 @@ def _embedding_bag(weight: Any, indices: Any, *args: Any, out: Any = None, **kwa
     return Cost(other=_numel(indices) * weight[-1] * (1 if samples is None else 2))
 
 
+def _embedding_bag_backward(grad: Any, indices: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(other=2 * _numel(indices) * grad[-1])
+
+
+def _sample_weights_backward(grad: Any, weight: Any, indices: Any, *args: Any, out: Any = None) -> Cost:
+    return Cost(other=2 * _numel(indices) * grad[-1])
+
+
 def _fft(x: Any, dims: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     full: Any = x if _numel(x) >= _numel(out) else out  # the real side of a real transform
     return Cost(other=int(5 * _numel(full) * sum(math.log2(max(full[d], 1)) for d in dims)))
@@ -203,6 +212,8 @@ _PRICES: dict[str, Callable[..., Cost]] = {
     **{f"aten::{name}": _per_input(1) for name in _REDUCTIONS.split()},
     **{f"aten::{lib}_batch_norm": _batch_norm for lib in ("native", "cudnn", "miopen")},
     **dict.fromkeys(("aten::_embedding_bag", "aten::_embedding_bag_forward_only"), _embedding_bag),
+    "aten::_embedding_bag_backward": _embedding_bag_backward,
+    "aten::_embedding_bag_per_sample_weights_backward": _sample_weights_backward,
     **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"), _conv),
     **dict.fromkeys(("aten::_fft_r2c", "aten::_fft_c2r", "aten::_fft_c2c"), _fft),
     "torchvision::nms": lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2),  # every pair
@@ -219,7 +230,9 @@ def _price(func: Any, name: str) -> Callable[..., Cost] | None:
     forward = plain.removesuffix("_data").removesuffix("_backward")
     if forward != plain and forward in _BACKWARD:
         return _per_output(_BACKWARD[forward])
-    return _per_output(1) if torch.Tag.pointwise in func.tags else None
+    packet = find_operator(plain) or func._overloadpacket  # some operators in place lack the tag of the plain one
+    tags = [tag for overload in packet.overloads() for tag in getattr(packet, overload).tags]
+    return _per_output(1) if torch.Tag.pointwise in tags else None
 
 
 # the dispatch mode
@@ -278,7 +291,8 @@ class _Recorder(TorchDispatchMode):
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         price = _price(func, name)
-        cost = price(*_shapes(args), **_shapes(kwargs), out=first_shape(_shapes(out))) if price else Cost()
+        first = written[0].shape if written else None
+        cost = price(*_shapes(args), **_shapes(kwargs), out=first) if price else Cost()
         known = func._overloadpacket in flop_registry and name not in COSTS
         if price is None and not known:
             self.uncounted[name] += 1
@@ -386,7 +400,17 @@ def _on_meta(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
 def _on_fake(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        return _in_fake_mode(FakeTensorMode(allow_non_fake_inputs=True), model, args, kwargs, backward)
+    finally:
+        log.setLevel(level)
+
+
+def _in_fake_mode(mode: Any, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
+    with mode:
         fake = functools.partial(tree_map_only, Tensor, mode.from_tensor)
         return _run(_moved(model, mode.from_tensor), fake(args), fake(kwargs), backward)
 

@@ -108,6 +108,24 @@ def _sdpa_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out: Any = Non
     return Cost(macs=scores * (3 * q[-1] + 2 * v[-1]), other=2 * (prod(q) + 5 * scores), acts=2 * scores)
 
 
+def _conv_backward(
+    grad: Any,
+    x: Any,
+    w: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *args: Any,
+    out: Any = None,
+    **kwargs: Any,
+) -> Cost:
+    mask = args[2]  # which of the gradients of x, w and bias; PyTorch's own formula forgets the groups of that of w
+    forward = prod(x if transposed else grad) * prod(w[1:])
+    return Cost(macs=forward * (mask[0] + mask[1]), other=prod(grad) * mask[2])
+
+
 def _baddbmm(x: Any, a: Any, b: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(a) * b[-1], other=prod(out))
 
@@ -180,6 +198,7 @@ COSTS.update(
         "aten::scaled_dot_product_attention": _sdpa,
         **dict.fromkeys(_FUSED, _sdpa),
         **{f"{name}_backward": _sdpa_backward for name in _FUSED},
+        "aten::convolution_backward": _conv_backward,
         "aten::baddbmm": _baddbmm,
         "aten::addmv": _addmv,
         **dict.fromkeys(("aten::mv", "aten::dot", "aten::vdot"), _vector_product),

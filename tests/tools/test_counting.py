@@ -1,6 +1,7 @@
 """Counting: the published anchors, hand numbers of every construct, both engines, and a model left as it was."""
 
 import copy
+import functools
 import math
 import warnings
 from types import SimpleNamespace
@@ -145,6 +146,33 @@ def test_backward_of_fused_attention():
     assert all(p.grad is None for p in model.parameters())
 
 
+GROUPED = {
+    "depthwise": (nn.Conv2d(8, 8, 3, groups=8), 8 * 5 * 7 * 9),
+    "grouped": (nn.Conv2d(8, 12, 3, groups=4), 12 * 5 * 7 * 2 * 9),
+    "transposed": (nn.ConvTranspose2d(8, 6, 3, groups=2), 8 * 7 * 9 * 3 * 9),
+}
+
+
+@pytest.mark.parametrize(("conv", "macs"), GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("engine", ["fake", "real", "meta"])
+def test_backward_of_convolutions(conv, macs, engine):
+    """The gradients of input and weight cost a forward pass each, whatever the groups."""
+    x = torch.randn(1, 8, 7, 9, requires_grad=True)
+    found = count(conv, x, backward=True, engine=engine)
+    assert (found.macs, found.uncounted) == (3 * macs, {})
+    assert count(conv, x.detach(), backward=True, engine=engine).macs == 2 * macs
+
+
+@sized_models
+def test_backward_of_the_zoo_is_priced(name):
+    model = build(name)
+    x = torch.randn(2, *model.pretrained_cfg["input_size"][:1], 96, 128)
+    both_ways, forward = count(model, x, backward=True), count(model, x)
+    assert both_ways.uncounted == {}
+    assert 1.5 < both_ways.macs / forward.macs < 3.2  # merging branches costs a forward pass only
+    assert all(p.grad is None for p in model.parameters())
+
+
 # constructs, by hand
 
 
@@ -276,6 +304,7 @@ OTHER = {  # FLOPs that belong to no contraction, on [2, 4, 6, 6]
     "silu": (nn.SiLU(), 5),
     "relu": (nn.ReLU(), 1),
     "relu in place": (Call(lambda x: F.relu(x.clone(), inplace=True)), 1),
+    "masked in place": (Call(lambda x: x.clone().masked_fill_(x > 0, 1.0)), 2),
     "add": (Call(lambda x: x + 1), 1),
     "exp": (Call(torch.exp), 1),
     "mean": (Call(lambda x: x.mean((2, 3))), 1),
@@ -387,6 +416,13 @@ def test_data_dependent_model_falls_back_to_real_tensors():
     assert (found.engine, found.macs) == ("cpu", 2 * 12)
 
 
+def test_model_that_asks_for_a_value(caplog):
+    """Neither meta nor fake tensors have one; their complaints are not shown."""
+    found = count(Call(lambda x: x @ x * float(x.sum()) if x.max().item() > -1e9 else x), torch.randn(3, 3))
+    assert (found.engine, found.macs, found.uncounted) == ("cpu", 27, {})
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 def test_a_broken_call_says_why():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         count(nn.Linear(4, 3), torch.randn(2, 5))
@@ -456,8 +492,8 @@ def test_litv2_formula(name, size):
 # custom operators and the registry
 
 
-@pytest.fixture
-def scaled_product():
+@functools.cache
+def define():
     """A custom operator with a backward operator, both defined without a cost."""
     namespace = "vizoo_test"
 
@@ -484,10 +520,16 @@ def scaled_product():
         return (*product_backward(g, *ctx.saved_tensors), None)
 
     product.register_autograd(backward, setup_context=setup)
-    yield product
-    for name in (f"{namespace}::product", f"{namespace}::product_backward"):
-        COSTS.pop(name, None)
-        flop_registry.pop(getattr(torch.ops.vizoo_test, name.partition("::")[2]), None)
+    return product
+
+
+@pytest.fixture
+def scaled_product():
+    """The operator, whose cost is forgotten after the test."""
+    yield define()
+    for short in ("product", "product_backward"):
+        COSTS.pop(f"vizoo_test::{short}", None)
+        flop_registry.pop(getattr(torch.ops.vizoo_test, short), None)
 
 
 def brute_force(rows, inner, columns, repeat):
