@@ -26,7 +26,6 @@ BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
 REGIONS = 7  # side of the pooled grid of context regions
 
 
-@register_notrace_module  # picks its path by the device of its input
 def as_written(x: Tensor) -> bool:
     """Whether to compute in the order of the official code: on the meta device and in traces.
 
@@ -35,6 +34,7 @@ def as_written(x: Tensor) -> bool:
     return x.is_meta or torch.jit.is_tracing()
 
 
+@register_notrace_module  # picks its path by the device of its input
 class ResDWConv(nn.Conv2d):
     """Depthwise 3x3 convolution added to its input.
 
