@@ -35,6 +35,7 @@ from .layers.contmix import (
     BRANCHES,
     DilatedReparamBlock,
     DynamicBlock,
+    FusedSequential,
     GlobalResponseNorm,
     LayerScale,
     Pointwise,
@@ -51,7 +52,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _downsample(dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
-    return nn.Sequential(
+    return FusedSequential(
         nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False, **dd), nn.BatchNorm2d(out_dim, **dd)
     )
 
@@ -64,7 +65,7 @@ def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
             nn.BatchNorm2d(c_out, **dd),
             nn.GELU(),
         ]
-    return nn.Sequential(*layers[:-1])
+    return FusedSequential(*layers[:-1])
 
 
 class RepConvBlock(nn.Module):
@@ -101,7 +102,7 @@ class RepConvBlock(nn.Module):
         hidden_dim = int(dim * mlp_ratio)
         self.res_scale = res_scale
         self.dwconv = ResDWConv(dim, **dd)
-        self.proj = nn.Sequential(
+        self.proj = FusedSequential(
             LayerNorm2d(dim, **dd),
             DilatedReparamBlock(dim, kernel_size, deploy=deploy, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -181,14 +182,14 @@ class FocusBlock(DynamicBlock):
         if use_prior:
             self.x_scale = LayerScale(ctx_dim, **dd)
             self.h_scale = LayerScale(ctx_dim, **dd)
-        self.fusion = nn.Sequential(
+        self.fusion = FusedSequential(
             nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim, **dd),
             nn.BatchNorm2d(out_dim, **dd),
             nn.GELU(),
             Pointwise(out_dim, dim, **dd),
             GlobalResponseNorm(dim, **dd),
         )
-        self.dyconv_proj = nn.Sequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.dyconv_proj = FusedSequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
