@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerance import close
 from torch import Tensor, nn
-from zoo import as_nchw, build, gradients, overlay, sample, sized_models, smallest_models
+from zoo import as_nchw, build, each_kind, gradients, overlay, sample
 
 WRAPPERS = (None, "getter", "hook", "fx")  # None: the one the family chose
 MODELESS = (nn.Identity, nn.Sequential, nn.ModuleList)  # the same in training and evaluation
@@ -32,7 +32,7 @@ def every_index(name: str) -> range:
     return range(len(build(name, device="meta").feature_info))
 
 
-@sized_models
+@each_kind
 def test_features_only(name: str) -> None:
     """The default feature net gives every level with the channels and size it announces."""
     net = build(name, features_only=True)
@@ -50,7 +50,7 @@ def test_features_only(name: str) -> None:
             assert full / (2 * r) < got <= -(-full // r) + 1, f"{tuple(tap.shape)} at reduction {r}"
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_wrappers_agree(name: str, training: bool) -> None:
     """Each way of tapping the net gives the values that ``forward_intermediates`` gives."""
@@ -71,7 +71,7 @@ def test_wrappers_agree(name: str, training: bool) -> None:
                     close(tap, reference, "graph", f"feature_cls={wrapper}, indices {indices}")
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize("wrapper", [None, "getter"], ids=["default", "getter"])
 def test_wrapper_gradients(name: str, wrapper: str | None) -> None:
     """A pruned feature net leaves no parameter unused (DDP would stop), with and without checkpointing."""
@@ -89,7 +89,7 @@ def test_wrapper_gradients(name: str, wrapper: str | None) -> None:
         close(gradient, found[0][key], "gradient", key)
 
 
-@smallest_models
+@each_kind
 def test_getter_scripts(name: str) -> None:
     """The getter net scripts for the levels a detector takes, and for the last one alone."""
     state = build(name, scriptable=True).state_dict()
@@ -102,7 +102,7 @@ def test_getter_scripts(name: str) -> None:
                 close(got, expected, "graph", f"indices {indices}")
 
 
-@smallest_models
+@each_kind
 def test_intermediates_forms(name: str) -> None:
     """Every form of ``forward_intermediates`` describes the same maps."""
     model = build(name)
@@ -141,7 +141,7 @@ def test_intermediates_forms(name: str) -> None:
         model.forward_intermediates(x, output_fmt="no_such_format")
 
 
-@smallest_models
+@each_kind
 def test_intermediates_checkpointing(name: str) -> None:
     """Checkpointing changes no map, training or not."""
     model = build(name, drop_path_rate=0.0).train()
@@ -156,7 +156,7 @@ def prune_cases(name: str) -> list[tuple[int, bool, bool]]:
     return [(i, norm, head) for i in every_index(name) for norm in (False, True) for head in (False, True)]
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_prune_contract(name: str, training: bool) -> None:
     """For every index: taps stay, later layers go, attributes follow, the head is gone or bit-identical."""
@@ -192,7 +192,7 @@ def test_prune_contract(name: str, training: bool) -> None:
         assert len(list(model.parameters())) <= len(list(base.parameters())), what
 
 
-@smallest_models
+@each_kind
 def test_pruned_parameters_are_used(name: str) -> None:
     """After pruning to a map, that map trains every parameter that is left."""
     base = build(name)
