@@ -1,6 +1,7 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, memory."""
 
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -163,7 +164,9 @@ def test_memory_falls_back_to_the_resident_set(monkeypatch):
 
 def test_resident_set_sees_the_peak_and_not_the_end():
     def allocate():
-        np.ones(64 << 20, dtype=np.uint8).sum()
+        held = np.ones(64 << 20, dtype=np.uint8)
+        time.sleep(0.2)  # many periods of the watcher, on a busy machine too
+        return held.size
 
     allocate()
     assert _timing._resident_growth(allocate) > 32 << 20
