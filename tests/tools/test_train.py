@@ -653,4 +653,4 @@ def test_learns_the_digits(tmp_path) -> None:
     options = [*DIGITS, "-b", "64", "--drop-path", "0", "--output", str(tmp_path), "--experiment", "run"]
     assert tool.main(options) == 0
     assert max(float(r["eval_top1"]) for r in rows(tmp_path / "run")) >= 95.0
-    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["epochs"] == 12
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["epochs"] == 8
