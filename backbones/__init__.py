@@ -5,3 +5,4 @@ if not __name__.startswith("vizoo."):
 
 from . import litv2 as litv2
 from . import overlock as overlock
+from . import ulsam as ulsam
