@@ -6,3 +6,4 @@ if not __name__.startswith("vizoo."):
 from . import litv2 as litv2
 from . import medusa as medusa
 from . import overlock as overlock
+from . import ulsam as ulsam

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.tools.common import UserError
@@ -161,3 +163,48 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
     """
     _require(checkout, "hilo.py")
     return _hilo(checkout, **arguments)
+
+
+class _Subspace(nn.Module):
+    """Attention of one subspace in the official order, with the official names."""
+
+    def __init__(self, dim: int, bn_momentum: float):
+        super().__init__()
+        self.conv_dws = nn.Conv2d(dim, dim, 1, groups=dim)
+        self.bn_dws = nn.BatchNorm2d(dim, momentum=bn_momentum)
+        self.conv_point = nn.Conv2d(dim, 1, 1)
+        self.bn_point = nn.BatchNorm2d(1, momentum=bn_momentum)
+
+    def attention(self, x: Tensor) -> Tensor:
+        out = F.max_pool2d(F.relu(self.bn_dws(self.conv_dws(x))), 3, stride=1, padding=1)
+        out = F.relu(self.bn_point(self.conv_point(out)))
+        return F.softmax(out.flatten(2), dim=2).reshape(out.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x).expand(x.shape) * x + x
+
+
+class ULSAMLoop(nn.Module):
+    """ULSAM as the official code runs it, one small network after the other, with the official names.
+
+    Written from the description of each step, since the official repository has no licence.
+
+    Args:
+        dim: Channels, a multiple of ``num_splits``.
+        num_splits: Subspaces.
+        bn_momentum: Momentum of the norms.
+    """
+
+    def __init__(self, dim: int, num_splits: int = 4, bn_momentum: float = 0.9):
+        super().__init__()
+        self.subspaces = nn.ModuleList(_Subspace(dim // num_splits, bn_momentum) for _ in range(num_splits))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Maps ``[B, num_splits, H, W]`` of ``x`` ``[B, dim, H, W]``."""
+        parts = x.chunk(len(self.subspaces), dim=1)
+        return torch.cat([s.attention(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, dim, H, W]`` to the same shape."""
+        parts = x.chunk(len(self.subspaces), dim=1)
+        return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)

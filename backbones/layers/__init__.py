@@ -3,5 +3,6 @@
 from .contmix import ContMixBlock
 from .features import FeatureGetter
 from .hilo import HiLo
+from .ulsam import ULSAM, add_ulsam
 
-__all__ = ["ContMixBlock", "FeatureGetter", "HiLo"]
+__all__ = ["ULSAM", "ContMixBlock", "FeatureGetter", "HiLo", "add_ulsam"]
