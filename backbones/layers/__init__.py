@@ -2,6 +2,7 @@
 
 from .contmix import ContMixBlock
 from .features import FeatureGetter
+from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 
-__all__ = ["ContMixBlock", "FeatureGetter", "HiLo"]
+__all__ = ["ContMixBlock", "FeatureGetter", "HaloAttention", "HiLo", "swap_halo"]
