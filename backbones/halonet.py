@@ -22,13 +22,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, get_device_dtype
+from timm.layers import DropPath, get_device_dtype, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, named_apply, register_model
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, interleave_blocks
 from torch import Tensor, nn
 
-from .layers import HaloAttention
+from .layers import HaloAttention, to_fast_layout
 
 __all__ = ["HaloNet", "HaloResNet"]
 
@@ -92,21 +92,71 @@ class HaloBlock(nn.Module):
         return self.act(self.drop_path(x) + shortcut)
 
 
+@register_notrace_module  # a leaf like any convolution
+class StemConv(nn.Conv2d):
+    """First convolution: it decides the memory format of all maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image ``[B, in_chans, height, width]`` to a map."""
+        return self._conv_forward(to_fast_layout(x), self.weight, self.bias)
+
+
 class HaloResNet(ByobNet):
-    """timm's configurable network, for any configuration whose attention is :class:`HaloAttention`."""
+    """timm's configurable network, for any configuration whose attention is :class:`HaloAttention`.
+
+    Args:
+        cfg: timm's configuration.
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the image.
+        global_pool: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``''`` for an unpooled map.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
+        zero_init_last: Start the last norm of every block at zero.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        **kwargs: Other arguments of timm's network, or fields of ``cfg`` to replace.
+    """
+
+    def __init__(
+        self,
+        cfg: ByoModelCfg,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            cfg,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            zero_init_last=zero_init_last,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        self.zero_init_last = zero_init_last
+        first: nn.Module = next(m for m in self.stem.modules() if isinstance(m, nn.Conv2d))
+        first.__class__ = StemConv
 
     @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True, zero_init_last: bool = True) -> None:
-        """Initialise as timm: normal weights, and blocks that are identities.
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as timm: normal weights, and blocks that are identities unless ``zero_init_last`` is off.
 
         Args:
             needs_reset: First give every layer its own default, as after ``to_empty()``.
-            zero_init_last: Start the last norm of every block at zero.
         """
         for module in self.modules():
             if needs_reset and module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-        named_apply(partial(_init_weights, zero_init_last=zero_init_last), self)
+        named_apply(partial(_init_weights, zero_init_last=self.zero_init_last), self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -139,8 +139,12 @@ class HaloAttention(nn.Module):
         return f"block_size={self.block_size}, halo_size={self.halo_size}, num_heads={self.num_heads}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend over a map ``[B, dim, H, W]``; returns ``[B, dim_out, ceil(H / stride), ceil(W / stride)]``."""
-        x = x.permute(0, 2, 3, 1)
+        """Attend over a map ``[B, dim, H, W]``; returns ``[B, dim_out, ceil(H / stride), ceil(W / stride)]``.
+
+        The output has the memory format of the input; channels-last needs no copies.
+        """
+        channels_first = x.is_contiguous()
+        x = x.permute(0, 2, 3, 1).contiguous()
         s, h = self.query_stride, self.num_heads
         q = linear(x[:, ::s, ::s], self.q.weight.flatten(1), self.q.bias).unflatten(-1, [h, -1])
         kv = linear(x, self.kv.weight.flatten(1), self.kv.bias).unflatten(-1, [h, -1])
@@ -151,7 +155,8 @@ class HaloAttention(nn.Module):
             out = halo_attention(q, k, v, rows, cols, b, r, s, None, scaled, pad_mode, rel_index)
         else:
             out = reference_halo_attention(q, k, v, rows, cols, b, r, s, None, scaled, pad_mode, rel_index)
-        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        return out.contiguous() if channels_first else out
 
 
 def _from_timm(old: HaloAttn) -> HaloAttention:
