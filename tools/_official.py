@@ -1,12 +1,13 @@
-"""Official code of the families, loaded from a local checkout, as the other side of a benchmark.
+"""Official code of the families, or timm's models of the same definition, as the other side of a benchmark.
 
-Nothing of it is part of this package.  An adapter puts the folder on the import path for the time of the import and
-replaces compiled extensions that no longer build by the torchvision operator of the same definition.
+Nothing of the official code is part of this package.  An adapter puts the folder on the import path for the time of
+the import and replaces compiled extensions that no longer build by the torchvision operator of the same definition.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import sys
 import types
@@ -208,3 +209,35 @@ class ULSAMLoop(nn.Module):
         """Map ``[B, dim, H, W]`` to the same shape."""
         parts = x.chunk(len(self.subspaces), dim=1)
         return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)
+
+
+_TIMM = {
+    "halo_26t": "halonet26t",
+    "halo_se33ts": "sehalonet33ts",
+    "halo_50ts": "halonet50ts",
+    "halo_eca26ts": "eca_halonext26ts",
+    "halo_regnetz_b": "haloregnetz_b",
+    "halo_h1": "halonet_h1",
+}
+
+
+def timm_model(name: str) -> nn.Module | None:
+    """The model of timm with the state dict of one of ours.
+
+    Args:
+        name: Our name without tag.
+
+    Returns:
+        The model; None if timm has none.
+    """
+    import timm
+    from timm.models.byoanet import model_cfgs
+
+    if name not in _TIMM:
+        return None
+    if name != "halo_h1":
+        return timm.create_model(_TIMM[name])
+    cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
+    attention = {**cfg.self_attn_kwargs, "num_heads": 4}
+    first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
+    return timm.create_model(_TIMM[name], blocks=(first, *cfg.blocks[1:]))
