@@ -7,4 +7,13 @@ from .hilo import HiLo
 from .layout import to_fast_layout
 from .ulsam import ULSAM, add_ulsam
 
-__all__ = ["ULSAM", "ContMixBlock", "FeatureGetter", "HaloAttention", "HiLo", "add_ulsam", "swap_halo", "to_fast_layout"]
+__all__ = [
+    "ULSAM",
+    "ContMixBlock",
+    "FeatureGetter",
+    "HaloAttention",
+    "HiLo",
+    "add_ulsam",
+    "swap_halo",
+    "to_fast_layout",
+]
