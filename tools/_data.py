@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, ImageDataset, create_loader
 from torchvision import transforms
 
+from vizoo.tools._images import ImageFolder, UnreadableImage, check_header, read_image
 from vizoo.tools.common import UserError, progress
 
 DIGITS_HELD_OUT = 360
@@ -72,7 +73,14 @@ def digits_splits(mode: str) -> Splits:
     return Splits(Digits(parts[0], parts[2], mode), Digits(parts[1], parts[3], mode), [str(i) for i in range(10)])
 
 
-def folder_splits(root: str, train_split: str, val_split: str, mode: str, check: str) -> Splits:
+def folder_splits(
+    root: str,
+    train_split: str,
+    val_split: str,
+    mode: str,
+    check: str,
+    window: tuple[float, float] | None = None,
+) -> Splits:
     """Open a folder with one sub-folder for each split and in it one sub-folder for each class.
 
     Args:
@@ -81,6 +89,7 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
         val_split: Name of the held-out split; ``validation`` also finds ``val``, ``valid`` and ``eval``.
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
         check: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
+        window: Centre and width of the values that 16-bit gray and DICOM files show, instead of their own.
 
     Returns:
         Both splits with equal classes.
@@ -97,7 +106,7 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
         if empty:
             raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
         try:
-            dataset = create_dataset("", root=str(folder), split=split, input_img_mode=mode)
+            dataset = ImageDataset(str(folder), reader=ImageFolder(str(folder), mode, window), load_bytes=True)
         except RuntimeError:
             raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
         classes = dataset.reader.class_to_idx
@@ -120,7 +129,7 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
     if check == "auto":
         check = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
     if check != "none":
-        check_images(files, decode=check == "full")
+        check_images(files, decode=check == "full", window=window)
     return Splits(train, held_out, sorted(ours, key=lambda c: train.reader.class_to_idx[c]))
 
 
@@ -132,12 +141,13 @@ def _split_folder(root: Path, split: str) -> Path:
     raise UserError(f"{str(root)!r} has no folder {' or '.join(repr(f'{n}/') for n in dict.fromkeys((split, *names)))}")
 
 
-def check_images(files: list[str], decode: bool) -> None:
+def check_images(files: list[str], decode: bool, window: tuple[float, float] | None = None) -> None:
     """Open every image, so that a broken one is found now and not after hours.
 
     Args:
         files: Paths.
         decode: Decode all pixels, not only the header.
+        window: As in :func:`vizoo.tools._images.read_image`.
 
     Raises:
         UserError: Names the first unreadable file and how many there are.
@@ -145,16 +155,20 @@ def check_images(files: list[str], decode: bool) -> None:
 
     def problem(file: str) -> str | None:
         try:
-            with Image.open(file) as image:
-                if decode:
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            return str(e).replace(repr(file), "").strip() or type(e).__name__
+            if decode:
+                read_image(file, window=window)
+            else:
+                check_header(file)
+        except UnreadableImage as e:
+            return str(e)
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
         reasons = bar.track(pool.map(problem, files), len(files), description="checking images")
-        bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
+        try:
+            bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
+        except ImportError as e:
+            raise UserError(str(e)) from None
     if bad:
         more = f" (and {len(bad) - 1} more unreadable images)" if len(bad) > 1 else ""
         raise UserError(f"cannot read image {bad[0][0]!r}: {bad[0][1]}{more}")

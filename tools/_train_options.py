@@ -106,6 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="before training decode every image, open it, or trust it (auto: decode up to 20,000, else open)",
     )
+    g.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="values that 16-bit gray and DICOM images show (the whole range; the window in the DICOM file)",
+    )
     g.add_argument("-j", "--workers", type=count, default=4, metavar="N", help="loader processes (4; digits 0)")
     g.add_argument("--pin-mem", action=toggle, default=False, help="pin memory, faster transfer to a GPU")
 

@@ -677,7 +677,7 @@ def _train(argv: list[str]) -> int:
             splits = digits_splits(mode)
         else:
             check = args.check_images if world.global_rank == 0 else "none"
-            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check)
+            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check, args.window)
         return _run(args, world, splits)
     finally:
         if world.distributed:
