@@ -141,6 +141,14 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout (0)")
     g.add_argument("--drop-path", type=share, metavar="PCT", help="stochastic depth (the model's)")
 
+    g.add_argument(
+        "--medusa-rounds",
+        type=count,
+        metavar="N",
+        help="for medusa_* models: train backbone and attention body in turn, so often, before all together at a tenth "
+        "of the rate; 0 trains all together (2, or what --epochs has room for)",
+    )
+
     g = p.add_argument_group("batches and device")
     g.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="per process (128)")
     g.add_argument("-vb", "--validation-batch-size", type=positive, metavar="N", help="held-out (as --batch-size)")

@@ -46,6 +46,7 @@ from timm.utils import (
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
+from vizoo.backbones.medusa import MEDUSA, medusa_parameters
 from vizoo.tools._data import (
     Splits,
     build_loaders,
@@ -154,6 +155,8 @@ class Trainer:
         self.updates_per_epoch = -(-len(self.loader) // args.grad_accum_steps)
         self.criterion = self._build_loss().to(self.device)
         self.optimizer, self.scheduler, self.epochs = self._build_optimizer()
+        self.lr_scales = [g.get("lr_scale", 1.0) for g in self.optimizer.param_groups]
+        self.rounds = self._medusa_rounds()
         self.autocast: Callable[[], Any] = contextlib.nullcontext
         self.scaler = None
         if args.amp:
@@ -279,6 +282,45 @@ class Trainer:
             raise UserError(f"--sched {args.sched} with --epochs {args.epochs}: {e}") from None
         return optimizer, scheduler, epochs
 
+    def _medusa_rounds(self) -> int:
+        """How often backbone and body of a MEDUSA train in turn."""
+        rounds, most = self.args.medusa_rounds, (self.epochs - 1) // 2
+        if not isinstance(self.model, MEDUSA):
+            if rounds is not None:
+                raise UserError(f"--medusa-rounds {rounds}: {self.args.model!r} is no medusa_* model")
+            return 0
+        if rounds is None:
+            return min(2, most)
+        if rounds > most:
+            raise UserError(f"--medusa-rounds {rounds} needs at least {2 * rounds + 1} epochs, got {self.epochs}")
+        return int(rounds)
+
+    def choose_phase(self) -> None:
+        """Set what a MEDUSA trains in this epoch: its backbone, its body, in the end both at a tenth of the rate."""
+        if not self.rounds:
+            return
+        parts = 2 * self.rounds + 1
+        part = self.epoch * parts // self.epochs
+        phase = "all" if part == parts - 1 else ("backbone", "body")[part % 2]
+        before = [p.requires_grad for p in self.model.parameters()]
+        medusa_parameters(self.model, phase)
+        for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
+            group["lr_scale"] = scale * (0.1 if phase == "all" else 1.0)
+        self.schedule()
+        if self.compute is not self.eval_model and before != [p.requires_grad for p in self.model.parameters()]:
+            self.compute = self._distributed(self.eval_model)  # it gathers what needed gradients when it was made
+        if self.primary and (self.epoch == 0 or (self.epoch - 1) * parts // self.epochs != part):
+            what = "everything, at a tenth of the rate" if phase == "all" else f"{phase} and attention heads"
+            print(f"from epoch {self.epoch + 1} on: {what}")
+
+    def schedule(self) -> None:
+        """Set the learning rate of the position."""
+        if self.scheduler.t_in_epochs:
+            self.scheduler.step(self.epoch)
+        else:
+            done = -(-self.batch // self.args.grad_accum_steps)
+            self.scheduler.step_update(self.epoch * self.updates_per_epoch + done)
+
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds; every entry loads with ``weights_only=True``."""
         out: dict[str, Any] = {
@@ -351,10 +393,7 @@ class Trainer:
                 f"--resume {str(path)!r} stopped after {self.batch} batches of an epoch, which now has "
                 f"{len(self.loader)}; use its --batch-size, or resume from last.pth.tar"
             )
-        if self.scheduler.t_in_epochs:
-            self.scheduler.step(self.epoch)
-        else:
-            self.scheduler.step_update(self.epoch * self.updates_per_epoch - (-self.batch // args.grad_accum_steps))
+        self.schedule()
         before = checkpoint.get("args")
         if isinstance(before, dict) and self.primary:
             same = {k: v for k, v in vars(args).items() if k not in ("output", "experiment", "log_interval")}
@@ -398,10 +437,11 @@ class Trainer:
             except (RuntimeError, ImportError) as e:
                 raise UserError(f"--torchcompile {args.torchcompile!r}: {str(e).splitlines()[0]}") from None
         self.eval_model = compute
-        if self.world.distributed:
-            ids = [self.device] if self.device.type == "cuda" else None
-            compute = nn.parallel.DistributedDataParallel(compute, device_ids=ids)
-        self.compute = compute
+        self.compute = self._distributed(compute) if self.world.distributed else compute
+
+    def _distributed(self, model: Any) -> nn.Module:
+        ids = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -412,6 +452,7 @@ class Trainer:
         """
         reduce = self.args.dist_bn == "reduce"
         while self.epoch < self.epochs:
+            self.choose_phase()
             began = time.monotonic()
             used = self.sums[2]
             self.train_epoch()
@@ -551,10 +592,8 @@ class Trainer:
             )
 
     def base_lr(self) -> float:
-        """Learning rate of the groups that are not scaled down."""
-        return max(
-            g["lr"] / g.get("lr_scale", 1.0) if g.get("lr_scale", 1.0) else 0.0 for g in self.optimizer.param_groups
-        )
+        """Learning rate of the groups that ``--lr-scale`` and layer decay leave alone."""
+        return max(g["lr"] / s if s else 0.0 for g, s in zip(self.optimizer.param_groups, self.lr_scales, strict=True))
 
     def report_epoch(self, row: dict[str, float], speed: float, improved: bool) -> None:
         """Print one line and rewrite the log."""
