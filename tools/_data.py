@@ -97,24 +97,7 @@ def folder_splits(
     Raises:
         UserError: For a missing folder, a split without classes, classes that differ, or an unreadable image.
     """
-    if not Path(root).is_dir():
-        raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
-    datasets = []
-    for split in (train_split, val_split):
-        folder = _split_folder(Path(root), split)
-        empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and not any(p.is_file() for p in d.rglob("*"))]
-        if empty:
-            raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
-        try:
-            dataset = ImageDataset(str(folder), reader=ImageFolder(str(folder), mode, window), load_bytes=True)
-        except RuntimeError:
-            raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
-        classes = dataset.reader.class_to_idx
-        if "" in classes:
-            stray = next(f for f, t in dataset.reader.samples if t == classes[""])
-            raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
-        datasets.append(dataset)
-    train, held_out = datasets
+    train, held_out = (open_split(root, split, mode, window) for split in (train_split, val_split))
     ours, theirs = set(train.reader.class_to_idx), set(held_out.reader.class_to_idx)
     if ours != theirs:
         parts = [
@@ -125,12 +108,40 @@ def folder_splits(
         raise UserError(f"classes of the splits in {root!r} differ; {'; '.join(parts)}")
     if len(ours) < 2:
         raise UserError(f"{train.reader.root!r} holds one class, {next(iter(ours))!r}; training needs two or more")
-    files = [f for d in datasets for f, _ in d.reader.samples]
-    if check == "auto":
-        check = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
-    if check != "none":
-        check_images(files, decode=check == "full", window=window)
+    check_images([f for d in (train, held_out) for f, _ in d.reader.samples], check, window)
     return Splits(train, held_out, sorted(ours, key=lambda c: train.reader.class_to_idx[c]))
+
+
+def open_split(root: str, split: str, mode: str, window: tuple[float, float] | None = None) -> Any:
+    """Open one sub-folder with a folder for each class.
+
+    Args:
+        root: Folder that holds the splits.
+        split: Name of one, see :func:`folder_splits`.
+        mode: Pillow mode, ``"L"`` or ``"RGB"``.
+        window: As in :func:`folder_splits`.
+
+    Returns:
+        timm's data set; ``reader.class_to_idx`` are its classes.
+
+    Raises:
+        UserError: For a missing folder, a folder without classes or a class without images.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
+    folder = _split_folder(Path(root), split)
+    empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and not any(p.is_file() for p in d.rglob("*"))]
+    if empty:
+        raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
+    try:
+        dataset = ImageDataset(str(folder), reader=ImageFolder(str(folder), mode, window), load_bytes=True)
+    except RuntimeError:
+        raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
+    classes = dataset.reader.class_to_idx
+    if "" in classes:
+        stray = next(f for f, t in dataset.reader.samples if t == classes[""])
+        raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
+    return dataset
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -141,21 +152,25 @@ def _split_folder(root: Path, split: str) -> Path:
     raise UserError(f"{str(root)!r} has no folder {' or '.join(repr(f'{n}/') for n in dict.fromkeys((split, *names)))}")
 
 
-def check_images(files: list[str], decode: bool, window: tuple[float, float] | None = None) -> None:
+def check_images(files: list[str], how: str = "full", window: tuple[float, float] | None = None) -> None:
     """Open every image, so that a broken one is found now and not after hours.
 
     Args:
         files: Paths.
-        decode: Decode all pixels, not only the header.
+        how: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
         window: As in :func:`vizoo.tools._images.read_image`.
 
     Raises:
         UserError: Names the first unreadable file and how many there are.
     """
+    if how == "auto":
+        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
+    if how == "none":
+        return
 
     def problem(file: str) -> str | None:
         try:
-            if decode:
+            if how == "full":
                 read_image(file, window=window)
             else:
                 check_header(file)
@@ -198,15 +213,7 @@ def build_loaders(
     Raises:
         UserError: For augmentation options timm refuses.
     """
-    shared = {
-        **{k: data_config[k] for k in ("input_size", "mean", "std")},
-        "num_workers": args.workers,
-        "pin_memory": args.pin_mem,
-        "device": device,
-        "distributed": distributed,
-        "persistent_workers": False,  # workers of an epoch start from its seed, so a resumed epoch is the same
-        "worker_seeding": _start_worker,
-    }
+    shared = _shared(args, data_config, device, distributed)
     collate = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
         collate = FastCollateMixup(
@@ -252,16 +259,38 @@ def build_loaders(
             args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
         )
         splits.train.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
-    held_out = create_loader(
-        splits.held_out,
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config["interpolation"],
-        crop_pct=data_config["crop_pct"],
-        **shared,
-    )
+    held_out = held_out_loader(args, splits.held_out, data_config, device, distributed)
     if distributed:
         train.sampler.seed = args.seed  # torch's sampler shuffles by seed + epoch
     return train, held_out
+
+
+def held_out_loader(
+    args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device, distributed: bool = False
+) -> Any:
+    """Build timm's evaluation loader; arguments as for :func:`build_loaders`."""
+    return create_loader(
+        dataset,
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config["interpolation"],
+        crop_pct=data_config["crop_pct"],
+        **_shared(args, data_config, device, distributed),
+    )
+
+
+def _shared(
+    args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, distributed: bool
+) -> dict[str, Any]:
+    """What both loaders have in common."""
+    return {
+        **{k: data_config[k] for k in ("input_size", "mean", "std")},
+        "num_workers": args.workers,
+        "pin_memory": args.pin_mem,
+        "device": device,
+        "distributed": distributed,
+        "persistent_workers": False,  # workers of an epoch start from its seed, so a resumed epoch is the same
+        "worker_seeding": _start_worker,
+    }
 
 
 def _start_worker(info: Any) -> int:

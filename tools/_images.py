@@ -165,8 +165,8 @@ def _read_dicom(path: str | Path, window: tuple[float, float] | None) -> Image.I
         bits = int(data.VOILUTSequence[0].LUTDescriptor[2])
         gray = apply_voi_lut(np.rint(values).astype(np.int32), data) / (2**bits - 1)
     elif data.get("WindowWidth") not in (None, ""):
-        first = [np.atleast_1d(data[name].value)[0] for name in ("WindowCenter", "WindowWidth")]
-        gray = _windowed(values, *map(float, first), data.get("VOILUTFunction", "LINEAR"))
+        center, width = (float(np.atleast_1d(data[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+        gray = _windowed(values, center, width, data.get("VOILUTFunction", "LINEAR"))
     else:
         low, high = float(values.min()), float(values.max())
         gray = (values - low) / max(high - low, 1e-12)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import yaml
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
 
 from vizoo.tools.common import UserError
@@ -300,6 +302,32 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value!r} is unknown; allowed: {', '.join(allowed)}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
+
+
+def model_config(args: argparse.Namespace, num_classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How to build the model of a run and how to feed it.
+
+    Args:
+        args: Options.
+        num_classes: Outputs.
+
+    Returns:
+        Keywords for ``timm.create_model`` and the data configuration of :func:`timm.data.resolve_data_config`.
+    """
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    if args.in_chans != 3:
+        kwargs["in_chans"] = args.in_chans
+    if args.gp:
+        kwargs["global_pool"] = args.gp
+    kwargs.update(args.model_kwargs)
+    config = get_pretrained_cfg(args.model, allow_unregistered=True) if ":" not in args.model else None
+    data = resolve_data_config(vars(args), pretrained_cfg=config.to_dict() if config else {})
+    if data["input_size"][0] != args.in_chans:
+        data["input_size"] = (args.in_chans, *data["input_size"][1:])
+    size = tuple(data["input_size"])
+    if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
+        kwargs.setdefault("img_size", size[1:])
+    return kwargs, data
 
 
 def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:

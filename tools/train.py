@@ -32,13 +32,10 @@ import timm.scheduler
 import torch
 import torch.distributed
 import yaml
-from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, model_parameters
+from timm.models import model_parameters
 from timm.utils import (
-    AverageMeter,
     ModelEmaV3,
     NativeScaler,
-    accuracy,
     dispatch_clip_grad,
     distribute_bn,
     reduce_tensor,
@@ -55,7 +52,7 @@ from vizoo.tools._data import (
     seed_everything,
     seeded_batches,
 )
-from vizoo.tools._train_options import parse_options
+from vizoo.tools._train_options import model_config, parse_options
 from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
 from vizoo.tools.common import (
     UserError,
@@ -67,54 +64,7 @@ from vizoo.tools.common import (
     run_tool,
     stderr,
 )
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Any,
-    device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    channels_last: bool = False,
-    world_size: int = 1,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Measure a classifier; images repeated to fill the last batches of several processes count once.
-
-    Args:
-        model: Maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
-        loader: Yields images and targets ``[B]``.
-        device: Where the model is.
-        autocast: Makes the context of a forward pass.
-        channels_last: Hand images over in channels-last layout.
-        world_size: Processes that share the images.
-        on_batch: Called after each batch.
-
-    Returns:
-        ``loss`` (cross-entropy without smoothing), ``top1`` and ``top5`` in per cent.
-    """
-    model.eval()
-    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
-    left = getattr(loader.sampler, "num_valid_samples", len(loader.dataset))
-    with torch.inference_mode():
-        for images, target in loader:
-            images, target = images.to(device), target.to(device)
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with autocast():
-                logits = model(images)
-            n = min(len(target), left)
-            left -= n
-            if n:
-                logits, target = logits[:n].float(), target[:n]
-                for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
-                    right = round(value.item() * n / 100)  # exact: the share is a float32
-                    meter.update(100 * right / n, n)
-                loss.update(nn.functional.cross_entropy(logits, target).item(), n)
-            on_batch()
-    sums = [loss.sum, top1.sum, top5.sum, loss.count]
-    if world_size > 1:
-        sums = reduce_tensor(torch.tensor(sums, device=device, dtype=torch.float64), 1).tolist()
-    return {name: total / sums[3] for name, total in zip(("loss", "top1", "top5"), sums[:3], strict=True)}
+from vizoo.tools.evaluate import evaluate
 
 
 class Stopped(Exception):
@@ -144,6 +94,8 @@ class Trainer:
             raise UserError(f"--num-classes {self.num_classes} is below the {self.classes} classes of the data")
         seed_everything(args.seed)
         self.model = self._build_model()
+        self.compute: Any = self.model  # compiled, and shared between processes, once prepared
+        self.eval_model: Any = self.model
         self.loader, self.held_out = build_loaders(
             args, splits, self.data_config, self.device, self.num_classes, world.distributed
         )
@@ -178,19 +130,8 @@ class Trainer:
     def _build_model(self) -> nn.Module:
         args = self.args
         name = args.model
-        self.load_kwargs: dict[str, Any] = {"num_classes": self.num_classes}
-        if args.in_chans != 3:
-            self.load_kwargs["in_chans"] = args.in_chans
-        if args.gp:
-            self.load_kwargs["global_pool"] = args.gp
-        self.load_kwargs.update(args.model_kwargs)
-        config = get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name else None
-        self.data_config = resolve_data_config(vars(args), pretrained_cfg=config.to_dict() if config else {})
+        self.load_kwargs, self.data_config = model_config(args, self.num_classes)
         size = tuple(self.data_config["input_size"])
-        if size[0] != args.in_chans:
-            size = self.data_config["input_size"] = (args.in_chans, *size[1:])
-        if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
-            self.load_kwargs.setdefault("img_size", size[1:])
         overlay: dict[str, Any] = {}
         if args.pretrained_path:  # -1 classes: its head is always replaced
             overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
@@ -471,7 +412,7 @@ class Trainer:
                 self.autocast,
                 self.args.channels_last,
                 self.world.world_size,
-                on_batch=lambda: self.stop_if_asked(agreed=not self.world.distributed),
+                on_batch=lambda *_: self.stop_if_asked(agreed=not self.world.distributed),
             )
             row = {"epoch": self.epoch, "train_loss": sums[0] / sums[2]}
             if not self.mixed:

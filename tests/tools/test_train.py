@@ -610,11 +610,12 @@ def test_evaluate_counts_repeated_images_once() -> None:
     loader = DataLoader(TensorDataset(logits, target), batch_size=3)
     loader.sampler.num_valid_samples = 4
     seen = []
-    out = tool.evaluate(torch.nn.Identity(), loader, torch.device("cpu"), on_batch=lambda: seen.append(0))
+    device = torch.device("cpu")
+    out = tool.evaluate(torch.nn.Identity(), loader, device, on_batch=lambda logits, target: seen.append(len(target)))
     assert out["top1"] == 75.0
     assert out["top5"] == 100.0
     assert out["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:4], target[:4]).item(), rel=1e-6)
-    assert len(seen) == 2
+    assert seen == [3, 1]
 
 
 @pytest.mark.parametrize("epochs", [1, 60])
