@@ -20,7 +20,8 @@ FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).i
 # ContMix is built on the weighted sum; the kernels of halo attention fill a file of their own
 PLUMBING = {f"{OPS}._backend", f"{OPS}._cost", f"{OPS}._halo_kernels", f"{OPS}.na2d_av"}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
-NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "sklearn", "rich", "psutil", "yaml"}
+NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
+NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
 IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
 LARGEST = 300 * 1024
 

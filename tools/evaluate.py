@@ -262,7 +262,8 @@ def measure(model: nn.Module, loader: Any, device: torch.device, classes: Sequen
 
 def _report(result: dict[str, Any]) -> None:
     print(f"{result['model']} on {result['data']}, input {result['input']}, {result['images']:,} images")
-    print(f"accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}\n")
+    top5 = f"top-5 {result['top5']:.2f} %, " if len(result["confusion"]) > 5 else ""
+    print(f"accuracy {result['top1']:.2f} %, {top5}loss {result['loss']:.4f}\n")
 
     def per_cent(x: float | None) -> str:
         return "" if x is None else f"{x:.1f}"
@@ -274,7 +275,8 @@ def _report(result: dict[str, Any]) -> None:
         names = [c["name"] for c in result["classes"]]
         names += [str(i) for i in range(len(names), len(result["confusion"]))]
         cells = [[name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)]
-        print_table(["true \\ predicted", *names], cells, numeric=range(1, len(names) + 1))
+        print("\nconfusion: a row for each true class, a column for each prediction")
+        print_table(["", *names], cells, numeric=range(1, len(names) + 1))
 
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
