@@ -412,7 +412,7 @@ def _tiles_backward(
 
 
 if HAS_TRITON:
-    from . import _neighborhood_triton as kernels
+    from . import _neighborhood_kernels as kernels
 
 
 def _dense_channels(t: Tensor) -> Tensor:
