@@ -87,14 +87,16 @@ def _at_least(L: int, least: int) -> int:
 
 def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
     """Fill a map ``[B, H, W, h, C]`` at the bottom and right up to the size of a dilated window."""
-    B, H, W, h, C = t.shape
+    H, W = t.shape[1], t.shape[2]
     rows = _at_least(H, window.kernel[0] * window.dilation[0])
     cols = _at_least(W, window.kernel[1] * window.dilation[1])
-    if isinstance(H, int) and isinstance(W, int) and rows == H and cols == W:  # else, in an export, padded by nothing
+    if isinstance(H, int) and isinstance(W, int) and rows == H and cols == W:
         return t
-    one = t.new_zeros(h, C) if fill is None else fill.to(t.dtype)
-    t = torch.cat([t, one.expand(B, H, cols - W, h, C)], dim=2)
-    return torch.cat([t, one.expand(B, rows - H, cols, h, C)], dim=1)
+    y, x = torch.arange(rows, device=t.device), torch.arange(cols, device=t.device)
+    outside = ((y >= H).unsqueeze(1) | (x >= W)).reshape(1, rows, cols, 1, 1)
+    t = t.index_select(1, y.clamp(max=H - 1)).index_select(2, x.clamp(max=W - 1))
+    one = t.new_zeros(t.shape[3], t.shape[4]) if fill is None else fill.to(t.dtype)
+    return torch.where(outside, one, t)
 
 
 def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,7 @@ def _bias_table(rpb: Tensor | None, window: _Window, q: Tensor) -> Tensor:
 
 def _index_axis(
     L: int, size: int, K: int, S: int, D: int, outside: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tiles of one axis as index tensors, for any size.
 
     Args:
@@ -217,7 +219,7 @@ def _index_axis(
 
     Returns:
         Positions of the queries of each tile ``[n, T]`` and of the keys ``[n, R]``, the relative index of each pair
-        ``[n, T, R]``, and the place ``[L]`` of each query among all ``n * T``.
+        ``[n, T, R]``, and for each query its tile and its place in it ``[L]``.
     """
     longest = (L + D - 1) // D
     T = _tile_queries(longest, S)
@@ -226,47 +228,41 @@ def _index_axis(
         tiles = tiles + 1  # one tile would be a case of its own to the exporter
     group = torch.arange(D, device=device).reshape(D, 1, 1)
     last = (size - group + D - 1) // D - 1  # of the dilation group
-    t = torch.minimum(torch.arange(tiles * T, device=device).reshape(1, tiles, T), last)
+    own = torch.arange(T, device=device)
+    t = torch.minimum(torch.arange(tiles, device=device).unsqueeze(1) * T + own, last)  # [D, tiles, T]
     start = torch.minimum((t // S * S + (S // 2 - K // 2)).clamp(min=0), last + (1 - K))
     key = start[:, :, :1] + torch.arange(T - S + K, device=device)  # [D, tiles, R]
     shift = key.unsqueeze(2) - start.unsqueeze(3)
     relative = torch.where((shift >= 0) & (shift < K), key.unsqueeze(2) - t.unsqueeze(3) + (K - 1), outside)
     queries, keys = (t * D + group).clamp(max=L - 1), torch.minimum(key, last) * D + group
     i = torch.arange(L, device=device)
-    return queries.flatten(0, 1), keys.flatten(0, 1), relative.flatten(0, 1), i % D * (tiles * T) + i // D
+    tile, place = i % D * tiles + i // D // T, i // D % T
+    return queries.flatten(0, 1), keys.flatten(0, 1), relative.flatten(0, 1), tile, place
+
+
+def _index_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+    """Tiles by index tensors, in plain operators: for scripts and exported programs.
+
+    No axis is split, which would bind an exported program to the number of tiles that it was recorded with.
+    """
+    (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
+    bins = (2 * Kh - 1) * (2 * Kw - 1)
+    q_h, k_h, relative_h, tile_h, place_h = _index_axis(q.shape[1], k.shape[1], Kh, Sh, Dh, bins, q.device)
+    q_w, k_w, relative_w, tile_w, place_w = _index_axis(q.shape[2], k.shape[2], Kw, Sw, Dw, bins, q.device)
+    h, nw, Tw = q.shape[3], relative_w.shape[0], relative_w.shape[1]
+    index = relative_h[:, None, :, None, :, None] * (2 * Kw - 1) + relative_w[None, :, None, :, None, :]
+    mask = _bias_table(rpb, window, q).t()[index.clamp(max=bins)]  # [nh, nw, Th, Tw, Rh, Rw, h or 1]
+    mask = mask.expand(-1, -1, -1, -1, -1, -1, h).permute(0, 1, 6, 2, 3, 4, 5).flatten(5, 6).flatten(3, 4).flatten(0, 2)
+    logits = (_take(q, q_h, q_w) * scale) @ _take(k, k_h, k_w).transpose(2, 3) + mask
+    out = logits.softmax(-1) @ _take(v, k_h, k_w)  # [B, tiles * h, tokens, C]
+    tile = (tile_h.unsqueeze(1) * nw + tile_w).unsqueeze(2) * h + torch.arange(h, device=q.device)
+    return out[:, tile, (place_h.unsqueeze(1) * Tw + place_w).unsqueeze(2)].to(v.dtype)
 
 
 def _take(t: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Tokens of every tile and head: ``[B, H, W, h, C]`` -> ``[B, tiles * h, tokens, C]``."""
-    B, h, C = t.shape[0], t.shape[3], t.shape[4]
-    nh, m = rows.shape
-    nw, n = cols.shape
-    t = t.index_select(1, rows.reshape(-1)).index_select(2, cols.reshape(-1)).reshape(B, nh, m, nw, n, h, C)
-    return t.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, nh * nw * h, m * n, C)
-
-
-def _index_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
-    """Tiles by index tensors, in plain operators: for scripts and exported programs."""
-    B, H, W, h, _ = q.shape
-    (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
-    bins = (2 * Kh - 1) * (2 * Kw - 1)
-    q_h, k_h, relative_h, place_h = _index_axis(H, k.shape[1], Kh, Sh, Dh, bins, q.device)
-    q_w, k_w, relative_w, place_w = _index_axis(W, k.shape[2], Kw, Sw, Dw, bins, q.device)
-    nh, Th, Rh = relative_h.shape
-    nw, Tw, Rw = relative_w.shape
-    index = (relative_h * (2 * Kw - 1)).reshape(nh, 1, Th, 1, Rh, 1) + relative_w.reshape(1, nw, 1, Tw, 1, Rw)
-    mask = _bias_table(rpb, window, q).to(q.dtype).index_select(1, index.clamp(max=bins).reshape(-1))
-    mask = mask.reshape(-1, nh * nw, Th * Tw, Rh * Rw).transpose(0, 1).expand(-1, h, -1, -1)
-    out = F.scaled_dot_product_attention(
-        _take(q, q_h, q_w),
-        _take(k, k_h, k_w),
-        _take(v, k_h, k_w),
-        attn_mask=mask.reshape(1, nh * nw * h, Th * Tw, Rh * Rw),
-        scale=scale,
-    )
-    out = out.reshape(B, nh, nw, h, Th, Tw, v.shape[4]).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(B, nh * Th, nw * Tw, h, v.shape[4])
-    return out.index_select(1, place_h).index_select(2, place_w)
+    t = t.to(_wide(t))[:, rows][:, :, :, cols]  # [B, nh, m, nw, n, h, C]
+    return t.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 3)
 
 
 class _Tiles(NamedTuple):
