@@ -320,7 +320,7 @@ def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Ten
         dqueries = torch.addmm((ds @ keys).view(n * L, d), dx, chunks.tables, beta=chunks.scale)
         target = dblocks[at]
         target.copy_(dqueries.view(target.shape))
-        dtables.addmm_(dx.t(), queries.view(n * L, d))
+        dtables.addmm_(dx.t(), queries.flatten(0, 1))
     dmap = dkv[chunks.inside].permute(0, 2, 3, 1, 4)
     dk, dv = (t.to(q.dtype, copy=True, memory_format=torch.contiguous_format) for t in dmap.tensor_split([d], 4))
     return dq[:, :H, :W].contiguous(), dk, dv, *(dtables * chunks.rel_scale).chunk(2)
