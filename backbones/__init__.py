@@ -4,4 +4,5 @@ if not __name__.startswith("vizoo."):
     raise ImportError("this folder is the package vizoo.backbones; import it by that name")
 
 from . import litv2 as litv2
+from . import nat as nat
 from . import overlock as overlock
