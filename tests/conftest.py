@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._device
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported, so set before any of them
@@ -65,6 +66,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
+    torch.utils._device._device_constructors()  # caches the functions that obey torch.device: the true ones
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
 from tolerance import close
-from zoo import BACKWARD, build, gradients, sample, sized_models, smallest_models
+from zoo import BACKWARD, build, each_kind, gradients, sample
 
 # timm still promises TorchScript, which torch announces to retire
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -35,7 +35,7 @@ def only(output: dict) -> torch.Tensor:
     return value
 
 
-@sized_models
+@each_kind
 def test_script(name: str) -> None:
     model = build(name, scriptable=True)
     x = sample(model, BACKWARD)
@@ -43,7 +43,7 @@ def test_script(name: str) -> None:
         close(torch.jit.script(model)(x), model(x), "graph")
 
 
-@smallest_models
+@each_kind
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning"
 )  # a trace is made for one size: checks of it are constants
@@ -54,7 +54,7 @@ def test_trace(name: str) -> None:
         close(torch.jit.trace(model, x, check_trace=False)(x), model(x), "graph")
 
 
-@sized_models
+@each_kind
 def test_fx(name: str) -> None:
     """torchvision's symbolic trace: values, and the traced graph scripts."""
     model = build(name, scriptable=True)
@@ -66,7 +66,7 @@ def test_fx(name: str) -> None:
         close(only(torch.jit.script(graph)(x)), expected, "graph", "scripted")
 
 
-@smallest_models
+@each_kind
 def test_fx_gradients(name: str) -> None:
     """A graph traced in training mode trains every parameter, as the model does."""
     model = build(name, drop_path_rate=0.0).train()
@@ -79,7 +79,7 @@ def test_fx_gradients(name: str) -> None:
     assert not expected, "the graph lacks parameters"
 
 
-@smallest_models
+@each_kind
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compile(name: str, training: bool) -> None:
@@ -93,7 +93,7 @@ def test_compile(name: str, training: bool) -> None:
     gradients(model)
 
 
-@smallest_models
+@each_kind
 def test_export(name: str) -> None:
     """A program with a dynamic batch, before and after saving."""
     model = build(name)
@@ -110,7 +110,7 @@ def test_export(name: str) -> None:
 
 
 @pytest.mark.slow
-@smallest_models
+@each_kind
 def test_onnx(name: str, tmp_path: Path) -> None:
     """ONNX Runtime agrees, at the exported batch size and at another."""
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

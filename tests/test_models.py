@@ -27,15 +27,15 @@ from zoo import (
     all_models,
     as_nchw,
     build,
+    each_kind,
     gradients,
     input_shape,
     is_fixed,
     module_of,
     names_of,
+    other_models,
     overlay,
     sample,
-    sized_models,
-    smallest_models,
 )
 
 POOLS = ("avg", "max", "avgmax", "catavgmax")
@@ -122,9 +122,17 @@ def test_interface(name: str) -> None:
     assert {id(model.get_submodule(n)) for n in names_of(cfg["classifier"])} == {
         id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))
     }
+    sizes = {c.input_size: tuple(c.pool_size) for c in get_arch_pretrained_cfgs(name).values()}
+    for size, pool in sizes.items():
+        if not is_fixed(model) or size == cfg["input_size"]:
+            final, taps = model.forward_intermediates(torch.empty(1, *size, device="meta"))
+            assert as_nchw(final, model).shape == (1, model.num_features, *pool), size
+            for tap, info in zip(taps, model.feature_info, strict=True):
+                assert tap.shape[1] == info["num_chs"], info
+                assert tap.shape[2:] == tuple(-(-n // info["reduction"]) for n in size[1:]), info
 
 
-@all_models
+@each_kind
 def test_unknown_argument_raises(name: str) -> None:
     with pytest.raises(TypeError, match="no_such_argument"):
         build(name, device="meta", no_such_argument=1)
@@ -133,7 +141,7 @@ def test_unknown_argument_raises(name: str) -> None:
 # construction and heads, on the meta device
 
 
-@all_models
+@each_kind
 def test_everything_is_placed(name: str) -> None:
     """``device=`` and ``dtype=`` reach every tensor, with and without a device context."""
     explicit = build(name, device="meta", dtype=torch.float64)
@@ -145,15 +153,11 @@ def test_everything_is_placed(name: str) -> None:
             assert tensor.dtype == dtype or not tensor.is_floating_point(), f"{key} is {tensor.dtype}"
 
 
-@all_models
+@each_kind
 def test_shapes_at_default_size(name: str) -> None:
     """Unpooled map, pre-logits and every head-less form at the size of the configuration."""
     model = build(name, device="meta")
     cfg, width = model.pretrained_cfg, model.head_hidden_size
-    if not is_fixed(model):
-        for key, other in get_arch_pretrained_cfgs(name).items():
-            tap = as_nchw(model.forward_features(torch.empty(1, *other.input_size, device="meta")), model)
-            assert tap.shape[2:] == tuple(other.pool_size), key
     x = torch.empty(2, *cfg["input_size"], device="meta")
     features = model.forward_features(x)
     pooled, unpooled = (2, width), (2, model.num_features, *cfg["pool_size"])
@@ -170,7 +174,7 @@ def test_shapes_at_default_size(name: str) -> None:
     assert as_nchw(bare(x), bare).shape == unpooled
 
 
-@all_models
+@each_kind
 def test_dtype_change_after_forward(name: str) -> None:
     """Nothing cached by a float32 pass may survive ``.to(bfloat16)``."""
     model = build(name, device="meta")
@@ -179,7 +183,7 @@ def test_dtype_change_after_forward(name: str) -> None:
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-@all_models
+@each_kind
 @pytest.mark.parametrize("pool", POOLS)
 def test_head_hidden_size(name: str, pool: str) -> None:
     """The width before the classifier is announced for every pooling, or the pooling is refused."""
@@ -198,7 +202,7 @@ def test_head_hidden_size(name: str, pool: str) -> None:
     assert (model(x).shape, model.head_hidden_size) == ((2, 5), width)
 
 
-@all_models
+@each_kind
 def test_reset_classifier_inherits(name: str) -> None:
     """A rebuilt classifier takes device, dtype and mode of the model and leaves frozen weights frozen."""
     model = build(name, device="meta", dtype=torch.bfloat16, num_classes=7)
@@ -221,7 +225,7 @@ def test_reset_classifier_inherits(name: str) -> None:
         assert model(x).shape == (1, 5)
 
 
-@smallest_models
+@each_kind
 def test_reset_classifier_keeps_pooling(name: str) -> None:
     """Without an argument the pooling stays, and an unsupported one is refused before anything changes."""
     model = build(name)
@@ -247,7 +251,7 @@ def test_reset_classifier_keeps_pooling(name: str) -> None:
     close(model(x), expected, "same")
 
 
-@all_models
+@each_kind
 def test_layer_groups(name: str) -> None:
     """Layer decay sees the depth, and every name excluded from weight decay exists."""
     model = build(name, device="meta", num_classes=7)
@@ -269,7 +273,7 @@ def test_layer_groups(name: str) -> None:
         assert any(re.fullmatch(regex, n) for n in names), f"no parameter matches {pattern!r}"
 
 
-@all_models
+@each_kind
 def test_drop_rates(name: str) -> None:
     """Both rates arrive, and stochastic depth rises with depth."""
     model = build(name, device="meta", drop_rate=0.3, drop_path_rate=0.5)
@@ -284,7 +288,7 @@ def test_drop_rates(name: str) -> None:
 # forward and backward
 
 
-@sized_models
+@each_kind
 def test_forward(name: str, nan_empty: None) -> None:
     """One finite pass near the default size, which checkpointing does not change."""
     model = build(name)
@@ -298,7 +302,7 @@ def test_forward(name: str, nan_empty: None) -> None:
     close(model(x).detach(), expected, "rerun")
 
 
-@sized_models
+@each_kind
 def test_backward(name: str, nan_empty: None) -> None:
     """One training step at another class count gives every parameter a finite gradient."""
     model = build(name, num_classes=42).train()
@@ -308,7 +312,20 @@ def test_backward(name: str, nan_empty: None) -> None:
     gradients(model)
 
 
-@smallest_models
+@other_models
+def test_inference_and_gradients(name: str, nan_empty: None) -> None:
+    """At the numbers of every model, inference gives what autograd sees, and every parameter gets a gradient."""
+    model = build(name, num_classes=42)
+    x = sample(model, batch=2)
+    out = model(x)
+    with torch.no_grad():
+        close(model(x), out.detach(), "layout")
+    assert torch.isfinite(out).all()
+    out.mean().backward()
+    gradients(model)
+
+
+@each_kind
 def test_checkpointing_gradients(name: str) -> None:
     """Gradient checkpointing recomputes, it does not change what is learnt."""
     model = build(name, num_classes=5).train()
@@ -322,7 +339,7 @@ def test_checkpointing_gradients(name: str) -> None:
         close(gradient, expected[key], "gradient", key)
 
 
-@sized_models
+@each_kind
 def test_non_square(name: str) -> None:
     """Height and width are not mixed up anywhere."""
     model, (h, w) = build(name), (96, 160)
@@ -337,7 +354,7 @@ def test_non_square(name: str) -> None:
             assert tap.shape == (1, info["num_chs"], -(-h // r), -(-w // r)), f"reduction {r}"
 
 
-@sized_models
+@each_kind
 def test_odd_size(name: str) -> None:
     """Dense prediction sends sizes that no stride divides."""
     model, size = build(name), (101, 135)
@@ -353,7 +370,7 @@ def test_odd_size(name: str) -> None:
                 assert abs(got - full / info["reduction"]) <= 1, f"{tuple(tap.shape)} at reduction {info['reduction']}"
 
 
-@smallest_models
+@each_kind
 def test_batch_consistency(name: str) -> None:
     """A sample alone equals the same sample in a batch, and a second run the first."""
     model = build(name)
@@ -364,7 +381,7 @@ def test_batch_consistency(name: str) -> None:
         close(model(x), together, "same")
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     """Mixed precision trains with finite numbers."""
@@ -376,7 +393,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     gradients(model)
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     """A model built in another dtype, or moved to it after a float32 pass, computes in it."""
@@ -390,7 +407,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
             assert torch.isfinite(out).all()
 
 
-@smallest_models
+@each_kind
 def test_channels_last(name: str) -> None:
     """The memory format changes speed, not values."""
     model = build(name)
@@ -404,7 +421,7 @@ def test_channels_last(name: str) -> None:
 # weights
 
 
-@smallest_models
+@each_kind
 def test_copies(name: str) -> None:
     """deepcopy, pickle and a strict state-dict round trip give the same model."""
     model = build(name, num_classes=3)
@@ -417,7 +434,7 @@ def test_copies(name: str) -> None:
             close(twin(x), expected, "same")
 
 
-@smallest_models
+@each_kind
 def test_weights_from_file(name: str, tmp_path: Path) -> None:
     """A local checkpoint loads as pretrained weights, also for other channels, classes and as a feature net."""
     source, path = build(name), tmp_path / "weights.pth"
@@ -443,7 +460,7 @@ def test_weights_from_file(name: str, tmp_path: Path) -> None:
             close(as_nchw(got, features), tap, "graph")
 
 
-@smallest_models
+@each_kind
 def test_headless_checkpoint(name: str) -> None:
     """Our own state dict passes the filter unchanged: without head, and with its keys in any order."""
     model, x = build(name, num_classes=0), sample(build(name))
@@ -456,7 +473,7 @@ def test_headless_checkpoint(name: str) -> None:
     assert filtered.keys() == state.keys()
 
 
-@smallest_models
+@each_kind
 @pytest.mark.parametrize(("classes", "pool"), [(6, None), (3, "avg"), (0, "")], ids=["built", "reset", "bare"])
 def test_saved_folder(name: str, classes: int, pool: str | None, tmp_path: Path) -> None:
     """The folder format records the head as it is now, so the model comes back from it."""
@@ -472,7 +489,7 @@ def test_saved_folder(name: str, classes: int, pool: str | None, tmp_path: Path)
         close(back(x), model(x), "same")
 
 
-@smallest_models
+@each_kind
 def test_init_weights_after_to_empty(name: str) -> None:
     """Weights can be made after the memory: what ``to_empty`` left is overwritten completely."""
     model = build(name, device="meta")

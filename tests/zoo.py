@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -31,33 +30,30 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs).eval()
 
 
-@functools.cache
-def _weight(name: str) -> tuple[bool, int]:
-    """Order inside a family: ``test_*`` variants first, then by parameters."""
-    if name.startswith("test_"):
-        return False, 0
-    return True, sum(p.numel() for p in build(name, device="meta").parameters())
-
-
-def _smallest(names: list[str]) -> list[str]:
+def _one_of_each_kind(names: list[str]) -> list[str]:
+    """Of every family its ``test_*`` models, one for each way it is built; without one, its smallest model."""
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(module_of(name).__name__, []).append(name)
-    return [min(members, key=_weight) for members in families.values()]
+    kinds = []
+    for members in families.values():
+        tiny = [n for n in members if n.startswith("test_")]
+        kinds += tiny or [min(members, key=lambda n: sum(p.numel() for p in build(n, device="meta").parameters()))]
+    return kinds
 
 
 NAMES = _registered()
 assert NAMES, "vizoo registers no model, so there is nothing to test"
-SMALLEST = _smallest(NAMES)
+KINDS = _one_of_each_kind(NAMES)
 
 all_models = pytest.mark.parametrize("name", NAMES)
-"""Every model, always: for checks on the meta device."""
-smallest_models = pytest.mark.parametrize("name", SMALLEST)
-"""The smallest model of each family: for what cannot differ by size."""
-sized_models = pytest.mark.parametrize(
-    "name", [n if n in SMALLEST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+"""Every model: for what costs one pass on the meta device."""
+each_kind = pytest.mark.parametrize("name", KINDS)
+"""One small model of each kind: for what cannot differ by size."""
+other_models = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS]
 )
-"""The smallest of each family always, the others as slow tests."""
+"""The models that ``each_kind`` leaves out, as slow tests."""
 
 
 def is_fixed(model: nn.Module) -> bool:

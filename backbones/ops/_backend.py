@@ -68,16 +68,30 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
     Returns:
         True if every condition holds.
     """
+    return not torch.compiler.is_compiling() and _fits_onednn(x, weight) and type(x) is Tensor and x.numel() > 0
+
+
+def use_compiled_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``torch.compile``, but not export, may leave this call to an operator of ours that runs oneDNN inside.
+
+    Args:
+        x: Input of any shape.
+        weight: Weight of the layer.
+
+    Returns:
+        True if every condition of :func:`use_onednn` holds but that on compilation.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and _fits_onednn(x, weight)
+
+
+def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _ONEDNN
         and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and type(x) is Tensor
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -8,11 +8,15 @@ used again, and lets oneDNN apply bias and GELU while it writes the convolution'
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_onednn
+from ._backend import use_compiled_onednn, use_onednn
+from ._cost import Cost, register_cost
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
 
@@ -43,9 +47,11 @@ def conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
     """:func:`reference_conv_ffn`, by fused oneDNN operators for inference on a CPU: same arguments and result."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+    if not torch.jit.is_scripting():
         if use_onednn(x, w1):
             return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
+        if use_compiled_onednn(x, w1):
+            return torch.ops.vizoo.conv_ffn(x, w1, b1, wd, bd, w2, b2)
     return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
 
 
@@ -61,3 +67,27 @@ def _onednn_conv_ffn(
         t = ops._convolution_pointwise(t, wd, bd, [1, 1], [1, 1], [1, 1], wd.shape[0], "gelu", [], "none")
         out.append(ops._linear_pointwise(t.permute(0, 2, 3, 1), w2, b2, "none", [], ""))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+@torch.library.custom_op("vizoo::conv_ffn", mutates_args=())
+def _conv_ffn(
+    x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> Tensor:
+    fn = reference_conv_ffn if x.numel() == 0 else _onednn_conv_ffn
+    return fn(x, w1, b1, wd, bd, w2, b2)
+
+
+@_conv_ffn.register_fake
+def _(x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w2.shape[0]))
+
+
+@register_cost("vizoo::conv_ffn")
+def _cost(x: Any, w1: Any, b1: Any, wd: Any, bd: Any, w2: Any, b2: Any, out: Any = None, **kwargs: Any) -> Cost:
+    tokens, hidden = prod(x[:-1]), wd[0]
+    biases = (b1 is not None) + (bd is not None)
+    return Cost(
+        macs=tokens * (hidden * (x[-1] + prod(wd[1:])) + w2[0] * w2[1]),
+        other=tokens * (hidden * (8 + biases) + w2[0] * (b2 is not None)),  # GELU, biases
+        acts=tokens * (2 * hidden + w2[0]),
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_onednn
+from ._backend import use_compiled_onednn, use_onednn
+from ._cost import Cost, register_cost
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,7 +24,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., O]``.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+    if not torch.jit.is_scripting():
         if use_onednn(x, weight):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if use_compiled_onednn(x, weight):
+            return torch.ops.vizoo.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("vizoo::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@register_cost("vizoo::linear")
+def _cost(x: Any, weight: Any, bias: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(x) * weight[0], other=prod(out) * (bias is not None))

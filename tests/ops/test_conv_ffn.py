@@ -94,6 +94,46 @@ def test_onednn_stands_back():
     assert linear(x, weight).requires_grad
 
 
+@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [*SIZES, (0, 3, 2, 4, 8)], ids=str)
+def test_compiled_operators(size, bias):
+    args = [t.float() if bias or t.dim() > 1 else None for t in tensors(*size)]
+    strided = args[0].transpose(1, 2)
+    for x in (args[0], strided):
+        torch.library.opcheck(torch.ops.vizoo.conv_ffn.default, (x, *args[1:]))
+        torch.library.opcheck(torch.ops.vizoo.linear.default, (x, args[1], args[2]))
+
+
+@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_inference_keeps_onednn(dtype):
+    """One graph with the operators inside; with gradients or for export they are plain."""
+    args = [t.to(dtype) for t in tensors(2, 3, 7, 8, 16)]
+    names: list[str] = []
+
+    def look(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    class Net(torch.nn.Module):
+        def forward(self, x, w1, b1, wd, bd, w2, b2):
+            return linear(conv_ffn.conv_ffn(x, w1, b1, wd, bd, w2, b2), w1, b1)
+
+    compiled = torch.compile(Net(), backend=look, fullgraph=True)
+    with torch.no_grad():
+        truth = Net()(*(t.double() for t in args))
+        plain = F.linear(conv_ffn.reference_conv_ffn(*args), args[1], args[2])
+        op_close(compiled(*args), truth, plain)
+        assert {n for n in names if "vizoo" in n} == {"vizoo.conv_ffn", "vizoo.linear"}
+        names.clear()
+        exported = torch.export.export(Net(), tuple(args), strict=True)
+        assert "vizoo" not in str(exported.graph)
+    compiled(*args)
+    assert names
+    assert not [n for n in names if "vizoo" in n]
+
+
 def test_backends_give_reasons():
     found = {b.name: b for b in _backend.backends()}
     assert list(found) == ["torch", "onednn", "cuda", "triton", "natten"]

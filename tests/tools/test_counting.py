@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from zoo import sized_models
+from zoo import each_kind
 
 from vizoo.backbones.ops._cost import COSTS, Cost, register_cost
 from vizoo.tools._counting import count, differences, fvcore_counts, unwrap
@@ -163,7 +163,7 @@ def test_backward_of_convolutions(conv, macs, engine):
     assert count(conv, x.detach(), backward=True, engine=engine).macs == 2 * macs
 
 
-@sized_models
+@each_kind
 def test_backward_of_the_zoo_is_priced(name):
     model = build(name)
     x = torch.randn(2, *model.pretrained_cfg["input_size"][:1], 96, 128)
@@ -449,7 +449,7 @@ def test_engines_agree(name):
     assert differences(found, fvcore_counts(model, x)) == []
 
 
-@sized_models
+@each_kind
 def test_zoo_engines_agree(name):
     model = build(name)
     side = min(224, model.pretrained_cfg["input_size"][1])
