@@ -183,7 +183,7 @@ class NAT(nn.Module):
             stages of one width without downsampling (isotropic: one block a stage).
         embed_dim: Channels of the first stage, doubled in each next one unless ``layout="flat"``.
         depths: Blocks of each stage.
-        num_heads: Attention heads of each stage.
+        num_heads: Attention heads of each stage; None for heads of 32 channels, as in every released model.
         kernel_size: Side of the attention's window.  Relative position biases of other windows are resized on loading.
         dilations: For each stage a number, or a pattern of numbers repeated over its blocks; one number for all; or
             the name of a pattern in ``DILATIONS``.  They hold no parameters: weights fit any dilations.
@@ -209,7 +209,7 @@ class NAT(nn.Module):
         layout: str = "conv",
         embed_dim: int = 64,
         depths: Sequence[int] = (3, 4, 6, 5),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
+        num_heads: Sequence[int] | None = None,
         kernel_size: int = 7,
         dilations: str | int | Sequence[int | Sequence[int]] = 1,
         mlp_ratio: float = 3.0,
@@ -250,22 +250,17 @@ class NAT(nn.Module):
                 output_fmt="NHWC",
                 **dd,
             )
+        merging = partial(PatchMerging, norm_layer=_norm_layer)  # type: ignore[arg-type]
+        downsampler: Any = ConvDownsampler if layout == "conv" else merging
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages: list[nn.Module] = []
         self.feature_info: list[dict[str, Any]] = []
         for i, dim in enumerate(dims):
-            downsample: nn.Module = nn.Identity()
-            if i > 0 and not flat:
-                downsample = (
-                    ConvDownsampler(dims[i - 1], **dd)
-                    if layout == "conv"
-                    else PatchMerging(dims[i - 1], norm_layer=_norm_layer, **dd)  # type: ignore[arg-type]
-                )
             stages.append(
                 Stage(
-                    downsample,
+                    nn.Identity() if i == 0 or flat else downsampler(dims[i - 1], **dd),
                     dim,
-                    num_heads[i],
+                    dim // 32 if num_heads is None else num_heads[i],
                     dilations=block_dilations[i],
                     drop_path=rates[i],
                     kernel_size=kernel_size,
@@ -275,8 +270,8 @@ class NAT(nn.Module):
                     **dd,
                 )
             )
-            reduction = 16 if flat else 4 * 2**i
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+            stride = 16 if flat else 4 * 2**i
+            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.feature_norms = nn.ModuleList(
@@ -475,24 +470,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return renamed
 
 
+_MASK2FORMER = ["coco_instance", "coco_panoptic"]
+_MASK2FORMER += [f"{data}_{task}" for data in ("ade20k", "cityscapes") for task in ("instance", "panoptic", "semantic")]
 _DENSE_TAGS = {  # the form of the model that a checkpoint is for: its dilations
     "maskrcnn_3x_coco": "det",
     "cascade_maskrcnn_3x_coco": "det",
     "upernet_ade20k": "seg",
     "upernet_r640_ade20k": "seg640",
-    **{
-        f"mask2former_{data}": "mask2former"
-        for data in (
-            "coco_instance",
-            "coco_panoptic",
-            "ade20k_instance",
-            "ade20k_panoptic",
-            "ade20k_semantic",
-            "cityscapes_instance",
-            "cityscapes_panoptic",
-            "cityscapes_semantic",
-        )
-    },
+    **{f"mask2former_{data}": "mask2former" for data in _MASK2FORMER},
 }
 
 
@@ -516,85 +501,52 @@ def _cfg(url: str = "", project: str = "dinat", **kwargs: Any) -> dict[str, Any]
     }
 
 
-_dinat_cfg = partial(_cfg, first_conv="patch_embed.proj.0")
+_conv_cfg = partial(_cfg, first_conv="patch_embed.proj.0")
 _nat_cfg = partial(
-    _dinat_cfg, project="nat", paper_name="Neighborhood Attention Transformer", paper_ids="arXiv:2204.07143"
+    _conv_cfg, project="nat", paper_name="Neighborhood Attention Transformer", paper_ids="arXiv:2204.07143"
 )
 _DENSE: dict[str, Any] = {"num_classes": 0, "classifier": None}
 _384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 _22K: dict[str, Any] = {"num_classes": 21841}
 _FLAT: dict[str, Any] = {"pool_size": (14, 14)}
 _TEST: dict[str, Any] = {"input_size": (3, 96, 96), "pool_size": (3, 3), "crop_pct": 1.0}
+_NATS = [f"nat_{size}" for size in ("mini", "tiny", "small", "base")]
+_DINATS: list[tuple[Any, str]] = [
+    *((_conv_cfg, f"dinat_{size}") for size in ("mini", "tiny", "small", "base")),
+    *((_cfg, f"dinat_s_{size}") for size in ("tiny", "small", "base")),
+]
+_LARGES: list[tuple[Any, str]] = [(_conv_cfg, "dinat_large"), (_cfg, "dinat_s_large")]
+_FLATS = [f"{kind}_{size}" for kind in ("nat_isotropic", "dinat_isotropic", "vitrpb") for size in ("small", "base")]
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _nat_cfg("CLS/nat_mini.pth"),
-        "nat_mini.maskrcnn_3x_coco": _nat_cfg("DET/nat_mini_maskrcnn.pth", **_DENSE),
-        "nat_mini.cascade_maskrcnn_3x_coco": _nat_cfg("DET/nat_mini_cascademaskrcnn.pth", **_DENSE),
-        "nat_mini.upernet_ade20k": _nat_cfg("SEG/nat_mini_upernet.pth", **_DENSE),
-        "nat_tiny.in1k": _nat_cfg("CLS/nat_tiny.pth"),
-        "nat_tiny.maskrcnn_3x_coco": _nat_cfg("DET/nat_tiny_maskrcnn.pth", **_DENSE),
-        "nat_tiny.cascade_maskrcnn_3x_coco": _nat_cfg("DET/nat_tiny_cascademaskrcnn.pth", **_DENSE),
-        "nat_tiny.upernet_ade20k": _nat_cfg("SEG/nat_tiny_upernet.pth", **_DENSE),
-        "nat_small.in1k": _nat_cfg("CLS/nat_small.pth"),
-        "nat_small.maskrcnn_3x_coco": _nat_cfg("DET/nat_small_maskrcnn.pth", **_DENSE),
-        "nat_small.cascade_maskrcnn_3x_coco": _nat_cfg("DET/nat_small_cascademaskrcnn.pth", **_DENSE),
-        "nat_small.upernet_ade20k": _nat_cfg("SEG/nat_small_upernet.pth", **_DENSE),
-        "nat_base.in1k": _nat_cfg("CLS/nat_base.pth"),
-        "nat_base.cascade_maskrcnn_3x_coco": _nat_cfg("DET/nat_base_cascademaskrcnn.pth", **_DENSE),
-        "nat_base.upernet_ade20k": _nat_cfg("SEG/nat_base_upernet.pth", **_DENSE),
-        "dinat_mini.in1k": _dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth"),
-        "dinat_mini.maskrcnn_3x_coco": _dinat_cfg("coco/maskrcnn_dinat_mini.pth", **_DENSE),
-        "dinat_mini.cascade_maskrcnn_3x_coco": _dinat_cfg("coco/cascadedmaskrcnn_dinat_mini.pth", **_DENSE),
-        "dinat_mini.upernet_ade20k": _dinat_cfg("ade20k/upernet_dinat_mini.pth", **_DENSE),
-        "dinat_tiny.in1k": _dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth"),
-        "dinat_tiny.maskrcnn_3x_coco": _dinat_cfg("coco/maskrcnn_dinat_tiny.pth", **_DENSE),
-        "dinat_tiny.cascade_maskrcnn_3x_coco": _dinat_cfg("coco/cascadedmaskrcnn_dinat_tiny.pth", **_DENSE),
-        "dinat_tiny.upernet_ade20k": _dinat_cfg("ade20k/upernet_dinat_tiny.pth", **_DENSE),
-        "dinat_small.in1k": _dinat_cfg("imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_small.maskrcnn_3x_coco": _dinat_cfg("coco/maskrcnn_dinat_small.pth", **_DENSE),
-        "dinat_small.cascade_maskrcnn_3x_coco": _dinat_cfg("coco/cascadedmaskrcnn_dinat_small.pth", **_DENSE),
-        "dinat_small.upernet_ade20k": _dinat_cfg("ade20k/upernet_dinat_small.pth", **_DENSE),
-        "dinat_base.in1k": _dinat_cfg("imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_base.cascade_maskrcnn_3x_coco": _dinat_cfg("coco/cascadedmaskrcnn_dinat_base.pth", **_DENSE),
-        "dinat_base.upernet_ade20k": _dinat_cfg("ade20k/upernet_dinat_base.pth", **_DENSE),
-        "dinat_large.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
-        "dinat_large.cascade_maskrcnn_3x_coco": _dinat_cfg("coco/cascadedmaskrcnn_dinat_large.pth", **_DENSE),
-        "dinat_large.upernet_r640_ade20k": _dinat_cfg("ade20k/upernet_dinat_large.pth", **_DENSE),
-        "dinat_large_384.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **_384),
-        "dinat_large_384_11x11.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_384),
-        **{
-            f"dinat_large_384_11x11.{tag}": _dinat_cfg(
-                f"m2f/mask2former_dinat_large_{tag.removeprefix('mask2former_')}.pth",
-                **{**_384, **_DENSE},
-            )
-            for tag, dilations in _DENSE_TAGS.items()
-            if dilations == "mask2former"
-        },
-        "dinat_large_21k.in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", **_22K),
-        "dinat_large_21k_11x11.in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224_11x11interp.pth", **_22K),
-        "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224.pth"),
-        "dinat_s_tiny.maskrcnn_3x_coco": _cfg("coco/maskrcnn_dinat_s_tiny.pth", **_DENSE),
-        "dinat_s_tiny.cascade_maskrcnn_3x_coco": _cfg("coco/cascadedmaskrcnn_dinat_s_tiny.pth", **_DENSE),
-        "dinat_s_tiny.upernet_ade20k": _cfg("ade20k/upernet_dinat_s_tiny.pth", **_DENSE),
-        "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224.pth"),
-        "dinat_s_small.maskrcnn_3x_coco": _cfg("coco/maskrcnn_dinat_s_small.pth", **_DENSE),
-        "dinat_s_small.cascade_maskrcnn_3x_coco": _cfg("coco/cascadedmaskrcnn_dinat_s_small.pth", **_DENSE),
-        "dinat_s_small.upernet_ade20k": _cfg("ade20k/upernet_dinat_s_small.pth", **_DENSE),
-        "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224.pth"),
-        "dinat_s_base.cascade_maskrcnn_3x_coco": _cfg("coco/cascadedmaskrcnn_dinat_s_base.pth", **_DENSE),
-        "dinat_s_base.upernet_ade20k": _cfg("ade20k/upernet_dinat_s_base.pth", **_DENSE),
+        **{f"{n}.in1k": _nat_cfg(f"CLS/{n}.pth") for n in _NATS},
+        **{f"{n}.in1k": c(f"imagenet1k/{n}_in1k_224.pth") for c, n in _DINATS},
+        **{f"{n}.in1k": _cfg(f"isotropic/{n}_in1k_224.pth", **_FLAT) for n in _FLATS},
+        "dinat_large.in22k_ft_in1k": _conv_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": _conv_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": _conv_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_384),
+        "dinat_large_21k.in22k": _conv_cfg("imagenet22k/dinat_large_in22k_224.pth", **_22K),
+        "dinat_large_21k_11x11.in22k": _conv_cfg("imagenet22k/dinat_large_in22k_224_11x11interp.pth", **_22K),
         "dinat_s_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_224.pth"),
-        "dinat_s_large.cascade_maskrcnn_3x_coco": _cfg("coco/cascadedmaskrcnn_dinat_s_large.pth", **_DENSE),
-        "dinat_s_large.upernet_r640_ade20k": _cfg("ade20k/upernet_dinat_s_large.pth", **_DENSE),
         "dinat_s_large_384.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_384.pth", **_384),
         "dinat_s_large_21k.in22k": _cfg("imagenet22k/dinat_s_large_in22k_224.pth", **_22K),
-        "nat_isotropic_small.in1k": _cfg("isotropic/nat_isotropic_small_in1k_224.pth", **_FLAT),
-        "nat_isotropic_base.in1k": _cfg("isotropic/nat_isotropic_base_in1k_224.pth", **_FLAT),
-        "dinat_isotropic_small.in1k": _cfg("isotropic/dinat_isotropic_small_in1k_224.pth", **_FLAT),
-        "dinat_isotropic_base.in1k": _cfg("isotropic/dinat_isotropic_base_in1k_224.pth", **_FLAT),
-        "vitrpb_small.in1k": _cfg("isotropic/vitrpb_small_in1k_224.pth", **_FLAT),
-        "vitrpb_base.in1k": _cfg("isotropic/vitrpb_base_in1k_224.pth", **_FLAT),
+        # backbones of detectors and segmentors
+        **{f"{n}.maskrcnn_3x_coco": _nat_cfg(f"DET/{n}_maskrcnn.pth", **_DENSE) for n in _NATS[:3]},
+        **{f"{n}.cascade_maskrcnn_3x_coco": _nat_cfg(f"DET/{n}_cascademaskrcnn.pth", **_DENSE) for n in _NATS},
+        **{f"{n}.upernet_ade20k": _nat_cfg(f"SEG/{n}_upernet.pth", **_DENSE) for n in _NATS},
+        **{f"{n}.maskrcnn_3x_coco": c(f"coco/maskrcnn_{n}.pth", **_DENSE) for c, n in _DINATS if "base" not in n},
+        **{
+            f"{n}.cascade_maskrcnn_3x_coco": c(f"coco/cascadedmaskrcnn_{n}.pth", **_DENSE) for c, n in _DINATS + _LARGES
+        },
+        **{f"{n}.upernet_ade20k": c(f"ade20k/upernet_{n}.pth", **_DENSE) for c, n in _DINATS},
+        **{f"{n}.upernet_r640_ade20k": c(f"ade20k/upernet_{n}.pth", **_DENSE) for c, n in _LARGES},
+        **{
+            f"dinat_large_384_11x11.mask2former_{d}": _conv_cfg(
+                f"m2f/mask2former_dinat_large_{d}.pth", **_384, **_DENSE
+            )
+            for d in _MASK2FORMER
+        },
         "test_nat.untrained": _nat_cfg(**_TEST),
         "test_dinat_s.untrained": _cfg(**_TEST),
         "test_nat_isotropic.untrained": _cfg(**{**_TEST, "pool_size": (6, 6)}),
@@ -609,7 +561,7 @@ def _create_nat(variant: str, pretrained: bool, model_args: dict[str, Any], **kw
     if tag in _DENSE_TAGS:
         form["feature_norms"] = (0, 1, 2, 3)
         if variant.startswith("dinat"):
-            form["dilations"] = _DENSE_TAGS[tag] + ("_s" if model_args["layout"] == "patch" else "")
+            form["dilations"] = _DENSE_TAGS[tag] + ("_s" if variant.startswith("dinat_s_") else "")
     kwargs = {**model_args, **form, **kwargs}
     if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
         raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with feature_norms")
@@ -630,62 +582,40 @@ def _create_nat(variant: str, pretrained: bool, model_args: dict[str, Any], **kw
     return model
 
 
-def _sizes(layout: str, embed_dim: int, depths: Sequence[int], **kwargs: Any) -> dict[str, Any]:
-    """Arguments of one size, whose heads are 32 channels wide."""
-    growth = 1 if layout == "flat" else 2
-    num_heads = tuple(embed_dim * growth**i // 32 for i in range(len(depths)))
-    return {"layout": layout, "embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, **kwargs}
-
-
-_MINI = _sizes("conv", 64, (3, 4, 6, 5), mlp_ratio=3.0)
-_TINY = _sizes("conv", 64, (3, 4, 18, 5), mlp_ratio=3.0)
-_SMALL = _sizes("conv", 96, (3, 4, 18, 5), mlp_ratio=2.0)
-_BASE = _sizes("conv", 128, (3, 4, 18, 5), mlp_ratio=2.0, ls_init_value=1e-5)
-_LARGE = _sizes("conv", 192, (3, 4, 18, 5), mlp_ratio=2.0)
-_S_TINY = _sizes("patch", 96, (2, 2, 6, 2), mlp_ratio=4.0)
-_S_SMALL = _sizes("patch", 96, (2, 2, 18, 2), mlp_ratio=4.0)
-_S_BASE = _sizes("patch", 128, (2, 2, 18, 2), mlp_ratio=4.0)
-_S_LARGE = _sizes("patch", 192, (2, 2, 18, 2), mlp_ratio=4.0)
-_FLAT_SMALL = _sizes("flat", 384, (1,) * 12, mlp_ratio=4.0)
-_FLAT_BASE = _sizes("flat", 768, (1,) * 12, mlp_ratio=4.0)
+_MINI = {"embed_dim": 64, "depths": (3, 4, 6, 5), "mlp_ratio": 3.0}
+_TINY = {"embed_dim": 64, "depths": (3, 4, 18, 5), "mlp_ratio": 3.0}
+_SMALL = {"embed_dim": 96, "depths": (3, 4, 18, 5), "mlp_ratio": 2.0}
+_BASE = {"embed_dim": 128, "depths": (3, 4, 18, 5), "mlp_ratio": 2.0, "ls_init_value": 1e-5}
+_LARGE = {"embed_dim": 192, "depths": (3, 4, 18, 5), "mlp_ratio": 2.0}
+_S_TINY = {"layout": "patch", "embed_dim": 96, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0}
+_S_SMALL = {"layout": "patch", "embed_dim": 96, "depths": (2, 2, 18, 2), "mlp_ratio": 4.0}
+_S_BASE = {"layout": "patch", "embed_dim": 128, "depths": (2, 2, 18, 2), "mlp_ratio": 4.0}
+_S_LARGE = {"layout": "patch", "embed_dim": 192, "depths": (2, 2, 18, 2), "mlp_ratio": 4.0}
+_FLAT_SMALL = {"layout": "flat", "embed_dim": 384, "depths": (1,) * 12, "mlp_ratio": 4.0}
+_FLAT_BASE = {"layout": "flat", "embed_dim": 768, "depths": (1,) * 12, "mlp_ratio": 4.0}
 
 
 @register_model
 def test_nat(pretrained: bool = False, **kwargs: Any) -> NAT:
     """Tiny DiNAT for tests."""
-    model_args = _sizes(
-        "conv",
-        16,
-        (1, 2, 2, 1),
-        mlp_ratio=2.0,
-        num_heads=(2, 2, 4, 8),
-        kernel_size=3,
-        dilations=(1, (1, 4), (1, 2), 1),
-        ls_init_value=0.1,
-    )
+    form = {"kernel_size": 3, "dilations": (1, (1, 4), (1, 2), 1), "mlp_ratio": 2.0, "ls_init_value": 0.1}
+    model_args = {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 8), **form}
     return _create_nat("test_nat", pretrained, model_args, **kwargs)
 
 
 @register_model
 def test_dinat_s(pretrained: bool = False, **kwargs: Any) -> NAT:
     """Tiny DiNAT_s for tests."""
-    model_args = _sizes(
-        "patch",
-        16,
-        (2, 1, 2, 1),
-        mlp_ratio=2.0,
-        num_heads=(2, 2, 4, 8),
-        kernel_size=3,
-        dilations=((1, 4), 1, (1, 2), 1),
-    )
+    form = {"layout": "patch", "kernel_size": 3, "dilations": ((1, 4), 1, (1, 2), 1), "mlp_ratio": 2.0}
+    model_args = {"embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (2, 2, 4, 8), **form}
     return _create_nat("test_dinat_s", pretrained, model_args, **kwargs)
 
 
 @register_model
 def test_nat_isotropic(pretrained: bool = False, **kwargs: Any) -> NAT:
     """Tiny isotropic DiNAT for tests."""
-    model_args = _sizes("flat", 64, (1,) * 4, kernel_size=3, dilations=(1, 2, 1, 2), mlp_ratio=2.0)
-    return _create_nat("test_nat_isotropic", pretrained, model_args, **kwargs)
+    form = {"layout": "flat", "kernel_size": 3, "dilations": (1, 2, 1, 2), "mlp_ratio": 2.0}
+    return _create_nat("test_nat_isotropic", pretrained, {"embed_dim": 64, "depths": (1,) * 4, **form}, **kwargs)
 
 
 @register_model
@@ -816,7 +746,7 @@ def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 @register_model
 def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """ViT-rpb-Small, attention to the whole map at 224x224 (elsewhere set ``kernel_size``); trained with ``drop_path_rate=0.1``."""
+    """ViT-rpb-Small, attention to the whole 14x14 map at 224x224; trained with ``drop_path_rate=0.1``."""
     return _create_nat("vitrpb_small", pretrained, {**_FLAT_SMALL, "kernel_size": 14}, **kwargs)
 
 
@@ -834,5 +764,5 @@ def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 @register_model
 def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """ViT-rpb-Base, attention to the whole map at 224x224 (elsewhere set ``kernel_size``); trained with ``drop_path_rate=0.4``."""
+    """ViT-rpb-Base, attention to the whole 14x14 map at 224x224; trained with ``drop_path_rate=0.4``."""
     return _create_nat("vitrpb_base", pretrained, {**_FLAT_BASE, "kernel_size": 14}, **kwargs)
