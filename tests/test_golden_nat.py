@@ -193,9 +193,9 @@ FORMS = {  # tiny models with the layout of each official kind; the 58x75 image 
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_official_checkpoint(kind):
-    """Features, logits and the gradient of the image, from an official checkpoint loaded strictly."""
+    """Features, logits and all gradients, from an official checkpoint loaded strictly."""
     form = {"dim": 16, "heads": [1, 2, 2, 4], "kernel": 3, **FORMS[kind]}
-    official = weights(official_keys(form))
+    official = {k: v.requires_grad_() for k, v in weights(official_keys(form)).items()}
     dense = bool(form.get("dense"))
     model = NAT(
         layout={"levels": "conv", "layers": "patch", "flat": "flat"}[form["root"]],
@@ -216,13 +216,16 @@ def test_official_checkpoint(kind):
     expected, logits = official_forward(official, x, form)
     for i, (feature, level) in enumerate(zip(features, expected, strict=True)):
         golden_close(feature, level, f"level {i}")
-    found = features[-1]
+    found, truth = [*features[:-1], features[-1] if dense else model.forward_head(final)], expected
     if not dense:
-        found, expected = [*features[:-1], model.forward_head(final)], [*expected[:-1], logits]
+        truth = [*expected[:-1], logits]
         golden_close(found[-1], logits, "logits")
-        found = found[-1]
-    dx, expected_dx = (torch.autograd.grad(out.square().mean(), x)[0] for out in (found, expected[-1]))
-    golden_close(dx, expected_dx, "gradient of the image")
+    dx, *gradients = torch.autograd.grad(sum(f.square().mean() for f in found), [x, *model.parameters()])
+    true_dx, *truths = torch.autograd.grad(sum(f.square().mean() for f in truth), [x, *official.values()])
+    golden_close(dx, true_dx, "gradient of the image")
+    truths = checkpoint_filter_fn(dict(zip(official, truths, strict=True)), model)
+    for (key, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+        golden_close(gradient, truths[key], f"gradient of {key}")
     with torch.no_grad():
         found = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     for i, (feature, level) in enumerate(zip(found[:-1], expected[:-1], strict=True)):
