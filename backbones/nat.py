@@ -505,7 +505,7 @@ _conv_cfg = partial(_cfg, first_conv="patch_embed.proj.0")
 _nat_cfg = partial(
     _conv_cfg, project="nat", paper_name="Neighborhood Attention Transformer", paper_ids="arXiv:2204.07143"
 )
-_DENSE: dict[str, Any] = {"num_classes": 0, "classifier": None}
+_DENSE: dict[str, Any] = {"num_classes": 0}
 _384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 _22K: dict[str, Any] = {"num_classes": 21841}
 _FLAT: dict[str, Any] = {"pool_size": (14, 14)}

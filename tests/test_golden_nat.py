@@ -342,6 +342,24 @@ def test_classifier_becomes_dense_backbone():
     assert not [k for k in state if k.startswith("feature_norms.")]
 
 
+def test_dense_checkpoint(tmp_path):
+    """The file of a detector makes the official backbone and a classifier to train; a saved folder keeps the form."""
+    name = "dinat_mini.maskrcnn_3x_coco"
+    source = timm.create_model(name)
+    torch.save({"state_dict": {f"backbone.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "official.pth")
+    loaded = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "official.pth")}}
+    timm.models.save_for_hf(source, tmp_path, safe_serialization=True)
+    folder = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    features = timm.create_model(name, features_only=True, **loaded).model
+    classifier = timm.create_model(name, num_classes=5, **loaded)
+    for model in (folder, features, classifier):
+        assert dilations_of(model) == dilations_of(source)
+        for key, value in model.state_dict().items():
+            if not key.startswith("head."):
+                close(value, source.state_dict()[key], "same", key)
+    assert classifier.get_classifier().weight.shape == (5, 512)
+
+
 def test_dense_features():
     """Each feature has its own norm, also when the backbone is cut."""
     backbone = timm.create_model("test_dinat_s", features_only=True, feature_norms=(0, 1, 2, 3))
