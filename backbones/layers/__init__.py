@@ -5,6 +5,7 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
+from .neighborhood import NeighborhoodAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "NeighborhoodAttention",
     "add_ulsam",
     "swap_halo",
     "to_fast_layout",
