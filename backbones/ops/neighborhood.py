@@ -81,6 +81,8 @@ def _check(
 
 def _at_least(L: int, least: int) -> int:
     if not torch.jit.is_scripting():
+        if isinstance(L, Tensor):  # while tracing
+            return L.clamp(min=least)  # type: ignore[return-value]
         return torch.sym_max(L, least)  # type: ignore[return-value]
     return max(L, least)
 
