@@ -163,7 +163,11 @@ def _nat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     flat = "isotropic" in name or name.startswith("vitrpb")
     file = "isotropic" if flat else "dinats" if name.startswith("dinat_s_") else name.split("_")[0]
     with _importing(checkout / "classification", stubs):
-        return getattr(importlib.import_module(file), name)()
+        model = getattr(importlib.import_module(file), name)()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # the constructor sets the rate of the recipe, ours is 0
+    return model
 
 
 _MODELS = {
