@@ -281,6 +281,28 @@ def test_detection_backbone(block_size):
     assert [tuple(f.shape[2:]) for f in features] == [(24, 40), (12, 20), (6, 10), (3, 5)]
 
 
+def test_training_keeps_no_windows():
+    """Saved for the backward pass: the input, its projections and the parameters; timm keeps windows and scores."""
+
+    def saved(layer):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t  # holds it, so that no address is used twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = layer(x)
+        return sum(t.untyped_storage().nbytes() for t in storages.values()), out
+
+    theirs = HaloAttn(64, num_heads=4)
+    x = image((1, 64, 32, 32)).requires_grad_()
+    ours = swap_halo(theirs)
+    parameters = sum(p.nbytes for p in ours.parameters())
+    assert saved(ours)[0] <= parameters + 5 * x.nbytes  # x in both formats, q, k and v
+    assert saved(theirs)[0] >= 5 * saved(ours)[0]
+
+
 # timm's models
 
 

@@ -61,6 +61,15 @@ def test_layer(tmp_path):
     ]
 
 
+def test_layer_against_timm(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["halo", "--size", "16", "--mode", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert bench.main(words) == 0
+    assert [(r["name"], r["peer"], r["shape"]) for r in rows_of(out)] == [("halo 64@16 b8 h3", "timm", "64x16x16")]
+    assert bench.main([*words, "--official", str(tmp_path)]) == 2
+    assert "no official code of 'halo'" in capsys.readouterr().err
+
+
 def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
     build = bench.build_sides
 
