@@ -10,9 +10,10 @@ are masked.  ``Nq`` queries (the padded ones too) of ``h`` heads cost ``Nq * h *
 multiply-accumulates.
 
 The reference stores every window and every score.  The chunked form works on a few blocks at a time, whose scores fit
-into the cache, in float32 also for half precision; its backward pass computes the weights again.  The Triton kernels
-read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax; their
-backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
+into the cache, in float32 also for half precision; its backward pass computes the weights again, and adds up the
+gradients of keys, values and tables chunk by chunk: their last bits depend on the number of threads.  The Triton
+kernels read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax;
+their backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
 
 NATTEN is no backend: with kernel ``w`` and stride ``b`` it selects these windows inside the map, but it moves those at
 the border inwards instead of keeping zero keys, and it has no relative terms.

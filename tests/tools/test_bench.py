@@ -1,4 +1,5 @@
 import csv
+import time
 
 import pytest
 import timm
@@ -60,6 +61,46 @@ def test_layer(tmp_path):
         ("hilo w2 alpha 0.9", "16x384", "float32"),
         ("hilo w2 alpha 0.9", "16x384", "bfloat16"),
     ]
+
+
+def test_layer_against_timm(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["halo", "--size", "16", "--mode", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert bench.main(words) == 0
+    assert [(r["name"], r["peer"], r["shape"]) for r in rows_of(out)] == [("halo 64@16 b8 h3", "timm", "64x16x16")]
+    assert bench.main([*words, "--official", str(tmp_path)]) == 2
+    assert "no official code of 'halo'" in capsys.readouterr().err
+
+
+def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
+    build = bench.build_sides
+
+    class Waiting(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            time.sleep(0.3)
+            return self.module(x)
+
+    def slow(args):
+        ours, peer, name, shape = build(args)
+        return ours, Waiting(peer), name, shape
+
+    monkeypatch.setattr(bench, "build_sides", slow)
+    out = tmp_path / "out.csv"
+    words = ["halo", "--size", "8", "--rounds", "2", "--out", str(out)]
+    assert bench.main([*words, "--threads", "1", "--cpu-time"]) == 0
+    assert "machine busy" not in capsys.readouterr().err
+    assert bench.main([*words, "--threads", "1"]) == 0
+    assert "machine busy" in capsys.readouterr().err
+    rows = rows_of(out)
+    assert [row["mode"] for row in rows] == ["infer cpu_time", "infer"]
+    assert float(rows[0]["peer_median_ms"]) < 300 <= float(rows[1]["peer_median_ms"])
+    assert float(rows[0]["cpu_use"]) < 0.8
+    assert bench.main([*words, "--threads", "2", "--cpu-time"]) == 2
+    assert "needs --threads 1" in capsys.readouterr().err
 
 
 def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
