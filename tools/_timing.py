@@ -257,6 +257,7 @@ def compare(
     device: Any = "cpu",
     tick: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    least: float = 0.0,
 ) -> Comparison:
     """Time functions in turn, A, B, A, B ..., in one process, so that a drift of the machine meets all of them.
 
@@ -268,6 +269,8 @@ def compare(
         device: Where they compute; CUDA is synchronised around each call.
         tick: Called after each round.
         clock: What the samples are read from, in seconds.
+        least: Seconds that a sample takes at least: a shorter call is repeated before the other function's turn, and
+            the sample is the mean.
 
     Returns:
         The samples, and how far the outputs are apart.
@@ -294,9 +297,14 @@ def compare(
         for name, out in outputs.items()
     }
     del outputs, reference
+    calls = dict.fromkeys(functions, 1)
     for _ in range(warmup):
-        for f in functions.values():
+        for name, f in functions.items():
+            wait()
+            start = clock()
             f(*inputs)
+            wait()
+            calls[name] = max(1, math.ceil(least / max(clock() - start, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     wall = cpu = 0.0
     with quiet():
@@ -304,9 +312,10 @@ def compare(
             for name, f in functions.items():
                 wait()
                 c, t, start = time.process_time(), time.perf_counter(), clock()
-                f(*inputs)
+                for _ in range(calls[name]):
+                    f(*inputs)
                 wait()
-                seconds[name].append(clock() - start)
+                seconds[name].append((clock() - start) / calls[name])
                 wall += time.perf_counter() - t
                 cpu += time.process_time() - c
             if tick:

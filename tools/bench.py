@@ -33,6 +33,7 @@ examples:
   vizoo bench litv2_s --official LITv2 --compile        both sides compiled
   vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
   vizoo bench halo --size 64 --batch 1 8                the first one of halo_h1 against timm's, on a 64x64 map
+  vizoo bench ulsam --size 14 --batch 1 32              dim 512, against a loop over its 4 subspaces
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
 stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
@@ -63,9 +64,11 @@ COLUMNS = [
     "date",
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # ||ours - theirs|| / ||theirs||
+LEAST = 0.01  # seconds of a sample: calls of a small layer alone would measure the cache that the other side left
 LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
 HALO_LAYER: dict[str, Any] = {"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3}
-SIDES = {"hilo": 56, "halo": 64}  # of the layers' maps
+ULSAM_LAYER: dict[str, Any] = {"dim": 512, "num_splits": 4}
+SIDES = {"hilo": 56, "halo": 64, "ulsam": 14}  # of the layers' maps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo' or 'halo' for one attention layer")
+    p.add_argument("name", help="a model of the zoo, or 'hilo', 'halo' or 'ulsam' for one attention layer")
     p.add_argument(
         "--official",
         type=Path,
@@ -137,7 +140,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     import timm
     from timm.layers import set_fused_attn
 
-    from vizoo.tools._official import official_hilo, official_model, timm_model
+    from vizoo.tools._official import ULSAMLoop, official_hilo, official_model, timm_model
 
     if args.name == "halo":
         from timm.layers.halo_attn import HaloAttn
@@ -150,6 +153,15 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
         peer.load_state_dict(ours.state_dict())
         side = args.size or SIDES[args.name]
         return ours, peer, "timm", [HALO_LAYER["dim"], side, side]
+    if args.name == "ulsam":
+        from vizoo.backbones.layers import ULSAM
+
+        ours = ULSAM(**ULSAM_LAYER)
+        draw_weights(ours)
+        peer = ULSAMLoop(**ULSAM_LAYER)
+        peer.load_state_dict(ours.official_state_dict())
+        side = args.size or SIDES[args.name]
+        return ours, peer, "loop", [ULSAM_LAYER["dim"], side, side]
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
 
@@ -243,7 +255,14 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
             task = bar.add_task("timing", total=args.rounds)
             functions = dict(zip(("ours", "theirs"), sides, strict=True))
             clock = time.process_time if args.cpu_time else time.perf_counter
-            timed = compare(functions, rounds=args.rounds, device=device, tick=lambda: bar.advance(task), clock=clock)
+            timed = compare(
+                functions,
+                rounds=args.rounds,
+                device=device,
+                tick=lambda: bar.advance(task),
+                clock=clock,
+                least=LEAST,
+            )
 
     def quantiles(seconds: list[float]) -> list[str]:
         return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
@@ -251,6 +270,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     labels = {
         "hilo": f"hilo w{args.window} alpha {args.alpha:g}",
         "halo": f"halo {shape[0]}@{shape[-1]} b{HALO_LAYER['block_size']} h{HALO_LAYER['halo_size']}",
+        "ulsam": f"ulsam {shape[0]}@{shape[-1]} g{ULSAM_LAYER['num_splits']}",
     }
     mq, tq = quantiles(timed.seconds["ours"]), quantiles(timed.seconds["theirs"])
     return {
@@ -317,6 +337,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
     if args.name == "halo" and args.official:
         raise UserError("--official: there is no official code of 'halo'; it is timed against timm's layer")
+    if args.name == "ulsam" and args.official:
+        raise UserError("--official: the official code of 'ulsam' has no licence; it is timed against a loop like it")
     if args.name not in SIDES:
         resolve_models([args.name])
     resolve_device(args.device)

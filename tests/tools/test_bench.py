@@ -72,6 +72,16 @@ def test_layer_against_timm(tmp_path, capsys):
     assert "no official code of 'halo'" in capsys.readouterr().err
 
 
+def test_layer_against_loop(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["ulsam", "--size", "3", "--dtype", "float32", "bfloat16", "--rounds", "1", "--threads", "1"]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    found = [[row[c] for c in ("name", "peer", "shape", "dtype", "peer_dtype")] for row in rows_of(out)]
+    assert found == [["ulsam 512@3 g4", "loop", "512x3x3", dtype, dtype] for dtype in ("float32", "bfloat16")]
+    assert bench.main([*words, "--official", str(tmp_path)]) == 2
+    assert "has no licence" in capsys.readouterr().err
+
+
 def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
     build = bench.build_sides
 

@@ -120,6 +120,25 @@ def test_compare_alternates():
     assert {k: len(v) for k, v in found.seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+def test_short_calls_are_repeated():
+    """A sample of a call of 1 ms takes 4 of them, one of 30 ms a single call; the samples are seconds a call."""
+    now, calls = 0.0, {"short": 0, "long": 0}
+
+    def call(name, seconds):
+        def run():
+            nonlocal now
+            now += seconds
+            calls[name] += 1
+
+        return run
+
+    functions = {"short": call("short", 0.001), "long": call("long", 0.03)}
+    timed = compare(functions, rounds=5, warmup=1, clock=lambda: now, least=0.004)
+    assert calls == {"short": 1 + 1 + 4 * 5, "long": 1 + 1 + 5}
+    assert timed.seconds["short"] == pytest.approx([0.001] * 5)
+    assert timed.seconds["long"] == pytest.approx([0.03] * 5)
+
+
 def test_ratio_has_an_interval():
     rng = np.random.default_rng(0)
     fast = (0.1 + 0.01 * rng.random(50)).tolist()
