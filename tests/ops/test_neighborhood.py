@@ -275,7 +275,8 @@ def test_bias_as_channels(case):
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[8]], ids=ids)
 @pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
-def test_calls_natten(monkeypatch, case, drop):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_calls_natten(monkeypatch, case, drop, device):
     """With the reference for NATTEN: what it is called with gives outputs and gradients, and meets its rules."""
     seen = []
 
@@ -286,14 +287,34 @@ def test_calls_natten(monkeypatch, case, drop):
             assert q.shape == k.shape
             assert v.shape[:4] == k.shape[:4]
             assert q.shape[4] % 8 == v.shape[4] % 8 == 0
+            assert device == "cuda" or q.shape[4] == v.shape[4] in (8, 16, 32, 64)
             assert all(K * D <= L for K, D, L in zip(kernel_size, dilation, k.shape[1:3], strict=True))
             assert (q.shape[4] == v.shape[4]) or options["backend"] == "cutlass-fna"
             return reference_neighborhood_attention(q, k, v, kernel_size, stride, dilation, scale=scale)
 
+    widths = module._natten_widths
+    monkeypatch.setattr(module, "_natten_widths", lambda d, dv, _: widths(d, dv, device))
     monkeypatch.setattr(module, "load_natten", lambda: Natten)
     monkeypatch.setattr(module, "choose_backend", lambda *a: "natten")
     check(neighborhood_attention, case, torch.float32, change=without(*drop))
     assert seen
+
+
+NATTEN_CASES = [(2, 15, 19, 2, 32, 32, (7, 7), (1, 1), (2, 2)), (1, 7, 7, 1, 8, 8, (7, 7), (1, 1), (1, 1)), *CASES[1:6]]
+
+
+@pytest.mark.skipif(bool(_backend._natten_absent()), reason=f"NATTEN: {_backend._natten_absent()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
+@pytest.mark.parametrize("case", NATTEN_CASES, ids=ids)
+def test_natten_on_a_cpu(case, drop, dtype):
+    """In float16 NATTEN computes in that: it may be further off than the reference, which computes in float32."""
+    tensors = without(*drop)([t.to(dtype) for t in inputs(*case)])
+    found = call(neighborhood_attention, tensors, case, None, "natten")
+    plain = call(reference_neighborhood_attention, tensors, case) if dtype == torch.float32 else None
+    op_close(
+        found, call(reference_neighborhood_attention, [t if t is None else t.double() for t in tensors], case), plain
+    )
 
 
 @pytest.mark.gpu
@@ -475,8 +496,14 @@ def test_rejects_backends():
     q = torch.zeros(1, 3, 3, 1, 4)
     with pytest.raises(ValueError, match="got backend='flex', need 'auto', 'torch', 'triton' or 'natten'"):
         neighborhood_attention(q, q, q, 3, backend="flex")
-    with pytest.raises(ValueError, match=r"got backend='natten', but the tensors are on cpu, not on a CUDA device"):
-        neighborhood_attention(q, q, q, 3, backend="natten")
+    with pytest.raises(ValueError, match=r"got backend='natten', but the tensors are on meta, not on a CUDA device"):
+        neighborhood_attention(*[q.to("meta")] * 3, 3, backend="natten")
+    with pytest.raises(ValueError, match="backend='natten', but NATTEN takes CPU tensors only without gradients"):
+        neighborhood_attention(q.clone().requires_grad_(), q, q, 3, backend="natten")
+    with pytest.raises(
+        ValueError, match=r"got backend='natten', but NATTEN takes up to 512 channels on a CPU, not 533"
+    ):
+        neighborhood_attention(*[torch.zeros(1, 23, 23, 1, 4)] * 3, 23, rpb=torch.zeros(1, 45, 45), backend="natten")
     with pytest.raises(ValueError, match=r"backend='natten', but NATTEN takes windows of at least 2, not \(1, 3\)"):
         neighborhood_attention(q, q, q, (1, 3), backend="natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but .*not torch.float64"):
