@@ -152,28 +152,39 @@ def _missing(name: str, x: Tensor) -> str:
     interpreted = name == "triton" and (INTERPRETED or x.device.type == "meta")
     if name == "triton" and not HAS_TRITON:
         return "the package triton is not installed"
+    if name == "natten" and x.device.type == "cpu":
+        return f"NATTEN cannot be used: {_natten_absent()}" if _natten_absent() else ""
     if x.device.type != "cuda" and not interpreted:
         return f"the tensors are on {x.device.type}, not on a CUDA device"
-    reason = natten_missing() if name == "natten" else ""
-    return f"NATTEN cannot be used: {reason}" if reason else ""
+    return f"NATTEN cannot be used: {natten_missing()}" if name == "natten" and natten_missing() else ""
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
 def natten_missing() -> str:
     """Why NATTEN's CUDA kernels cannot be used; empty when they can.  Imports it only where they may be usable."""
+    if absent := _natten_absent():
+        return absent
     spec = importlib.util.find_spec("natten")
-    if spec is None:
-        return "not installed"
-    version = importlib.metadata.version("natten")
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < _NATTEN:
-        return f"version {version}, need {'.'.join(map(str, _NATTEN))} or later"
-    library = importlib.machinery.PathFinder.find_spec("natten.libnatten", spec.submodule_search_locations)
+    places = spec.submodule_search_locations if spec else None
+    library = importlib.machinery.PathFinder.find_spec("natten.libnatten", places)
     if library is None:
         return "installed without its CUDA library (natten.HAS_LIBNATTEN is False)"
     if not torch.cuda.is_available():
         return "no CUDA device"
     return "" if load_natten().HAS_LIBNATTEN else "its CUDA library does not load (natten.HAS_LIBNATTEN is False)"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _natten_absent() -> str:
+    """Why NATTEN cannot be used at all, not even without its CUDA library; empty when it can."""
+    if importlib.util.find_spec("natten") is None:
+        return "not installed"
+    version = importlib.metadata.version("natten")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < _NATTEN:
+        return f"version {version}, need {'.'.join(map(str, _NATTEN))} or later"
+    return ""
 
 
 def load_natten() -> Any:

@@ -589,11 +589,28 @@ def _kernel_limits(q: Tensor, v: Tensor) -> str:
     return f"the kernels take up to {MAX_CHANNELS} channels per head, not {width}" if width > MAX_CHANNELS else ""
 
 
-def _natten_limits(q: Tensor, window: _Window) -> str:
+def _natten_widths(d: int, dv: int, device: str) -> tuple[int, int]:
+    """Channels of queries and values as NATTEN takes them: FlexAttention, all there is on a CPU, powers of two."""
+    if device == "cuda":
+        return -(-d // 8) * 8, -(-dv // 8) * 8
+    width = max(8, 1 << (max(d, dv) - 1).bit_length())
+    return width, width
+
+
+def _natten_limits(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window) -> str:
     """What NATTEN cannot do with these inputs; empty if nothing."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"NATTEN takes float32, float16 and bfloat16, not {q.dtype}"
-    return f"NATTEN takes windows of at least 2, not {window.kernel}" if min(window.kernel) < 2 else ""
+    if min(window.kernel) < 2:
+        return f"NATTEN takes windows of at least 2, not {window.kernel}"
+    if q.device.type == "cuda":
+        return ""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rpb))
+    ):
+        return "NATTEN takes CPU tensors only without gradients and compilation"
+    d = q.shape[4] + (0 if rpb is None else math.prod(window.kernel))
+    return f"NATTEN takes up to 512 channels on a CPU, not {d}" if max(d, v.shape[4]) > 512 else ""
 
 
 def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[Tensor, Tensor]:
@@ -625,14 +642,15 @@ def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[
 
 
 def _natten_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
-    """NATTEN's fused kernels, which take maps of one size and channels in eights; only CUTLASS takes ``dv != d``."""
+    """NATTEN's kernels, which take maps of one size and some numbers of channels; only CUTLASS takes ``dv != d``."""
     H, W, dv = q.shape[1], q.shape[2], v.shape[4]
     q = F.pad(q * scale, [0, 0, 0, 0, 0, k.shape[2] - W, 0, k.shape[1] - H])
     if rpb is not None:
         q, k = _bias_channels(q, k, rpb, window)
-    q, k, v = (F.pad(t, [0, -t.shape[4] % 8]) for t in (q, k, v))
+    width, width_v = _natten_widths(q.shape[4], dv, q.device.type)
+    q, k, v = (F.pad(t, [0, n - t.shape[4]]) for t, n in ((q, width), (k, width), (v, width_v)))
     options: dict[str, Any] = {}
-    if q.shape[4] != v.shape[4]:
+    if width != width_v:
         options = {"backend": "cutlass-fna", "attention_kwargs": {"backend": "cutlass-fmha"}}  # the latter: one window
     kernel_size, stride, dilation = window
     out = load_natten().na2d(q, k, v, kernel_size, stride=stride, dilation=dilation, scale=1.0, **options)
@@ -665,9 +683,9 @@ def neighborhood_attention(
         scale: Factor of the logits; None is ``d ** -0.5``.
         pad_k: Key ``[h, d]`` that pads a map smaller than ``kernel_size * dilation``.
         pad_v: The value ``[h, dv]`` that belongs to it.
-        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 128``), ``"natten"`` (CUDA tensors, no float64, no
-            window of 1), or ``"auto"``: for CUDA tensors NATTEN, but Triton if there is a bias, and the other of the
-            two where the first cannot run; otherwise PyTorch.
+        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 128``), ``"natten"`` (no float64, no window of 1, on
+            CPU tensors only without gradients), or ``"auto"``: for CUDA tensors NATTEN, Triton where that cannot run;
+            otherwise PyTorch.
 
     Returns:
         ``[B, H, W, h, dv]`` in the dtype of ``q``.
@@ -681,9 +699,7 @@ def neighborhood_attention(
     k, v = _padded(k, pad_k, window), _padded(v, pad_v, window)
     factor = q.shape[4] ** -0.5 if scale is None else scale
     if not torch.jit.is_scripting():
-        limits = {"natten": _natten_limits(q, window), "triton": _kernel_limits(q, v)}
-        if rpb is not None:  # not measured; as counted, NATTEN would move 3.8 times the bytes and double the products
-            limits = dict(reversed(limits.items()))
+        limits = {"natten": _natten_limits(q, k, v, rpb, window), "triton": _kernel_limits(q, v)}
         chosen = choose_backend(backend, q, limits)
         if chosen == "natten":
             return _natten_form(q, k, v, rpb, window, factor)

@@ -24,7 +24,7 @@ NAMES = ("out", "dq", "dk", "dv", "drpb", "dpad_k", "dpad_v")
 # B, H, W, h, d, dv, kernel_size, stride, dilation
 CASES = [
     (1, 1, 1, 1, 1, 1, (1, 1), (1, 1), (1, 1)),
-    (2, 5, 7, 2, 3, 4, (3, 3), (1, 1), (1, 1)),
+    (2, 4, 7, 2, 3, 4, (3, 3), (1, 1), (1, 1)),
     (1, 9, 6, 1, 5, 3, (3, 5), (1, 2), (1, 1)),  # a window of its own on each axis
     (1, 11, 10, 1, 4, 4, (5, 3), (1, 1), (2, 3)),  # dilations that do not divide the sides
     (2, 4, 5, 1, 3, 2, (3, 4), (1, 1), (2, 1)),  # a map smaller than the dilated window; an even side
@@ -150,17 +150,27 @@ def test_stride_of_the_window_is_attention_in_blocks():
         op_close(blocks(f(q, k, v, (3, 4), (3, 4))), expected)
 
 
-@pytest.mark.parametrize("name", golden.names("na2d_k"))
-@pytest.mark.parametrize("form", ["torch", "reference", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])])
-def test_golden(name, form):
+def check_golden(f, name, device="cpu"):
     """NATTEN 0.14.6, heads first."""
     case = golden.load(name)
     K, dilation = case.meta["kernel_size"], case.meta["dilation"]
-    device = DEVICE if form == "triton" else "cpu"
     q, k, v = (golden.image(case.input_shape, seed).permute(0, 2, 3, 1, 4).to(device) for seed in (1, 2, 3))
     rpb = golden.image((q.shape[3], 2 * K - 1, 2 * K - 1), 4).to(device) if case.meta["rpb"] else None
-    out = {**FORMS, "triton": triton_form}[form](q, k, v, K, 1, dilation, rpb)
+    out = f(q, k, v, K, 1, dilation, rpb)
     golden_close(out.permute(0, 3, 1, 2, 4).cpu(), case.outputs["out"], name)
+
+
+@pytest.mark.parametrize("name", golden.names("na2d_k"))
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+def test_golden(name, f):
+    check_golden(f, name)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["na2d_k7_d2_15x19_rpb", "na2d_k5_d3_17x23"])
+def test_kernels_golden(name):
+    check_golden(triton_form, name, DEVICE)
 
 
 @pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
@@ -275,7 +285,8 @@ def test_bias_as_channels(case):
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[8]], ids=ids)
 @pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
-def test_calls_natten(monkeypatch, case, drop):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_calls_natten(monkeypatch, case, drop, device):
     """With the reference for NATTEN: what it is called with gives outputs and gradients, and meets its rules."""
     seen = []
 
@@ -286,14 +297,39 @@ def test_calls_natten(monkeypatch, case, drop):
             assert q.shape == k.shape
             assert v.shape[:4] == k.shape[:4]
             assert q.shape[4] % 8 == v.shape[4] % 8 == 0
+            assert device == "cuda" or q.shape[4] == v.shape[4] in (8, 16, 32, 64)
             assert all(K * D <= L for K, D, L in zip(kernel_size, dilation, k.shape[1:3], strict=True))
             assert (q.shape[4] == v.shape[4]) or options["backend"] == "cutlass-fna"
             return reference_neighborhood_attention(q, k, v, kernel_size, stride, dilation, scale=scale)
 
+    widths = module._natten_widths
+    monkeypatch.setattr(module, "_natten_widths", lambda d, dv, _: widths(d, dv, device))
     monkeypatch.setattr(module, "load_natten", lambda: Natten)
     monkeypatch.setattr(module, "choose_backend", lambda *a: "natten")
     check(neighborhood_attention, case, torch.float32, change=without(*drop))
     assert seen
+
+
+NATTEN_CASES = [
+    (2, 15, 19, 2, 32, 32, (7, 7), (1, 1), (2, 2)),
+    (1, 7, 7, 1, 8, 8, (7, 7), (1, 1), (1, 1)),
+    CASES[2],
+    CASES[4],
+]
+
+
+@pytest.mark.skipif(bool(_backend._natten_absent()), reason=f"NATTEN: {_backend._natten_absent()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
+@pytest.mark.parametrize("case", NATTEN_CASES, ids=ids)
+def test_natten_on_a_cpu(case, drop, dtype):
+    """In float16 NATTEN computes in that: it may be further off than the reference, which computes in float32."""
+    tensors = without(*drop)([t.to(dtype) for t in inputs(*case)])
+    found = call(neighborhood_attention, tensors, case, None, "natten")
+    plain = call(reference_neighborhood_attention, tensors, case) if dtype == torch.float32 else None
+    op_close(
+        found, call(reference_neighborhood_attention, [t if t is None else t.double() for t in tensors], case), plain
+    )
 
 
 @pytest.mark.gpu
@@ -475,8 +511,14 @@ def test_rejects_backends():
     q = torch.zeros(1, 3, 3, 1, 4)
     with pytest.raises(ValueError, match="got backend='flex', need 'auto', 'torch', 'triton' or 'natten'"):
         neighborhood_attention(q, q, q, 3, backend="flex")
-    with pytest.raises(ValueError, match=r"got backend='natten', but the tensors are on cpu, not on a CUDA device"):
-        neighborhood_attention(q, q, q, 3, backend="natten")
+    with pytest.raises(ValueError, match=r"got backend='natten', but the tensors are on meta, not on a CUDA device"):
+        neighborhood_attention(*[q.to("meta")] * 3, 3, backend="natten")
+    with pytest.raises(ValueError, match="backend='natten', but NATTEN takes CPU tensors only without gradients"):
+        neighborhood_attention(q.clone().requires_grad_(), q, q, 3, backend="natten")
+    with pytest.raises(
+        ValueError, match=r"got backend='natten', but NATTEN takes up to 512 channels on a CPU, not 533"
+    ):
+        neighborhood_attention(*[torch.zeros(1, 23, 23, 1, 4)] * 3, 23, rpb=torch.zeros(1, 45, 45), backend="natten")
     with pytest.raises(ValueError, match=r"backend='natten', but NATTEN takes windows of at least 2, not \(1, 3\)"):
         neighborhood_attention(q, q, q, (1, 3), backend="natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but .*not torch.float64"):
