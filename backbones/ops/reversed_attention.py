@@ -118,7 +118,8 @@ def dependency_mask(q: Tensor, k: Tensor, weight: Tensor, scale: float | None = 
 
 
 def _fold(v: Tensor, weight: Tensor | None) -> Tensor:
-    return v if weight is None else (v * weight.unsqueeze(-1)).to(v.dtype)
+    """Values times weights, in float32 at least: so is then the sum that the gradient of a weight is."""
+    return v if weight is None else (v * weight.unsqueeze(-1).to(_score_dtype(v))).to(v.dtype)
 
 
 def _folded_form(q: Tensor, k: Tensor, u: Tensor, scale: float) -> Tensor:
@@ -176,12 +177,12 @@ def _blocks_backward(dout: Tensor, q: Tensor, k: Tensor, u: Tensor, scale: float
 
 def _sdpa_pull(q: Tensor, k: Tensor, z: Tensor, u: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Attention over ``z``, and its gradients of ``q``, ``k`` and ``z`` for the cotangent ``u``."""
-
-    def attention(q: Tensor, k: Tensor, z: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, z, scale=scale)
-
-    out, pull = torch.func.vjp(attention, q, k, z)  # type: ignore[misc]
-    return out, pull(u)
+    common = torch.promote_types(q.dtype, u.dtype)
+    with torch.inference_mode(False), torch.enable_grad():
+        # tensors made in inference mode cannot be differentiated, their copies can
+        leaves = [(t.clone() if t.is_inference() else t.detach()).to(common).requires_grad_() for t in (q, k, z)]
+        out = F.scaled_dot_product_attention(*leaves, scale=scale)
+        return out.detach(), torch.autograd.grad(out, leaves, u.to(common))
 
 
 if HAS_TRITON:
@@ -537,9 +538,7 @@ def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str
         return _triton_forward(q, k, u, scale)
     with without_autocast(u):
         if form == "sdpa":
-            common = torch.promote_types(q.dtype, u.dtype)
-            q, k, z = q.to(common), k.to(common), u.to(common)
-            out = _sdpa_pull(q, k, z, z, scale)[1][2].to(u.dtype)
+            out = _sdpa_pull(q, k, u, u, scale)[1][2].to(u.dtype)
         else:
             out = _blocks_forward(q, k, u, scale)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32)
@@ -560,8 +559,7 @@ def _reversed_attention_backward(
         return _triton_backward(dout, q, k, u, lse, scale)
     with without_autocast(u):
         if form == "sdpa":
-            common = torch.promote_types(q.dtype, u.dtype)
-            du, (dq, dk, _) = _sdpa_pull(q.to(common), k.to(common), dout.to(common), u.to(common), scale)
+            du, (dq, dk, _) = _sdpa_pull(q, k, dout, u, scale)
         else:
             dq, dk, du = _blocks_backward(dout, q, k, u, scale)
     dq, dk, du = (g.to(t.dtype).contiguous() for g, t in zip((dq, dk, du), (q, k, u), strict=True))
