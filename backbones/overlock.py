@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .layers import FeatureGetter
+from .layers import FeatureGetter, to_fast_layout
 from .layers.contmix import (
     BRANCHES,
     DilatedReparamBlock,
@@ -284,14 +284,6 @@ class ContextDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim + ctx_dim, H, W]`` to ``[B, out_dim + ctx_dim, H / 2, W / 2]``, rounded up."""
         return torch.cat([self.x_proj(x[:, : self.dim]), self.h_proj(x[:, self.dim :])], dim=1)
-
-
-@register_notrace_function
-def to_fast_layout(x: Tensor) -> Tensor:
-    """Channels-last memory on a CPU, where large depthwise kernels are up to 25 times slower without."""
-    if x.device.type == "cpu":
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def _classifier(layer: type[nn.Module], dim: int, num_classes: int, **dd: Any) -> nn.Module:

@@ -1,12 +1,13 @@
-"""Official code of the families, loaded from a local checkout, as the other side of a benchmark.
+"""Official code of the families, or timm's models of the same definition, as the other side of a benchmark.
 
-Nothing of it is part of this package.  An adapter puts the folder on the import path for the time of the import and
-replaces compiled extensions that no longer build by the torchvision operator of the same definition.
+Nothing of the official code is part of this package.  An adapter puts the folder on the import path for the time of
+the import and replaces compiled extensions that no longer build by the torchvision operator of the same definition.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import sys
 import types
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.tools.common import UserError
@@ -161,3 +164,80 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
     """
     _require(checkout, "hilo.py")
     return _hilo(checkout, **arguments)
+
+
+class _Subspace(nn.Module):
+    """Attention of one subspace in the official order, with the official names."""
+
+    def __init__(self, dim: int, bn_momentum: float):
+        super().__init__()
+        self.conv_dws = nn.Conv2d(dim, dim, 1, groups=dim)
+        self.bn_dws = nn.BatchNorm2d(dim, momentum=bn_momentum)
+        self.conv_point = nn.Conv2d(dim, 1, 1)
+        self.bn_point = nn.BatchNorm2d(1, momentum=bn_momentum)
+
+    def attention(self, x: Tensor) -> Tensor:
+        out = F.max_pool2d(F.relu(self.bn_dws(self.conv_dws(x))), 3, stride=1, padding=1)
+        out = F.relu(self.bn_point(self.conv_point(out)))
+        return F.softmax(out.flatten(2), dim=2).reshape(out.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x).expand(x.shape) * x + x
+
+
+class ULSAMLoop(nn.Module):
+    """ULSAM as the official code runs it, one small network after the other, with the official names.
+
+    Written from the description of each step, since the official repository has no licence.
+
+    Args:
+        dim: Channels, a multiple of ``num_splits``.
+        num_splits: Subspaces.
+        bn_momentum: Momentum of the norms.
+    """
+
+    def __init__(self, dim: int, num_splits: int = 4, bn_momentum: float = 0.9):
+        super().__init__()
+        self.subspaces = nn.ModuleList(_Subspace(dim // num_splits, bn_momentum) for _ in range(num_splits))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Maps ``[B, num_splits, H, W]`` of ``x`` ``[B, dim, H, W]``."""
+        parts = x.chunk(len(self.subspaces), dim=1)
+        return torch.cat([s.attention(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, dim, H, W]`` to the same shape."""
+        parts = x.chunk(len(self.subspaces), dim=1)
+        return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)
+
+
+_TIMM = {
+    "halo_26t": "halonet26t",
+    "halo_se33ts": "sehalonet33ts",
+    "halo_50ts": "halonet50ts",
+    "halo_eca26ts": "eca_halonext26ts",
+    "halo_regnetz_b": "haloregnetz_b",
+    "halo_h1": "halonet_h1",
+}
+
+
+def timm_model(name: str) -> nn.Module | None:
+    """The model of timm with the state dict of one of ours.
+
+    Args:
+        name: Our name without tag.
+
+    Returns:
+        The model; None if timm has none.
+    """
+    import timm
+    from timm.models.byoanet import model_cfgs
+
+    if name not in _TIMM:
+        return None
+    if name != "halo_h1":
+        return timm.create_model(_TIMM[name])
+    cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
+    attention = {**cfg.self_attn_kwargs, "num_heads": 4}
+    first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
+    return timm.create_model(_TIMM[name], blocks=(first, *cfg.blocks[1:]))

@@ -1,4 +1,4 @@
-"""``vizoo bench``: a model or a HiLo layer against its official code or the plain reference, in alternation."""
+"""``vizoo bench``: a model or a HiLo layer against official code, timm, or the plain reference, in alternation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   vizoo bench litv2_s                                   fast paths against plain PyTorch
   vizoo bench litv2_s --official LITv2                  against a checkout of the official code
+  vizoo bench halo_h1                                   against timm's model of the same definition
   vizoo bench litv2_s --batch 1 8 --threads 1 2 --dtype float32 bfloat16 --out results.csv
   vizoo bench litv2_s --official LITv2 --compile        both sides compiled
   vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
@@ -73,7 +74,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("name", help="a model of the zoo, or 'hilo' for one attention layer")
     p.add_argument(
-        "--official", type=Path, metavar="DIR", help="checkout of the official code (default: plain reference)"
+        "--official",
+        type=Path,
+        metavar="DIR",
+        help="checkout of the official code (default: timm's model if it has one, else plain PyTorch)",
     )
     p.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once (1)")
     p.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads, each in a fresh process (torch's)")
@@ -126,7 +130,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     import timm
     from timm.layers import set_fused_attn
 
-    from vizoo.tools._official import official_hilo, official_model
+    from vizoo.tools._official import official_hilo, official_model, timm_model
 
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
@@ -154,6 +158,10 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
         ours.load_state_dict(filter_fn(peer.state_dict(), ours))
         return ours, peer, "official", [3, side, side]
     draw_weights(ours)
+    peer = timm_model(name.partition(".")[0])
+    if peer is not None:
+        peer.load_state_dict(ours.state_dict())
+        return ours, peer, "timm", [3, side, side]
     set_fused_attn(False)
     try:
         peer = build_model(name, **kwargs)
@@ -186,7 +194,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
 
     device = resolve_device(args.device)
     ours, peer, peer_name, shape = build_sides(args)
-    peer_dtype = dtype if peer_name == "plain" or device.type == "cuda" else "float32"
+    peer_dtype = "float32" if peer_name == "official" and device.type == "cpu" else dtype
     train = args.mode == "train"
     memory_format = torch.channels_last if args.channels_last else torch.preserve_format
     sides = []

@@ -28,7 +28,8 @@ class Entry(NamedTuple):
         macs: Multiply-accumulates of one image at the input size.
         size: Height and width in pixels.
         paper_top1: ImageNet-1k top-1 accuracy in percent that the paper or its code published; None if there is none.
-        source: ``official weights``, ``reconstruction`` or ``for tests``.
+        source: ``official weights``, ``timm weights``, ``reconstruction`` (neither official code nor weights exist) or
+            ``for tests``.
         licence: Licence of code and weights.
         weights: Tags with weights to download.
     """

@@ -1,6 +1,7 @@
 import csv
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -74,6 +75,21 @@ def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
     assert bench.main(["test_litv2", "--rounds", "1", "--threads", "1", "--size", "32", "--out", str(out)]) == 2
     assert "outputs differ" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_model_against_timm(tmp_path):
+    out = tmp_path / "out.csv"
+    words = ["halo_26t", "--dtype", "bfloat16", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert bench.main(words) == 0
+    assert [(r["peer"], r["shape"], r["peer_dtype"]) for r in rows_of(out)] == [("timm", "3x256x256", "bfloat16")]
+
+
+def test_timm_side_has_our_parameters():
+    for name in _official._TIMM:
+        ours, theirs = timm.create_model(name, device="meta"), _official.timm_model(name)
+        shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
+        assert shapes[0] == shapes[1], name
+    assert _official.timm_model("litv2_s") is None
 
 
 def test_official_side_from_a_checkout(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, memory."""
 
 import gc
-import time
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,14 +163,26 @@ def test_memory_falls_back_to_the_resident_set(monkeypatch):
     assert found.peak >= 4 * 20 + 16
 
 
-def test_resident_set_sees_the_peak_and_not_the_end():
-    def allocate():
-        held = np.ones(64 << 20, dtype=np.uint8)
-        time.sleep(0.2)  # many periods of the watcher, on a busy machine too
-        return held.size
+def test_resident_set_sees_the_peak_and_not_the_end(monkeypatch):
+    """The process stands still at 10, 70 and 20 MB: what machines report of real allocations differs."""
+    import psutil
 
-    allocate()
-    assert _timing._resident_growth(allocate) > 32 << 20
+    size, seen = 10 << 20, threading.Event()
+
+    class Process:
+        def memory_info(self):
+            if size == 70 << 20:
+                seen.set()
+            return SimpleNamespace(rss=size)
+
+    def allocate():
+        nonlocal size
+        size = 70 << 20
+        assert seen.wait(60), "the watcher stopped"
+        size = 20 << 20
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    assert _timing._resident_growth(allocate) == 60 << 20
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,487 @@
+"""Halo attention: every block of queries attends to the block grown by a halo of keys (HaloNet, Sec. 2 and 3).
+
+The map is cut into ``b x b`` blocks, padded at the bottom and right to whole ones.  All queries of a block see the same
+``w x w`` window, ``w = b + 2 * halo``.  With block-local query ``(i, m)`` and window-local key ``(j, n)``:
+
+    logit = scale * <q, k> + <q, height_rel[j - i + w - 1]> + <q, width_rel[n - m + w - 1]>
+
+Off-map keys are zero vectors that take part in the softmax, with the relative term alone as their logit, unless they
+are masked.  ``Nq`` queries (the padded ones too) of ``h`` heads cost ``Nq * h * (w^2 * (d + dv) + 2 * (2 w - 1) * d)``
+multiply-accumulates.
+
+The reference stores every window and every score.  The chunked form works on a few blocks at a time, whose scores fit
+into the cache, in float32 also for half precision; its backward pass computes the weights again.  The Triton kernels
+read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax; their
+backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
+
+NATTEN is no backend: with kernel ``w`` and stride ``b`` it selects these windows inside the map, but it moves those at
+the border inwards instead of keeping zero keys, and it has no relative terms.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import use_triton, without_autocast
+from ._cost import Cost, register_cost
+from ._halo_kernels import kernel_backward, kernel_forward, kernel_limits
+
+CHUNK = 1 << 18  # scores that the chunked form works on at once for each thread: 1 MiB, the cache of a core
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    pad_mode: str,
+    rel_index: str,
+) -> None:
+    if block_size < 1 or halo_size < 0:
+        raise ValueError(f"got block_size={block_size} and halo_size={halo_size}, need at least 1 and 0")
+    if stride < 1 or block_size % stride != 0:
+        raise ValueError(f"got stride={stride}, need a divisor of block_size={block_size}")
+    if pad_mode != "zero" and pad_mode != "mask":
+        raise ValueError(f"got pad_mode='{pad_mode}', need 'zero' or 'mask'")
+    if rel_index != "array" and rel_index != "pixel":
+        raise ValueError(f"got rel_index='{rel_index}', need 'array' or 'pixel'")
+    if q.dim() != 5 or k.dim() != 5 or v.dim() != 5:
+        raise ValueError(f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; need [B, H, W, h, d] each")
+    B, H, W, h, d = k.shape
+    if list(v.shape[:4]) != [B, H, W, h]:
+        raise ValueError(f"got v {list(v.shape)}, need [{B}, {H}, {W}, {h}, dv] as k")
+    if list(q.shape) != [B, (H + stride - 1) // stride, (W + stride - 1) // stride, h, d]:
+        raise ValueError(
+            f"got q {list(q.shape)} for k {list(k.shape)}, need [B, ceil(H / {stride}), ceil(W / {stride}), h, d]"
+        )
+    rows = 2 * (block_size + 2 * halo_size) - 1
+    if list(height_rel.shape) != [rows, d] or list(width_rel.shape) != [rows, d]:
+        raise ValueError(
+            f"got height_rel {list(height_rel.shape)} and width_rel {list(width_rel.shape)}, need [{rows}, {d}]"
+        )
+
+
+def _work_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _plain_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    scale: float,
+    rel_scale: float,
+    mask: bool,
+    pixel: bool,
+) -> Tensor:
+    # no axis counts blocks alone: exported programs would then be bound to maps of one block, or of more
+    B, H, W, h, d = k.shape
+    QH, QW, dtype, device = q.shape[1], q.shape[2], _work_dtype(q), k.device
+    b, side, w, step = block_size, block_size // stride, block_size + 2 * halo_size, stride if pixel else 1
+    nh, nw = (H + b - 1) // b, (W + b - 1) // b
+
+    t = torch.arange(nh * nw * h * side * side, device=device)  # block, head, query
+    block, head, own = t // (h * side * side), t // (side * side) % h, t % (side * side)
+    y, x = block // nw * side + own // side, block % nw * side + own % side
+    place = (y.clamp(max=QH - 1) * QW + x.clamp(max=QW - 1)) * h + head  # past the map any query will do
+    queries = q.to(dtype).reshape(B, QH * QW * h, d).index_select(1, place)
+    queries = queries.reshape(B, nh * nw * h, side * side, d)
+
+    t = torch.arange(nh * nw * h * w * w, device=device)  # block, head, key
+    block, head, own = t // (h * w * w), t // (w * w) % h, t % (w * w)
+    y, x = block // nw * b - halo_size + own // w, block % nw * b - halo_size + own % w
+    off_map = (y < 0) | (y >= H) | (x < 0) | (x >= W)
+    place = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)) * h + head
+    keys = k.to(dtype).reshape(B, H * W * h, d).index_select(1, place).masked_fill(off_map.unsqueeze(1), 0.0)
+    keys = keys.reshape(B, nh * nw * h, w * w, d)
+    values = v.to(dtype).reshape(B, H * W * h, v.shape[4]).index_select(1, place)
+    values = values.masked_fill(off_map.unsqueeze(1), 0.0).reshape(B, nh * nw * h, w * w, v.shape[4])
+
+    query = torch.arange(side * side, device=device).unsqueeze(1)
+    key = torch.arange(w * w, device=device)
+    row = (key // w - step * (query // side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
+    col = (key % w - step * (query % side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
+    relative = (queries @ height_rel.to(dtype).t()).gather(3, row) + (queries @ width_rel.to(dtype).t()).gather(3, col)
+    logits = scale * (queries @ keys.transpose(2, 3)) + rel_scale * relative
+    if mask:
+        logits = logits.masked_fill(off_map.reshape(nh * nw * h, 1, w * w), float("-inf"))
+    out = (logits.softmax(-1) @ values).reshape(B, nh * nw * h * side * side, v.shape[4])
+
+    t = torch.arange(QH * QW * h, device=device)  # row, column, head
+    y, x, head = t // (QW * h), t // h % QW, t % h
+    block = y // side * nw + x // side
+    place = ((block * h + head) * side + y % side) * side + x % side
+    return out.index_select(1, place).reshape(B, QH, QW, h, v.shape[4]).to(v.dtype)
+
+
+def reference_halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    scale: float | None = None,
+    scale_pos_embed: bool = False,
+    pad_mode: str = "zero",
+    rel_index: str = "array",
+) -> Tensor:
+    """Softmax attention of every block of queries to the block grown by a halo (HaloNet, Sec. 2 and 3).
+
+    Computed in float32, or in float64 when ``q`` is float64, by one gather of all windows.
+
+    Args:
+        q: Queries ``[B, ceil(H / stride), ceil(W / stride), h, d]``.
+        k: Keys ``[B, H, W, h, d]``, any ``H`` and ``W``: the last blocks may be partial.
+        v: Values ``[B, H, W, h, dv]``.
+        height_rel: Relative rows, shared by the heads ``[2 * w - 1, d]`` with ``w = block_size + 2 * halo_size``.
+        width_rel: Relative columns, same shape.
+        block_size: Side ``b`` of a block of keys; a block has ``(b / stride)^2`` queries.
+        halo_size: Pixels by which the window of a block exceeds it on every side, 0 or more.
+        stride: Distance of neighbouring queries, a divisor of ``block_size``.
+        scale: Factor of ``<q, k>``; None for ``d ** -0.5``.
+        scale_pos_embed: Whether it also applies to the relative terms.
+        pad_mode: ``"zero"`` keeps off-map keys as zero vectors, as timm does; ``"mask"`` leaves them out.
+        rel_index: How far apart two neighbouring queries are for the tables: 1 (``"array"``, as in timm) or ``stride``
+            (``"pixel"``).
+
+    Returns:
+        ``[B, ceil(H / stride), ceil(W / stride), h, dv]`` in the dtype of ``v``.
+
+    Raises:
+        ValueError: If an argument is outside its range, or the shapes do not fit each other.
+    """
+    _check(q, k, v, height_rel, width_rel, block_size, halo_size, stride, pad_mode, rel_index)
+    scale = q.shape[4] ** -0.5 if scale is None else scale
+    rel_scale = scale if scale_pos_embed else 1.0
+    mask, pixel = pad_mode == "mask", rel_index == "pixel"
+    if not torch.jit.is_scripting():
+        with without_autocast(q):
+            return _plain_form(
+                q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
+            )
+    return _plain_form(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel)
+
+
+def _off_map(blocks: int, length: int, block_size: int, halo_size: int, like: Tensor) -> Tensor:
+    """What to add to the logits of the keys of every window on one axis of the map: ``[blocks, w]``, -inf outside."""
+    first = torch.arange(blocks, device=like.device) * block_size - halo_size
+    position = first.unsqueeze(1) + torch.arange(block_size + 2 * halo_size, device=like.device)
+    return like.new_zeros(position.shape).masked_fill_((position < 0) | (position >= length), float("-inf"))
+
+
+class _Chunks:
+    """The blocks of one call, a few at a time: views of the padded maps, and the weights of each chunk."""
+
+    def __init__(self, q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel):
+        B, H, W, h, d = k.shape
+        b, r, dtype = block_size, halo_size, _work_dtype(q)
+        self.dtype, self.scale, self.rel_scale = dtype, scale, rel_scale
+        self.h, self.d, self.side, self.w, self.b = h, d, b // stride, b + 2 * r, b
+        self.nh, self.nw, self.step = -(-H // b), -(-W // b), stride if pixel else 1
+        self.queries = self.blocks(q)
+        used = (self.side - 1) * self.step + self.w  # the rows before are never read
+        self.tables = torch.cat([height_rel[-used:], width_rel[-used:]]).to(dtype) * rel_scale
+        over = -(-2 * r // b)  # blocks by which a window exceeds its own
+        self.kv = torch.zeros(
+            B, h, (self.nh + over) * b, (self.nw + over) * b, d + v.shape[4], dtype=dtype, device=k.device
+        )
+        self.inside = slice(None), slice(None), slice(r, r + H), slice(r, r + W)
+        self.kv[self.inside][..., :d] = k.permute(0, 3, 1, 2, 4)
+        self.kv[self.inside][..., d:] = v.permute(0, 3, 1, 2, 4)
+        windows = self.kv.unfold(2, self.w, b).unfold(3, self.w, b)  # [B, h, nh, nw, d + dv, w, w]
+        self.windows = windows.permute(0, 2, 3, 1, 5, 6, 4)
+        self.scores: Tensor | None = None
+        self.off_map = None
+        if mask:
+            self.off_map = _off_map(self.nh, H, b, r, self.kv), _off_map(self.nw, W, b, r, self.kv)
+
+    def blocks(self, t: Tensor) -> Tensor:
+        """Map of the queries' size, padded: ``[B, nh, nw, h, side, side, c]``."""
+        down, right = self.nh * self.side - t.shape[1], self.nw * self.side - t.shape[2]
+        if down > 0 or right > 0:
+            t = F.pad(t, [0, 0, 0, 0, 0, right, 0, down])
+        return t.unflatten(1, [-1, self.side]).unflatten(3, [-1, self.side]).permute(0, 1, 3, 5, 2, 4, 6)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Images, block rows and block columns of every chunk."""
+        B, limit = self.queries.shape[0], CHUNK * (torch.get_num_threads() if self.kv.device.type == "cpu" else 64)
+        count = max(1, limit // (self.h * self.side**2 * self.w**2))
+        sizes = []
+        for length in (self.nw, self.nh, B):
+            parts = -(-length // count)
+            sizes.insert(0, -(-length // max(parts, 1)))
+            count = max(1, count // max(length, 1))
+        starts = (range(0, n, max(size, 1)) for n, size in zip((B, self.nh, self.nw), sizes, strict=True))
+        for first in itertools.product(*starts):
+            yield tuple(slice(i, i + size) for i, size in zip(first, sizes, strict=True))
+
+    def skewed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both relative terms ``[n, side, side, w]`` as views of the products with the tables ``[n, side, side, 2R]``.
+
+        Query ``i`` sees the rows from ``(side - 1 - i) * step`` of its table: one query on is ``step`` rows back.
+        """
+        n, side, _, rows2 = x.shape
+        first = x.storage_offset() + (side - 1) * self.step
+        size, (sn, si, sm, _) = (n, side, side, self.w), x.stride()
+        rows = x.as_strided(size, (sn, si - self.step, sm, 1), first)
+        cols = x.as_strided(size, (sn, si, sm - self.step, 1), first + rows2 // 2)
+        return rows, cols
+
+    def weights(self, at: tuple[slice, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries ``[n, L, d]``, keys, values and weights ``[n, L, w * w]`` of a chunk: n blocks times heads."""
+        windows, queries = self.windows[at], self.queries[at]
+        n, side, w = windows.shape[:4].numel(), self.side, self.w
+        q = queries.to(self.dtype).reshape(n, side * side, self.d)
+        k, v = windows.reshape(n, w * w, -1).split([self.d, windows.shape[6] - self.d], 2)
+        rows, cols = self.skewed((q.flatten(0, 1) @ self.tables.t()).view(n, side, side, -1))
+        if self.off_map is not None:
+            shape = (*queries.shape[:6], w)
+            off_rows, off_cols = (t[i] for t, i in zip(self.off_map, at[1:], strict=True))
+            rows = (rows.view(shape) + off_rows.view(1, -1, 1, 1, 1, 1, w)).view(rows.shape)
+            cols = (cols.view(shape) + off_cols.view(1, 1, -1, 1, 1, 1, w)).view(cols.shape)
+        if self.scores is None:  # the first chunk is the largest
+            self.scores = torch.empty(n, side, side, w, w, dtype=self.dtype, device=q.device)
+        p = torch.add(rows.unsqueeze(4), cols.unsqueeze(3), out=self.scores[:n]).view(n, side * side, w * w)
+        p.baddbmm_(q, k.transpose(1, 2), alpha=self.scale)
+        return q, k, v, torch.softmax(p, -1, out=p)  # row by row, so in place
+
+    def fold(self, dkv: Tensor, dwindows: Tensor, at: tuple[slice, ...]) -> None:
+        """Add the gradient of a chunk's windows to that of the padded map ``dkv``."""
+        b, w = self.b, self.w
+        images, rows, cols = at
+        grid = dkv.unflatten(2, [-1, b]).unflatten(4, [-1, b])  # [B, h, NH, b, NW, b, d + dv]
+        parts = dwindows.view(self.windows[at].shape).permute(0, 3, 1, 4, 2, 5, 6)  # [B, h, nh, w, nw, w, d + dv]
+        for y, x in itertools.product(range(0, w, b), range(0, w, b)):  # one block of every window
+            part = parts[:, :, :, y : y + b, :, x : x + b]
+            down, right = y // b, x // b
+            grid[
+                images,
+                :,
+                rows.start + down : rows.start + down + part.shape[2],
+                : part.shape[3],
+                cols.start + right : cols.start + right + part.shape[4],
+                : part.shape[5],
+            ] += part
+
+
+def _chunked_forward(q, k, v, *args) -> Tensor:
+    chunks = _Chunks(q, k, v, *args)
+    B, H, W, h = q.shape[:4]
+    out = torch.empty(
+        B, chunks.nh * chunks.side, chunks.nw * chunks.side, h, v.shape[4], dtype=v.dtype, device=v.device
+    )
+    blocks = chunks.blocks(out)
+    for at in chunks:
+        _, _, values, p = chunks.weights(at)
+        target = blocks[at]
+        target.copy_((p @ values).view(target.shape))
+    return out[:, :H, :W].contiguous()
+
+
+def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks = _Chunks(q, k, v, *args)
+    H, W, d, side, w = q.shape[1], q.shape[2], chunks.d, chunks.side, chunks.w
+    grads = chunks.blocks(dout)
+    dq = torch.empty(q.shape[0], chunks.nh * side, chunks.nw * side, *q.shape[3:], dtype=q.dtype, device=q.device)
+    dblocks = chunks.blocks(dq)
+    dkv, dtables = torch.zeros_like(chunks.kv), torch.zeros_like(chunks.tables)
+    for at in chunks:
+        queries, keys, values, p = chunks.weights(at)
+        n, L = queries.shape[:2]
+        grad = grads[at].to(chunks.dtype).reshape(n, L, -1)
+        dvalues = p.transpose(1, 2) @ grad
+        ds = (grad @ values.transpose(1, 2)).mul_(p)
+        ds.addcmul_(p, ds.sum(2, keepdim=True), value=-1)
+        dkeys = torch.bmm(ds.transpose(1, 2), queries).mul_(chunks.scale)
+        chunks.fold(dkv, torch.cat([dkeys, dvalues], 2), at)
+        dx = ds.new_zeros(n, side, side, chunks.tables.shape[0])
+        rows, cols = chunks.skewed(dx)
+        ds4 = ds.view(n, side, side, w, w)
+        rows.copy_(ds4.sum(4))
+        cols.copy_(ds4.sum(3))
+        dx = dx.view(n * L, -1)
+        dqueries = torch.addmm((ds @ keys).view(n * L, d), dx, chunks.tables, beta=chunks.scale)
+        target = dblocks[at]
+        target.copy_(dqueries.view(target.shape))
+        dtables.addmm_(dx.t(), queries.view(n * L, d))
+    dmap = dkv[chunks.inside].permute(0, 2, 3, 1, 4)
+    dk, dv = (t.to(q.dtype, copy=True, memory_format=torch.contiguous_format) for t in dmap.tensor_split([d], 4))
+    return dq[:, :H, :W].contiguous(), dk, dv, *(dtables * chunks.rel_scale).chunk(2)
+
+
+@torch.library.custom_op("vizoo::halo_attention", mutates_args=())
+def _halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    scale: float,
+    rel_scale: float,
+    mask: bool,
+    pixel: bool,
+    triton_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
+    if triton_kernel:
+        return kernel_forward(*args)
+    with without_autocast(q):
+        return _chunked_forward(*args), q.new_empty(0, dtype=torch.float32)
+
+
+@_halo_attention.register_fake
+def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, triton_kernel):
+    lse = q.new_empty(q.shape[:4] if triton_kernel else 0, dtype=torch.float32)
+    return v.new_empty(*q.shape[:4], v.shape[4]), lse
+
+
+@torch.library.custom_op("vizoo::halo_attention_backward", mutates_args=())
+def _halo_attention_backward(
+    dout: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    scale: float,
+    rel_scale: float,
+    mask: bool,
+    pixel: bool,
+    triton_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
+    if triton_kernel:
+        dq, dk, dv, *dtables = kernel_backward(dout, lse, *args)
+    else:
+        with without_autocast(q):
+            dq, dk, dv, *dtables = _chunked_backward(dout, *args)
+    unread = height_rel.shape[0] - dtables[0].shape[0]
+    drows, dcols = (F.pad(t, [0, 0, unread, 0]) for t in dtables)
+    return dq, dk, dv, drows.to(height_rel.dtype), dcols.to(width_rel.dtype)
+
+
+@_halo_attention_backward.register_fake
+def _(dout, lse, q, k, v, height_rel, width_rel, *args):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, height_rel, width_rel))
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.sizes = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dout, _):
+    *tensors, lse = ctx.saved_tensors
+    return *_halo_attention_backward(dout, lse, *tensors, *ctx.sizes), *[None] * len(ctx.sizes)
+
+
+_halo_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _scores(q, k, block_size, halo_size, stride) -> tuple[int, int, int]:
+    """Queries with those that fill the last blocks, times heads; keys of each; products of each with both tables."""
+    B, H, W, h, _ = k
+    side, w = block_size // stride, block_size + 2 * halo_size
+    return B * -(-H // block_size) * -(-W // block_size) * side * side * h, w * w, 2 * (2 * w - 1)
+
+
+@register_cost("vizoo::halo_attention", torch.ops.vizoo.halo_attention)
+def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, *args, out=None) -> Cost:
+    queries, keys, rows = _scores(q, k, block_size, halo_size, stride)
+    return Cost(
+        macs=queries * (keys * (q[4] + v[4]) + rows * q[4]),
+        other=queries * keys * 8,  # scale, two relative terms, softmax
+        acts=queries * (keys + rows + v[4]),
+    )
+
+
+@register_cost("vizoo::halo_attention_backward", torch.ops.vizoo.halo_attention_backward)
+def _(dout, lse, q, k, v, height_rel, width_rel, block_size, halo_size, stride, *args, out=None) -> Cost:
+    # the gradients' products; the recomputed weights are not counted, so that no path counts more
+    queries, keys, rows = _scores(q, k, block_size, halo_size, stride)
+    return Cost(macs=2 * queries * (keys * (q[4] + v[4]) + rows * q[4]), other=queries * keys * 8)
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    scale: float | None = None,
+    scale_pos_embed: bool = False,
+    pad_mode: str = "zero",
+    rel_index: str = "array",
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`reference_halo_attention` a few blocks at a time or by fused Triton kernels: same result and errors.
+
+    Exported and scripted programs hold the plain operators of the reference.
+
+    Args:
+        q: Queries ``[B, ceil(H / stride), ceil(W / stride), h, d]``.
+        k: Keys ``[B, H, W, h, d]``.
+        v: Values ``[B, H, W, h, dv]``.  Take both from ``kv.split([d, dv], -1)``: the views are read in place, and
+            their gradients are joined by one copy.
+        height_rel: Relative rows ``[2 * w - 1, d]`` with ``w = block_size + 2 * halo_size``.
+        width_rel: Relative columns, same shape.
+        block_size: Side of a block of keys.
+        halo_size: Pixels by which the window of a block exceeds it on every side.
+        stride: Distance of neighbouring queries, a divisor of ``block_size``.
+        scale: Factor of ``<q, k>``; None for ``d ** -0.5``.
+        scale_pos_embed: Whether it also applies to the relative terms.
+        pad_mode: ``"zero"`` or ``"mask"``.
+        rel_index: ``"array"`` or ``"pixel"``.
+        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 256``), or ``"auto"``: Triton where it can run.
+
+    Returns:
+        ``[B, ceil(H / stride), ceil(W / stride), h, dv]`` in the dtype of ``v``.
+
+    Raises:
+        ValueError: If an argument is outside its range, the shapes do not fit each other, or ``backend`` cannot run.
+    """
+    _check(q, k, v, height_rel, width_rel, block_size, halo_size, stride, pad_mode, rel_index)
+    scale = q.shape[4] ** -0.5 if scale is None else scale
+    rel_scale = scale if scale_pos_embed else 1.0
+    mask, pixel = pad_mode == "mask", rel_index == "pixel"
+    if not torch.jit.is_scripting():
+        rows = (block_size // stride - 1) * (stride if pixel else 1) + block_size + 2 * halo_size
+        use = use_triton(backend, v, kernel_limits(q, v, rows))
+        if not torch.compiler.is_exporting():
+            common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+            tensors = q.to(common), k.to(common), v.to(common), height_rel, width_rel
+            out, _ = _halo_attention(*tensors, block_size, halo_size, stride, scale, rel_scale, mask, pixel, use)
+            return out.to(v.dtype)
+        with without_autocast(q):
+            return _plain_form(
+                q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
+            )
+    return _plain_form(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel)

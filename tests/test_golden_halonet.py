@@ -1,0 +1,330 @@
+"""Recorded outputs of timm's halo attention and of the family table; options, sizes, and timm's models with ours."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden import image, load, names, weights
+from timm.layers.halo_attn import HaloAttn
+from tolerance import close, golden_close, op_close
+
+import vizoo  # noqa: F401
+from vizoo.backbones.halonet import checkpoint_filter_fn
+from vizoo.backbones.layers import HaloAttention, swap_halo
+from vizoo.tools.profiler import count
+
+# of the family table: parameters, GMACs at 224x224; those at the paper's sizes are recorded in models.csv
+FAMILY = {
+    "halo_h0": (5502248, 1.89),
+    "halo_h1": (8101352, 2.39),
+    "halo_h2": (9405608, 2.65),
+    "halo_h3": (11842792, 3.48),
+    "halo_h4": (19103464, 4.94),
+    "halo_h5": (30718952, 8.24),
+    "halo_h6": (43458280, 10.60),
+    "halo_h7": (67434728, 16.94),
+}
+HYBRIDS = {  # timm's name, parameters in millions, GMACs
+    "halo_26t": ("halonet26t", 12.48, 3.17),
+    "halo_se33ts": ("sehalonet33ts", 13.69, 3.53),
+    "halo_50ts": ("halonet50ts", 22.73, 5.27),
+    "halo_eca26ts": ("eca_halonext26ts", 10.76, 2.42),
+    "halo_regnetz_b": ("haloregnetz_b", 11.68, 1.95),
+}
+MODELS = {
+    "timm_halonet26t": "halo_26t",
+    "timm_halonet26t_224_zeropad": "halo_26t",
+    "halonet_h0_peer": "halo_h0",
+    "halonet_h6_peer_192": "halo_h6",
+}
+both_paths = pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+
+
+def gmacs(model, size):
+    return round(count(model, torch.empty(1, 3, *size, device="meta")).macs / 1e9, 2)
+
+
+# recorded outputs
+
+
+@both_paths
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", names("haloattn_"))
+def test_attention(name, fused, grad):
+    case = load(name)
+    layer = HaloAttention(**case.meta["kwargs"])
+    layer.fused_attn = fused
+    layer.load_state_dict(weights(case.keys), strict=True)
+    with torch.set_grad_enabled(grad):
+        out = layer(image(case.input_shape))
+    expected = case.outputs["out"]  # of wide outputs some channels
+    golden_close(out[:, :: out.shape[1] // expected.shape[1]], expected, name)
+
+
+@both_paths
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name, grad):
+    case = load(name)
+    model = timm.create_model(MODELS[name]).eval()
+    assert list(model.state_dict()) == list(case.keys)
+    model.load_state_dict(checkpoint_filter_fn({"state_dict": weights(case.keys)}, model), strict=True)
+    with torch.set_grad_enabled(grad):
+        golden_close(model(image(case.input_shape)), case.outputs["logits"], name)
+
+
+def test_features_of_odd_size():
+    """The feature net has the state dict of timm's."""
+    case = load("timm_halonet26t_feats_200x264_zeropad")
+    model = timm.create_model("halo_26t", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    model.load_state_dict(weights(case.keys), strict=True)
+    with torch.no_grad():
+        features = model(image(case.input_shape))
+    assert [list(f.shape) for f in features] == case.meta["full_shapes"]
+    for i, (feature, s) in enumerate(zip(features, (4, 2, 1, 1), strict=True)):
+        golden_close(feature[:, ::16, ::s, ::s], case.outputs[f"feat{i}"], f"level {i}")
+
+
+# the attention by its definition
+
+
+def by_definition(layer, x):
+    """One query and one key at a time; ``x`` is ``[C, H, W]``."""
+    q, kv = (F.conv2d(x[None], proj.weight, proj.bias)[0] for proj in (layer.q, layer.kv))
+    h, d, b, r = layer.num_heads, layer.dim_head, layer.block_size, layer.halo_size
+    (_, H, W), w, s = x.shape, b + 2 * r, layer.query_stride
+    q, kv = q.unflatten(0, (h, d)), kv.unflatten(0, (h, -1))
+    dv, step = kv.shape[1] - d, s if layer.rel_index == "pixel" else 1
+    out = x.new_zeros(h, dv, -(-H // s), -(-W // s))
+    for g, row, col in itertools.product(range(h), range(0, H, s), range(0, W, s)):
+        query, logits, values = q[g, :, row, col], [], []
+        for j, n in itertools.product(range(w), range(w)):
+            y, z = row // b * b - r + j, col // b * b - r + n
+            inside = 0 <= y < H and 0 <= z < W
+            if not inside and layer.pad_mode == "mask":
+                continue
+            pair = kv[g, :, y, z] if inside else x.new_zeros(d + dv)
+            height = layer.pos_embed.height_rel[j - row % b // s * step + w - 1]
+            width = layer.pos_embed.width_rel[n - col % b // s * step + w - 1]
+            relative = query @ (height + width) * (d**-0.5 if layer.scale_pos_embed else 1)
+            logits.append(query @ pair[:d] * d**-0.5 + relative)
+            values.append(pair[d:])
+        out[g, :, row // s, col // s] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return layer.pool(out.flatten(0, 1)[None])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pad_mode": "mask"},
+        {"pad_mode": "mask", "stride": 2},
+        {"stride": 2, "rel_index": "pixel", "scale_pos_embed": True},
+        {"stride": 2, "avg_down": True, "qkv_bias": True},
+        {"stride": 2, "block_size": 3, "dim_out": 12, "qk_ratio": 2.0, "pad_mode": "mask"},
+        {"block_size": 2, "halo_size": 0, "dim_head": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_by_definition(options, fused):
+    layer = HaloAttention(8, **{"num_heads": 2, "block_size": 4, "halo_size": 1, **options}, dtype=torch.float64)
+    layer.fused_attn = fused
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        op_close(layer(x), torch.cat([by_definition(layer, one) for one in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_in_half_precision(dtype):
+    exact = HaloAttention(32, 48, num_heads=4, dim_head=8, dtype=torch.float64)
+    half = HaloAttention(32, 48, num_heads=4, dim_head=8, dtype=dtype)
+    half.load_state_dict(exact.state_dict())
+    exact.load_state_dict(half.state_dict())
+    x = torch.randn(2, 32, 18, 11, dtype=dtype)
+    with torch.no_grad():
+        op_close(half(x), exact(x.double()), grad=True)  # two roundings: of the projections and of the output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 3}, "num_heads=3"),
+        ({"stride": 3}, "stride=3"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"halo_size": -1}, "halo_size=-1"),
+        ({"pad_mode": "reflect"}, "pad_mode='reflect'"),
+        ({"rel_index": "none"}, "rel_index='none'"),
+    ],
+)
+def test_attention_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HaloAttention(8, **arguments)
+
+
+# the family
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_family_table(name):
+    model = timm.create_model(name, device="meta")
+    assert (sum(p.numel() for p in model.parameters()), gmacs(model, (224, 224))) == FAMILY[name]
+
+
+def test_heads_change_the_tables_only():
+    shapes = [
+        {
+            k: tuple(v.shape)
+            for k, v in timm.create_model("halo_h1", device="meta", num_heads=heads).state_dict().items()
+        }
+        for heads in ((4, 8, 8, 8), 8)
+    ]
+    changed = {k for k in shapes[0] if shapes[0][k] != shapes[1][k]}
+    assert changed == {f"stages.0.{i}.self_attn.pos_embed.{t}_rel" for i in range(3) for t in ("height", "width")}
+    assert shapes[0]["stages.0.0.self_attn.pos_embed.height_rel"] == (27, 16)
+
+
+@pytest.mark.slow
+def test_timms_h1_loads():
+    theirs = timm.create_model("halonet_h1", zero_init_last=False).eval()
+    ours = timm.create_model("halo_h1", num_heads=8).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = image((1, 3, 256, 256))
+    with torch.no_grad():
+        golden_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("stages", [(), (0, 1), (3,), (0, 1, 2, 3)], ids=str)
+def test_convolutional_stages(stages):
+    model = timm.create_model("test_halonet", conv_stages=stages).eval()
+    with_attention = {n.split(".")[1] for n, m in model.named_modules() if isinstance(m, HaloAttention)}
+    assert with_attention == {str(i) for i in range(4) if i not in stages}
+    for i in stages:
+        conv = model.stages[i][0].conv2_kxk.conv
+        assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (16 * 2**i, 16 * 2**i, (3, 3))
+    assert len(model.no_weight_decay()) == 2 * sum(isinstance(m, HaloAttention) for m in model.modules())
+    assert model(image((1, 3, 64, 96))).shape == (1, 1000)
+
+
+def test_options_arrive():
+    model = timm.create_model(
+        "test_halonet", act_layer="silu", pad_mode="mask", rel_index="pixel", embed_dim=32, block_size=6, halo_size=2
+    )
+    layers = [m for m in model.modules() if isinstance(m, HaloAttention)]
+    assert {(m.pad_mode, m.rel_index, m.block_size, m.halo_size) for m in layers} == {("mask", "pixel", 6, 2)}
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.ReLU)]
+    assert model.stem.conv1.conv.out_channels == 32
+    assert layers[0].q.weight.shape == (32, 32, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": (2, 2)}, r"num_heads=\(2, 2\)"),
+        ({"num_heads": 3}, "num_heads=3"),
+        ({"conv_stages": (4,)}, r"conv_stages=\(4,\)"),
+        ({"embed_dim": 16, "rb": 1.25}, "rb=1.25"),
+        ({"pad_mode": "reflect"}, "pad_mode='reflect'"),
+    ],
+)
+def test_model_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_halonet", device="meta", **arguments)
+
+
+@pytest.mark.parametrize("name", ["test_halonet", "test_halonet_hybrid"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 200), (193, 65)], ids=str)
+def test_any_size(name, size):
+    model = timm.create_model(name).eval()
+    x = image((2, 3, *size)).requires_grad_()
+    final, features = model.forward_intermediates(x)
+    h, w = size
+    for feature in features:
+        h, w = -(-h // 2), -(-w // 2)
+        assert feature.shape[2:] == (h, w)
+    final.square().mean().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad != 0).any()
+
+
+@pytest.mark.parametrize("name", ["test_halonet", "test_halonet_hybrid"])
+def test_paths_agree(name):
+    """Fast and plain attention, in inference and in training."""
+    timm.layers.set_fused_attn(False)
+    try:
+        plain = timm.create_model(name).eval()
+    finally:
+        timm.layers.set_fused_attn(True)
+    fused = timm.create_model(name).eval()
+    fused.load_state_dict(plain.state_dict())
+    x = image((2, 3, 75, 101))
+    with torch.no_grad():
+        close(fused(x), plain(x), "layout", "inference")
+    gradients = []
+    for model in (plain, fused):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for key, expected in gradients[0].items():
+        close(gradients[1][key], expected, "gradient", key)
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_detection_backbone(block_size):
+    model = timm.create_model("halo_resnet50_det", block_size=block_size, features_only=True, out_indices=(1, 2, 3, 4))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, HaloAttention)}
+    assert list(layers) == [f"stages_3.{i}.self_attn" for i in range(3)]
+    assert {(m.block_size, m.halo_size) for m in layers.values()} == {(block_size, 3)}
+    assert model.feature_info.channels() == [256, 512, 1024, 2048]
+    with torch.no_grad():
+        features = model.eval()(image((1, 3, 96, 160)))
+    assert [tuple(f.shape[2:]) for f in features] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+
+
+# timm's models
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_are_timms(name):
+    theirs, params, macs = HYBRIDS[name]
+    model, peer = (timm.create_model(n, device="meta") for n in (name, theirs))
+    state, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, peer))
+    assert list(state.items()) == list(expected.items())
+    cfg, peer_cfg = model.pretrained_cfg, peer.pretrained_cfg
+    for key in ("hf_hub_id", "url", "input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "license"):
+        assert cfg[key] == peer_cfg[key], key
+    assert cfg["hf_hub_id"] == f"timm/{theirs}.{cfg['tag']}"
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == params
+    assert gmacs(model, cfg["input_size"][1:]) == macs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["haloregnetz_b", "lamhalobotnet50ts_256", "halo2botnet50ts_256", "halonet_h1"])
+def test_swap(name):
+    """Same parameters under the same names, same outputs."""
+    model = timm.create_model(name, zero_init_last=False).eval()
+    x = image((1, *model.pretrained_cfg["input_size"]))
+    with torch.no_grad():
+        expected = model(x)
+        parameters = dict(model.named_parameters())
+        assert swap_halo(model) is model
+        assert not [m for m in model.modules() if isinstance(m, HaloAttn)]
+        assert [m for m in model.modules() if isinstance(m, HaloAttention)]
+        found = dict(model.named_parameters())
+        assert list(found) == list(parameters)
+        assert all(found[k] is parameters[k] for k in found)
+        golden_close(model(x), expected)
+        if not model.pretrained_cfg["fixed_input_size"]:
+            assert model(image((1, 3, 120, 165))).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "avg_down": True}], ids=str)
+def test_swap_layer(options):
+    options = {"dim_out": 48, "num_heads": 4, "dim_head": 5, "block_size": 4, "qkv_bias": True, **options}
+    theirs = HaloAttn(16, scale_pos_embed=True, **options).eval()
+    ours = swap_halo(theirs)
+    assert isinstance(ours, HaloAttention)
+    assert not ours.training
+    x = image((2, 16, 8, 12))
+    with torch.no_grad():
+        golden_close(ours(x), theirs(x))

@@ -1,0 +1,206 @@
+"""MEDUSA: the checks that stand for a golden case (the authors' network is not public)."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.resnet import ResNet
+from tolerance import close
+from torch import nn
+
+from vizoo.backbones.medusa import AttentionBody, medusa, medusa_parameters
+from vizoo.tools.profiler import count
+
+WIDTHS = {16: (1_942_289, 3.030), 24: (4_367_641, 6.797), 28: (5_943_869, 9.243), 32: (7_762_465, 12.065)}
+
+
+def small(**kwargs):
+    return timm.create_model("test_medusa", **kwargs)
+
+
+def awake(model):
+    """Give every head and norm weights that do something."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "attention" in name or "heads" in name or "bn" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_size_of_the_body(width):
+    found = count(AttentionBody(width, device="meta"), torch.empty(1, 1, 256, 256, device="meta"))
+    assert found.params == WIDTHS[width][0]
+    assert found.macs / 1e9 == pytest.approx(WIDTHS[width][1], rel=0.01)
+
+
+def test_published_size():
+    """29.2 M parameters and 29.1 G are published for two classes at 480; ours are the specification's."""
+    model = timm.create_model("medusa_resnet50", num_classes=2, device="meta")
+    found = count(model, torch.empty(1, 3, 480, 480, device="meta"))
+    assert found.params == 29_458_563
+    assert found.macs / 1e9 == pytest.approx(28.1, rel=0.01)
+    assert count(model, torch.empty(1, 3, 224, 224, device="meta")).macs / 1e9 == pytest.approx(13.35, rel=0.01)
+
+
+def test_starts_as_the_scaled_backbone():
+    model = timm.create_model("medusa_resnet18", num_classes=5).eval()
+    plain = timm.create_model("resnet18", num_classes=5).eval()
+    for net in (plain, model):
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.weight, 0.5, 1.5)  # timm starts the last norm of a branch at zero
+    assert isinstance(plain, ResNet)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    gate = torch.tensor(2.0).sigmoid()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        out = plain.maxpool(plain.act1(plain.bn1(plain.conv1(x))))
+        for layer in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
+            out = layer(out) * gate
+        close(model(x), plain.forward_head(out), "rerun")
+
+
+@pytest.mark.parametrize("size", [(224, 224), (480, 480), (200, 312), (33, 50)], ids=str)
+def test_maps(size):
+    model = awake(small()).eval()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        whole, local = model.attention_maps(x)
+        features = model.forward_intermediates(x, intermediates_only=True)
+    assert whole.shape == (2, 1, 32, 32)
+    assert [m.shape for m in local] == [(2, 1, *f.shape[2:]) for f in features]
+    for m in (whole, *local):
+        assert m.min() > 0
+        assert m.max() < 1
+    assert local[0].std() > 0
+
+
+def test_brightness_and_contrast_do_not_matter():
+    model = small().eval()
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        before, after = (model.attention_maps(t)[0] for t in (x, 3.0 * x + 0.7))
+    assert (before - after).abs().max() < 1e-4
+
+
+def test_own_image_for_the_body():
+    model = awake(small()).eval()
+    x, other = torch.randn(1, 3, 64, 64), torch.randn(1, 1, 48, 32)
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x, body_input=other))
+        assert model.attention_maps(x, other)[0].shape == other.shape
+
+
+def test_residual_gate_and_channel_maps():
+    torch.manual_seed(0)
+    model = small(gate="residual", head_out="channel").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (first,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+        plain = model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(x)))))
+        close(first, plain * (1 + torch.tensor(2.0).sigmoid()), "rerun")
+        assert model.attention_maps(x)[1][1].shape[1] == 24
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "medusa()"])
+@pytest.mark.parametrize("phase", ["body", "backbone", "all"])
+def test_phases(phase, wrapped):
+    """Only the right part learns, and frozen norms keep their statistics through ``train()``."""
+    host = timm.create_model("resnet10t", num_classes=3) if wrapped else small(num_classes=3)
+    model = medusa(host, body_width=4, body_depth=2, body_size=16) if wrapped else host
+    prefix = "medusa." if wrapped else ""
+    parameters = medusa_parameters(awake(model), phase)
+    model.eval().train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    F.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    body = {k for k in changed if k.startswith(f"{prefix}body.")}
+    heads = {k for k in changed if k.startswith(("attention", "medusa.heads."))}
+    backbone = changed - body - heads
+    assert bool(body) is (phase != "backbone")
+    assert bool(backbone) is (phase != "body")
+    assert heads
+    if phase == "all":
+        missing = [n for n, p in model.named_parameters() if p.grad is None]
+        assert not missing
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "test_efficientnet", "regnetx_002"])
+def test_any_cnn(name):
+    """Features and logits of a wrapped model are the gated ones, copies and checkpoints included."""
+    plain = timm.create_model(name, num_classes=4).eval()
+    model = medusa(copy.deepcopy(plain), body_width=4, body_depth=2, body_size=16).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(k.startswith("medusa.") for k in missing)
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        first = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+        assert not torch.allclose(first, plain.forward_intermediates(x, indices=[1], intermediates_only=True)[0])
+        twin = copy.deepcopy(awake(model))
+        expected = twin(x)
+        for p in model.medusa.parameters():
+            p.zero_()
+        assert torch.equal(twin(x), expected)
+    assert twin.medusa is not model.medusa
+
+
+def test_errors():
+    model = timm.create_model("resnet10t")
+    with pytest.raises(ValueError, match="body_size=100"):
+        medusa(model, body_size=100)
+    with pytest.raises(ValueError, match="stages=\\(9,\\)"):
+        medusa(model, stages=(9,))
+    with pytest.raises(ValueError, match="gate='add'"):
+        small(gate="add")
+    with pytest.raises(ValueError, match="head_out='all'"):
+        small(head_out="all")
+    with pytest.raises(ValueError, match="phase='head'"):
+        medusa_parameters(small(), "head")
+    with pytest.raises(ValueError, match="need a medusa"):
+        medusa_parameters(model, "all")
+    with pytest.raises(ValueError, match="no \\[B, "):
+        medusa(timm.create_model("test_vit"))
+    assert not hasattr(model, "medusa")
+    with pytest.raises(ValueError, match="already"):
+        medusa(medusa(model))
+
+
+def blobs(n, side, generator):
+    """Two bright ellipses in noise; class 1 has a small blob inside one of them."""
+    rows, cols = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    images = 0.3 * torch.randn(n, side, side, generator=generator)
+    labels = torch.arange(n) % 2
+    for i in range(n):
+        centres = []
+        for c in (0.28, 0.72):
+            cy, cx = (side * (v + 0.04 * torch.randn(1, generator=generator).item()) for v in (0.5, c))
+            images[i] += 1.0 * ((((rows - cy) / (0.34 * side)) ** 2 + ((cols - cx) / (0.16 * side)) ** 2) < 1)
+            centres.append((cy, cx))
+        if labels[i]:
+            cy, cx = centres[int(torch.randint(2, (1,), generator=generator))]
+            dy = 0.15 * side * (2 * torch.rand(1, generator=generator).item() - 1)
+            images[i] += 1.2 * ((rows - cy - dy) ** 2 + (cols - cx) ** 2 < (0.07 * side) ** 2)
+    return images[:, None].repeat(1, 3, 1, 1), labels
+
+
+@pytest.mark.slow
+def test_finds_a_blob_in_an_ellipse():
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = timm.create_model("medusa_resnet18", num_classes=2, body_width=8, body_size=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
+    for _ in range(200):
+        x, y = blobs(32, 32, generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    x, y = blobs(256, 32, generator)
+    with torch.no_grad():
+        accuracy = (model.eval()(x).argmax(1) == y).float().mean()
+    assert accuracy > 0.8
