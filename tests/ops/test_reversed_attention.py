@@ -312,7 +312,11 @@ def test_autocast_keeps_the_dtype_of_v(backend):
     q, k, v, weight = inputs(1, 2, 13, 8)
     for dtype in (torch.float32, torch.float16):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            check(lambda q, k, v, w: reversed_attention(q.float(), k, v, w.float(), None, backend), (q, k, v, weight), dtype)
+            check(
+                lambda q, k, v, w: reversed_attention(q.float(), k, v, w.float(), None, backend),
+                (q, k, v, weight),
+                dtype,
+            )
             assert reference_reversed_attention(q.float(), k.float(), v.to(dtype), weight).dtype == dtype
             with torch.no_grad():
                 assert reversed_attention(q.bfloat16(), k.bfloat16(), v.to(dtype), weight).dtype == dtype
