@@ -7,5 +7,6 @@ from . import dependencyvit as dependencyvit
 from . import halonet as halonet
 from . import litv2 as litv2
 from . import medusa as medusa
+from . import nat as nat
 from . import overlock as overlock
 from . import ulsam as ulsam

@@ -447,6 +447,29 @@ class Gates(nn.Module):
         """Before the first convolution: draw the global map of the image."""
         self.global_map = self.body(body_image(args[0], self.body_size))
 
+    def attention_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The global map and the map of every gated stage for images, as :meth:`MEDUSA.attention_maps`.
+
+        Args:
+            x: Images ``[B, in_chans, height, width]``; the whole model runs.
+
+        Returns:
+            ``(global, [local, ...])``.
+        """
+        sizes: dict[nn.Module, tuple[int, int]] = {}
+
+        def keep(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sizes[head] = (args[0].shape[2], args[0].shape[3])
+
+        handles = [head.register_forward_pre_hook(keep) for head in self.heads.values()]
+        try:
+            self._host[0](x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert self.global_map is not None
+        return self.global_map, [h.attention(self.global_map, *sizes[h]) for h in self.heads.values()]  # type: ignore
+
     def train(self, mode: bool = True) -> "Gates":
         """Set the mode; the part that :func:`medusa_parameters` froze stays in evaluation mode."""
         super().train(mode)
@@ -480,7 +503,8 @@ def medusa(
     """Gate the stages of a timm CNN, in place, by one attention body.
 
     The model keeps its names, so its checkpoints load with only ``medusa.*`` missing, and its features are the gated
-    ones.  Hooks do the work: unlike the registered ``medusa_*`` models the result cannot be scripted.
+    ones; ``model.medusa.attention_maps(x)`` gives the maps.  Hooks do the work: unlike the registered ``medusa_*``
+    models the result cannot be scripted.
 
     Args:
         model: A timm model with ``feature_info`` whose stages give maps ``[B, C, H, W]``.

@@ -10,7 +10,7 @@ from timm.models.resnet import ResNet
 from tolerance import close
 from torch import nn
 
-from vizoo.backbones.medusa import AttentionBody, medusa, medusa_parameters
+from vizoo.backbones.medusa import AttentionBody, body_image, medusa, medusa_parameters
 from vizoo.tools.profiler import count
 
 WIDTHS = {16: (1_942_289, 3.030), 24: (4_367_641, 6.797), 28: (5_943_869, 9.243), 32: (7_762_465, 12.065)}
@@ -148,6 +148,13 @@ def test_any_cnn(name):
             p.zero_()
         assert torch.equal(twin(x), expected)
     assert twin.medusa is not model.medusa
+    with torch.no_grad():
+        whole, local = twin.medusa.attention_maps(x)
+        assert whole.shape == (1, 1, 16, 16)
+        assert [m.shape[2:] for m in local] == [
+            f.shape[2:] for f in plain.forward_intermediates(x, intermediates_only=True)[-len(local) :]
+        ]
+        assert torch.equal(whole, twin.medusa.body(body_image(x, 16)))
 
 
 def test_errors():

@@ -21,7 +21,7 @@ from vizoo.tools import cli
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("backbones", "heads", "tools", "configs")
 README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
-SLOW = re.compile(r"vizoo (?:train|bench)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
+SLOW = re.compile(r"vizoo (?:train|evaluate|bench)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
 PLAIN = {"", "text", "bibtex", "csv", "yaml"}  # fences that hold no code to run
 INSTALL = re.compile(r"\b(?:pip3? install|-m venv|uv|conda|apt|apt-get)\b")
 FENCE = re.compile(

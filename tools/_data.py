@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, ImageDataset, create_loader
 from torchvision import transforms
 
+from vizoo.tools._images import ImageFolder, UnreadableImage, check_header, read_image
 from vizoo.tools.common import UserError, progress
 
 DIGITS_HELD_OUT = 360
@@ -72,7 +73,14 @@ def digits_splits(mode: str) -> Splits:
     return Splits(Digits(parts[0], parts[2], mode), Digits(parts[1], parts[3], mode), [str(i) for i in range(10)])
 
 
-def folder_splits(root: str, train_split: str, val_split: str, mode: str, check: str) -> Splits:
+def folder_splits(
+    root: str,
+    train_split: str,
+    val_split: str,
+    mode: str,
+    check: str,
+    window: tuple[float, float] | None = None,
+) -> Splits:
     """Open a folder with one sub-folder for each split and in it one sub-folder for each class.
 
     Args:
@@ -81,6 +89,7 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
         val_split: Name of the held-out split; ``validation`` also finds ``val``, ``valid`` and ``eval``.
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
         check: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
+        window: Centre and width of the values that 16-bit gray and DICOM files show, instead of their own.
 
     Returns:
         Both splits with equal classes.
@@ -88,24 +97,7 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
     Raises:
         UserError: For a missing folder, a split without classes, classes that differ, or an unreadable image.
     """
-    if not Path(root).is_dir():
-        raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
-    datasets = []
-    for split in (train_split, val_split):
-        folder = _split_folder(Path(root), split)
-        empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and not any(p.is_file() for p in d.rglob("*"))]
-        if empty:
-            raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
-        try:
-            dataset = create_dataset("", root=str(folder), split=split, input_img_mode=mode)
-        except RuntimeError:
-            raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
-        classes = dataset.reader.class_to_idx
-        if "" in classes:
-            stray = next(f for f, t in dataset.reader.samples if t == classes[""])
-            raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
-        datasets.append(dataset)
-    train, held_out = datasets
+    train, held_out = (open_split(root, split, mode, window) for split in (train_split, val_split))
     ours, theirs = set(train.reader.class_to_idx), set(held_out.reader.class_to_idx)
     if ours != theirs:
         parts = [
@@ -116,12 +108,40 @@ def folder_splits(root: str, train_split: str, val_split: str, mode: str, check:
         raise UserError(f"classes of the splits in {root!r} differ; {'; '.join(parts)}")
     if len(ours) < 2:
         raise UserError(f"{train.reader.root!r} holds one class, {next(iter(ours))!r}; training needs two or more")
-    files = [f for d in datasets for f, _ in d.reader.samples]
-    if check == "auto":
-        check = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
-    if check != "none":
-        check_images(files, decode=check == "full")
+    check_images([f for d in (train, held_out) for f, _ in d.reader.samples], check, window)
     return Splits(train, held_out, sorted(ours, key=lambda c: train.reader.class_to_idx[c]))
+
+
+def open_split(root: str, split: str, mode: str, window: tuple[float, float] | None = None) -> Any:
+    """Open one sub-folder with a folder for each class.
+
+    Args:
+        root: Folder that holds the splits.
+        split: Name of one, see :func:`folder_splits`.
+        mode: Pillow mode, ``"L"`` or ``"RGB"``.
+        window: As in :func:`folder_splits`.
+
+    Returns:
+        timm's data set; ``reader.class_to_idx`` are its classes.
+
+    Raises:
+        UserError: For a missing folder, a folder without classes or a class without images.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
+    folder = _split_folder(Path(root), split)
+    empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and not any(p.is_file() for p in d.rglob("*"))]
+    if empty:
+        raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
+    try:
+        dataset = ImageDataset(str(folder), reader=ImageFolder(str(folder), mode, window), load_bytes=True)
+    except RuntimeError:
+        raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
+    classes = dataset.reader.class_to_idx
+    if "" in classes:
+        stray = next(f for f, t in dataset.reader.samples if t == classes[""])
+        raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
+    return dataset
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -132,29 +152,38 @@ def _split_folder(root: Path, split: str) -> Path:
     raise UserError(f"{str(root)!r} has no folder {' or '.join(repr(f'{n}/') for n in dict.fromkeys((split, *names)))}")
 
 
-def check_images(files: list[str], decode: bool) -> None:
+def check_images(files: list[str], how: str = "full", window: tuple[float, float] | None = None) -> None:
     """Open every image, so that a broken one is found now and not after hours.
 
     Args:
         files: Paths.
-        decode: Decode all pixels, not only the header.
+        how: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
+        window: As in :func:`vizoo.tools._images.read_image`.
 
     Raises:
         UserError: Names the first unreadable file and how many there are.
     """
+    if how == "auto":
+        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
+    if how == "none":
+        return
 
     def problem(file: str) -> str | None:
         try:
-            with Image.open(file) as image:
-                if decode:
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            return str(e).replace(repr(file), "").strip() or type(e).__name__
+            if how == "full":
+                read_image(file, window=window)
+            else:
+                check_header(file)
+        except UnreadableImage as e:
+            return str(e)
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
         reasons = bar.track(pool.map(problem, files), len(files), description="checking images")
-        bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
+        try:
+            bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
+        except ImportError as e:
+            raise UserError(str(e)) from None
     if bad:
         more = f" (and {len(bad) - 1} more unreadable images)" if len(bad) > 1 else ""
         raise UserError(f"cannot read image {bad[0][0]!r}: {bad[0][1]}{more}")
@@ -184,15 +213,7 @@ def build_loaders(
     Raises:
         UserError: For augmentation options timm refuses.
     """
-    shared = {
-        **{k: data_config[k] for k in ("input_size", "mean", "std")},
-        "num_workers": args.workers,
-        "pin_memory": args.pin_mem,
-        "device": device,
-        "distributed": distributed,
-        "persistent_workers": False,  # workers of an epoch start from its seed, so a resumed epoch is the same
-        "worker_seeding": _start_worker,
-    }
+    shared = _shared(args, data_config, device, distributed)
     collate = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
         collate = FastCollateMixup(
@@ -238,16 +259,38 @@ def build_loaders(
             args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
         )
         splits.train.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
-    held_out = create_loader(
-        splits.held_out,
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config["interpolation"],
-        crop_pct=data_config["crop_pct"],
-        **shared,
-    )
+    held_out = held_out_loader(args, splits.held_out, data_config, device, distributed)
     if distributed:
         train.sampler.seed = args.seed  # torch's sampler shuffles by seed + epoch
     return train, held_out
+
+
+def held_out_loader(
+    args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device, distributed: bool = False
+) -> Any:
+    """Build timm's evaluation loader; arguments as for :func:`build_loaders`."""
+    return create_loader(
+        dataset,
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config["interpolation"],
+        crop_pct=data_config["crop_pct"],
+        **_shared(args, data_config, device, distributed),
+    )
+
+
+def _shared(
+    args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, distributed: bool
+) -> dict[str, Any]:
+    """What both loaders have in common."""
+    return {
+        **{k: data_config[k] for k in ("input_size", "mean", "std")},
+        "num_workers": args.workers,
+        "pin_memory": args.pin_mem,
+        "device": device,
+        "distributed": distributed,
+        "persistent_workers": False,  # workers of an epoch start from its seed, so a resumed epoch is the same
+        "worker_seeding": _start_worker,
+    }
 
 
 def _start_worker(info: Any) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import yaml
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
 
 from vizoo.tools.common import UserError
@@ -106,6 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="before training decode every image, open it, or trust it (auto: decode up to 20,000, else open)",
     )
+    g.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="values that 16-bit gray and DICOM images show (the whole range; the window in the DICOM file)",
+    )
     g.add_argument("-j", "--workers", type=count, default=4, metavar="N", help="loader processes (4; digits 0)")
     g.add_argument("--pin-mem", action=toggle, default=False, help="pin memory, faster transfer to a GPU")
 
@@ -133,6 +142,14 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--grad-checkpointing", action=toggle, default=False, help="less memory, more computation")
     g.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout (0)")
     g.add_argument("--drop-path", type=share, metavar="PCT", help="stochastic depth (the model's)")
+
+    g.add_argument(
+        "--medusa-rounds",
+        type=count,
+        metavar="N",
+        help="for medusa_* models: train backbone and attention body in turn, so often, before all together at a tenth "
+        "of the rate; 0 trains all together (2, or what --epochs has room for)",
+    )
 
     g = p.add_argument_group("batches and device")
     g.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="per process (128)")
@@ -285,6 +302,32 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value!r} is unknown; allowed: {', '.join(allowed)}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
+
+
+def model_config(args: argparse.Namespace, num_classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How to build the model of a run and how to feed it.
+
+    Args:
+        args: Options.
+        num_classes: Outputs.
+
+    Returns:
+        Keywords for ``timm.create_model`` and the data configuration of :func:`timm.data.resolve_data_config`.
+    """
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    if args.in_chans != 3:
+        kwargs["in_chans"] = args.in_chans
+    if args.gp:
+        kwargs["global_pool"] = args.gp
+    kwargs.update(args.model_kwargs)
+    config = get_pretrained_cfg(args.model, allow_unregistered=True) if ":" not in args.model else None
+    data = resolve_data_config(vars(args), pretrained_cfg=config.to_dict() if config else {})
+    if data["input_size"][0] != args.in_chans:
+        data["input_size"] = (args.in_chans, *data["input_size"][1:])
+    size = tuple(data["input_size"])
+    if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
+        kwargs.setdefault("img_size", size[1:])
+    return kwargs, data
 
 
 def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:

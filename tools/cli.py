@@ -11,6 +11,8 @@ COMMANDS = {
     "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
     "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
     "train": ("train", "train a classifier with the options of timm's training script"),
+    "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix of a trained classifier"),
+    "show": ("show", "draw what a model attends to in an image"),
     "bench": ("bench", "time a family against its official code or the plain reference, alternating"),
     "env": ("env", "versions, devices and which backends are usable, for bug reports"),
 }

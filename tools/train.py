@@ -32,13 +32,10 @@ import timm.scheduler
 import torch
 import torch.distributed
 import yaml
-from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, model_parameters
+from timm.models import model_parameters
 from timm.utils import (
-    AverageMeter,
     ModelEmaV3,
     NativeScaler,
-    accuracy,
     dispatch_clip_grad,
     distribute_bn,
     reduce_tensor,
@@ -46,6 +43,7 @@ from timm.utils import (
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
+from vizoo.backbones.medusa import MEDUSA, medusa_parameters
 from vizoo.tools._data import (
     Splits,
     build_loaders,
@@ -54,7 +52,7 @@ from vizoo.tools._data import (
     seed_everything,
     seeded_batches,
 )
-from vizoo.tools._train_options import parse_options
+from vizoo.tools._train_options import model_config, parse_options
 from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
 from vizoo.tools.common import (
     UserError,
@@ -66,54 +64,7 @@ from vizoo.tools.common import (
     run_tool,
     stderr,
 )
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Any,
-    device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    channels_last: bool = False,
-    world_size: int = 1,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Measure a classifier; images repeated to fill the last batches of several processes count once.
-
-    Args:
-        model: Maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
-        loader: Yields images and targets ``[B]``.
-        device: Where the model is.
-        autocast: Makes the context of a forward pass.
-        channels_last: Hand images over in channels-last layout.
-        world_size: Processes that share the images.
-        on_batch: Called after each batch.
-
-    Returns:
-        ``loss`` (cross-entropy without smoothing), ``top1`` and ``top5`` in per cent.
-    """
-    model.eval()
-    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
-    left = getattr(loader.sampler, "num_valid_samples", len(loader.dataset))
-    with torch.inference_mode():
-        for images, target in loader:
-            images, target = images.to(device), target.to(device)
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with autocast():
-                logits = model(images)
-            n = min(len(target), left)
-            left -= n
-            if n:
-                logits, target = logits[:n].float(), target[:n]
-                for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
-                    right = round(value.item() * n / 100)  # exact: the share is a float32
-                    meter.update(100 * right / n, n)
-                loss.update(nn.functional.cross_entropy(logits, target).item(), n)
-            on_batch()
-    sums = [loss.sum, top1.sum, top5.sum, loss.count]
-    if world_size > 1:
-        sums = reduce_tensor(torch.tensor(sums, device=device, dtype=torch.float64), 1).tolist()
-    return {name: total / sums[3] for name, total in zip(("loss", "top1", "top5"), sums[:3], strict=True)}
+from vizoo.tools.evaluate import evaluate
 
 
 class Stopped(Exception):
@@ -143,6 +94,8 @@ class Trainer:
             raise UserError(f"--num-classes {self.num_classes} is below the {self.classes} classes of the data")
         seed_everything(args.seed)
         self.model = self._build_model()
+        self.compute: Any = self.model  # compiled, and shared between processes, once prepared
+        self.eval_model: Any = self.model
         self.loader, self.held_out = build_loaders(
             args, splits, self.data_config, self.device, self.num_classes, world.distributed
         )
@@ -154,6 +107,8 @@ class Trainer:
         self.updates_per_epoch = -(-len(self.loader) // args.grad_accum_steps)
         self.criterion = self._build_loss().to(self.device)
         self.optimizer, self.scheduler, self.epochs = self._build_optimizer()
+        self.lr_scales = [g.get("lr_scale", 1.0) for g in self.optimizer.param_groups]
+        self.rounds = self._medusa_rounds()
         self.autocast: Callable[[], Any] = contextlib.nullcontext
         self.scaler = None
         if args.amp:
@@ -175,19 +130,8 @@ class Trainer:
     def _build_model(self) -> nn.Module:
         args = self.args
         name = args.model
-        self.load_kwargs: dict[str, Any] = {"num_classes": self.num_classes}
-        if args.in_chans != 3:
-            self.load_kwargs["in_chans"] = args.in_chans
-        if args.gp:
-            self.load_kwargs["global_pool"] = args.gp
-        self.load_kwargs.update(args.model_kwargs)
-        config = get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name else None
-        self.data_config = resolve_data_config(vars(args), pretrained_cfg=config.to_dict() if config else {})
+        self.load_kwargs, self.data_config = model_config(args, self.num_classes)
         size = tuple(self.data_config["input_size"])
-        if size[0] != args.in_chans:
-            size = self.data_config["input_size"] = (args.in_chans, *size[1:])
-        if config and config.fixed_input_size and size[1:] != tuple(config.input_size[1:]):
-            self.load_kwargs.setdefault("img_size", size[1:])
         overlay: dict[str, Any] = {}
         if args.pretrained_path:  # -1 classes: its head is always replaced
             overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
@@ -279,6 +223,45 @@ class Trainer:
             raise UserError(f"--sched {args.sched} with --epochs {args.epochs}: {e}") from None
         return optimizer, scheduler, epochs
 
+    def _medusa_rounds(self) -> int:
+        """How often backbone and body of a MEDUSA train in turn."""
+        rounds, most = self.args.medusa_rounds, (self.epochs - 1) // 2
+        if not isinstance(self.model, MEDUSA):
+            if rounds is not None:
+                raise UserError(f"--medusa-rounds {rounds}: {self.args.model!r} is no medusa_* model")
+            return 0
+        if rounds is None:
+            return min(2, most)
+        if rounds > most:
+            raise UserError(f"--medusa-rounds {rounds} needs at least {2 * rounds + 1} epochs, got {self.epochs}")
+        return int(rounds)
+
+    def choose_phase(self) -> None:
+        """Set what a MEDUSA trains in this epoch: its backbone, its body, in the end both at a tenth of the rate."""
+        if not self.rounds:
+            return
+        parts = 2 * self.rounds + 1
+        part = self.epoch * parts // self.epochs
+        phase = "all" if part == parts - 1 else ("backbone", "body")[part % 2]
+        before = [p.requires_grad for p in self.model.parameters()]
+        medusa_parameters(self.model, phase)
+        for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
+            group["lr_scale"] = scale * (0.1 if phase == "all" else 1.0)
+        self.schedule()
+        if self.compute is not self.eval_model and before != [p.requires_grad for p in self.model.parameters()]:
+            self.compute = self._distributed(self.eval_model)  # it gathers what needed gradients when it was made
+        if self.primary and (self.epoch == 0 or (self.epoch - 1) * parts // self.epochs != part):
+            what = "everything, at a tenth of the rate" if phase == "all" else f"{phase} and attention heads"
+            print(f"from epoch {self.epoch + 1} on: {what}")
+
+    def schedule(self) -> None:
+        """Set the learning rate of the position."""
+        if self.scheduler.t_in_epochs:
+            self.scheduler.step(self.epoch)
+        else:
+            done = -(-self.batch // self.args.grad_accum_steps)
+            self.scheduler.step_update(self.epoch * self.updates_per_epoch + done)
+
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds; every entry loads with ``weights_only=True``."""
         out: dict[str, Any] = {
@@ -351,10 +334,7 @@ class Trainer:
                 f"--resume {str(path)!r} stopped after {self.batch} batches of an epoch, which now has "
                 f"{len(self.loader)}; use its --batch-size, or resume from last.pth.tar"
             )
-        if self.scheduler.t_in_epochs:
-            self.scheduler.step(self.epoch)
-        else:
-            self.scheduler.step_update(self.epoch * self.updates_per_epoch - (-self.batch // args.grad_accum_steps))
+        self.schedule()
         before = checkpoint.get("args")
         if isinstance(before, dict) and self.primary:
             same = {k: v for k, v in vars(args).items() if k not in ("output", "experiment", "log_interval")}
@@ -398,10 +378,11 @@ class Trainer:
             except (RuntimeError, ImportError) as e:
                 raise UserError(f"--torchcompile {args.torchcompile!r}: {str(e).splitlines()[0]}") from None
         self.eval_model = compute
-        if self.world.distributed:
-            ids = [self.device] if self.device.type == "cuda" else None
-            compute = nn.parallel.DistributedDataParallel(compute, device_ids=ids)
-        self.compute = compute
+        self.compute = self._distributed(compute) if self.world.distributed else compute
+
+    def _distributed(self, model: Any) -> nn.Module:
+        ids = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -412,6 +393,7 @@ class Trainer:
         """
         reduce = self.args.dist_bn == "reduce"
         while self.epoch < self.epochs:
+            self.choose_phase()
             began = time.monotonic()
             used = self.sums[2]
             self.train_epoch()
@@ -430,7 +412,7 @@ class Trainer:
                 self.autocast,
                 self.args.channels_last,
                 self.world.world_size,
-                on_batch=lambda: self.stop_if_asked(agreed=not self.world.distributed),
+                on_batch=lambda *_: self.stop_if_asked(agreed=not self.world.distributed),
             )
             row = {"epoch": self.epoch, "train_loss": sums[0] / sums[2]}
             if not self.mixed:
@@ -551,10 +533,8 @@ class Trainer:
             )
 
     def base_lr(self) -> float:
-        """Learning rate of the groups that are not scaled down."""
-        return max(
-            g["lr"] / g.get("lr_scale", 1.0) if g.get("lr_scale", 1.0) else 0.0 for g in self.optimizer.param_groups
-        )
+        """Learning rate of the groups that ``--lr-scale`` and layer decay leave alone."""
+        return max(g["lr"] / s if s else 0.0 for g, s in zip(self.optimizer.param_groups, self.lr_scales, strict=True))
 
     def report_epoch(self, row: dict[str, float], speed: float, improved: bool) -> None:
         """Print one line and rewrite the log."""
@@ -677,7 +657,7 @@ def _train(argv: list[str]) -> int:
             splits = digits_splits(mode)
         else:
             check = args.check_images if world.global_rank == 0 else "none"
-            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check)
+            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check, args.window)
         return _run(args, world, splits)
     finally:
         if world.distributed:

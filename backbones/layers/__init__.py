@@ -7,6 +7,7 @@ from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
 from .reversed_attention import ReversedAttention
+from .neighborhood import NeighborhoodAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "HiLo",
     "ReversedAttention",
     "Tree",
+    "NeighborhoodAttention",
     "add_ulsam",
     "dependency_tree",
     "saliency",

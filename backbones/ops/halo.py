@@ -219,11 +219,11 @@ class _Chunks:
             t = F.pad(t, [0, 0, 0, 0, 0, right, 0, down])
         return t.unflatten(1, [-1, self.side]).unflatten(3, [-1, self.side]).permute(0, 1, 3, 5, 2, 4, 6)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
+    def __iter__(self) -> Iterator[tuple[slice, ...]]:
         """Images, block rows and block columns of every chunk."""
         B, limit = self.queries.shape[0], CHUNK * (torch.get_num_threads() if self.kv.device.type == "cpu" else 64)
         count = max(1, limit // (self.h * self.side**2 * self.w**2))
-        sizes = []
+        sizes: list[int] = []
         for length in (self.nw, self.nh, B):
             parts = -(-length // count)
             sizes.insert(0, -(-length // max(parts, 1)))
@@ -320,7 +320,7 @@ def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Ten
         dqueries = torch.addmm((ds @ keys).view(n * L, d), dx, chunks.tables, beta=chunks.scale)
         target = dblocks[at]
         target.copy_(dqueries.view(target.shape))
-        dtables.addmm_(dx.t(), queries.view(n * L, d))
+        dtables.addmm_(dx.t(), queries.flatten(0, 1))
     dmap = dkv[chunks.inside].permute(0, 2, 3, 1, 4)
     dk, dv = (t.to(q.dtype, copy=True, memory_format=torch.contiguous_format) for t in dmap.tensor_split([d], 4))
     return dq[:, :H, :W].contiguous(), dk, dv, *(dtables * chunks.rel_scale).chunk(2)

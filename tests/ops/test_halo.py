@@ -31,6 +31,7 @@ CASES = [
     (3, 12, 20, 2, 5, 3, 4, 2, 1),
     (1, 13, 9, 1, 16, 17, 10, 3, 2),
     (2, 16, 24, 4, 16, 16, 8, 3, 1),
+    (1, 3, 4, 2, 3, 4, 4, 1, 1),  # one block, two heads: its queries are a view
 ]
 SMALL = CASES[:6]  # for the interpreter
 # scale, scale_pos_embed, pad_mode, rel_index

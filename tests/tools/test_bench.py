@@ -3,6 +3,7 @@ import csv
 import pytest
 import timm
 import torch
+from tolerance import golden_close
 from torch import nn
 
 from vizoo.tools import _official, bench
@@ -120,3 +121,38 @@ def test_official_side_from_a_checkout(tmp_path, monkeypatch):
     ]
     assert not [name for name in sys.modules if name.startswith(("mm_modules", "models."))]
     assert str(tmp_path / "classification") not in sys.path
+
+
+def test_official_nat_from_a_checkout(tmp_path):
+    """The stand-in for NATTEN 0.14 has its parameters and the outputs of our layer, also on small dilated maps."""
+    import sys
+
+    from vizoo.backbones.layers import NeighborhoodAttention
+
+    folder = tmp_path / "classification"
+    folder.mkdir()
+    (folder / "nat.py").write_text(
+        "from natten import NeighborhoodAttention2D as NA\n"
+        "from timm.models.registry import register_model\n"
+        "@register_model\n"
+        "def nat_mini():\n"
+        "    return NA(8, num_heads=2, kernel_size=3, dilation=None, bias=True, qkv_bias=True, attn_drop=0.0)\n",
+        encoding="utf-8",
+    )
+    (folder / "dinats.py").write_text(
+        "from nat import NA\n"
+        "def dinat_s_tiny():\n"
+        "    return NA(8, num_heads=2, kernel_size=3, dilation=2, bias=True, qkv_bias=True, attn_drop=0.0)\n",
+        encoding="utf-8",
+    )
+    natten = sys.modules.get("natten")
+    for name, dilation in (("nat_mini", 1), ("dinat_s_tiny", 2)):
+        peer = _official.official_model(tmp_path, name, 224)
+        nn.init.normal_(peer.rpb)
+        layer = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=dilation)
+        layer.load_state_dict(peer.state_dict(), strict=True)
+        for size in ((9, 7), (4, 8)):
+            x = torch.randn(2, *size, 8)
+            golden_close(peer(x), layer(x), f"{name} {size}")
+    assert sys.modules.get("natten") is natten
+    assert timm.models.model_entrypoint("nat_mini").__module__ == "vizoo.backbones.nat"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.resources
+import itertools
 import os
 import signal
 import subprocess
@@ -609,11 +610,12 @@ def test_evaluate_counts_repeated_images_once() -> None:
     loader = DataLoader(TensorDataset(logits, target), batch_size=3)
     loader.sampler.num_valid_samples = 4
     seen = []
-    out = tool.evaluate(torch.nn.Identity(), loader, torch.device("cpu"), on_batch=lambda: seen.append(0))
+    device = torch.device("cpu")
+    out = tool.evaluate(torch.nn.Identity(), loader, device, on_batch=lambda logits, target: seen.append(len(target)))
     assert out["top1"] == 75.0
     assert out["top5"] == 100.0
     assert out["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:4], target[:4]).item(), rel=1e-6)
-    assert len(seen) == 2
+    assert seen == [3, 1]
 
 
 @pytest.mark.parametrize("epochs", [1, 60])
@@ -655,3 +657,54 @@ def test_learns_the_digits(tmp_path) -> None:
     assert max(float(r["eval_top1"]) for r in rows(tmp_path / "run")) >= 95.0
     used = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert (used["epochs"], used["sched_on_updates"], used["rotate"]) == (12, True, 10.0)  # option, recipe, recipe
+
+
+MEDUSA = ["--model", "test_medusa", "--epochs", "3", "--warmup-epochs", "0", "--lr-scale", "body.*=0.5"]
+
+
+def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch) -> None:
+    """Backbone, then body, then both at a tenth of the rate; a run cut off in the last part ends the same."""
+    states, rates = [], []
+    epoch = tool.Trainer.train_epoch
+
+    def spy(self):
+        if not states:
+            states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        epoch(self)
+        states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        rates.append(sorted({g["lr"] for g in self.optimizer.param_groups}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool.Trainer, "train_epoch", spy)
+        assert run(tmp_path / "whole", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 0
+    out = capsys.readouterr().out
+    for line in (
+        "from epoch 1 on: backbone and attention heads",
+        "from epoch 2 on: body and attention heads",
+        "from epoch 3 on: everything, at a tenth of the rate",
+    ):
+        assert out.count(line) == 1
+
+    def moved(a, b):
+        changed = {k for k in a if not torch.equal(a[k], b[k])}
+        body, heads = ({k for k in changed if k.startswith(part)} for part in ("body.", "attention"))
+        return bool(body), bool(heads), bool(changed - body - heads)
+
+    turns = [moved(a, b) for a, b in itertools.pairwise(states)]
+    assert turns == [(False, True, True), (True, True, False), (True, True, True)]
+    assert rates == [[0.005, 0.01], [0.005, 0.01], pytest.approx([0.0005, 0.001])]
+    assert [float(r["lr"]) for r in rows(tmp_path / "whole")] == pytest.approx([0.01, 0.01, 0.001])
+    with monkeypatch.context() as patch:
+        at_call(patch, tool.Trainer, "backward", 13, interrupt)
+        assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 130
+    assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01", "--resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_medusa_rounds_are_checked(tmp_path, capsys) -> None:
+    assert run(tmp_path / "a", "--medusa-rounds", "1") == 2
+    assert "--medusa-rounds 1: 'test_convnext' is no medusa_* model" in capsys.readouterr().err
+    assert run(tmp_path / "b", *MEDUSA, "--medusa-rounds", "2") == 2
+    assert "--medusa-rounds 2 needs at least 5 epochs, got 3" in capsys.readouterr().err
+    assert run(tmp_path / "c", *MEDUSA, "--medusa-rounds", "0", "--epochs", "1") == 0
+    assert "from epoch" not in capsys.readouterr().out

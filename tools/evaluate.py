@@ -1,0 +1,319 @@
+"""``vizoo evaluate``: accuracy, sensitivity and precision of a trained classifier on held-out images."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import AverageMeter, ParseKwargs, accuracy, reduce_tensor
+from torch import nn
+
+from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split
+from vizoo.tools._train_options import model_config, parse_options
+from vizoo.tools.common import (
+    UserError,
+    atomic_write,
+    build_model,
+    print_table,
+    progress,
+    resolve_device,
+    resolve_models,
+    run_tool,
+)
+
+LARGEST_MATRIX = 20  # classes of a confusion matrix that is printed
+EXAMPLES = """\
+examples:
+  vizoo evaluate output/train/first
+      the best checkpoint of a run of 'vizoo train', on its held-out images
+  vizoo evaluate output/train/first --data other --split test --plot confusion.png
+      the same model on the images of other/test/<class>/
+  vizoo evaluate --model litv2_s --pretrained --data imagenet --batch-size 64
+      published weights on imagenet/val/<class>/
+  vizoo evaluate --model medusa_resnet50 --checkpoint model_best.pth.tar --data chest --window 600 1500
+      DICOM or 16-bit images, shown by one window"""
+
+
+def predictions(
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    channels_last: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Run a classifier once over its images; those repeated to fill the last batches of several processes count once.
+
+    Args:
+        model: Maps images ``[B, C, H, W]`` to logits ``[B, classes]``.
+        loader: Yields images and targets ``[B]``.
+        device: Where the model is.
+        autocast: Makes the context of a forward pass.
+        channels_last: Hand images over in channels-last layout.
+
+    Yields:
+        Logits ``[B, classes]`` in float32 and targets ``[B]``, on the device.
+    """
+    model.eval()
+    left = getattr(loader.sampler, "num_valid_samples", len(loader.dataset))
+    for images, target in loader:
+        images, target = images.to(device), target.to(device)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), autocast():
+            logits = model(images)
+        n = min(len(target), left)
+        left -= n
+        yield logits[:n].float(), target[:n]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    channels_last: bool = False,
+    world_size: int = 1,
+    on_batch: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, target: None,
+) -> dict[str, float]:
+    """Measure a classifier.
+
+    Args:
+        model: As for :func:`predictions`, like all but the last two.
+        loader: Images and targets.
+        device: Where the model is.
+        autocast: Context of a forward pass.
+        channels_last: Memory layout of images.
+        world_size: Processes that share the images.
+        on_batch: Called with logits ``[B, classes]`` and targets ``[B]`` after each batch.
+
+    Returns:
+        ``loss`` (cross-entropy without smoothing), ``top1`` and ``top5`` in per cent.
+    """
+    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
+    for logits, target in predictions(model, loader, device, autocast, channels_last):
+        n = len(target)
+        if n:
+            for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
+                right = round(value.item() * n / 100)  # exact: the share is a float32
+                meter.update(100 * right / n, n)
+            loss.update(nn.functional.cross_entropy(logits, target).item(), n)
+        on_batch(logits, target)
+    sums = [loss.sum, top1.sum, top5.sum, loss.count]
+    if world_size > 1:
+        sums = reduce_tensor(torch.tensor(sums, device=device, dtype=torch.float64), 1).tolist()
+    return {name: total / sums[3] for name, total in zip(("loss", "top1", "top5"), sums[:3], strict=True)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line options."""
+    p = argparse.ArgumentParser(
+        prog="vizoo evaluate",
+        description="Measure a classifier on held-out images: accuracy, and for each class sensitivity (recall) and "
+        "positive predictive value (precision).  Options not given are those of the run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run", nargs="?", metavar="RUN", help="folder that 'vizoo train' wrote")
+    p.add_argument("--model", metavar="MODEL", help="any model of timm or vizoo, instead of a run")
+    p.add_argument("--checkpoint", metavar="PATH", help="its weights (the best of the run)")
+    p.add_argument("--pretrained", action="store_true", help="or its published weights")
+    p.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="extra model arguments")
+    p.add_argument("--num-classes", type=int, metavar="N", help="outputs (the number of classes in the data)")
+    p.add_argument("--data", metavar="NAME|DIR", help="'digits' or a folder with one folder for each split")
+    p.add_argument("--split", metavar="NAME", help="folder with one folder of images for each class (validation)")
+    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    p.add_argument("--check-images", choices=("auto", "full", "header", "none"), help="as in 'vizoo train' (auto)")
+    p.add_argument("--img-size", type=int, metavar="N", help="side of the square input (the model's)")
+    p.add_argument("--in-chans", type=int, choices=(1, 3), help="channels: 1 grey, 3 RGB (3)")
+    p.add_argument("--crop-pct", type=float, metavar="PCT", help="centre crop (the model's)")
+    p.add_argument("-b", "--batch-size", type=int, metavar="N", help="(128)")
+    p.add_argument("-j", "--workers", type=int, metavar="N", help="loader processes (4; digits 0)")
+    p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
+    p.add_argument("--out", metavar="FILE.json", help="write everything there")
+    p.add_argument("--plot", metavar="FILE.png", help="draw the confusion matrix there")
+    return p
+
+
+def _options(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of the run with those given here instead: the same parser, so the same checks."""
+    words: list[str] = []
+    if args.run:
+        file = Path(args.run) / "args.yaml"
+        if not file.is_file():
+            raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train', it holds no args.yaml")
+        words += ["-c", str(file)]
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and "device" in stored and not args.device:
+            words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+    elif not args.model:
+        raise UserError("RUN or --model is missing; for example 'vizoo evaluate output/train/first'")
+    given = {**vars(args), "val_split": args.split}
+    for name in ("model", "num_classes", "data", "val_split", "check_images", "img_size", "in_chans", "crop_pct"):
+        if given[name] is not None:
+            words.append(f"--{name.replace('_', '-')}={given[name]}")
+    for name in ("batch_size", "workers", "device"):
+        if given[name] is not None:
+            words.append(f"--{name.replace('_', '-')}={given[name]}")
+    if args.batch_size is not None:
+        words.append(f"--validation-batch-size={args.batch_size}")
+    if args.window is not None:
+        words += ["--window", *map(str, args.window)]
+    if args.model_kwargs is not None:
+        words += ["--model-kwargs", *(f"{k}={v!r}" for k, v in args.model_kwargs.items())]
+    return parse_options(words)
+
+
+def _evaluate(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    options = _options(args)
+    names = resolve_models([options.model])
+    if len(names) != 1:
+        raise UserError(f"--model {options.model!r} matches {len(names)} models; name one")
+    for name, suffix in (("out", ".json"), ("plot", ".png")):
+        path = getattr(args, name)
+        if path and Path(path).suffix != suffix:
+            raise UserError(f"--{name} {path!r}: the ending must be {suffix}")
+        if path and not Path(path).resolve().parent.is_dir():
+            raise UserError(f"--{name} {path!r}: no such folder")
+    device = resolve_device(options.device)
+    if device.type == "meta":
+        raise UserError("--device 'meta' holds no values to evaluate; allowed: cpu, cuda, cuda:N")
+    checkpoint = args.checkpoint or (str(Path(args.run) / "model_best.pth.tar") if args.run and not args.model else "")
+    if not checkpoint and not args.pretrained:
+        raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
+    mode = "L" if options.in_chans == 1 else "RGB"
+    if options.data == "digits":
+        dataset: Any = (splits := digits_splits(mode)).held_out
+        classes = splits.classes
+    else:
+        dataset = open_split(options.data, options.val_split, mode, options.window)
+        index = dataset.reader.class_to_idx
+        classes = sorted(index, key=index.__getitem__)
+        check_images([f for f, _ in dataset.reader.samples], options.check_images, options.window)
+    outputs = options.num_classes or len(classes)
+    if outputs < len(classes):
+        raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
+    kwargs, data = model_config(options, outputs)
+    model = build_model(names[0], pretrained=args.pretrained, checkpoint_path=checkpoint, **kwargs).to(device)
+    result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
+    size = "x".join(map(str, data["input_size"]))
+    result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}
+    _report(result)
+    if args.out:
+        with atomic_write(args.out) as f:
+            json.dump(result, f, indent=2)
+    if args.plot:
+        draw_confusion(result, Path(args.plot))
+    return 0
+
+
+def measure(model: nn.Module, loader: Any, device: torch.device, classes: Sequence[str]) -> dict[str, Any]:
+    """Everything that this tool reports.
+
+    Args:
+        model: Maps images ``[B, C, H, W]`` to logits ``[B, at least classes]``.
+        loader: Of :func:`vizoo.tools._data.held_out_loader`.
+        device: Where the model is.
+        classes: Their names.
+
+    Returns:
+        ``images``, ``loss``, ``top1`` and ``top5`` in per cent; ``confusion`` with a row for each true class and a
+        column for each predicted one; ``classes`` with ``name``, ``images``, ``sensitivity`` (recall) and ``ppv``
+        (positive predictive value, precision) in per cent, None where it is not defined.
+    """
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassPrecision, MulticlassRecall
+
+    found: MetricCollection | None = None
+    with progress() as bar:
+        task = bar.add_task("evaluating", total=len(loader))
+
+        def add(logits: torch.Tensor, target: torch.Tensor) -> None:
+            nonlocal found
+            if found is None:
+                each: dict[str, Any] = {"num_classes": logits.shape[1], "average": None}
+                metrics: dict[str, Any] = {
+                    "recall": MulticlassRecall(**each),
+                    "precision": MulticlassPrecision(**each),
+                    "confusion": MulticlassConfusionMatrix(logits.shape[1]),
+                }
+                found = MetricCollection(metrics).to(device)
+            found.update(logits, target)
+            bar.advance(task)
+
+        totals = evaluate(model, loader, device, on_batch=add)
+    assert found is not None  # the data holds images
+    values = {k: v.cpu() for k, v in found.compute().items()}
+    matrix = values["confusion"]
+    rows = []
+    for i, name in enumerate(classes):
+        images, called = int(matrix[i].sum()), int(matrix[:, i].sum())
+        sensitivity = 100 * values["recall"][i].item() if images else None
+        ppv = 100 * values["precision"][i].item() if called else None
+        rows.append({"name": name, "images": images, "sensitivity": sensitivity, "ppv": ppv})
+    return {"images": int(matrix.sum()), **totals, "classes": rows, "confusion": matrix.tolist()}
+
+
+def _report(result: dict[str, Any]) -> None:
+    print(f"{result['model']} on {result['data']}, input {result['input']}, {result['images']:,} images")
+    top5 = f"top-5 {result['top5']:.2f} %, " if len(result["confusion"]) > 5 else ""
+    print(f"accuracy {result['top1']:.2f} %, {top5}loss {result['loss']:.4f}\n")
+
+    def per_cent(x: float | None) -> str:
+        return "" if x is None else f"{x:.1f}"
+
+    rows = [[c["name"], f"{c['images']:,}", per_cent(c["sensitivity"]), per_cent(c["ppv"])] for c in result["classes"]]
+    print_table(["class", "images", "sensitivity %", "PPV %"], rows, numeric=(1, 2, 3))
+    print("sensitivity: share of a class that is found (recall); PPV: share of the calls that are right (precision)")
+    if len(result["confusion"]) <= LARGEST_MATRIX:
+        names = [c["name"] for c in result["classes"]]
+        names += [str(i) for i in range(len(names), len(result["confusion"]))]
+        cells = [[name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)]
+        print("\nconfusion: a row for each true class, a column for each prediction")
+        print_table(["", *names], cells, numeric=range(1, len(names) + 1))
+
+
+def draw_confusion(result: dict[str, Any], path: Path) -> None:
+    """Draw the confusion matrix, each row in shares of its class.
+
+    Args:
+        result: Of :func:`measure`, with ``model`` and ``data``.
+        path: PNG file to write.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    counts = np.array(result["confusion"])
+    names = [c["name"] for c in result["classes"]]
+    names += [str(i) for i in range(len(names), len(counts))]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(4.5, min(12, 1.5 + 0.45 * len(names)))
+    figure = Figure(figsize=(side + 1, side), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, label="share of the true class")
+    if len(names) <= LARGEST_MATRIX:
+        for (i, j), count in np.ndenumerate(counts):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{result['model']} on {Path(result['data']).name}: accuracy {result['top1']:.2f} %", fontsize=10)
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a classifier; returns the exit status: 0 done, 2 bad input."""
+    return run_tool(_evaluate, argv, "evaluate")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""``vizoo show``: what a model attends to in an image, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+from torchvision.transforms.functional import normalize, pil_to_tensor
+
+from vizoo.tools._images import UnreadableImage, read_image
+from vizoo.tools.common import UserError, atomic_write, build_model, resolve_models, run_tool
+
+EXAMPLES = """\
+examples:
+  vizoo show photo.jpg --model medusa_resnet50 --pretrained
+      the global map and the map of every scale over the photo
+  vizoo show chest.dcm --model medusa_resnet50 --checkpoint model_best.pth.tar --num-classes 2 --window 600 1500
+      of your own network, with a DICOM image shown by a window"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line options."""
+    p = argparse.ArgumentParser(
+        prog="vizoo show",
+        description="Draw the attention maps of a medusa_* model over an image.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...")
+    p.add_argument("--model", required=True, metavar="MODEL", help="a medusa_* model")
+    p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
+    p.add_argument("--pretrained", action="store_true", help="or its published weights")
+    p.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint (the model's)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--img-size", type=int, metavar="N", help="shorter side of the image for the model (the model's)")
+    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    p.add_argument("--out", default="attention.png", metavar="FILE.png", help="(attention.png)")
+    return p
+
+
+def _show(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    names = resolve_models([args.model])
+    if len(names) != 1:
+        raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
+    if Path(args.out).suffix != ".png":
+        raise UserError(f"--out {args.out!r}: the ending must be .png")
+    if not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out {args.out!r}: no such folder")
+    if not args.checkpoint and not args.pretrained:
+        raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
+    kwargs: dict[str, Any] = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        kwargs["num_classes"] = args.num_classes
+    model = build_model(names[0], pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    if not hasattr(model, "attention_maps"):
+        raise UserError(f"--model {args.model!r} has no attention maps to draw; allowed: medusa_*")
+    data = resolve_data_config({}, model=model)
+    chans, size = data["input_size"][0], args.img_size or data["input_size"][-1]
+    try:
+        image = read_image(args.image, "L" if chans == 1 else "RGB", args.window)
+    except (UnreadableImage, ImportError) as e:
+        raise UserError(f"IMAGE {args.image!r}: {e}") from None
+    x = pil_to_tensor(image).float()[None] / 255
+    scale = size / min(x.shape[2:])
+    height, width = (max(1, round(n * scale)) for n in x.shape[2:])
+    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.inference_mode():
+        whole, local = model.attention_maps(normalize(x, data["mean"][:chans], data["std"][:chans]))
+    draw_attention(x[0], whole[0], [m[0] for m in local], Path(args.out), f"{names[0]}\n{Path(args.image).name}")
+    print(f"{args.out}: global map and {len(local)} maps of {names[0]} over {args.image}, {height}x{width}")
+    return 0
+
+
+def draw_attention(
+    image: torch.Tensor, global_map: torch.Tensor, local: Sequence[torch.Tensor], path: Path, title: str
+) -> None:
+    """Draw an image, and over it the global map of a MEDUSA and the map of every scale.
+
+    Args:
+        image: ``[C, H, W]`` from 0 to 1.
+        global_map: ``[1, S, S]`` in (0, 1).
+        local: Of each scale ``[1, h, w]``, or ``[C, h, w]``, of which the mean is drawn.
+        path: PNG file to write.
+        title: Above the image.
+    """
+    from matplotlib.figure import Figure
+
+    pixels = image.permute(1, 2, 0).squeeze(2).numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()
+    extent = (0, image.shape[2], image.shape[1], 0)
+    maps = {"global": global_map.mean(0)}
+    maps.update({f"scale {i}, {m.shape[1]}x{m.shape[2]}": m.mean(0) for i, m in enumerate(local, start=1)})
+    n = len(maps) + 1
+    figure = Figure(figsize=(2.9 * n, 2.6 * image.shape[1] / image.shape[2] + 1.1), dpi=150, layout="constrained")
+    panels = figure.subplots(1, n)
+    panels[0].imshow(pixels, cmap="gray", extent=extent)
+    panels[0].set_title(title, fontsize=9)
+    for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
+        axes.imshow(pixels, cmap="gray", extent=extent)
+        shown = axes.imshow(values.numpy(), cmap="magma", alpha=0.6, extent=extent, interpolation="bilinear")
+        axes.set_title(f"{name}\n{values.min():.2f} to {values.max():.2f}", fontsize=9)
+        figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.8)
+    for axes in panels:
+        axes.set_axis_off()
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw attention maps; returns the exit status: 0 done, 2 bad input."""
+    return run_tool(_show, argv, "show")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
