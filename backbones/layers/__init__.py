@@ -6,8 +6,8 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
-from .reversed_attention import ReversedAttention
 from .neighborhood import NeighborhoodAttention
+from .reversed_attention import ReversedAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -17,9 +17,9 @@ __all__ = [
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "NeighborhoodAttention",
     "ReversedAttention",
     "Tree",
-    "NeighborhoodAttention",
     "add_ulsam",
     "dependency_tree",
     "saliency",

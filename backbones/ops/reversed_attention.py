@@ -537,10 +537,7 @@ def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str
     if form == "triton":
         return _triton_forward(q, k, u, scale)
     with without_autocast(u):
-        if form == "sdpa":
-            out = _sdpa_pull(q, k, u, u, scale)[1][2].to(u.dtype)
-        else:
-            out = _blocks_forward(q, k, u, scale)
+        out = _sdpa_pull(q, k, u, u, scale)[1][2].to(u.dtype) if form == "sdpa" else _blocks_forward(q, k, u, scale)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32)
 
 

@@ -97,7 +97,7 @@ def test_gradcheck(f):
 )
 def test_golden(f, dtype, request):
     if "triton" in request.node.callspec.id and dtype == torch.float64:
-        with pytest.raises(ValueError, match="not torch.float64"):
+        with pytest.raises(ValueError, match=r"not torch\.float64"):
             f(*inputs(1, 1, 2, 2))
         return
     shape = GOLDEN.input_shape
