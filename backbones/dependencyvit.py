@@ -172,7 +172,7 @@ class Block(nn.Module):
         gate_init: What its last bias starts from.
         pruned: Share of the original tokens that is gone after this block; 0 for a block that keeps all.
         prune_score: What they are ranked by: ``message`` or ``received``.
-        init_values: What LayerScale starts from; None leaves it out.
+        init_values: What LayerScale starts from; 0 or None leaves it out (timm's ``create_model`` drops None).
         drop_path: Stochastic depth rate of both branches.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -207,12 +207,12 @@ class Block(nn.Module):
             score=prune_score if pruned else "message",
             **dd,
         )
-        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
+        self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.prune: nn.Module | None = TokenPruning(pruned) if pruned else None
         self.norm2 = _norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values=init_values, **dd)
+        self.ls2 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.recorded: tuple[Tensor, Tensor | None, tuple[int, int]] | None = None  # messages, positions, map size
 
@@ -260,7 +260,7 @@ class DependencyViT(nn.Module):
         num_heads: Attention heads.
         mlp_ratio: Hidden channels of the feed-forward networks over ``embed_dim``.
         qkv_bias: Bias of the query, key and value projections.
-        init_values: What LayerScale starts from; None leaves it out.
+        init_values: What LayerScale starts from; 0 or None leaves it out (timm's ``create_model`` drops None).
         tau: Temperature of the head selector.
         gate_bias: Biases of the message controllers.
         gate_init: What their last biases start from; 4 opens the gates.
@@ -480,10 +480,12 @@ class DependencyViT(nn.Module):
         if any(sent is None or state is None for sent, state in records):
             raise ValueError("nothing is recorded: call set_record_dependency(True), then run the model")
         depth = len(records)
-        chosen = list(range(depth)) if layers is None else layers
-        chosen = list(range(depth - chosen, depth)) if isinstance(chosen, int) else list(chosen)
+        last = depth if layers is None else layers
+        chosen = list(range(-last, 0) if isinstance(last, int) else last)
         if not chosen or any(i not in range(-depth, depth) for i in chosen):
-            raise ValueError(f"got layers={layers}, need numbers from {-depth} to {depth - 1}")
+            raise ValueError(
+                f"got layers={layers}, need 1 to {depth}, or a list of numbers from {-depth} to {depth - 1}"
+            )
         masks: dict[int, Tensor] = {}
         message = reached = None
         for i, (sent, state) in enumerate(records):
@@ -496,7 +498,7 @@ class DependencyViT(nn.Module):
                 message, reached = log_message.new_zeros(B, H * W), index.new_zeros(B, H * W)
             message = message.scatter(1, index, log_message.exp())
             reached = reached.scatter(1, index, i + 1)
-            if i in chosen or i - depth in chosen:
+            if {i, i - depth}.intersection(chosen):
                 mask = dependency_mask(q, k, weight)
                 rows = mask.new_zeros(B, H * W, mask.shape[2]).scatter(1, index.unsqueeze(2).expand_as(mask), mask)
                 columns = index.unsqueeze(1).expand_as(rows)

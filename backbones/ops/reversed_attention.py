@@ -181,7 +181,7 @@ def _sdpa_pull(q: Tensor, k: Tensor, z: Tensor, u: Tensor, scale: float) -> tupl
     with torch.inference_mode(False), torch.enable_grad():
         # tensors made in inference mode cannot be differentiated, their copies can
         leaves = [(t.clone() if t.is_inference() else t.detach()).to(common).requires_grad_() for t in (q, k, z)]
-        out = F.scaled_dot_product_attention(*leaves, scale=scale)
+        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale)
         return out.detach(), torch.autograd.grad(out, leaves, u.to(common))
 
 
