@@ -1,4 +1,4 @@
-"""``vizoo bench``: a model or a HiLo layer against official code, timm, or the plain reference, in alternation."""
+"""``vizoo bench``: a model or an attention layer against official code, timm, or the plain reference, in alternation."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ examples:
   vizoo bench litv2_s --batch 1 8 --threads 1 2 --dtype float32 bfloat16 --out results.csv
   vizoo bench litv2_s --official LITv2 --compile        both sides compiled
   vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
+  vizoo bench reversed --size 64 --mode train           reversed attention, 4,096 tokens, 3 heads
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
 stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
@@ -62,6 +63,8 @@ COLUMNS = [
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # ||ours - theirs|| / ||theirs||
 LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
+REVERSED_LAYER: dict[str, Any] = {"dim": 96, "num_heads": 3}
+SIDES = {"hilo": 56, "reversed": 32}  # of the layers' maps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo' for one attention layer")
+    p.add_argument("name", help="a model of the zoo, or 'hilo' or 'reversed' for one attention layer")
     p.add_argument(
         "--official",
         type=Path,
@@ -84,11 +87,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
     )
-    p.add_argument("--size", type=int, metavar="N", help="side of the image (the model's), or of the layer's map (56)")
-    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of the layer (2)")
     p.add_argument(
-        "--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of the layer (0.9)"
+        "--size", type=int, metavar="N", help="side of the image (the model's), or of the map (hilo 56, reversed 32)"
     )
+    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of hilo (2)")
+    p.add_argument("--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of hilo (0.9)")
     p.add_argument(
         "--mode", choices=["infer", "train"], default="infer", help="forward, or forward and backward (infer)"
     )
@@ -132,14 +135,24 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
 
     from vizoo.tools._official import official_hilo, official_model, timm_model
 
+    if args.name == "reversed":
+        from vizoo.backbones.layers import ReversedAttention
+
+        ours: Any = ReversedAttention(**REVERSED_LAYER)
+        draw_weights(ours)
+        peer: Any = ReversedAttention(**REVERSED_LAYER)
+        peer.load_state_dict(ours.state_dict())
+        peer.fused_attn = False
+        side = args.size or SIDES[args.name]
+        return ours, peer, "plain", [side * side, REVERSED_LAYER["dim"]]
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
 
         arguments = {**LAYER, "window_size": args.window, "alpha": args.alpha}
-        side = args.size or 56
-        ours: Any = HiLo(qkv_bias=True, **arguments)
+        side = args.size or SIDES[args.name]
+        ours = HiLo(qkv_bias=True, **arguments)
         draw_weights(ours)
-        peer: Any = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
+        peer = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
         peer.load_state_dict(ours.state_dict())
         if not args.official:
             peer.fused_attn = False
@@ -208,6 +221,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
 
         def call(compiled: Any = compiled, inputs: Any = inputs, module: Any = module) -> Any:
             out = compiled(*inputs)
+            out = out[0] if isinstance(out, tuple) else out  # reversed attention also returns its messages
             if train:
                 module.zero_grad(set_to_none=True)
                 out.square().mean().backward()
@@ -229,9 +243,13 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     def quantiles(seconds: list[float]) -> list[str]:
         return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
 
+    labels = {
+        "hilo": f"hilo w{args.window} alpha {args.alpha:g}",
+        "reversed": f"reversed {REVERSED_LAYER['num_heads']} heads",
+    }
     mq, tq = quantiles(timed.seconds["ours"]), quantiles(timed.seconds["theirs"])
     return {
-        "name": args.name if args.name != "hilo" else f"hilo w{args.window} alpha {args.alpha:g}",
+        "name": labels.get(args.name, args.name),
         "peer": peer_name,
         "mode": " ".join([args.mode, *(o for o in ("reparam", "compile", "channels_last") if getattr(args, o))]),
         "shape": "x".join(map(str, shape)),
@@ -288,7 +306,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--official {str(args.official)!r}: no such folder")
     if args.out and args.out.suffix != ".csv":
         raise UserError(f"--out {str(args.out)!r}: the ending must be .csv")
-    if args.name != "hilo":
+    if args.name == "reversed" and args.official:
+        raise UserError("--official: there is no official code of 'reversed'; it is timed against its plain form")
+    if args.name not in SIDES:
         resolve_models([args.name])
     resolve_device(args.device)
 

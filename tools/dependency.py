@@ -70,7 +70,9 @@ def _dependency(argv: list[str]) -> int:
     if args.layers is not None and not 1 <= args.layers <= depth:
         raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {names[0]}")
     step = max(model.patch_embed.patch_size)
-    x, normed = read_input(args.image, resolve_data_config({}, model=model), args.img_size, args.window, step)
+    data = resolve_data_config({}, model=model)
+    data["input_size"] = (model.in_chans, *data["input_size"][1:])
+    x, normed = read_input(args.image, data, args.img_size, args.window, step)
     model.set_record_dependency()
     with torch.inference_mode():
         model(normed)

@@ -79,7 +79,7 @@ def test_one_token_and_gray(tmp_path):
     [
         (["{photo}", "--model", "dependencyvit_*"], "matches 4 models; name one"),
         (["{photo}", "--model", "test_resnet"], "'test_resnet' has no dependency tree; allowed: dependencyvit_*"),
-        (["{photo}", *MODEL, "--checkpoint", "{photo}"], "--checkpoint"),
+        (["{photo}", *MODEL, "--checkpoint", "{photo}"], "photo.png' does not fit 'test_dependencyvit_lite'"),
         (["/nowhere.png", *MODEL], "'/nowhere.png': No such file"),
         (["{photo}", *MODEL, "--out", "a.txt"], "ending must be .png"),
         (["{photo}", *MODEL, "--out", "/no/a.png"], "no such folder"),
