@@ -1,4 +1,4 @@
-"""``vizoo bench``: a model or an attention layer against official code, timm, or the plain reference, in alternation."""
+"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation."""
 
 from __future__ import annotations
 
