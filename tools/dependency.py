@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ examples:
       tree, parts and saliency of your own dependencyvit_tiny
   vizoo dependency photo.jpg --model dependencyvit_lite_small --checkpoint lite.pth --img-size 384 --parts 6
       of a pruned model on a larger image, in six parts
-  vizoo dependency photo.jpg --method edmonds --layers 4
-      untrained weights, which see nothing yet: the best spanning tree of the last four layers"""
+  vizoo dependency china --method edmonds --layers 4
+      a photo of scikit-learn, untrained weights, which see nothing yet: best spanning tree of the last four layers"""
+PHOTOS = ("china", "flower")  # that scikit-learn ships
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...")
+    p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...; or 'china' or 'flower'")
     p.add_argument("--model", default="dependencyvit_tiny", metavar="MODEL", help="(dependencyvit_tiny)")
     p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
     p.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint (the model's)")
@@ -70,9 +72,10 @@ def _dependency(argv: list[str]) -> int:
     if args.layers is not None and not 1 <= args.layers <= depth:
         raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {names[0]}")
     step = max(model.patch_embed.patch_size)
+    photo = str(files("sklearn.datasets.images") / f"{args.image}.jpg") if args.image in PHOTOS else args.image
     data = resolve_data_config({}, model=model)
     data["input_size"] = (model.in_chans, *data["input_size"][1:])
-    x, normed = read_input(args.image, data, args.img_size, args.window, step)
+    x, normed = read_input(photo, data, args.img_size, args.window, step)
     model.set_record_dependency()
     with torch.inference_mode():
         model(normed)
@@ -83,7 +86,7 @@ def _dependency(argv: list[str]) -> int:
         raise UserError(f"--method {args.method}: {e}") from None
     parts = subtrees(found, tree, args.parts, args.min_size)
     trained = "" if args.checkpoint else ", untrained"
-    draw_dependency(x[0], found, tree, parts, Path(args.out), f"{names[0]}{trained}\n{Path(args.image).name}")
+    draw_dependency(x[0], found, tree, parts, Path(args.out), f"{names[0]}{trained}\n{Path(photo).name}")
     if not args.checkpoint:
         print("no --checkpoint: these are untrained weights, which see nothing in an image", file=sys.stderr)
     size, root = "x".join(map(str, found.size)), divmod(int(tree.rank[0].argmin()), found.size[1])
@@ -128,7 +131,7 @@ def draw_dependency(
     deepest = max(1, int(depth.max()))
     children = token[parents >= 0][depth[parents >= 0].argsort(descending=True)]  # near the root last, on top
     lines = LineCollection(
-        torch.stack([place[children], place[parents[children]]], 1).numpy(),
+        list(torch.stack([place[children], place[parents[children]]], 1).numpy()),
         array=depth[children].numpy(),
         cmap="plasma_r",
         clim=(1, deepest),

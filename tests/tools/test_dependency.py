@@ -67,6 +67,12 @@ def test_untrained_weights_are_called_untrained_and_repeat(photo, tmp_path, caps
     assert pictures[0] == pictures[1]
 
 
+def test_photo_of_scikit_learn(tmp_path, capsys):
+    words = ["dependency", "flower", *MODEL, "--img-size", "48", "--out", str(tmp_path / "a.png")]
+    assert cli.main(words) == 0
+    assert "tree of 3x4 tokens" in capsys.readouterr().out
+
+
 def test_one_token_and_gray(tmp_path):
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "gray.png")
     words = ["dependency", str(tmp_path / "gray.png"), *MODEL, "--model-kwargs", "in_chans=1", "--img-size", "9"]
