@@ -34,6 +34,7 @@ examples:
   vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
   vizoo bench halo --size 64 --batch 1 8                the first one of halo_h1 against timm's, on a 64x64 map
   vizoo bench ulsam --size 14 --batch 1 32              dim 512, against a loop over its 4 subspaces
+  vizoo bench reversed --size 64 --mode train           reversed attention, 4,096 tokens, 3 heads
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
 stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
@@ -68,7 +69,8 @@ LEAST = 0.1  # seconds of a sample: single calls of a layer would measure the ca
 LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
 HALO_LAYER: dict[str, Any] = {"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3}
 ULSAM_LAYER: dict[str, Any] = {"dim": 512, "num_splits": 4}
-SIDES = {"hilo": 56, "halo": 64, "ulsam": 14}  # of the layers' maps
+SIDES = {"hilo": 56, "halo": 64, "ulsam": 14, "reversed": 32}  # of the layers' maps
+REVERSED_LAYER: dict[str, Any] = {"dim": 96, "num_heads": 3}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo', 'halo' or 'ulsam' for one attention layer")
+    p.add_argument("name", help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer")
     p.add_argument(
         "--official",
         type=Path,
@@ -92,7 +94,10 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
     )
     p.add_argument(
-        "--size", type=int, metavar="N", help="side of the image (the model's), or of the map (hilo 56, halo 64)"
+        "--size",
+        type=int,
+        metavar="N",
+        help=f"side of the image (the model's), or of the map ({', '.join(f'{k} {v}' for k, v in SIDES.items())})",
     )
     p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of hilo (2)")
     p.add_argument("--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of hilo (0.9)")
@@ -162,6 +167,16 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
         peer.load_state_dict(ours.official_state_dict())
         side = args.size or SIDES[args.name]
         return ours, peer, "loop", [ULSAM_LAYER["dim"], side, side]
+    if args.name == "reversed":
+        from vizoo.backbones.layers import ReversedAttention
+
+        ours = ReversedAttention(**REVERSED_LAYER)
+        draw_weights(ours)
+        peer = ReversedAttention(**REVERSED_LAYER)
+        peer.load_state_dict(ours.state_dict())
+        peer.fused_attn = False
+        side = args.size or SIDES[args.name]
+        return ours, peer, "plain", [side * side, REVERSED_LAYER["dim"]]
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
 
@@ -238,6 +253,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
 
         def call(compiled: Any = compiled, inputs: Any = inputs, module: Any = module) -> Any:
             out = compiled(*inputs)
+            out = out[0] if isinstance(out, tuple) else out  # reversed attention also returns its messages
             if train:
                 module.zero_grad(set_to_none=True)
                 out.square().mean().backward()
@@ -271,6 +287,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         "hilo": f"hilo w{args.window} alpha {args.alpha:g}",
         "halo": f"halo {shape[0]}@{shape[-1]} b{HALO_LAYER['block_size']} h{HALO_LAYER['halo_size']}",
         "ulsam": f"ulsam {shape[0]}@{shape[-1]} g{ULSAM_LAYER['num_splits']}",
+        "reversed": f"reversed {REVERSED_LAYER['num_heads']} heads",
     }
     mq, tq = quantiles(timed.seconds["ours"]), quantiles(timed.seconds["theirs"])
     return {
@@ -339,6 +356,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--official: there is no official code of 'halo'; it is timed against timm's layer")
     if args.name == "ulsam" and args.official:
         raise UserError("--official: the official code of 'ulsam' has no licence; it is timed against a loop like it")
+    if args.name == "reversed" and args.official:
+        raise UserError("--official: there is no official code of 'reversed'; it is timed against its plain form")
     if args.name not in SIDES:
         resolve_models([args.name])
     resolve_device(args.device)

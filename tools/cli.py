@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("train", "train a classifier with the options of timm's training script"),
     "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix of a trained classifier"),
     "show": ("show", "draw what a model attends to in an image"),
+    "dependency": ("dependency", "draw the tree, parts and saliency that a dependencyvit_* model sees in an image"),
     "bench": ("bench", "time a family against its official code or the plain reference, alternating"),
     "env": ("env", "versions, devices and which backends are usable, for bug reports"),
 }
@@ -33,7 +34,7 @@ def usage() -> str:
     """Help text of the bare command."""
     import vizoo
 
-    rows = "\n".join(f"  {name:9s}{text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:12s}{text}" for name, (_, text) in COMMANDS.items())
     title = f"vizoo {vizoo.__version__}: vision backbones on the timm interface"
     return f"{title}\n\nusage: vizoo COMMAND [options]\n\n{rows}\n\n{EXAMPLES}"
 

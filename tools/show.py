@@ -49,10 +49,7 @@ def _show(argv: list[str]) -> int:
     names = resolve_models([args.model])
     if len(names) != 1:
         raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
-    if Path(args.out).suffix != ".png":
-        raise UserError(f"--out {args.out!r}: the ending must be .png")
-    if not Path(args.out).resolve().parent.is_dir():
-        raise UserError(f"--out {args.out!r}: no such folder")
+    check_png(args.out)
     if not args.checkpoint and not args.pretrained:
         raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
     kwargs: dict[str, Any] = dict(args.model_kwargs)
@@ -62,20 +59,58 @@ def _show(argv: list[str]) -> int:
     if not hasattr(model, "attention_maps"):
         raise UserError(f"--model {args.model!r} has no attention maps to draw; allowed: medusa_*")
     data = resolve_data_config({}, model=model)
-    chans, size = data["input_size"][0], args.img_size or data["input_size"][-1]
-    try:
-        image = read_image(args.image, "L" if chans == 1 else "RGB", args.window)
-    except (UnreadableImage, ImportError) as e:
-        raise UserError(f"IMAGE {args.image!r}: {e}") from None
-    x = pil_to_tensor(image).float()[None] / 255
-    scale = size / min(x.shape[2:])
-    height, width = (max(1, round(n * scale)) for n in x.shape[2:])
-    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    x, normed = read_input(args.image, data, args.img_size, args.window)
     with torch.inference_mode():
-        whole, local = model.attention_maps(normalize(x, data["mean"][:chans], data["std"][:chans]))
+        whole, local = model.attention_maps(normed)
     draw_attention(x[0], whole[0], [m[0] for m in local], Path(args.out), f"{names[0]}\n{Path(args.image).name}")
-    print(f"{args.out}: global map and {len(local)} maps of {names[0]} over {args.image}, {height}x{width}")
+    size = "x".join(map(str, x.shape[2:]))
+    print(f"{args.out}: global map and {len(local)} maps of {names[0]} over {args.image}, {size}")
     return 0
+
+
+def check_png(out: str) -> None:
+    """Say before anything is computed when a picture cannot be written to ``out``.
+
+    Args:
+        out: Of ``--out``.
+
+    Raises:
+        UserError: If it is no PNG file, or its folder is missing.
+    """
+    if Path(out).suffix != ".png":
+        raise UserError(f"--out {out!r}: the ending must be .png")
+    if not Path(out).resolve().parent.is_dir():
+        raise UserError(f"--out {out!r}: no such folder")
+
+
+def read_input(
+    path: str, data: dict[str, Any], size: int | None, window: Sequence[float] | None, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read an image at the scale that a model takes it.
+
+    Args:
+        path: Of the image.
+        data: The model's data configuration.
+        size: Shorter side in pixels; None means the model's.
+        window: Centre and width of the values of 16-bit gray and DICOM files.
+        multiple: Both sides are rounded to a multiple of this.
+
+    Returns:
+        ``[1, C, H, W]`` from 0 to 1, and the same normalised for the model.
+
+    Raises:
+        UserError: If the image cannot be read.
+    """
+    chans, size = data["input_size"][0], size or data["input_size"][-1]
+    try:
+        image = read_image(path, "L" if chans == 1 else "RGB", (window[0], window[1]) if window else None)
+    except (UnreadableImage, ImportError) as e:
+        raise UserError(f"IMAGE {path!r}: {e}") from None
+    x = pil_to_tensor(image).float()[None] / 255
+    scale = size / min(x.shape[2:]) / multiple
+    height, width = (max(1, round(n * scale)) * multiple for n in x.shape[2:])
+    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return x, normalize(x, data["mean"][:chans], data["std"][:chans])
 
 
 def draw_attention(

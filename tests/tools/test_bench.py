@@ -113,6 +113,16 @@ def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
     assert "needs --threads 1" in capsys.readouterr().err
 
 
+def test_reversed_attention(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["reversed", "--size", "5", "--mode", "train", "--rounds", "1", "--threads", "1"]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    (row,) = rows_of(out)
+    assert [row[k] for k in ("name", "peer", "shape")] == ["reversed 3 heads", "plain", "25x96"]
+    assert bench.main([*words, "--official", str(tmp_path)]) == 2
+    assert "--official: there is no official code of 'reversed'" in capsys.readouterr().err
+
+
 def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
     build = bench.build_sides
 

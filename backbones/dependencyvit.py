@@ -1,0 +1,745 @@
+"""DependencyViT: plain vision transformer with reversed attention, whose messages make a tree of the tokens.
+
+Paper: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", M. Ding, Y. Shen, L. Fan,
+Z. Chen, Z. Chen, P. Luo, J. Tenenbaum, C. Gan, CVPR 2023, https://arxiv.org/abs/2304.03282.
+
+This is a reconstruction.  No official code or weights were released (github.com/dingmyu/DependencyViT holds a licence
+only).  It follows the paper's abstract and Figure 2 and an independent re-implementation with untrained weights (draft
+pull request 2062 of pytorch-image-models, by an author who had the paper's appendix and reports about 2 % less than the
+paper).  **No accuracy of the paper is claimed for these models.**
+
+What neither source says is our choice, and an argument: biases of the message controller and an open gate at the start
+(``gate_bias``, ``gate_init``), how messages enter the pooling (``message_pool``), what the Lite models prune by
+(``prune_score``), where and how much (``prune_blocks``, ``prune_ratio``), LayerScale (``init_values``).  Also ours:
+messages are kept as logarithms in float32; pruned tokens are counted from the original number of tokens, so that
+rounding does not add up; kept tokens stay in order; maps show a pruned token in its last state; the small Lite model;
+the tree parser in ``layers/dependency.py``.  Attention dropout, which the re-implementation offers, is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    is_exporting,
+    register_notrace_function,
+    register_notrace_module,
+    resample_abs_pos_embed_nhwc,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from .layers import Dependency, FeatureGetter, ReversedAttention
+from .ops.reversed_attention import dependency_mask
+
+__all__ = ["DependencyViT"]
+
+MESSAGE_POOLS = ("message", "message_mean", "avg")
+_norm_layer = partial(LayerNorm, eps=1e-6)
+
+
+@register_notrace_function
+def position_map(pos_embed: Tensor, H: int, W: int) -> Tensor:
+    """Position embedding ``[1, h, w, C]`` at ``H x W`` tokens."""
+    if pos_embed.shape[1] == H and pos_embed.shape[2] == W:
+        return pos_embed
+    return resample_abs_pos_embed_nhwc(pos_embed, [H, W])
+
+
+def put_back(x: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
+    """Put tokens ``[B, K, C]`` at their positions ``[B, K]`` of a map ``[B, H, W, C]``; None stands for all of it."""
+    if index is None:
+        return x.reshape(dense.shape)
+    place = index.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    return dense.flatten(1, 2).scatter(1, place, x.to(dense.dtype)).reshape(dense.shape)
+
+
+@register_notrace_module
+class DenseMap(nn.Module):
+    """The map of all tokens: those that are left, and every pruned one in its last state."""
+
+    def forward(self, x: Tensor, log_message: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
+        """Tokens ``[B, K, C]``, messages and positions ``[B, K]``, earlier states ``[B, H, W, C]`` -> the last."""
+        return put_back(x, index, dense)
+
+
+@register_notrace_module
+class WeightedMap(nn.Module):
+    """The map of the tokens that are left, weighted so that its plain average is the pooling by messages.
+
+    Pruned tokens are zero.
+
+    Args:
+        message_pool: ``message``: the average is ``sum_i M_i x_i / sum_i M_i``; ``message_mean``: ``mean_i M_i x_i``;
+            ``avg``: ``mean_i x_i``; each over the tokens that are left.
+    """
+
+    message_pool: torch.jit.Final[str]
+
+    def __init__(self, message_pool: str = "message"):
+        super().__init__()
+        if message_pool not in MESSAGE_POOLS:
+            raise ValueError(f"got message_pool={message_pool!r}, need one of {', '.join(map(repr, MESSAGE_POOLS))}")
+        self.message_pool = message_pool
+
+    def forward(self, x: Tensor, log_message: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
+        """Tokens ``[B, K, C]``, messages and positions ``[B, K]``, any map ``[B, H, W, C]`` -> the last."""
+        total = dense.shape[1] * dense.shape[2]
+        if self.message_pool == "message":
+            weight = log_message.softmax(-1) * total
+        elif self.message_pool == "message_mean":
+            weight = log_message.exp() * (total / x.shape[1])
+        else:
+            weight = torch.full_like(log_message, total / x.shape[1])
+        x = (x * weight.unsqueeze(-1)).to(x.dtype)
+        return put_back(x, index, torch.zeros_like(dense, dtype=x.dtype))
+
+
+@register_notrace_module  # counts by the size of its input
+class TokenPruning(nn.Module):
+    """Keep the tokens with the highest scores, in the order of the image.
+
+    Args:
+        pruned: Share of the original tokens that is gone afterwards: ``floor(N * (1 - pruned))`` stay, at least one.
+    """
+
+    def __init__(self, pruned: float):
+        super().__init__()
+        self.kept = 1.0 - pruned
+
+    def extra_repr(self) -> str:
+        """Share that is kept for ``print(model)``."""
+        return f"kept={self.kept:g}"
+
+    def forward(
+        self,
+        x: Tensor,
+        score: Tensor,
+        log_message: Tensor,
+        index: Tensor | None,
+        dense: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Prune.
+
+        Args:
+            x: Tokens ``[B, K, C]``.
+            score: Ranks them ``[B, K]``; of equals the lower position stays.
+            log_message: Logarithm of their messages ``[B, K]``.
+            index: Their positions ``[B, K]``, ascending; None when all are there.
+            dense: Map of the earlier states ``[B, H, W, C]``.
+
+        Returns:
+            Tokens ``[B, k, C]``, logarithm of messages and positions ``[B, k]`` of those that stay; the map with the
+            states of all that came in.
+        """
+        count = max(1, int(dense.shape[1] * dense.shape[2] * self.kept + 1e-9))
+        if is_exporting():  # ONNX has no stable sort, but its own puts the lower of equals first
+            order = torch.sort(score.detach(), dim=1, descending=True)[1]
+        else:
+            order = torch.sort(score.detach(), stable=True, dim=1, descending=True)[1]
+        order = order[:, :count].sort(dim=1)[0]
+        dense = put_back(x, index, dense)
+        index = order if index is None else index.gather(1, order)
+        x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        return x, log_message.gather(1, order), index, dense
+
+
+class Block(nn.Module):
+    """Pre-norm block of reversed attention and feed-forward network, with pruning in between in the Lite models.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden channels of the feed-forward network over ``dim``.
+        qkv_bias: Bias of the query, key and value projection.
+        tau: Temperature of the head selector.
+        gate_bias: Biases of the message controller.
+        gate_init: What its last bias starts from.
+        pruned: Share of the original tokens that is gone after this block; 0 for a block that keeps all.
+        prune_score: What they are ranked by: ``message`` or ``received``.
+        init_values: What LayerScale starts from; 0 or None leaves it out (timm's ``create_model`` drops None).
+        drop_path: Stochastic depth rate of both branches.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        tau: float = 0.1,
+        gate_bias: bool = True,
+        gate_init: float = 4.0,
+        pruned: float = 0.0,
+        prune_score: str = "message",
+        init_values: float | None = 1e-6,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = _norm_layer(dim, **dd)
+        self.attn = ReversedAttention(
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            tau=tau,
+            gate_bias=gate_bias,
+            gate_init=gate_init,
+            score=prune_score if pruned else "message",
+            **dd,
+        )
+        self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.prune: nn.Module | None = TokenPruning(pruned) if pruned else None
+        self.norm2 = _norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.ls2 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.recorded: tuple[Tensor, Tensor | None, tuple[int, int]] | None = None  # messages, positions, map size
+
+    def forward(
+        self,
+        x: Tensor,
+        log_message: Tensor | None,
+        index: Tensor | None,
+        dense: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Run the block.
+
+        Args:
+            x: Tokens ``[B, K, C]``.
+            log_message: Logarithm of their messages ``[B, K]``; None in the first block.
+            index: Their positions ``[B, K]``; None when all are there.
+            dense: Map of the states of pruned tokens ``[B, H, W, C]``; elsewhere its values mean nothing.
+
+        Returns:
+            The same four after the block.
+        """
+        out, message, score = self.attn(self.norm1(x), log_message)
+        x = x + self.drop_path1(self.ls1(out))
+        if self.attn.record and not torch.jit.is_scripting():
+            self.recorded = (message.detach(), index, (dense.shape[1], dense.shape[2]))
+        if self.prune is not None:
+            x, message, index, dense = self.prune(x, score, message, index, dense)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, message, index, dense
+
+
+class DependencyViT(nn.Module):
+    """Plain vision transformer with reversed attention, without class token; one stride, 16 by default.
+
+    ``forward_features`` gives the map whose plain average is the pooling by messages, so timm's pooling needs no state.
+
+    Args:
+        img_size: Image size that the position embedding is made for.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``''`` for an unpooled map.
+        embed_dim: Channels.
+        depth: Blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden channels of the feed-forward networks over ``embed_dim``.
+        qkv_bias: Bias of the query, key and value projections.
+        init_values: What LayerScale starts from; 0 or None leaves it out (timm's ``create_model`` drops None).
+        tau: Temperature of the head selector.
+        gate_bias: Biases of the message controllers.
+        gate_init: What their last biases start from; 4 opens the gates.
+        message_pool: Weights of the tokens in the map: ``message``, ``message_mean`` or ``avg``, see
+            :class:`WeightedMap`.
+        prune_blocks: Blocks, counted from 1, after whose attention tokens are pruned.
+        prune_ratio: Share of the original tokens that goes each time.
+        prune_score: Which go: those of the smallest ``message``, or of the least mass ``received`` in that block.
+        dynamic_img_size: Accept any image size: positions are interpolated, images padded to whole patches.
+        dense_taps: Compute the maps of the modules ``taps`` in every pass, where tokens are pruned; feature wrappers
+            that hook modules need it, ``features_only`` takes care.  Without pruning they cost nothing.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    dynamic_img_size: torch.jit.Final[bool]
+    dense_taps: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        init_values: float | None = 1e-6,
+        tau: float = 0.1,
+        gate_bias: bool = True,
+        gate_init: float = 4.0,
+        message_pool: str = "message",
+        prune_blocks: Sequence[int] = (),
+        prune_ratio: float = 0.16,
+        prune_score: str = "message",
+        dynamic_img_size: bool = True,
+        dense_taps: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if list(prune_blocks) != sorted(set(prune_blocks).intersection(range(1, depth + 1))):
+            raise ValueError(f"got prune_blocks={tuple(prune_blocks)}, need rising numbers from 1 to depth={depth}")
+        if prune_blocks and not 0 < prune_ratio * len(prune_blocks) < 1:
+            raise ValueError(
+                f"got prune_ratio={prune_ratio} for {len(prune_blocks)} prunings, need above 0 and below "
+                f"1/{len(prune_blocks)}, so that tokens are left"
+            )
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+        self.num_features = embed_dim
+        self.depth = depth
+        self.dynamic_img_size = dynamic_img_size
+        self.dense_taps = dense_taps or not prune_blocks
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,  # type: ignore[arg-type]
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            output_fmt="NHWC",
+            strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_size,
+            **dd,
+        )
+        self.pos_embed = nn.Parameter(torch.empty(1, *self.patch_embed.grid_size, embed_dim, **dd))
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        pruned = {block: prune_ratio * (i + 1) for i, block in enumerate(prune_blocks)}
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                tau=tau,
+                gate_bias=gate_bias,
+                gate_init=gate_init,
+                pruned=pruned.get(i + 1, 0.0),
+                prune_score=prune_score,
+                init_values=init_values,
+                drop_path=rates[i],
+                **dd,
+            )
+            for i in range(depth)
+        )
+        self.taps = nn.ModuleList(DenseMap() for _ in range(depth))
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": embed_dim, "reduction": reduction, "module": f"taps.{i}"} for i in range(depth)
+        ]
+        self.norm: nn.Module = _norm_layer(embed_dim, **dd)
+        self.to_map: nn.Module = WeightedMap(message_pool)
+        self.head = ClassifierHead(
+            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal for linear layers and positions, open gates.
+
+        Args:
+            needs_reset: First give every layer PyTorch's default, as after ``to_empty()``.
+        """
+        for module in self.modules():
+            if needs_reset and module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            block.attn.message_controller.open_gate()  # type: ignore[union-attr, operator]
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay would only shrink."""
+        return {"pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that order the parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^patch_embed|^pos_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 removes it.
+            global_pool: Pooling as in the constructor; None keeps the current one.
+        """
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.num_classes = num_classes
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size that positions are made for, or the patch size: parameters are resampled.
+
+        Args:
+            img_size: Side, or height and width, in pixels; None keeps it.
+            patch_size: Side, or height and width, of a patch; None keeps it.
+
+        Raises:
+            ValueError: If a patch is larger than the image, or a side is below 1.
+        """
+        size = to_2tuple(img_size or self.patch_embed.img_size)
+        patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        if min(patch) < 1 or size[0] < patch[0] or size[1] < patch[1]:
+            raise ValueError(f"got img_size={img_size} and patch_size={patch_size}, need images of at least one patch")
+        self.patch_embed.set_input_size(img_size=size, patch_size=patch)
+        if self.pos_embed.shape[1:3] != self.patch_embed.grid_size:
+            resampled = position_map(self.pos_embed.detach(), *self.patch_embed.grid_size)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        update_model_input_size(self, size, patch_size=patch_size)
+
+    @torch.jit.ignore
+    def set_record_dependency(self, enable: bool = True) -> None:
+        """Keep what :meth:`get_dependency` needs of every later pass: queries, keys and weights, no ``N x N`` matrix.
+
+        Args:
+            enable: False stops and forgets.
+        """
+        for block in self.blocks:
+            block.attn.record = enable  # type: ignore[union-attr, assignment]
+            block.attn.recorded = block.recorded = None  # type: ignore[union-attr, assignment]
+
+    @torch.jit.ignore
+    def get_dependency(self, layers: int | Sequence[int] | None = None) -> Dependency:
+        """Soft dependency masks of the last pass after :meth:`set_record_dependency`, made now, one head at a time.
+
+        Args:
+            layers: Blocks, counted from 0, negative from the end; a number ``k`` means the last ``k``, None all.
+
+        Returns:
+            Masks, messages and how far each token came, at the positions of the whole map.
+
+        Raises:
+            ValueError: If nothing is recorded, or ``layers`` is out of range.
+        """
+        records = [(block.attn.recorded, block.recorded) for block in self.blocks]  # type: ignore[union-attr]
+        if any(sent is None or state is None for sent, state in records):
+            raise ValueError("nothing is recorded: call set_record_dependency(True), then run the model")
+        depth = len(records)
+        last = depth if layers is None else layers
+        chosen = list(range(-last, 0) if isinstance(last, int) else last)
+        if not chosen or any(i not in range(-depth, depth) for i in chosen):
+            raise ValueError(
+                f"got layers={layers}, need 1 to {depth}, or a list of numbers from {-depth} to {depth - 1}"
+            )
+        masks: dict[int, Tensor] = {}
+        message = reached = None
+        for i, (sent, state) in enumerate(records):
+            q, k, weight = sent  # type: ignore[misc]
+            log_message, index, (H, W) = state  # type: ignore[misc]
+            B = log_message.shape[0]
+            if index is None:
+                index = torch.arange(H * W, device=q.device).expand(B, -1)
+            if message is None or reached is None:
+                message, reached = log_message.new_zeros(B, H * W), index.new_zeros(B, H * W)
+            message = message.scatter(1, index, log_message.exp())
+            reached = reached.scatter(1, index, i + 1)
+            if {i, i - depth}.intersection(chosen):
+                mask = dependency_mask(q, k, weight)
+                rows = mask.new_zeros(B, H * W, mask.shape[2]).scatter(1, index.unsqueeze(2).expand_as(mask), mask)
+                columns = index.unsqueeze(1).expand_as(rows)
+                masks[i] = rows.new_zeros(B, H * W, H * W).scatter(2, columns, rows)
+        assert message is not None and reached is not None
+        return Dependency(torch.stack([masks[i % depth] for i in chosen], 1), message, reached, (H, W))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to tokens with positions ``[B, H, W, C]``."""
+        x = self.patch_embed(x)
+        if self.dynamic_img_size:
+            return x + position_map(self.pos_embed, x.shape[1], x.shape[2])
+        return x + self.pos_embed
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the blocks as maps, pruned tokens in their last state.
+
+        Args:
+            x: Images ``[B, in_chans, height, width]``.
+            indices: Blocks: all for None, the last ``k`` for a number ``k``, else those listed, in network order.
+            norm: Apply the final norm to the feature of the last block.
+            stop_early: Leave out the blocks after the last one listed.
+            output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
+            intermediates_only: Return the features alone.
+
+        Returns:
+            The features; unless ``intermediates_only``, also the final map in front of them.
+
+        Raises:
+            ValueError: If ``output_fmt`` is something else.
+        """
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"got output_fmt={output_fmt}, need 'NCHW', 'NHWC' or 'NLC'")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        features: list[Tensor] = []
+        dense = self._embed(x)
+        x = dense.flatten(1, 2)
+        log_message: Tensor | None = None
+        index: Tensor | None = None
+        last = 0
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript would compile both sides
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            last = i
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, log_message, index, dense = checkpoint(block, x, log_message, index, dense)
+            else:
+                x, log_message, index, dense = block(x, log_message, index, dense)
+            if i in take_indices:
+                feature = put_back(x, index, dense)
+                if norm and i == self.depth - 1:
+                    feature = self.norm(feature)
+                if output_fmt == "NCHW":
+                    feature = feature.permute(0, 3, 1, 2).contiguous()
+                elif output_fmt == "NLC":
+                    feature = feature.flatten(1, 2)
+                features.append(feature)
+        if intermediates_only:
+            return features
+        if last == self.depth - 1:
+            return self._finish(x, log_message, index, dense), features
+        return put_back(x, index, dense), features
+
+    def _finish(
+        self,
+        x: Tensor,
+        log_message: Tensor | None,
+        index: Tensor | None,
+        dense: Tensor,
+    ) -> Tensor:
+        assert log_message is not None
+        return self.to_map(self.norm(x), log_message, index, dense)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features of ``indices`` do not need; without its norm the final map is the last block's.
+
+        Args:
+            indices: Blocks to keep the features of, as in :meth:`forward_intermediates`.
+            prune_norm: Remove the final norm and the weights by messages.
+            prune_head: Remove the classifier.
+
+        Returns:
+            The blocks as positive numbers.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        prune_end = max_index < len(self.blocks) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+            self.to_map = DenseMap().train(self.training)
+        self.blocks = self.blocks[: max_index + 1]
+        self.taps = self.taps[: max_index + 1]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to the normed, weighted map ``[B, H, W, num_features]``."""
+        dense = self._embed(x)
+        x = dense.flatten(1, 2)
+        log_message: Tensor | None = None
+        index: Tensor | None = None
+        for block, tap in zip(self.blocks, self.taps):  # noqa: B905 - TorchScript knows no strict
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, log_message, index, dense = checkpoint(block, x, log_message, index, dense)
+            else:
+                x, log_message, index, dense = block(x, log_message, index, dense)
+            if self.dense_taps:
+                tap(x, log_message, index, dense)
+        return self._finish(x, log_message, index, dense)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map ``[B, H, W, num_features]`` to logits, or to the pooled features with ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to logits ``[B, num_classes]``."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoints of another image or patch size, resampled to those of the model.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    for container in ("model", "state_dict"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    positions: Any = model.pos_embed
+    if "pos_embed" in state_dict:
+        state_dict["pos_embed"] = position_map(state_dict["pos_embed"], *positions.shape[1:3])
+    patches: Any = model.get_parameter("patch_embed.proj.weight")
+    weight = state_dict.get("patch_embed.proj.weight")
+    if weight is not None and weight.shape[2:] != patches.shape[2:]:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(weight, list(patches.shape[2:]))
+    return state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "description": "Reconstruction from the paper's description; no official code or weights exist.",
+        "paper_name": "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention",
+        "paper_ids": "arXiv:2304.03282",
+        **kwargs,
+    }
+
+
+_test_cfg = _cfg(input_size=(3, 96, 96), pool_size=(6, 6), crop_pct=1.0)
+default_cfgs = generate_default_cfgs(
+    {
+        "dependencyvit_tiny.untrained": _cfg(),
+        "dependencyvit_small.untrained": _cfg(),
+        "dependencyvit_lite_tiny.untrained": _cfg(),
+        "dependencyvit_lite_small.untrained": _cfg(),
+        "test_dependencyvit.untrained": _test_cfg,
+        "test_dependencyvit_lite.untrained": _test_cfg,
+    }
+)
+
+_LITE = {"prune_blocks": (2, 5, 8, 11)}
+_SMALL = {"embed_dim": 384}
+# LayerScale of 1, so that tests see what the blocks do
+_TEST: dict[str, Any] = {"img_size": 96, "embed_dim": 40, "depth": 4, "num_heads": 4, "init_values": 1.0}
+
+
+def _create_dependencyvit(variant: str, pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    depth = kwargs.get("depth", 12)
+    if kwargs.get("features_only") and kwargs.get("feature_cls", "getter") in ("hook", "fx"):
+        kwargs.setdefault("dense_taps", True)
+    quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
+    return build_model_with_cfg(
+        DependencyViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": quarters, "feature_cls": FeatureGetter},
+        **kwargs,
+    )
+
+
+@register_model
+def test_dependencyvit(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """Tiny DependencyViT for tests."""
+    return _create_dependencyvit("test_dependencyvit", pretrained, **{**_TEST, **kwargs})
+
+
+@register_model
+def test_dependencyvit_lite(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """Tiny DependencyViT-Lite for tests."""
+    model_args = {**_TEST, "prune_blocks": (1, 3)}
+    return _create_dependencyvit("test_dependencyvit_lite", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def dependencyvit_tiny(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """DependencyViT-T."""
+    return _create_dependencyvit("dependencyvit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dependencyvit_small(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """DependencyViT-S."""
+    return _create_dependencyvit("dependencyvit_small", pretrained, **{**_SMALL, **kwargs})
+
+
+@register_model
+def dependencyvit_lite_tiny(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """DependencyViT-Lite-T: 16 % of the tokens go after the attention of blocks 2, 5, 8 and 11."""
+    return _create_dependencyvit("dependencyvit_lite_tiny", pretrained, **{**_LITE, **kwargs})
+
+
+@register_model
+def dependencyvit_lite_small(pretrained: bool = False, **kwargs: Any) -> DependencyViT:
+    """DependencyViT-Lite-S, pruned likewise."""
+    return _create_dependencyvit("dependencyvit_lite_small", pretrained, **{**_LITE, **_SMALL, **kwargs})

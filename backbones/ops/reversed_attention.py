@@ -1,0 +1,661 @@
+"""Reversed attention: every token sends its value, weighted, to the tokens it attends to (DependencyViT).
+
+    S[i, j] = scale * q_i . k_j               i: sender, child; j: receiver, parent
+    F[i, j] = softmax over receivers j of S[i, j]
+    out_j   = sum over senders i of F[i, j] * weight_i * v_i
+
+Ordinary attention gathers with ``F @ v``; this scatters with ``F^T``, which is not normalised again.  With ``h`` heads
+it costs ``2 B h N^2 d`` multiply-accumulates.  The weights only scale the values, so everything below works on
+``u = weight * v`` and ``out = F^T u``:
+
+    d u_i  = sum_j F[i, j] dout_j             ordinary attention with dout as values
+    d S_ij = F[i, j] * (u_i . dout_j - u_i . d u_i)
+
+No form but the folded eager one keeps an ``N x N`` matrix.  ``blocks`` goes through the senders in blocks whose scores
+fit a CPU's cache.  ``sdpa`` is exact on every backend of PyTorch: attention ``F z`` is linear in ``z`` and pulls a
+cotangent ``u`` back to ``F^T u``, so the forward pass is that pull-back, and the backward pass is attention over
+``dout`` and its own pull-back of ``u``.  The Triton kernels hold whole rows of scores in registers up to 256 tokens,
+with no second pass; above, tiles, with the log-sum of each sender from a pass of its own.  All sums run in a fixed
+order.  There is no second derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import HAS_TRITON, INTERPRETED, on_device, use_triton, without_autocast
+from ._cost import Cost, register_cost
+
+BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
+EAGER_SCORES = 2**19  # up to here inference is as fast in plain operators, without the call of an operator
+MAX_HEAD_SIZE = 128  # of the Triton kernels
+ROW_TOKENS, ROW_HEAD_SIZE = 256, 64  # up to these sizes whole rows of scores and a whole head stay on the chip
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, need one shape [B, h, N, d]")
+    if q.shape[2] < 1 or q.shape[3] < 1:
+        raise ValueError(f"got q {list(q.shape)}, need at least one token and one channel")
+    if weight is not None and weight.shape != q.shape[:3]:
+        raise ValueError(f"got weight {list(weight.shape)}, need [B, h, N] = {list(q.shape[:3])}")
+
+
+def _score_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _factor(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1]) ** -0.5 if scale is None else scale
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """Of every sender over the receivers: ``[..., N, N]`` in float32, or float64 when ``q`` is float64."""
+    dtype = _score_dtype(q)
+    return ((q.to(dtype) * _factor(q, scale)) @ k.to(dtype).transpose(-2, -1)).softmax(-1)
+
+
+def _written_form(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float | None) -> Tensor:
+    received = _probabilities(q, k, scale).to(v.dtype).transpose(-2, -1)  # [B, h, receiver, sender]
+    if weight is not None:
+        received = received * weight.to(v.dtype).unsqueeze(-2)
+    return received @ v
+
+
+def reference_reversed_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Reversed attention as it is written: softmax over receivers, transpose, weight each sender, sum over senders.
+
+    Scores and softmax are computed in float32, or in float64 when ``q`` is float64.
+
+    Args:
+        q: Queries of the senders ``[B, h, N, d]``.
+        k: Keys of the receivers, same shape.
+        v: Values of the senders, same shape.
+        weight: Weights of the senders ``[B, h, N]``; None means 1.
+        scale: Factor of the scores; None means ``d ** -0.5``.
+
+    Returns:
+        ``[B, h, N, d]`` in the dtype of ``v``: what each receiver collects.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+    """
+    _check(q, k, v, weight)
+    if not torch.jit.is_scripting():
+        with without_autocast(v):
+            return _written_form(q, k, v, weight, scale)
+    return _written_form(q, k, v, weight, scale)
+
+
+def dependency_mask(q: Tensor, k: Tensor, weight: Tensor, scale: float | None = None) -> Tensor:
+    """Soft dependency mask: what every receiver gets from every sender, summed over the heads, one head at a time.
+
+    Column ``i`` sums to the sum over heads of ``weight[:, :, i]``.
+
+    Args:
+        q: Queries of the senders ``[B, h, N, d]``.
+        k: Keys of the receivers, same shape.
+        weight: Weights of the senders ``[B, h, N]``.
+        scale: Factor of the scores; None means ``d ** -0.5``.
+
+    Returns:
+        ``[B, N (receiver, parent), N (sender, child)]`` in float32, or in float64 when ``q`` is float64.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+    """
+    _check(q, k, q, weight)
+    with without_autocast(q):
+        mask = q.new_zeros(q.shape[0], q.shape[2], q.shape[2], dtype=_score_dtype(q))
+        for head in range(q.shape[1]):
+            sent = _probabilities(q[:, head], k[:, head], scale) * weight[:, head].to(mask.dtype).unsqueeze(-1)
+            mask = mask + sent.transpose(-2, -1)
+    return mask
+
+
+def _fold(v: Tensor, weight: Tensor | None) -> Tensor:
+    """Values times weights, in float32 at least: so is then the sum that the gradient of a weight is."""
+    return v if weight is None else (v * weight.unsqueeze(-1).to(_score_dtype(v))).to(v.dtype)
+
+
+def _folded_form(q: Tensor, k: Tensor, u: Tensor, scale: float) -> Tensor:
+    return _probabilities(q, k, scale).to(u.dtype).transpose(-2, -1) @ u
+
+
+def _blocks(heads: int, N: int) -> tuple[int, int]:
+    """Heads and senders of a block."""
+    scores = BLOCK_SCORES * torch.get_num_threads()
+    if scores <= N * N:
+        return 1, min(N, max(16, scores // N))
+    return min(heads, max(1, scores // (N * N))), N
+
+
+def _stacked(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """``[B, h, N, d]`` -> contiguous ``[B * h, N, d]`` in ``dtype``."""
+    return [t.to(dtype).reshape(-1, t.shape[2], t.shape[3]).contiguous() for t in tensors]
+
+
+def _blocks_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> Tensor:
+    shape, dtype = u.shape, u.dtype
+    q, k, u = _stacked(_score_dtype(q), q, k, u)
+    heads, N, _ = q.shape
+    group, rows = _blocks(heads, N)
+    q = q * scale
+    out = torch.zeros_like(u)
+    for b in range(0, heads, group):
+        keys, part = k[b : b + group].transpose(1, 2), out[b : b + group]
+        for i in range(0, N, rows):
+            p = torch.bmm(q[b : b + group, i : i + rows], keys).softmax(-1).transpose(1, 2)
+            part.baddbmm_(p, u[b : b + group, i : i + rows])
+    return out.reshape(shape).to(dtype)
+
+
+def _blocks_backward(dout: Tensor, q: Tensor, k: Tensor, u: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape, dtypes = u.shape, (q.dtype, k.dtype, u.dtype)
+    q, k, u, dout = _stacked(_score_dtype(q), q, k, u, dout)
+    heads, N, _ = q.shape
+    group, rows = _blocks(heads, N)
+    q = q * scale
+    dq, dk, du = torch.empty_like(q), torch.zeros_like(k), torch.empty_like(u)
+    for b in range(0, heads, group):
+        keys, grads, part = k[b : b + group], dout[b : b + group], dk[b : b + group]
+        for i in range(0, N, rows):
+            block = (slice(b, b + group), slice(i, i + rows))
+            p = torch.bmm(q[block], keys.transpose(1, 2)).softmax(-1)
+            du[block] = torch.bmm(p, grads)
+            delta = (u[block] * du[block]).sum(-1, keepdim=True)
+            ds = torch.bmm(u[block], grads.transpose(1, 2)).sub_(delta).mul_(p)
+            dq[block] = torch.bmm(ds, keys)
+            part.baddbmm_(ds.transpose(1, 2), q[block])
+    dq, dk, du = (t.reshape(shape).to(dtype) for t, dtype in zip((dq.mul_(scale), dk, du), dtypes, strict=True))
+    return dq, dk, du
+
+
+def _sdpa_pull(q: Tensor, k: Tensor, z: Tensor, u: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention over ``z``, and its gradients of ``q``, ``k`` and ``z`` for the cotangent ``u``."""
+    common = torch.promote_types(q.dtype, u.dtype)
+    with torch.inference_mode(False), torch.enable_grad():
+        # tensors made in inference mode cannot be differentiated, their copies can
+        leaves = [(t.clone() if t.is_inference() else t.detach()).to(common).requires_grad_() for t in (q, k, z)]
+        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=scale)
+        return out.detach(), torch.autograd.grad(out, leaves, u.to(common))
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    LOG2E = tl.constexpr(1.4426950408889634)
+
+    def row_configs() -> list[triton.Config]:
+        """Senders per step and warps of the row kernels; one under the interpreter, which cannot tune."""
+        choices = [(32, 4)] if INTERPRETED else [(16, 4), (32, 4), (32, 8)]
+        return [triton.Config({"BLOCK_I": i}, num_warps=w) for i, w in choices]
+
+    def tile_configs() -> list[triton.Config]:
+        """Senders and receivers of a tile, and warps; one under the interpreter."""
+        choices = [(32, 64, 4)] if INTERPRETED else [(64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8)]
+        return [triton.Config({"BLOCK_I": i, "BLOCK_J": j}, num_warps=w) for i, j, w in choices]
+
+    @triton.jit
+    def _load(ptr, n, stride, N, D: tl.constexpr, DP: tl.constexpr):
+        """Tokens ``n`` of one head: ``[len(n), DP]``, 0 outside."""
+        d = tl.arange(0, DP)
+        return tl.load(ptr + n[:, None] * stride + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+
+    @triton.jit
+    def _store(ptr, n, stride, N, value, D: tl.constexpr, DP: tl.constexpr):
+        d = tl.arange(0, DP)
+        p_value = ptr + n[:, None] * stride + d[None, :]
+        tl.store(p_value, value.to(ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def _products(a, b):
+        """Inner products of the tokens of two tiles: ``[len(a), len(b)]``."""
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+
+    @triton.jit
+    def _gradient_dot(ds, x, PRECISION: tl.constexpr):
+        """``ds @ x`` with float32 ``ds``: float16 would lose small gradients; half ``x`` is exact in tf32."""
+        return tl.dot(ds, x.to(tl.float32), input_precision=PRECISION)
+
+    @triton.autotune(configs=row_configs(), key=["NP", "DP"])
+    @triton.jit
+    def _rows_fwd_kernel(
+        q_ptr,
+        k_ptr,
+        u_ptr,
+        out_ptr,
+        lse_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        NP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+    ):
+        pid = tl.program_id(0).to(tl.int64)
+        q_head = pid // h * stride_qb + pid % h * stride_qh
+        u_head = (pid // h * N * h + pid % h) * D
+        j = tl.arange(0, NP)
+        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        acc = tl.zeros((NP, DP), tl.float32)
+        for start in range(0, N, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
+            s = tl.where((j < N)[:, None], _products(k, q) * (scale * LOG2E), float("-inf"))  # receiver, sender
+            peak = tl.max(s, 0)
+            p = tl.exp2(s - peak[None, :])
+            total = tl.sum(p, 0)
+            p = (p * (1.0 / total)[None, :]).to(u.dtype)
+            acc += tl.dot(p, u, input_precision="ieee")
+            tl.store(lse_ptr + pid * N + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
+        _store(out_ptr + u_head, j, h * D, N, acc, D, DP)
+
+    @triton.autotune(configs=row_configs(), key=["NP", "DP"])
+    @triton.jit
+    def _rows_bwd_kernel(
+        q_ptr,
+        k_ptr,
+        u_ptr,
+        dout_ptr,
+        lse_ptr,
+        dq_ptr,
+        dk_ptr,
+        du_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        PRECISION: tl.constexpr,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        NP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+    ):
+        pid = tl.program_id(0).to(tl.int64)
+        q_head = pid // h * stride_qb + pid % h * stride_qh
+        u_head = (pid // h * N * h + pid % h) * D
+        j = tl.arange(0, NP)
+        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+        dk = tl.zeros((NP, DP), tl.float32)
+        for start in range(0, N, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
+            lse = tl.load(lse_ptr + pid * N + i, mask=i < N, other=0.0)
+            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
+            p = tl.where((j < N)[:, None], p, 0.0)
+            dp = _products(dout, u)
+            ds = p * (dp - tl.sum(p * dp, 0)[None, :]) * scale
+            dk += _gradient_dot(ds, q, PRECISION)
+            du = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
+            _store(du_ptr + u_head, i, h * D, N, du, D, DP)
+            _store(dq_ptr + u_head, i, h * D, N, _gradient_dot(tl.trans(ds), k, PRECISION), D, DP)
+        _store(dk_ptr + u_head, j, h * D, N, dk, D, DP)
+
+    @triton.autotune(configs=tile_configs(), key=["DP"])
+    @triton.jit
+    def _tiles_lse_kernel(
+        q_ptr,
+        k_ptr,
+        lse_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_J: tl.constexpr,
+    ):
+        tiles = tl.cdiv(N, BLOCK_I)
+        pid = tl.program_id(0).to(tl.int64)
+        head = pid // tiles
+        q_head = head // h * stride_qb + head % h * stride_qh
+        i = pid % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+        q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+        peak = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_I,), tl.float32)
+        for start in range(0, N, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            s = _products(q, _load(k_ptr + q_head, j, stride_qn, N, D, DP)) * (scale * LOG2E)
+            s = tl.where((j < N)[None, :], s, float("-inf"))
+            higher = tl.maximum(peak, tl.max(s, 1))
+            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+            peak = higher
+        tl.store(lse_ptr + head * N + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
+
+    @triton.autotune(configs=tile_configs(), key=["DP"])
+    @triton.jit
+    def _tiles_fwd_kernel(
+        q_ptr,
+        k_ptr,
+        u_ptr,
+        out_ptr,
+        lse_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_J: tl.constexpr,
+    ):
+        tiles = tl.cdiv(N, BLOCK_J)
+        pid = tl.program_id(0).to(tl.int64)
+        head = pid // tiles
+        q_head = head // h * stride_qb + head % h * stride_qh
+        u_head = (head // h * N * h + head % h) * D
+        j = pid % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        acc = tl.zeros((BLOCK_J, DP), tl.float32)
+        for start in range(0, N, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
+            lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0)
+            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
+            acc += tl.dot(p.to(u.dtype), u, input_precision="ieee")
+        _store(out_ptr + u_head, j, h * D, N, acc, D, DP)
+
+    @triton.autotune(configs=tile_configs(), key=["DP"])
+    @triton.jit
+    def _tiles_bwd_senders_kernel(
+        q_ptr,
+        k_ptr,
+        u_ptr,
+        dout_ptr,
+        lse_ptr,
+        delta_ptr,
+        dq_ptr,
+        du_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        PRECISION: tl.constexpr,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_J: tl.constexpr,
+    ):
+        tiles = tl.cdiv(N, BLOCK_I)
+        pid = tl.program_id(0).to(tl.int64)
+        head = pid // tiles
+        q_head = head // h * stride_qb + head % h * stride_qh
+        u_head = (head // h * N * h + head % h) * D
+        i = pid % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+        q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+        u = _load(u_ptr + u_head, i, h * D, N, D, DP)
+        lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0) * LOG2E
+        du = tl.zeros((BLOCK_I, DP), tl.float32)
+        delta = tl.zeros((BLOCK_I,), tl.float32)
+        for start in range(0, N, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+            dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+            p = tl.exp2(_products(q, k) * (scale * LOG2E) - lse[:, None])  # sender, receiver; dout is 0 past the last
+            du += tl.dot(p.to(dout.dtype), dout, input_precision="ieee")
+            delta += tl.sum(p * _products(u, dout), 1)
+        dq = tl.zeros((BLOCK_I, DP), tl.float32)
+        for start in range(0, N, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+            dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+            p = tl.exp2(_products(q, k) * (scale * LOG2E) - lse[:, None])  # k is 0 past the last
+            dq += _gradient_dot(p * (_products(u, dout) - delta[:, None]) * scale, k, PRECISION)
+        _store(du_ptr + u_head, i, h * D, N, du, D, DP)
+        _store(dq_ptr + u_head, i, h * D, N, dq, D, DP)
+        tl.store(delta_ptr + head * N + i, delta, mask=i < N)
+
+    @triton.autotune(configs=tile_configs(), key=["DP"])
+    @triton.jit
+    def _tiles_bwd_receivers_kernel(
+        q_ptr,
+        k_ptr,
+        u_ptr,
+        dout_ptr,
+        lse_ptr,
+        delta_ptr,
+        dk_ptr,
+        h,
+        N,
+        stride_qb,
+        stride_qh,
+        stride_qn,
+        scale,
+        PRECISION: tl.constexpr,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_J: tl.constexpr,
+    ):
+        tiles = tl.cdiv(N, BLOCK_J)
+        pid = tl.program_id(0).to(tl.int64)
+        head = pid // tiles
+        q_head = head // h * stride_qb + head % h * stride_qh
+        u_head = (head // h * N * h + head % h) * D
+        j = pid % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+        dk = tl.zeros((BLOCK_J, DP), tl.float32)
+        for start in range(0, N, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
+            lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0)
+            delta = tl.load(delta_ptr + head * N + i, mask=i < N, other=0.0)
+            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
+            dk += _gradient_dot(p * (_products(dout, u) - delta[None, :]) * scale, q, PRECISION)
+        _store(dk_ptr + u_head, j, h * D, N, dk, D, DP)
+
+
+def _tokens_first(like: Tensor) -> Tensor:
+    """Empty ``[B, h, N, d]`` in the memory order ``[B, N, h, d]``, which the next linear layer takes as it is."""
+    B, h, N, D = like.shape
+    return torch.empty((B, N, h, D), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def _in_order(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _same_strides(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """``q`` and ``k`` as the kernels take them: equal strides, channels next to each other."""
+    return (q, k) if q.stride() == k.stride() and q.stride(3) == 1 else (_in_order(q), _in_order(k))
+
+
+def _sizes(q: Tensor, scale: float) -> tuple[bool, dict[str, object]]:
+    """Whether the row kernels take these sizes, and the arguments that all kernels share."""
+    D, N = q.shape[3], q.shape[2]
+    DP, NP = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (N - 1).bit_length())
+    strides = {"stride_qb": q.stride(0), "stride_qh": q.stride(1), "stride_qn": q.stride(2)}
+    rows = NP <= ROW_TOKENS and DP <= ROW_HEAD_SIZE
+    return rows, {"h": q.shape[1], "N": N, **strides, "scale": scale, "D": D, "DP": DP, **({"NP": NP} if rows else {})}
+
+
+def _triton_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B, h, N, D = q.shape
+    (q, k), u = _same_strides(q, k), _in_order(u)
+    out = _tokens_first(u)
+    lse = torch.empty((B, h, N), dtype=torch.float32, device=q.device)
+    rows, sizes = _sizes(q, scale)
+    with on_device(q):
+        if rows:
+            _rows_fwd_kernel[(B * h,)](q, k, u, out, lse, **sizes)
+        else:
+            _tiles_lse_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_I"]),)](q, k, lse, **sizes)
+            _tiles_fwd_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_J"]),)](q, k, u, out, lse, **sizes)
+    return out, lse
+
+
+def _triton_backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, h, N, D = q.shape
+    (q, k), u, dout = _same_strides(q, k), _in_order(u), _in_order(dout)
+    dq, dk, du = (_tokens_first(t) for t in (q, k, u))
+    rows, sizes = _sizes(q, scale)
+    sizes["PRECISION"] = "ieee" if q.dtype == torch.float32 else "tf32"
+    with on_device(q):
+        if rows:
+            _rows_bwd_kernel[(B * h,)](q, k, u, dout, lse, dq, dk, du, **sizes)
+        else:
+            delta = torch.empty_like(lse)
+            _tiles_bwd_senders_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_I"]),)](
+                q, k, u, dout, lse, delta, dq, du, **sizes
+            )
+            _tiles_bwd_receivers_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_J"]),)](
+                q, k, u, dout, lse, delta, dk, **sizes
+            )
+    return dq, dk, du
+
+
+@torch.library.custom_op("vizoo::reversed_attention", mutates_args=())
+def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum of each sender's scores ``[B, h, N]`` that the kernels keep, else empty."""
+    if form == "triton":
+        return _triton_forward(q, k, u, scale)
+    with without_autocast(u):
+        out = _sdpa_pull(q, k, u, u, scale)[1][2].to(u.dtype) if form == "sdpa" else _blocks_forward(q, k, u, scale)
+    return out.contiguous(), q.new_empty(0, dtype=torch.float32)
+
+
+@_reversed_attention.register_fake
+def _(q, k, u, scale, form):
+    if form == "triton":
+        return _tokens_first(u), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(u, memory_format=torch.contiguous_format), q.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("vizoo::reversed_attention_backward", mutates_args=())
+def _reversed_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, u: Tensor, lse: Tensor, scale: float, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if form == "triton":
+        return _triton_backward(dout, q, k, u, lse, scale)
+    with without_autocast(u):
+        if form == "sdpa":
+            du, (dq, dk, _) = _sdpa_pull(q, k, dout, u, scale)
+        else:
+            dq, dk, du = _blocks_backward(dout, q, k, u, scale)
+    dq, dk, du = (g.to(t.dtype).contiguous() for g, t in zip((dq, dk, du), (q, k, u), strict=True))
+    return dq, dk, du
+
+
+@_reversed_attention_backward.register_fake
+def _(dout, q, k, u, lse, scale, form):
+    if form == "triton":
+        return tuple(_tokens_first(t) for t in (q, k, u))
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, u))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.form = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dout, _):
+    return *_reversed_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.form), None, None
+
+
+_reversed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_cost("vizoo::reversed_attention", torch.ops.vizoo.reversed_attention)
+def _(q, k, u, scale, form, out=None) -> Cost:
+    B, h, N, D = q
+    return Cost(macs=2 * B * h * N * N * D, other=5 * B * h * N * N, acts=B * h * N * (N + D))
+
+
+@register_cost("vizoo::reversed_attention_backward", torch.ops.vizoo.reversed_attention_backward)
+def _(dout, q, *rest, out=None) -> Cost:
+    B, h, N, D = q  # the gradients' products; the recomputed scores are not counted, so that no path counts more
+    return Cost(macs=4 * B * h * N * N * D, other=5 * B * h * N * N)
+
+
+def reversed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`reference_reversed_attention` without its ``N x N`` matrices: same result and errors.
+
+    Exported and scripted graphs, and small inference on a CPU, see plain operators: ``softmax(S)^T @ (weight * v)``.
+
+    Args:
+        q: Queries of the senders ``[B, h, N, d]``.
+        k: Keys of the receivers, same shape.
+        v: Values of the senders, same shape.
+        weight: Weights of the senders ``[B, h, N]``; None means 1.
+        scale: Factor of the scores; None means ``d ** -0.5``.
+        backend: ``"torch"``, which is ``"sdpa"`` on devices other than CPUs; ``"sdpa"``, PyTorch's own attention and
+            its gradients; ``"triton"`` (no float64, ``d <= 128``); or ``"auto"``: Triton where it can run.
+
+    Returns:
+        ``[B, h, N, d]`` in the dtype of ``v``.
+
+    Raises:
+        ValueError: If the shapes do not fit each other, or ``backend`` cannot run.
+    """
+    _check(q, k, v, weight)
+    factor, u = _factor(q, scale), _fold(v, weight)
+    if not torch.jit.is_scripting():
+        form = _choose(backend, q, u)
+        if form == "triton":
+            common = torch.promote_types(q.dtype, k.dtype)
+            q, k = q.to(common), k.to(common)
+        if form != "eager":
+            return _reversed_attention(q, k, u, factor, form)[0]
+        with without_autocast(u):
+            return _folded_form(q, k, u, factor)
+    return _folded_form(q, k, u, factor)
+
+
+def _choose(backend: str, q: Tensor, u: Tensor) -> str:
+    """The form for this call: with ``"auto"`` the fastest, as measured."""
+    if backend not in ("auto", "torch", "sdpa", "triton"):
+        raise ValueError(f"got backend={backend!r}, need 'auto', 'torch', 'sdpa' or 'triton'")
+    triton_kernel = backend != "sdpa" and use_triton(backend, u, _kernel_limits(q, u))
+    if torch.compiler.is_exporting():
+        return "eager"
+    if triton_kernel:
+        return "triton"
+    if backend == "sdpa" or u.device.type not in ("cpu", "meta"):
+        return "sdpa"
+    B, h, N, _ = q.shape
+    return "eager" if B * h * N * N <= EAGER_SCORES and not torch.is_grad_enabled() else "blocks"
+
+
+def _kernel_limits(q: Tensor, u: Tensor) -> str:
+    """What the Triton kernels cannot do with these tensors; empty if nothing."""
+    for x in (q, u):
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if q.shape[3] > MAX_HEAD_SIZE:
+        return f"the kernels take up to {MAX_HEAD_SIZE} channels per head, not {q.shape[3]}"
+    return ""

@@ -1,0 +1,390 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from golden import image, load
+from tolerance import golden_close, op_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vizoo.backbones.ops import reversed_attention as module
+from vizoo.backbones.ops._backend import HAS_TRITON
+from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.reversed_attention import (
+    dependency_mask,
+    reference_reversed_attention,
+    reversed_attention,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
+NAMES = ("out", "dq", "dk", "dv", "d_weight")
+CASES = [(1, 2, 1, 3), (2, 3, 37, 16), (1, 2, 61, 12), (1, 1, 131, 33), (2, 1, 16, 32)]  # B, h, N, d
+TILES = [(1, 2, 45, 20), (1, 1, 70, 16), (1, 1, 23, 100)]  # of the tile kernels: partial last tiles both ways
+GOLDEN = load("reversed_attention_op")
+
+
+def ids(case):
+    return "x".join(map(str, case)) if isinstance(case, tuple) else None
+
+
+def inputs(B, h, N, D):
+    generator = torch.Generator().manual_seed(42)
+    q, k, v = (torch.randn(B, h, N, D, generator=generator, dtype=torch.float64) for _ in range(3))
+    return q, k, v, torch.rand(B, h, N, generator=generator, dtype=torch.float64)
+
+
+def loop(q, k, v, weight):
+    """Every sender shares its weighted value out among the receivers."""
+    B, h, N, D = q.shape
+    out = torch.zeros_like(v)
+    for b, head, i in itertools.product(range(B), range(h), range(N)):
+        scores = [float(q[b, head, i] @ k[b, head, j]) * D**-0.5 for j in range(N)]
+        shares = torch.tensor(scores, dtype=torch.float64).exp()
+        shares = shares / shares.sum()
+        for j in range(N):
+            out[b, head, j] += shares[j] * weight[b, head, i] * v[b, head, i]
+    return out
+
+
+def run(f, tensors, grad):
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    out = f(*tensors)
+    return out.detach(), *torch.autograd.grad(out, tensors, grad)
+
+
+def through(backend):
+    return lambda *tensors: reversed_attention(*tensors, backend=backend)
+
+
+def check(f, tensors, dtype, device="cpu", against_plain=True):
+    """Output and gradients of ``f`` in ``dtype`` against the reference in float64."""
+    tensors = [t.to(device, dtype) for t in tensors]
+    grad = torch.randn(tensors[2].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    truth = run(reference_reversed_attention, [t.double() for t in tensors], grad.double())
+    plain = run(reference_reversed_attention, tensors, grad)
+    for i, (a, t, p) in enumerate(zip(run(f, tensors, grad), truth, plain, strict=True)):
+        op_close(a, t, p if against_plain else None, grad=i > 0, what=NAMES[i])
+
+
+@pytest.mark.parametrize("case", [(2, 2, 5, 3), (1, 1, 1, 2), (1, 2, 7, 4)], ids=ids)
+@pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention, through("sdpa")])
+def test_is_the_definition(f, case):
+    tensors = inputs(*case)
+    op_close(f(*tensors), loop(*tensors))
+    with torch.no_grad():
+        op_close(f(*tensors), loop(*tensors))
+
+
+@pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention, through("sdpa")])
+def test_gradcheck(f):
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs(1, 2, 5, 3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "f",
+    [
+        reference_reversed_attention,
+        reversed_attention,
+        through("sdpa"),
+        pytest.param(through("triton"), marks=needs_triton, id="triton"),
+    ],
+)
+def test_golden(f, dtype, request):
+    if "triton" in request.node.callspec.id and dtype == torch.float64:
+        with pytest.raises(ValueError, match=r"not torch\.float64"):
+            f(*inputs(1, 1, 2, 2))
+        return
+    shape = GOLDEN.input_shape
+    q, k, v, grad = (image(shape, seed).to(DEVICE, dtype) for seed in (0, 1, 2, 4))
+    weight = image(shape[:3], 3).to(DEVICE, dtype).sigmoid()
+    found = run(f, (q, k, v, weight), grad)
+    for name, actual in zip(("out", "dq", "dk", "dv", "dw"), found, strict=True):
+        golden_close(actual.cpu(), GOLDEN.outputs[name], name)
+    golden_close(f(q, k, v).cpu(), GOLDEN.outputs["out_plain"], "without weights")
+
+
+@needs_triton
+def test_golden_log_sum():
+    shape = GOLDEN.input_shape
+    q, k, v = (image(shape, seed).to(DEVICE) for seed in (0, 1, 2))
+    lse = torch.ops.vizoo.reversed_attention(q, k, v, shape[3] ** -0.5, "triton")[1]
+    golden_close(lse.cpu(), GOLDEN.outputs["lse"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_blocks(case, dtype):
+    check(through("torch"), inputs(*case), dtype)
+
+
+@pytest.mark.parametrize("scores", [16, 400, 9000], ids=lambda n: f"scores{n}")
+def test_any_block(scores, monkeypatch):
+    """One head at a time, a few senders at a time, several heads at once: the block changes nothing."""
+    monkeypatch.setattr(module, "BLOCK_SCORES", scores)
+    assert module._blocks(6, 37) == {16: (1, 16), 400: (1, 16), 9000: (6, 37)}[scores]
+    check(through("torch"), inputs(2, 3, 37, 5), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_sdpa(case, dtype):
+    check(through("sdpa"), inputs(*case), dtype, against_plain=dtype != torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_eager_inference(dtype):
+    tensors = [t.to(dtype) for t in inputs(2, 3, 37, 16)]
+    with torch.no_grad():
+        assert module._choose("auto", tensors[0], tensors[2]) == "eager"
+        op_close(reversed_attention(*tensors), reference_reversed_attention(*(t.double() for t in tensors)))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_row_kernels(case, dtype):
+    assert module._sizes(inputs(*case)[0], 1.0)[0]
+    check(through("triton"), inputs(*case), dtype, DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("case", TILES, ids=ids)
+def test_tile_kernels(case, dtype, monkeypatch):
+    monkeypatch.setattr(module, "ROW_TOKENS", 0)
+    assert not module._sizes(inputs(*case)[0], 1.0)[0]
+    check(through("triton"), inputs(*case), dtype, DEVICE)
+
+
+def test_row_kernels_end_where_a_head_no_longer_fits():
+    for N, D, rows in [(256, 64, True), (257, 8, False), (16, 65, False)]:
+        assert module._sizes(torch.empty(1, 1, N, D), 1.0)[0] is rows
+
+
+def test_routes_agree():
+    tensors = inputs(1, 3, 29, 8)
+    expected = reference_reversed_attention(*tensors)
+    for backend in ("torch", "sdpa"):
+        op_close(reversed_attention(*tensors, backend=backend), expected)
+    with torch.no_grad():
+        op_close(reversed_attention(*tensors), expected)
+    mask = dependency_mask(*tensors[:2], tensors[3])
+    values = tensors[2][:, :1].expand(-1, 3, -1, -1)  # equal values in every head: the mask is the whole operator
+    op_close(mask @ values[:, 0], reversed_attention(*tensors[:2], values, tensors[3]).sum(1))
+
+
+def test_scale():
+    q, k, v, weight = inputs(1, 2, 9, 4)
+    op_close(reversed_attention(q, k, v, weight, scale=0.3), reference_reversed_attention(q * 0.6, k, v, weight))
+    with torch.no_grad():
+        op_close(reversed_attention(q, k, v, weight, 0.3), reference_reversed_attention(q * 0.6, k, v, weight))
+
+
+@pytest.mark.parametrize("backend", ["torch", "sdpa", pytest.param("triton", marks=needs_triton)])
+def test_permuted_tokens_permute_the_output(backend):
+    tensors = [t.float().to(DEVICE) for t in inputs(1, 2, 21, 8)]
+    order = torch.randperm(21, device=DEVICE)
+    out = reversed_attention(*tensors, backend=backend)
+    permuted = reversed_attention(*(t[:, :, order] for t in tensors), backend=backend)
+    op_close(permuted, out[:, :, order].double())
+
+
+def test_mask_columns_sum_to_the_weights():
+    q, k, _, weight = inputs(2, 3, 31, 8)
+    mask = dependency_mask(q.float(), k.float(), weight.float())
+    assert mask.dtype == torch.float32
+    torch.testing.assert_close(mask.sum(1).double(), weight.sum(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "sdpa", pytest.param("triton", marks=needs_triton)])
+def test_inputs_need_not_be_contiguous(backend):
+    B, h, N, D = 2, 3, 11, 8
+    qkv = torch.randn(B, N, 3, h, D, dtype=torch.float64)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    weight = torch.rand(B, N, h, dtype=torch.float64).transpose(1, 2)
+    check(through(backend), (q, k, v, weight), torch.float32, DEVICE)
+    check(through(backend), (q.mT.contiguous().mT, k, v.flip(2), weight), torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("form", ["blocks", "sdpa", pytest.param("triton", marks=needs_triton)])
+def test_opcheck(form):
+    q, k, u = (t.float().to(DEVICE).requires_grad_() for t in inputs(2, 3, 7, 4)[:3])
+    torch.library.opcheck(torch.ops.vizoo.reversed_attention.default, (q, k, u, 0.5, form))
+    strided = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(
+        torch.ops.vizoo.reversed_attention.default, (strided, k.detach(), u.detach()[..., ::1], 0.5, form)
+    )
+    _, lse = torch.ops.vizoo.reversed_attention(q, k, u, 0.5, form)
+    arguments = (torch.randn_like(u), strided, k.detach(), u.detach(), lse.detach(), 0.5, form)
+    torch.library.opcheck(torch.ops.vizoo.reversed_attention_backward.default, arguments, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.vizoo.reversed_attention_backward.default, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+def test_counts_are_those_of_the_definition(backend, device):
+    """2 FLOPs for each of ``2 B h N^2 d`` multiply-accumulates, twice that backward, on every path."""
+    B, h, N, D = 2, 3, 29, 5
+    macs = 2 * B * h * N * N * D
+    for f in (reference_reversed_attention, through(backend)):
+        tensors = [t.float().to(device).requires_grad_() for t in inputs(B, h, N, D)]
+        with FlopCounterMode(display=False) as counter:
+            out = f(*tensors)
+            assert counter.get_total_flops() == 2 * macs
+            out.sum().backward()
+        assert counter.get_total_flops() == 6 * macs
+    shape = tuple(tensors[0].shape)
+    cost = COSTS["vizoo::reversed_attention"](shape, shape, shape, 0.5, "triton", out=shape)
+    assert (cost.macs, cost.acts) == (macs, B * h * N * (N + D))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().size() // t.element_size())
+        return out
+
+
+def test_memory_does_not_grow_with_the_square(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_SCORES", 2**13)
+    B, h, N, D = 1, 2, 400, 8
+    q, k, u = (t.float() for t in inputs(B, h, N, D)[:3])
+    for f, arguments in ((module._blocks_forward, (q, k, u)), (module._blocks_backward, (u, q, k, u))):
+        with Largest() as largest:
+            f(*arguments, 0.5)
+        assert largest.elements <= 2**13  # a matrix of one head has 160,000
+    with Largest() as largest:
+        reference_reversed_attention(q, k, u)
+    assert largest.elements == B * h * N * N  # so the measurement sees what it should
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention])
+def test_scripts(f):
+    scripted = torch.jit.script(f)
+    check(scripted, inputs(1, 2, 13, 6), torch.float32)
+    q, k, v, _ = inputs(1, 2, 13, 6)
+    op_close(scripted(q, k, v), reference_reversed_attention(q, k, v))
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v, weight):
+        return reversed_attention(q, k, v, weight)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "eval"])
+def test_compiles_without_a_break(grad):
+    torch._dynamo.reset()
+    compiled = torch.compile(Attend(), backend="aot_eager", fullgraph=True)
+    tensors = inputs(2, 2, 23, 6)
+    if grad:
+        check(compiled, tensors, torch.float32)
+    else:
+        with torch.no_grad():
+            op_close(compiled(*tensors), reference_reversed_attention(*tensors))
+
+
+def test_exports_plain_operators():
+    tensors = [t.float() for t in inputs(2, 2, 13, 6)]
+    batch = torch.export.Dim("batch", min=2, max=8)
+    program = torch.export.export(Attend(), tuple(tensors), dynamic_shapes=({0: batch},) * 4, strict=False)
+    assert "vizoo" not in str(program.graph)
+    op_close(program.module()(*tensors), reference_reversed_attention(*(t.double() for t in tensors)))
+    assert program.module()(*(t[:1].expand(3, *t.shape[1:]) for t in tensors)).shape[0] == 3
+
+
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+def test_autocast_keeps_the_dtype_of_v(backend):
+    q, k, v, weight = inputs(1, 2, 13, 8)
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            check(
+                lambda q, k, v, w: reversed_attention(q.float(), k, v, w.float(), None, backend),
+                (q, k, v, weight),
+                dtype,
+            )
+            assert reference_reversed_attention(q.float(), k.float(), v.to(dtype), weight).dtype == dtype
+            with torch.no_grad():
+                assert reversed_attention(q.bfloat16(), k.bfloat16(), v.to(dtype), weight).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["torch", "sdpa", pytest.param("triton", marks=needs_triton)])
+def test_inference_mode(backend):
+    with torch.inference_mode():
+        tensors = [t.float().to(DEVICE) for t in inputs(1, 2, 13, 8)]
+        out = reversed_attention(*tensors, backend=backend)
+        op_close(out, reference_reversed_attention(*(t.double() for t in tensors)))
+
+
+def test_chooses_by_size_and_mode():
+    small, large = torch.empty(1, 12, 196, 16), torch.empty(1, 12, 400, 16)
+    assert module._choose("auto", small, small) == "blocks"  # autograd may need the operator
+    with torch.no_grad():
+        assert [module._choose("auto", t, t) for t in (small, large)] == ["eager", "blocks"]
+        assert module._choose("sdpa", small, small) == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [196, 700])
+def test_gradients_are_deterministic(N):
+    tensors = [t.half().cuda() for t in inputs(2, 4, N, 16)]
+    first, second = (run(through("triton"), tensors, tensors[2]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention])
+def test_rejects_shapes(f):
+    q, k, v, weight = inputs(1, 2, 5, 3)
+    with pytest.raises(ValueError, match=r"got q \[2, 5, 3\], .* need one shape \[B, h, N, d\]"):
+        f(q[0], k, v)
+    with pytest.raises(ValueError, match=r"k \[1, 2, 4, 3\], v \[1, 2, 5, 3\], need one shape"):
+        f(q, k[:, :, 1:], v)
+    with pytest.raises(ValueError, match=r"got weight \[1, 2, 4\], need \[B, h, N\] = \[1, 2, 5\]"):
+        f(q, k, v, weight[..., 1:])
+    with pytest.raises(ValueError, match=r"got q \[1, 2, 0, 3\], need at least one token"):
+        f(q[:, :, :0], k[:, :, :0], v[:, :, :0])
+
+
+def test_rejects_backends(monkeypatch):
+    q, k, v, weight = inputs(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="got backend='natten', need 'auto', 'torch', 'sdpa' or 'triton'"):
+        reversed_attention(q, k, v, weight, backend="natten")
+    with pytest.raises(ValueError, match=r"got backend='triton', but the kernels take .*not torch.float64"):
+        reversed_attention(q, k, v, weight, backend="triton")
+    wide = torch.zeros(1, 1, 3, 129)
+    with pytest.raises(ValueError, match="up to 128 channels per head, not 129"):
+        reversed_attention(wide, wide, wide, backend="triton")
+    monkeypatch.setattr("vizoo.backbones.ops._backend.HAS_TRITON", False)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        reversed_attention(wide[..., :9], wide[..., :9], wide[..., :9], backend="triton")
+
+
+def test_works_without_triton():
+    """The module defines no kernel where triton is missing, and the rest of it works."""
+    code = (
+        "import sys, torch, timm\n"
+        "import importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else found(name, *a)\n"
+        "from vizoo.backbones.ops import reversed_attention as r\n"
+        "assert not hasattr(r, 'triton')\n"
+        "q, k, v = (torch.rand(1, 2, 5, 4, requires_grad=True) for _ in range(3))\n"
+        "out = r.reversed_attention(q, k, v)\n"
+        "assert torch.allclose(out, r.reference_reversed_attention(q, k, v), atol=1e-6)\n"
+        "out.sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,443 @@
+"""DependencyViT: recorded layer, pruning against a token-by-token loop, masks, trees, parts and saliency."""
+
+import itertools
+import math
+
+import pytest
+import timm
+import torch
+from golden import image, load, weights
+from tolerance import close, golden_close, op_close
+from torch import nn
+from zoo import build
+
+from vizoo.backbones.dependencyvit import DependencyViT, TokenPruning, WeightedMap, checkpoint_filter_fn
+from vizoo.backbones.layers import Dependency, ReversedAttention, dependency_tree, saliency, subtrees
+from vizoo.backbones.layers.dependency import Tree
+from vizoo.backbones.ops.reversed_attention import dependency_mask
+
+PATHS = {"fused": True, "plain": False}
+GATED = load("reversed_attention_gated")
+KINDS = ["test_dependencyvit", "test_dependencyvit_lite"]
+
+
+def spread(model):
+    """Weights of order one, so that gates, scores and attention differ from token to token."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+    return model
+
+
+# the layer
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+@pytest.mark.parametrize("fused", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_golden_layer(dtype, fused, grad):
+    arguments = {k: v for k, v in GATED.meta["args"].items() if k != "temperature"}
+    layer = ReversedAttention(**arguments, tau=GATED.meta["args"]["temperature"]).eval()
+    layer.fused_attn, layer.record = fused, True
+    layer.load_state_dict(weights(GATED.keys))
+    layer, x = layer.to(dtype), image(GATED.input_shape).to(dtype)
+    with torch.set_grad_enabled(grad):
+        out, log_message, score = layer(x)
+        golden_close(out, GATED.outputs["out"], "output")
+        golden_close(log_message.exp(), GATED.outputs["message"], "message")
+        golden_close(layer.select(x).exp(), GATED.outputs["select"], "head selector")
+        q, k, weight = layer.recorded
+        mask = dependency_mask(q, k, weight)
+        golden_close(mask, GATED.outputs["mask"], "mask")
+    assert score is log_message
+    assert (mask.sum(1) - log_message.exp()).abs().max() <= 1e-6
+
+
+def test_fused_and_plain_layer_have_equal_gradients():
+    layer = ReversedAttention(48, 4, score="received").double()
+    layer.load_state_dict(weights(GATED.keys))
+    x = image((2, 23, 48)).double().requires_grad_()
+    log_message = -image((2, 23), 1).double().abs()
+    wanted = []
+    for layer.fused_attn in (False, True):
+        out, message, score = layer(x, log_message)
+        loss = (out.square().sum() + message.sum() + score.square().sum()).reshape(())
+        grads = torch.autograd.grad(loss, [x, *layer.parameters()])
+        wanted.append((out.detach(), score.detach(), *grads))
+    for actual, expected in zip(wanted[1], wanted[0], strict=True):
+        op_close(actual, expected, grad=True)
+
+
+def test_received_mass_is_the_row_sum_of_the_mask():
+    layer = spread(ReversedAttention(24, 3, score="received")).double()
+    layer.record = True
+    x = torch.randn(2, 19, 24, dtype=torch.float64)
+    op_close(layer(x)[2].detach(), dependency_mask(*layer.recorded[:2], layer.recorded[2]).sum(2))
+
+
+def test_messages_multiply_over_the_layers_without_underflow():
+    """24 half-closed gates are 6e-8, which float16 cannot hold; logits over 0.1 would overflow there."""
+    layer = ReversedAttention(32, 4, gate_init=0.0).half()
+    nn.init.zeros_(layer.message_controller.fc2.weight)
+    nn.init.constant_(layer.head_selector.weight, 200.0)
+    x, log_message = torch.ones(1, 5, 32).half(), None
+    for _ in range(24):
+        out, log_message, _ = layer(x, log_message)
+    torch.testing.assert_close(log_message, torch.full((1, 5), 24 * math.log(0.5)))
+    assert log_message.dtype == torch.float32
+    assert out.isfinite().all()
+    torch.testing.assert_close(layer.select(x).exp(), torch.full((1, 5, 4), 0.25))
+
+
+def test_gates_start_open_and_their_biases_are_optional():
+    fc2 = build("test_dependencyvit").blocks[1].attn.message_controller.fc2
+    assert fc2.bias.item() == 4
+    bare = build("test_dependencyvit", gate_bias=False).blocks[0].attn.message_controller
+    assert bare.fc1.bias is None
+    assert bare.fc2.bias is None
+    assert build("test_dependencyvit", gate_init=1.5).blocks[0].attn.message_controller.fc2.bias.item() == 1.5
+
+
+# pruning
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (384, 384), (208, 336), (32, 48), (16, 16)], ids=str)
+def test_lite_counts(size):
+    """16 % of the original tokens go after the attention of blocks 2, 5, 8 and 11."""
+    model = build("dependencyvit_lite_tiny", device="meta")
+    counts = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1]))
+    assert model(torch.empty(2, 3, *size, device="meta")).shape == (2, 1000)
+    N = size[0] * size[1] // 256
+    kept = [max(1, N * (100 - 16 * k) // 100) for k in range(5)]
+    assert counts == [kept[0], *(kept[1],) * 3, *(kept[2],) * 3, *(kept[3],) * 3, *(kept[4],) * 2]
+    if size == (224, 224):
+        assert kept == [196, 164, 133, 101, 70]
+
+
+def test_pruning_keeps_the_order_and_takes_the_message_along():
+    x, dense = torch.arange(10.0).reshape(1, 10, 1), torch.zeros(1, 2, 5, 1)
+    score = torch.tensor([[3.0, 1.0, 2.0, 2.0, 5.0, 0.0, 2.0, 9.0, 2.0, 4.0]])
+    log_message = -torch.arange(10.0).reshape(1, 10)
+    x, log_message, index, dense = TokenPruning(0.4)(x, score, log_message, None, dense)
+    assert index.tolist() == [[0, 2, 3, 4, 7, 9]]  # of the four 2s the two first
+    assert x.flatten().tolist() == index[0].tolist()
+    assert log_message.tolist() == [[-i for i in index[0]]]
+    assert dense.flatten().tolist() == list(range(10))
+    # again, from the original count; the map keeps what the pruned ones were
+    x, log_message, index, dense = TokenPruning(0.8)(x + 100, -x[..., 0], log_message, index, dense)
+    assert index.tolist() == [[0, 2]]
+    assert x.flatten().tolist() == [100, 102]
+    assert dense.flatten().tolist() == [100, 1, 102, 103, 104, 5, 6, 107, 8, 109]
+    assert TokenPruning(0.99)(x, x[..., 0], log_message, None, dense[:, :1, :2])[2].tolist() == [[1]]
+
+
+def by_token(model, x):
+    """The Lite model written down for one image, with a dictionary of tokens and the definition of the operator.
+
+    Returns:
+        The maps after every block, the last tokens by position, and their messages.
+    """
+    H, W = x.shape[2] // 16, x.shape[3] // 16
+    start = model._embed(x)[0].flatten(0, 1)
+    alive, states = list(range(H * W)), dict(enumerate(start))
+    message = dict.fromkeys(alive, 1.0)
+    maps, pruned = [], 0
+    for number, block in enumerate(model.blocks, 1):
+        a, normed = block.attn, block.norm1(torch.stack([states[i] for i in alive]))
+        gate = torch.sigmoid(a.message_controller.fc2(a.message_controller.act(a.message_controller.fc1(normed))))
+        message = {i: message[i] * float(g) for i, g in zip(alive, gate[:, 0], strict=True)}
+        M = torch.tensor([message[i] for i in alive], dtype=x.dtype)
+        P = (a.head_selector(normed) / a.tau).softmax(1)
+        d = normed.shape[1] // a.num_heads
+        collected, received = [], 0
+        for h, (q, k, v) in enumerate(zip(*(t.split(d, 1) for t in a.qkv(normed).chunk(3, 1)), strict=True)):
+            R = ((q @ k.T / d**0.5).softmax(1) * (P[:, h] * M)[:, None]).T
+            collected.append(R @ v)
+            received = received + R.sum(1)
+        sent = block.ls1(a.proj(torch.cat(collected, 1)))
+        states.update({i: states[i] + s for i, s in zip(alive, sent, strict=True)})
+        if number in model.prune_at:
+            pruned += 1
+            score = dict(zip(alive, (M if model.by == "message" else received).tolist(), strict=True))
+            count = math.floor(H * W * (1 - 0.16 * pruned) + 1e-9)
+            alive = sorted(sorted(alive, key=lambda i: (-score[i], i))[:count])
+        fed = block.ls2(block.mlp(block.norm2(torch.stack([states[i] for i in alive]))))
+        states.update({i: states[i] + f for i, f in zip(alive, fed, strict=True)})
+        maps.append(torch.stack([states[i] for i in range(H * W)]).T.reshape(-1, H, W))
+    last = model.norm(torch.stack([states[i] for i in alive]))
+    return maps, dict(zip(alive, last, strict=True)), {i: message[i] for i in alive}
+
+
+@pytest.fixture(scope="module", params=["message", "received"])
+def lite(request):
+    model = spread(build("test_dependencyvit_lite", prune_score=request.param, gate_init=0.0)).double()
+    model.prune_at, model.by = (1, 3), request.param
+    return model
+
+
+@torch.no_grad()
+def test_lite_is_the_loop_over_tokens(lite):
+    x = image((2, 3, 80, 128)).double()
+    final, features = lite.forward_intermediates(x)
+    logits, weighted = lite(x), lite.forward_features(x)
+    op_close(final, weighted)
+    for b in range(2):
+        maps, last, message = by_token(lite, x[b : b + 1])
+        assert len(last) == math.floor(40 * (1 - 0.32) + 1e-9)
+        for feature, expected in zip(features, maps, strict=True):
+            op_close(feature[b], expected)
+        total = sum(message.values())
+        pooled = sum(message[i] / total * last[i] for i in last)
+        op_close(lite.forward_head(weighted, pre_logits=True)[b], pooled)
+        op_close(logits[b], lite.head.fc(pooled))
+        gone = [i for i in range(40) if i not in last]
+        assert not weighted[b].flatten(0, 1)[gone].any()
+        i = min(last)
+        op_close(weighted[b].flatten(0, 1)[i], last[i] * message[i] * 40 / total)
+
+
+def test_message_pools():
+    x, log_message = torch.randn(2, 5, 7).double(), -torch.rand(2, 5).double()
+    index = torch.tensor([[0, 1, 3, 4, 5], [0, 1, 2, 3, 7]])
+    M, dense = log_message.exp().unsqueeze(-1), torch.randn(2, 2, 4, 7).double()
+    expected = {"message": (M * x).sum(1) / M.sum(1), "message_mean": (M * x).mean(1), "avg": x.mean(1)}
+    for pool, wanted in expected.items():
+        op_close(WeightedMap(pool)(x, log_message, index, dense).mean((1, 2)), wanted)
+        whole = WeightedMap(pool)(x[:, :4], log_message[:, :4], None, dense[:, :1])
+        assert whole.shape == (2, 1, 4, 7)
+
+
+def test_layer_scale_of_the_default_hides_the_blocks():
+    assert build("dependencyvit_tiny", device="meta").blocks[0].ls1.gamma.shape == (192,)
+    small = DependencyViT(img_size=32, embed_dim=24, depth=1, num_heads=2)
+    assert small.blocks[0].ls2.gamma.tolist() == pytest.approx([1e-6] * 24)
+    assert isinstance(build("test_dependencyvit", init_values=0).blocks[0].ls1, nn.Identity)
+
+
+def test_checkpoint_of_another_image_and_patch_size():
+    model = build("test_dependencyvit")
+    other = build("test_dependencyvit", img_size=(64, 48), patch_size=8)
+    other.load_state_dict(checkpoint_filter_fn({"state_dict": model.state_dict()}, other))
+    assert other.pos_embed.shape == (1, 8, 6, 40)
+    model.set_input_size((64, 48), 8)
+    close(model(image((1, 3, 64, 48))), other(image((1, 3, 64, 48))), "rerun")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prune_blocks": (0, 2)}, r"got prune_blocks=\(0, 2\), need rising numbers from 1 to depth=4"),
+        ({"prune_blocks": (3, 2)}, "need rising numbers"),
+        ({"prune_blocks": (1, 2), "prune_ratio": 0.5}, "got prune_ratio=0.5 for 2 prunings"),
+        ({"prune_blocks": (1,), "prune_score": "rows"}, "got score='rows', need one of 'message', 'received'"),
+        ({"message_pool": "sum"}, "got message_pool='sum', need one of 'message', 'message_mean', 'avg'"),
+        ({"num_heads": 3}, "got dim=40 and num_heads=3"),
+        ({"tau": 0.0}, "got tau=0.0"),
+    ],
+)
+def test_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_dependencyvit", **arguments)
+
+
+# what is recorded
+
+
+@torch.no_grad()
+def test_recorded_masks(lite):
+    """Columns sum to the messages where a token is alive, and are zero where it is gone, in every layer."""
+    x = image((2, 3, 64, 96)).double()
+    plain = lite(x)
+    lite.set_record_dependency()
+    torch.testing.assert_close(lite(x), plain, rtol=0, atol=0)
+    found = lite.get_dependency()
+    assert found.masks.shape == (2, 4, 24, 24)
+    assert found.size == (4, 6)
+    kept = [24, 20, 20, 16]  # senders of each layer: those of the block before
+    assert (found.masks.sum(2) > 0).sum(2).tolist() == [kept, kept]
+    assert sorted(found.reached[0].tolist()) == [1] * 4 + [3] * 4 + [4] * 16
+    last = found.reached - 1
+    sent = found.masks.sum(2).gather(1, last[:, None])[:, 0]
+    assert (sent - found.message).abs().max() <= 1e-6
+    for b in range(2):
+        assert not found.masks[b, 3][found.reached[b] < 4].any()
+    for layers, picked in ((2, [2, 3]), ([0, -1], [0, 3]), ([1], [1])):
+        torch.testing.assert_close(lite.get_dependency(layers).masks, found.masks[:, picked], rtol=0, atol=0)
+    for layers in ([4], [-5], [], 0, 5):
+        with pytest.raises(ValueError, match="need 1 to 4, or a list of numbers from -4 to 3"):
+            lite.get_dependency(layers)
+    lite.set_record_dependency(False)
+    lite(x)
+    with pytest.raises(ValueError, match=r"call set_record_dependency\(True\), then run the model"):
+        lite.get_dependency()
+
+
+@torch.no_grad()
+def test_columns_sum_to_the_message_in_float32():
+    model = spread(build("test_dependencyvit", gate_init=0.0))
+    model.set_record_dependency()
+    model(image((3, 3, 96, 64)))
+    found = model.get_dependency()
+    assert (found.masks[:, -1].sum(1) - found.message).abs().max() <= 1e-6
+    assert found.message.std() > 1e-3
+
+
+# trees
+
+
+def random_dependency(B, N, seed=0, size=None):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(B, 2, N, N, generator=generator, dtype=torch.float64)
+    reached = torch.randint(1, 3, (B, N), generator=generator)
+    reached[:, 0] = 2
+    return Dependency(masks, torch.rand(B, N, generator=generator, dtype=torch.float64), reached, size or (1, N))
+
+
+def check_tree(tree, b):
+    """One root, no cycle, depth and rank as defined."""
+    parents = tree.parents[b].tolist()
+    assert parents.count(-1) == 1
+    root = parents.index(-1)
+    assert tree.rank[b, root] == 0
+    assert sorted(tree.rank[b].tolist()) == list(range(len(parents)))
+    for node in range(len(parents)):
+        steps, above = 0, node
+        while parents[above] >= 0:
+            steps, above = steps + 1, parents[above]
+            assert steps < len(parents), "a cycle"
+        assert above == root
+        assert tree.depth[b, node] == steps
+
+
+@pytest.mark.parametrize("N", [1, 2, 7, 33])
+@pytest.mark.parametrize("method", ["greedy", "edmonds"])
+def test_parents_form_a_tree(method, N):
+    found = random_dependency(3, N)
+    before = found.masks.clone()
+    tree = dependency_tree(found, method)
+    assert tree.parents.dtype == tree.rank.dtype == tree.depth.dtype == torch.int64
+    assert torch.equal(found.masks, before)
+    for b in range(3):
+        check_tree(tree, b)
+
+
+def test_greedy_is_the_definition():
+    found = random_dependency(2, 13)
+    tree = dependency_tree(found)
+    for b in range(2):
+        key = [(-int(found.reached[b, i]), -float(found.message[b, i]), i) for i in range(13)]
+        order = sorted(range(13), key=lambda i: key[i])
+        assert tree.rank[b].tolist() == [order.index(i) for i in range(13)]
+        D = found.masks[b].mean(0)
+        for place, child in enumerate(order):
+            best = max(order[:place], key=lambda j: (float(D[j, child]), -j), default=-1)
+            assert tree.parents[b, child] == best
+
+
+def test_equal_tokens_hang_under_the_lowest_position():
+    equal = Dependency(torch.ones(1, 1, 4, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.int64), (2, 2))
+    assert dependency_tree(equal).parents.tolist() == [[-1, 0, 0, 0]]
+    assert dependency_tree(equal).rank.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("N", [2, 3, 4, 5, 6])
+def test_edmonds_is_the_best_of_all_trees(N):
+    found = random_dependency(12 if N < 6 else 4, N, seed=N)
+    tree = dependency_tree(found, "edmonds")
+    for b in range(len(found.message)):
+        weight = (found.masks[b].mean(0) + 1e-12).log()
+        root = int((tree.rank[b] == 0).nonzero())
+
+        def total(parents, weight=weight, root=root):
+            return sum(float(weight[j, i]) for i, j in enumerate(parents) if i != root)
+
+        def is_tree(parents, root=root):
+            for node in range(N):
+                for _ in range(N):
+                    node = parents[node] if node != root else root
+                if node != root:
+                    return False
+            return True
+
+        choices = [[-1] if i == root else [j for j in range(N) if j != i] for i in range(N)]
+        best = max(total(p) for p in itertools.product(*choices) if is_tree(p))
+        assert total(tree.parents[b].tolist()) == pytest.approx(best, abs=1e-9)
+
+
+def test_edmonds_leaves_the_greedy_order():
+    """0 is the root; 1 and 2 send most to each other, and 2 more to 0 than 1 does: 2 hangs under 0 and 1 under 2."""
+    D = torch.tensor([[0.0, 0.1, 0.4], [0.0, 0.0, 0.9], [0.0, 0.8, 0.0]])
+    found = Dependency(D[None, None], torch.tensor([[0.9, 0.8, 0.7]]), torch.ones(1, 3, dtype=torch.int64), (1, 3))
+    assert dependency_tree(found).parents.tolist() == [[-1, 0, 1]]
+    assert dependency_tree(found, "edmonds").parents.tolist() == [[-1, 2, 0]]
+
+
+def test_unknown_methods_and_too_many_tokens():
+    with pytest.raises(ValueError, match="got method='prim', need 'greedy' or 'edmonds'"):
+        dependency_tree(random_dependency(1, 3), "prim")
+    many = Dependency(torch.zeros(1, 1, 1025, 1025), torch.ones(1, 1025), torch.ones(1, 1025).long(), (1, 1025))
+    with pytest.raises(ValueError, match="got method='edmonds' for 1025 tokens, need at most 1024"):
+        dependency_tree(many, "edmonds")
+
+
+def test_subtrees_cut_the_weakest_edges_with_enough_below():
+    #        0
+    #     1     2
+    #    3 4   5 6     and 7 under 3
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 3]])
+    strength = [0, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1, 0.05]  # of the edge above each token
+    D = torch.zeros(1, 1, 8, 8)
+    for child in range(1, 8):
+        D[0, 0, parents[0, child], child] = strength[child]
+    found = Dependency(D, torch.ones(1, 8), torch.ones(1, 8).long(), (2, 4))
+    tree = Tree(parents, torch.arange(8)[None], torch.tensor([[0, 1, 1, 2, 2, 2, 2, 3]]))
+    cut = {
+        (1, 1): [0, 0, 0, 0, 0, 0, 0, 0],
+        (2, 1): [0, 0, 0, 0, 0, 0, 0, 1],  # the edge of 7 is the weakest
+        (2, 2): [0, 0, 0, 1, 0, 0, 0, 1],  # with two tokens below: that of 3
+        (3, 2): [0, 0, 1, 2, 0, 1, 1, 2],
+        (9, 3): [0, 1, 2, 1, 1, 2, 2, 1],  # only 1 and 2 have three
+        (9, 9): [0, 0, 0, 0, 0, 0, 0, 0],
+    }
+    for (k, least), labels in cut.items():
+        found_labels = subtrees(found, tree, k, least)
+        assert found_labels.shape == (1, 2, 4)
+        assert found_labels.flatten().tolist() == labels, (k, least)
+    for k, least in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"got k={k} and min_size={least}"):
+            subtrees(found, tree, k, least)
+
+
+def test_saliency_is_what_a_token_receives_in_the_last_layer():
+    found = random_dependency(2, 6, size=(2, 3))
+    scaled, foreground = saliency(found)
+    received = found.masks[:, -1].sum(2)
+    for b in range(2):
+        expected = (received[b] - received[b].min()) / (received[b].max() - received[b].min())
+        op_close(scaled[b].flatten(), expected)
+        assert foreground[b].flatten().tolist() == (received[b] > received[b].mean()).tolist()
+    flat, nothing = saliency(found._replace(masks=torch.ones(2, 1, 6, 6)))
+    assert not flat.any()
+    assert not nothing.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_tree_of_a_model(name):
+    model = spread(build(name, gate_init=0.0))
+    model.set_record_dependency()
+    model(image((2, 3, 64, 96)))
+    found = model.get_dependency()
+    for method in ("greedy", "edmonds"):
+        tree = dependency_tree(found, method)
+        for b in range(2):
+            check_tree(tree, b)
+        deepest = found.reached.max()
+        assert (found.reached.gather(1, tree.rank.argmin(1, keepdim=True)) == deepest).all()
+        parts = subtrees(found, tree, 3)
+        assert parts.shape == (2, 4, 6)
+        assert parts.amax() <= 2

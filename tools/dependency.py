@@ -1,0 +1,172 @@
+"""``vizoo dependency``: the tree, the parts and the saliency that a DependencyViT sees in an image, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+
+from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
+from vizoo.tools.common import UserError, atomic_write, build_model, resolve_models, run_tool
+from vizoo.tools.show import check_png, read_input
+
+EXAMPLES = """\
+examples:
+  vizoo dependency photo.jpg --checkpoint output/train/run/model_best.pth.tar --num-classes 10
+      tree, parts and saliency of your own dependencyvit_tiny
+  vizoo dependency photo.jpg --model dependencyvit_lite_small --checkpoint lite.pth --img-size 384 --parts 6
+      of a pruned model on a larger image, in six parts
+  vizoo dependency china --method edmonds --layers 4
+      a photo of scikit-learn, untrained weights, which see nothing yet: best spanning tree of the last four layers"""
+PHOTOS = ("china", "flower")  # that scikit-learn ships
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line options."""
+    p = argparse.ArgumentParser(
+        prog="vizoo dependency",
+        description="Draw an image with the dependency tree of its tokens, its parts and its saliency.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...; or 'china' or 'flower'")
+    p.add_argument("--model", default="dependencyvit_tiny", metavar="MODEL", help="(dependencyvit_tiny)")
+    p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
+    p.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint (the model's)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--img-size", type=int, metavar="N", help="shorter side of the image for the model (the model's)")
+    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    p.add_argument("--method", choices=["greedy", "edmonds"], default="greedy", help="parser of the tree (greedy)")
+    p.add_argument("--layers", type=int, metavar="K", help="take the mean of the last K layers (all)")
+    p.add_argument("--parts", type=int, default=5, metavar="K", help="parts to cut the tree into (5)")
+    p.add_argument("--min-size", type=int, default=4, metavar="N", help="tokens below a cut, at least (4)")
+    p.add_argument("--out", default="dependency.png", metavar="FILE.png", help="(dependency.png)")
+    return p
+
+
+def _dependency(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    names = resolve_models([args.model])
+    if len(names) != 1:
+        raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
+    check_png(args.out)
+    for option in ("img_size", "parts", "min_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value}: at least 1")
+    kwargs: dict[str, Any] = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        kwargs["num_classes"] = args.num_classes
+    torch.manual_seed(0)  # of untrained weights
+    model = build_model(names[0], checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    if not hasattr(model, "get_dependency"):
+        raise UserError(f"--model {args.model!r} has no dependency tree; allowed: dependencyvit_*")
+    depth = len(model.blocks)
+    if args.layers is not None and not 1 <= args.layers <= depth:
+        raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {names[0]}")
+    step = max(model.patch_embed.patch_size)
+    photo = str(files("sklearn.datasets.images") / f"{args.image}.jpg") if args.image in PHOTOS else args.image
+    data = resolve_data_config({}, model=model)
+    data["input_size"] = (model.in_chans, *data["input_size"][1:])
+    x, normed = read_input(photo, data, args.img_size, args.window, step)
+    model.set_record_dependency()
+    with torch.inference_mode():
+        model(normed)
+        found = model.get_dependency(args.layers)
+    try:
+        tree = dependency_tree(found, args.method)
+    except ValueError as e:
+        raise UserError(f"--method {args.method}: {e}") from None
+    parts = subtrees(found, tree, args.parts, args.min_size)
+    trained = "" if args.checkpoint else ", untrained"
+    draw_dependency(x[0], found, tree, parts, Path(args.out), f"{names[0]}{trained}\n{Path(photo).name}")
+    if not args.checkpoint:
+        print("no --checkpoint: these are untrained weights, which see nothing in an image", file=sys.stderr)
+    size, root = "x".join(map(str, found.size)), divmod(int(tree.rank[0].argmin()), found.size[1])
+    print(
+        f"{args.out}: {args.method} tree of {size} tokens, root at row {root[0]}, column {root[1]}, "
+        f"depth {tree.depth[0].max()}, {parts[0].max() + 1} parts"
+    )
+    return 0
+
+
+def draw_dependency(
+    image: torch.Tensor, dependency: Dependency, tree: Tree, parts: torch.Tensor, path: Path, title: str
+) -> None:
+    """Draw an image beside its dependency tree, its parts and its saliency, all over the image.
+
+    Args:
+        image: ``[C, H, W]`` from 0 to 1.
+        dependency: Of the image, as a batch of one.
+        tree: Parsed from it.
+        parts: Labels of the tokens ``[1, h, w]``.
+        path: PNG file to write.
+        title: Above the image.
+    """
+    from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    height, width = image.shape[1:]
+    rows, columns = dependency.size
+    pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
+    extent = (0, width, height, 0)
+    figure = Figure(figsize=(14, 3.4 * height / width + 1.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 4)
+    for axes in panels:
+        axes.imshow(pixels.numpy(), cmap="gray", extent=extent)
+        axes.set_axis_off()
+    panels[0].set_title(title, fontsize=9)
+
+    token = torch.arange(rows * columns)
+    place = torch.stack([(token % columns + 0.5) * width / columns, (token // columns + 0.5) * height / rows], 1)
+    parents, depth = tree.parents[0], tree.depth[0]
+    deepest = max(1, int(depth.max()))
+    children = token[parents >= 0][depth[parents >= 0].argsort(descending=True)]  # near the root last, on top
+    lines = LineCollection(
+        list(torch.stack([place[children], place[parents[children]]], 1).numpy()),
+        array=depth[children].numpy(),
+        cmap="plasma_r",
+        clim=(1, deepest),
+        linewidths=(0.4 + 0.8 * (1 - (depth[children] - 1) / deepest)).numpy(),
+    )
+    panels[1].add_collection(lines)
+    root = place[parents < 0][0].tolist()
+    panels[1].plot(*root, marker="*", color="white", markeredgecolor="black", markersize=13)
+    panels[1].set_title(f"tree: root (star), {deepest} levels below it", fontsize=9)
+    figure.colorbar(lines, ax=panels[1], orientation="horizontal", shrink=0.8, label="edges to the root")
+
+    count = int(parts.max()) + 1
+    colours = colormaps["tab10" if count <= 10 else "tab20"].resampled(max(count, 2))
+    labels = panels[2].imshow(
+        parts[0].numpy(), cmap=colours, alpha=0.55, extent=extent, interpolation="nearest", vmin=-0.5, vmax=count - 0.5
+    )
+    panels[2].set_title(f"parts: {count} subtrees", fontsize=9)
+    figure.colorbar(labels, ax=panels[2], orientation="horizontal", shrink=0.8, ticks=range(count), label="part")
+
+    scaled, foreground = saliency(dependency)
+    shown = panels[3].imshow(scaled[0].numpy(), cmap="magma", alpha=0.6, extent=extent, interpolation="nearest")
+    if foreground.any() and rows > 1 and columns > 1:
+        panels[3].contour(
+            foreground[0].float().numpy(), levels=[0.5], colors="cyan", linewidths=0.9, extent=extent, origin="upper"
+        )
+    panels[3].set_title(f"saliency: foreground {float(foreground.float().mean()):.0%}", fontsize=9)
+    figure.colorbar(shown, ax=panels[3], orientation="horizontal", shrink=0.8, label="received, scaled")
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw a dependency tree; returns the exit status: 0 done, 2 bad input."""
+    return run_tool(_dependency, argv, "dependency")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
