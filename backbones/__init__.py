@@ -8,5 +8,6 @@ from . import halonet as halonet
 from . import litv2 as litv2
 from . import medusa as medusa
 from . import nat as nat
+from . import ninformer as ninformer
 from . import overlock as overlock
 from . import ulsam as ulsam

@@ -14,7 +14,7 @@ from zoo import gradients, overlay
 
 import vizoo  # noqa: F401
 from vizoo.backbones.layers import NeighborhoodAttention
-from vizoo.backbones.layers.neighborhood import Mlp
+from vizoo.backbones.layers.mlp import Mlp
 from vizoo.backbones.nat import _DENSE_TAGS, DILATIONS, NAT, checkpoint_filter_fn
 
 # parameters and GMACs of the official models, each at its own size

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops._backend import use_onednn
 from ..ops.linear import linear
 from ..ops.neighborhood import neighborhood_attention, reference_neighborhood_attention
+from .mlp import Mlp
 
 __all__ = ["NeighborhoodAttention", "NeighborhoodBlock", "resize_rpb"]
 
@@ -126,41 +126,6 @@ class NeighborhoodAttention(nn.Module):
                 q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v
             )
         return linear(out.flatten(3), self.proj.weight, self.proj.bias).reshape(shape)
-
-
-@register_notrace_module  # picks its path by the device of its input
-class Mlp(nn.Module):
-    """Linear, GELU, linear.
-
-    Args:
-        dim: Channels of input and output.
-        hidden_dim: Channels between.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., C]`` to the same shape."""
-        return linear(self._hidden(x), self.fc2.weight, self.fc2.bias)
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        w, b = self.fc1.weight, self.fc1.bias
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, w):  # GELU while the product is written
-                return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "none")
-        return F.gelu(linear(x, w, b))
 
 
 class NeighborhoodBlock(nn.Module):

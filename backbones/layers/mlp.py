@@ -1,0 +1,49 @@
+"""Feed-forward network of channels-last maps."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops._backend import use_onednn
+from ..ops.linear import linear
+
+
+@register_notrace_module  # picks its path by the device of its input
+class Mlp(nn.Module):
+    """Linear, GELU, linear.
+
+    Args:
+        dim: Channels of input and output.
+        hidden_dim: Channels between.
+        drop: Dropout rate after each of the two.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., C]`` to the same shape."""
+        return self.drop(linear(self.drop(self._hidden(x)), self.fc2.weight, self.fc2.bias))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        w, b = self.fc1.weight, self.fc1.bias
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if use_onednn(x, w):  # GELU while the product is written
+                return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "none")
+        return F.gelu(linear(x, w, b))

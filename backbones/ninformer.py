@@ -1,0 +1,617 @@
+"""NiNformer: a transformer whose attention is replaced by a gate that a small MLP-Mixer computes.
+
+Paper: "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function", A. N. Abdullah, T.
+Aydin, Neural Computing and Applications 2025, https://arxiv.org/abs/2403.02411.  Official code, without weights:
+github.com/Abdullah-Nazhat/NiNformer.
+
+``ninformer_cifar`` is the official model.  Ours are the three models at the widths and depth of DeiT, with its rule
+that every feed-forward network is twice as wide as the tokens; other image sizes, by resizing the token-mixing weights
+or by windows; LayerScale, a final norm and truncated normal weights as options.  No accuracy of the paper is claimed
+for any of them: no weights were published.
+
+Deviations: under autocast the gate is multiplied, and added to the tokens, in float32, for it has no bound.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    register_notrace_function,
+    register_notrace_module,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from .layers import FeatureGetter
+from .layers.mlp import Mlp
+from .ops.linear import linear
+
+__all__ = ["NiNformer"]
+
+WINDOW_FROM = 1.5  # sides over those of the grid from which maps are mixed by windows, unless told otherwise
+
+
+def _resize(t: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
+    """Vectors over a grid ``[C, h * w]`` to ``[C, H * W]``, bicubically with antialiasing, in float32 at least."""
+    maps = t.to(torch.promote_types(t.dtype, torch.float32)).reshape(t.shape[0], 1, grid[0], grid[1])
+    return F.interpolate(maps, size=[H, W], mode="bicubic", align_corners=False, antialias=True).reshape(-1, H * W)
+
+
+def resize_token_weights(
+    w1: Tensor, w2: Tensor, b2: Tensor, grid: tuple[int, int], H: int, W: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of a token-mixing network for another grid, which sum over the tokens as before.
+
+    The first layer sums over tokens: its weights are resized, scaled by the ratio of the numbers of tokens, and shifted
+    so that each row has its old sum.  A map that is constant over the tokens therefore has the same hidden activations
+    at every grid.  The second layer has one row for each token: rows and bias are resized alone.
+
+    Args:
+        w1: Weight of the first layer ``[f, h * w]``.
+        w2: Weight of the second ``[h * w, f]``.
+        b2: Its bias ``[h * w]``.
+        grid: ``(h, w)``.
+        H: Rows of the other grid.
+        W: Columns of the other grid.
+
+    Returns:
+        The three for ``H * W`` tokens; themselves when the grid is the same.
+    """
+    if grid[0] == H and grid[1] == W:
+        return w1, w2, b2
+    scaled = _resize(w1, grid, H, W) * (grid[0] * grid[1] / (H * W))
+    scaled = scaled + (w1.sum(1, dtype=scaled.dtype) - scaled.sum(1)).unsqueeze(1) / (H * W)
+    rows = _resize(w2.t(), grid, H, W).t()
+    return scaled.to(w1.dtype), rows.to(w2.dtype).contiguous(), _resize(b2.unsqueeze(0), grid, H, W)[0].to(b2.dtype)
+
+
+@register_notrace_module  # picks its path by the size of its input
+class TokenMixing(nn.Module):
+    """Feed-forward network over the tokens of a grid, the same for every channel.
+
+    Args:
+        grid: Rows and columns that the weights are for.
+        hidden_dim: Hidden units.
+        window: Other maps are mixed in windows of the grid (True), with resized weights (False), or in windows if both
+            sides are above 1.5 times those of the grid (None).
+        drop: Dropout rate after each of the two layers.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        hidden_dim: int,
+        window: bool | None = None,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.grid = grid
+        self.window = window
+        self.mlp = Mlp(grid[0] * grid[1], hidden_dim, drop=drop, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """Grid and window for ``print(model)``."""
+        return f"grid={self.grid}, window={self.window}"
+
+    def _windowed(self, H: int, W: int) -> bool:
+        if self.window is None:
+            return min(H / self.grid[0], W / self.grid[1]) > WINDOW_FROM
+        return self.window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, H, W, C]`` to the same shape."""
+        B, H, W, C = x.shape
+        h, w = self.grid
+        if (h, w) == (H, W):
+            return self.mlp(x.flatten(1, 2).transpose(1, 2)).transpose(1, 2).reshape(B, H, W, C)
+        if self._windowed(H, W):
+            rows, cols = (H + h - 1) // h, (W + w - 1) // w
+            x = F.pad(x, [0, 0, 0, cols * w - W, 0, rows * h - H])
+            x = x.reshape(B, rows, h, cols, w, C).permute(0, 1, 3, 5, 2, 4).reshape(B * rows * cols, C, h * w)
+            x = self.mlp(x).reshape(B, rows, cols, C, h, w).permute(0, 1, 4, 2, 5, 3)
+            return x.reshape(B, rows * h, cols * w, C)[:, :H, :W]
+        mlp = self.mlp
+        w1, w2, b2 = resize_token_weights(mlp.fc1.weight, mlp.fc2.weight, mlp.fc2.bias, self.grid, H, W)
+        hidden = mlp.drop(F.gelu(linear(x.flatten(1, 2).transpose(1, 2), w1, mlp.fc1.bias)))
+        return mlp.drop(linear(hidden, w2, b2)).transpose(1, 2).reshape(B, H, W, C)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resize the weights for another grid, once and for all."""
+        if grid == self.grid:
+            return
+        mlp, trained = self.mlp, self.mlp.fc1.weight.requires_grad
+        tensors = (mlp.fc1.weight.detach(), mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
+        parameters = [nn.Parameter(t, requires_grad=trained) for t in resize_token_weights(*tensors, self.grid, *grid)]
+        mlp.fc1.weight, mlp.fc2.weight, mlp.fc2.bias = parameters
+        mlp.fc1.in_features = mlp.fc2.out_features = grid[0] * grid[1]
+        self.grid = grid
+
+
+@register_notrace_function
+def gated(u: Tensor, v: Tensor) -> Tensor:
+    """``u * v``, in float32 under autocast: the product has no bound, float16 has."""
+    if not torch.jit.is_scripting():
+        kind = u.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return u.float() * v.float()
+    return u * v
+
+
+class Block(nn.Module):
+    """Gate generated by a token and channel mixer, then a feed-forward network; both read one LayerNorm (Sec. 3).
+
+    Args:
+        dim: Channels.
+        hidden_dim: Hidden units of the three feed-forward networks.
+        grid: Rows and columns of the token map.
+        window: As in :class:`TokenMixing`.
+        proj_drop: Dropout rate in the feed-forward networks.
+        init_values: What LayerScale starts from; 0 or None leaves it out.
+        drop_path: Stochastic depth rate of both branches.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        grid: tuple[int, int],
+        window: bool | None = None,
+        proj_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.token_norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.token_mixing = TokenMixing(grid, hidden_dim, window=window, drop=proj_drop, **dd)
+        self.channel_norm = LayerNorm(dim, eps=1e-5, **dd)
+        self.channel_mixing = Mlp(dim, hidden_dim, drop=proj_drop, **dd)
+        self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp = Mlp(dim, hidden_dim, drop=proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The mixer's output for normed tokens ``[B, H, W, C]``: what their projection is multiplied by."""
+        x = x + self.token_mixing(self.token_norm(x))
+        return x + self.channel_mixing(self.channel_norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, H, W, C]`` to the same shape."""
+        n = self.norm(x)
+        u = linear(n, self.proj.weight, self.proj.bias)
+        x = x + self.drop_path1(self.ls1(gated(u, self.gate(n))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm(x))))
+
+
+class NiNformer(nn.Module):
+    """Plain network of gated blocks, without class token and position embedding; one stride, 16 by default.
+
+    Args:
+        img_size: Image size that the token-mixing weights are for.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``''`` for an unpooled map.
+        embed_dim: Channels.
+        depth: Blocks.
+        mlp_ratio: Hidden units of every feed-forward network, the token-mixing ones included, over ``embed_dim``.
+        init_values: What LayerScale on both branches starts from; 0 or None leaves it out.
+        final_norm: Whether a LayerNorm follows the last block.
+        dynamic_img_size: Accept any image size, padded to whole patches.  Resized weights are made in every pass;
+            :meth:`set_input_size` makes them once.
+        window: How maps of another size are mixed: in windows of the grid (True), with resized weights (False), or in
+            windows if both sides are above 1.5 times those of the grid (None).
+        weight_init: ``reset`` for PyTorch's defaults, as the official code, ``vit`` for truncated normal.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout in the feed-forward networks.
+        drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If ``weight_init`` is unknown.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 12,
+        mlp_ratio: float = 2.0,
+        init_values: float | None = None,
+        final_norm: bool = False,
+        dynamic_img_size: bool = False,
+        window: bool | None = None,
+        weight_init: str = "reset",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if weight_init not in ("reset", "vit"):
+            raise ValueError(f"got weight_init={weight_init!r}, need 'reset' or 'vit'")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+        self.num_features = embed_dim
+        self.depth = depth
+        self.weight_init = weight_init
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,  # type: ignore[arg-type]
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            output_fmt="NHWC",
+            strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_size,
+            **dd,
+        )
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        grid: Any = self.patch_embed.grid_size
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    int(embed_dim * mlp_ratio),
+                    grid,
+                    window=window,
+                    proj_drop=proj_drop_rate,
+                    init_values=init_values,
+                    drop_path=rates[i],
+                    **dd,
+                )
+                for i in range(depth)
+            )
+        )
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": embed_dim, "reduction": reduction, "module": f"blocks.{i}"} for i in range(depth)
+        ]
+        self.norm: nn.Module = LayerNorm(embed_dim, eps=1e-5, **dd) if final_norm else nn.Identity()
+        self.head = ClassifierHead(
+            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as ``weight_init`` says.
+
+        Args:
+            needs_reset: First give every layer PyTorch's default, as after ``to_empty()``.
+        """
+        for module in self.modules():
+            if needs_reset and module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+            if self.weight_init == "vit" and isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay would only shrink: none beyond norms and biases."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that order the parameters by depth, for layer-wise learning rates."""
+        return {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 removes it.
+            global_pool: Pooling as in the constructor; None keeps the current one.
+        """
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.num_classes = num_classes
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size that the weights are for, or the patch size: parameters are resampled.
+
+        Args:
+            img_size: Side, or height and width, in pixels; None keeps it.
+            patch_size: Side, or height and width, of a patch; None keeps it.
+
+        Raises:
+            ValueError: If a patch is larger than the image, or a side is below 1.
+        """
+        size = to_2tuple(img_size or self.patch_embed.img_size)
+        patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        if min(patch) < 1 or size[0] < patch[0] or size[1] < patch[1]:
+            raise ValueError(f"got img_size={img_size} and patch_size={patch_size}, need images of at least one patch")
+        self.patch_embed.set_input_size(img_size=size, patch_size=patch)
+        for block in self.blocks:
+            block.token_mixing.set_grid(self.patch_embed.grid_size)  # type: ignore[union-attr, operator]
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        update_model_input_size(self, size, patch_size=patch_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the blocks as maps.
+
+        Args:
+            x: Images ``[B, in_chans, height, width]``.
+            indices: Blocks: all for None, the last ``k`` for a number ``k``, else those listed, in network order.
+            norm: Apply the final norm, if there is one, to the feature of the last block.
+            stop_early: Leave out the blocks after the last one listed.
+            output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
+            intermediates_only: Return the features alone.
+
+        Returns:
+            The features; unless ``intermediates_only``, also the final map in front of them.
+
+        Raises:
+            ValueError: If ``output_fmt`` is something else.
+        """
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"got output_fmt={output_fmt}, need 'NCHW', 'NHWC' or 'NLC'")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        features: list[Tensor] = []
+        x = self.patch_embed(x)
+        last = 0
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript would compile both sides
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            last = i
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - TorchScript
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+            if i in take_indices:
+                feature = self.norm(x) if norm and i == self.depth - 1 else x
+                if output_fmt == "NCHW":
+                    feature = feature.permute(0, 3, 1, 2).contiguous()
+                elif output_fmt == "NLC":
+                    feature = feature.flatten(1, 2)
+                features.append(feature)
+        if intermediates_only:
+            return features
+        if last == self.depth - 1:
+            x = self.norm(x)
+        return x, features
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features of ``indices`` do not need.
+
+        Args:
+            indices: Blocks to keep the features of, as in :meth:`forward_intermediates`.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the classifier.
+
+        Returns:
+            The blocks as positive numbers.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        prune_end = max_index < len(self.blocks) - 1
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to the final map ``[B, H, W, num_features]``."""
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - TorchScript
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map ``[B, H, W, num_features]`` to logits, or to the pooled features with ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to logits ``[B, num_classes]``."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+_OFFICIAL_NAMES = (
+    ("patcher.", "patch_embed.proj."),
+    ("classifier.", "head.fc."),
+    ("model.", "blocks."),
+    (".mgu.proj.", ".proj."),
+    (".mgu.Mixer.token_mix.0.", ".token_norm."),
+    (".mgu.Mixer.token_mix.2.", ".token_mixing.mlp."),
+    (".mgu.Mixer.channel_mix.0.", ".channel_norm."),
+    (".mgu.Mixer.channel_mix.1.", ".channel_mixing."),
+    (".ffn.", ".mlp."),
+    (".net.0.", ".fc1."),
+    (".net.3.", ".fc2."),
+)
+
+
+def _grid_of(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of so many tokens: a square if it is one, else the pair nearest in shape to ``grid``."""
+    if tokens == grid[0] * grid[1]:
+        return grid
+    side = math.isqrt(tokens)
+    if side * side == tokens:
+        return side, side
+    rows = [h for h in range(1, tokens + 1) if tokens % h == 0]
+    best = min(rows, key=lambda h: abs(math.log(h * h / tokens) - math.log(grid[0] / grid[1])))
+    return best, tokens // best
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official checkpoints, or ours of another image or patch size, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load.
+
+    Returns:
+        A state dict for ``model``.  Token-mixing weights of another grid are resized; the number of tokens alone tells
+        which grid: a square one, else the one nearest in shape to that of the model.
+    """
+    for container in ("model", "state_dict"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    if any(k.startswith("model.") for k in state_dict):
+        renamed = {}
+        for key, value in state_dict.items():
+            for old, new in _OFFICIAL_NAMES:
+                key = key.replace(old, new, 1) if old.startswith(".") or key.startswith(old) else key
+            renamed[key] = value
+        state_dict = renamed
+    patches: Any = model.get_parameter("patch_embed.proj.weight")
+    weight = state_dict.get("patch_embed.proj.weight")
+    if weight is not None and weight.shape[2:] != patches.shape[2:]:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(weight, list(patches.shape[2:]))
+    grid: Any = model.patch_embed.grid_size  # type: ignore[union-attr]
+    for i in range(len(model.blocks)):  # type: ignore[arg-type]
+        names = [f"blocks.{i}.token_mixing.mlp.{n}" for n in ("fc1.weight", "fc2.weight", "fc2.bias")]
+        if all(n in state_dict for n in names):
+            w1, w2, b2 = (state_dict[n] for n in names)
+            resized = resize_token_weights(w1, w2, b2, _grid_of(w1.shape[1], grid), grid[0], grid[1])
+            state_dict.update(zip(names, resized, strict=True))
+    return state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "fixed_input_size": True,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "bsd-3-clause",
+        "paper_name": "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function",
+        "paper_ids": "arXiv:2403.02411",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ninformer_cifar.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0),
+        "ninformer_tiny_patch16_224.untrained": _cfg(),
+        "ninformer_small_patch16_224.untrained": _cfg(),
+        "ninformer_base_patch16_224.untrained": _cfg(),
+        "test_ninformer.untrained": _cfg(input_size=(3, 96, 96), pool_size=(6, 6), crop_pct=1.0),
+    }
+)
+
+
+def _create_ninformer(variant: str, pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    depth = kwargs.get("depth", 12)
+    quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
+    return build_model_with_cfg(
+        NiNformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": quarters, "feature_cls": FeatureGetter},
+        **kwargs,
+    )
+
+
+@register_model
+def test_ninformer(pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    """Tiny NiNformer for tests."""
+    model_args = {"img_size": 96, "embed_dim": 40, "depth": 3}
+    return _create_ninformer("test_ninformer", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def ninformer_cifar(pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    """The official model: 32x32 images, 10 classes, dropout 0.5."""
+    model_args = {"img_size": 32, "patch_size": 4, "embed_dim": 256, "depth": 4, "proj_drop_rate": 0.5}
+    return _create_ninformer("ninformer_cifar", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def ninformer_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    """NiNformer of DeiT-Ti's width and depth."""
+    return _create_ninformer("ninformer_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def ninformer_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    """NiNformer of DeiT-S' width and depth; trained with ``drop_path_rate=0.1``."""
+    return _create_ninformer("ninformer_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
+
+
+@register_model
+def ninformer_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
+    """NiNformer of DeiT-B's width and depth; trained with ``drop_path_rate=0.2``."""
+    return _create_ninformer("ninformer_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})
