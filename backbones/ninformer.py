@@ -42,7 +42,7 @@ from .ops.linear import linear
 
 __all__ = ["NiNformer"]
 
-WINDOW_FROM = 1.5  # sides over those of the grid from which maps are mixed by windows, unless told otherwise
+register_notrace_function(linear)  # picks its path by the device of its input
 
 
 def _resize(t: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
@@ -113,8 +113,8 @@ class TokenMixing(nn.Module):
 
     def _windowed(self, H: int, W: int) -> bool:
         if self.window is None:
-            return min(H / self.grid[0], W / self.grid[1]) > WINDOW_FROM
-        return self.window
+            return H > 1.5 * self.grid[0] and W > 1.5 * self.grid[1]
+        return bool(self.window)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
