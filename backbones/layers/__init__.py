@@ -5,6 +5,7 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
+from .place_code import PlaceCode, step_code
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "PlaceCode",
     "add_ulsam",
+    "step_code",
     "swap_halo",
     "to_fast_layout",
 ]
