@@ -28,6 +28,7 @@ from .layers.place_code import PlaceCode, step_code
 __all__ = ["OAT", "convert_oat"]
 
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
+SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
 
 
 class CropNet(nn.Module):
@@ -269,7 +270,8 @@ def _check(embed_dim: int, num_heads: int, head_count: int, spp: int, crop_size:
         raise ValueError(f"got head_count={head_count}, need at least 1")
     if not 0 <= spp <= 4:
         raise ValueError(f"got spp={spp}, need 0 to 4")
-    for name, value, least in (("crop_size", crop_size, SMALLEST_CROP), ("grid", grid, 1)):
+    smallest = SMALLEST_CROP if spp else SMALLEST_POOLED
+    for name, value, least in (("crop_size", crop_size, smallest), ("grid", grid, 1)):
         if len(value) != 2 or min(value) < least:
             raise ValueError(f"got {name}={value}, need two numbers of at least {least}")
 

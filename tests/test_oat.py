@@ -435,7 +435,7 @@ def test_errors():
         ("crops of shape", lambda: model.forward_objects(x)),
         ("crops and boxes", lambda: model.generate(crops, torch.rand(1, 15, 4))),
         ("need at least 19x19", lambda: model.forward_objects(crops[..., :18, :])),
-        ("need crop_size", lambda: build("test_oat", spp=0).forward_objects(crops[..., 1:, :])),
+        ("need crop_size", lambda: build("test_oat", spp=0, crop_size=(30, 29)).forward_objects(crops)),
         ("mode='beam'", lambda: model.generate(x, mode="beam")),
         ("num_samples=2", lambda: model.generate(x, num_samples=2)),
         ("max_len=0", lambda: model.generate(x, max_len=0)),
