@@ -2,14 +2,15 @@
 
 Paper: "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", Y. Fang, J. Yu, H. Zhang,
 R. van der Lans, B. Shi, ECCV 2024, https://arxiv.org/abs/2407.13335.
-Official code: https://github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, without a licence: nothing of it is here, and its
-outputs are reproduced.  No trained weights exist.
+Official code: https://github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, without a licence: nothing of it is here, and
+its outputs are reproduced.  No trained weights exist.
 
 Index space of a scene with N objects: 0..N-1 objects, N end (its score is that of the target token), N+1 padding (a
 class with the constant score 0), N+2 start (decoder input only).
 
 Ours are: crops by RoIAlign from the image, boxes anywhere, object masks, features of a backbone in place of the crop
-network, decoding from kept keys, and the place code in closed form (``layers/place_code.py``) in place of a fitted table.
+network, decoding from kept keys, and the place code in closed form in place of a fitted table.  A blank object (start,
+end, padding) is an all-ones crop, with a backbone an all-ones feature.
 """
 
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, kept: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Attend from ``[B, T, dim]`` to kept keys and values; ``mask`` ``[B or 1, 1, T or 1, L]`` is True where seen."""
+        """Attend from ``[B, T, dim]`` to kept keys; ``mask`` ``[B or 1, 1, T or 1, L]`` is True where one is seen."""
         q = F.linear(x, self.qkv.weight[: self.dim], self.qkv.bias[: self.dim])
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, *kept, attn_mask=mask, dropout_p=self.drop if self.training else 0.0)
@@ -485,7 +486,8 @@ class OAT(nn.Module):
         attend = None if mask is None else mask[:, None, None]
         for layer in self.encoder:
             x = checkpoint(layer, x, attend, use_reentrant=False) if self._recompute() else layer(x, attend)
-        return Scene(tokens, [layer.cross.keys(x) for layer in self.decoder], self.head.keys(x), mask)
+        objects = [layer.cross.keys(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
+        return Scene(tokens, objects, self.head.keys(x), mask)
 
     def _recompute(self) -> bool:
         return self.grad_checkpointing and torch.is_grad_enabled()
@@ -502,7 +504,7 @@ class OAT(nn.Module):
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & (index != last - 2)[:, None, None]
         attend = None if scene.mask is None else scene.mask[:, None, None]
         for layer, objects in zip(self.decoder, scene.objects, strict=True):
-            kept = layer.attn.keys(x)
+            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
             args = (x, kept, mask, objects, attend)
             x = checkpoint(layer, *args, use_reentrant=False) if self._recompute() else layer(*args)
         return self._score(x, scene)
@@ -677,7 +679,7 @@ class OAT(nn.Module):
         x = self.drop(x + step_code(1, x.shape[2], step, x.device).to(x.dtype)).flatten(0, 1)[:, None]
         attend = None if scene.mask is None else scene.mask[:, None, None]
         for i, (layer, objects) in enumerate(zip(self.decoder, scene.objects, strict=True)):
-            kept = layer.attn.keys(x)
+            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
             if step:
                 kept = (torch.cat((cache[i][0], kept[0]), 2), torch.cat((cache[i][1], kept[1]), 2))
                 cache[i] = kept
@@ -724,7 +726,8 @@ def _check_indices(name: str, x: Tensor | None, shape: tuple[int | None, ...], l
 
 def _stride_16(name: str, pretrained: bool, in_chans: int, dd: dict[str, Any]) -> nn.Module:
     """A features-only backbone that gives its last map of stride 16."""
-    strides = timm.create_model(name, features_only=True, device="meta").feature_info.reduction()
+    info: Any = timm.create_model(name, features_only=True, device="meta").feature_info
+    strides = info.reduction()
     if 16 not in strides:
         raise ValueError(f"got backbone={name!r} with features of strides {strides}, need one of 16")
     index = len(strides) - 1 - strides[::-1].index(16)

@@ -1,4 +1,4 @@
-"""OAT: the official outputs, the place code, decoding, scenes as images and boxes, the contract of timm where it applies."""
+"""OAT: official outputs, place code, decoding, scenes as images and boxes, the contract of timm where it applies."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_free_boxes_move_the_code():
 
 @pytest.mark.parametrize("name", ["test_litv2", "resnet10t", "test_vit"])
 def test_backbone(name):
-    """Features of stride 16 of any model, by RoIAlign; the image reaches the logits and gradients reach the backbone."""
+    """Features of stride 16 of any model, by RoIAlign; gradients reach backbone and image."""
     model = build("test_oat", backbone=name)
     side = 160 if name == "test_vit" else 96
     image = torch.rand(2, 3, side, side, requires_grad=True)

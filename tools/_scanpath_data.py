@@ -228,7 +228,8 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
 
 
 def _read_samples(content: list[Any], path: str, grid: tuple[int, int] | None) -> Scanpaths:
-    trials, scenes = [], {}
+    trials: list[Trial] = []
+    scenes: dict[Any, Scene] = {}
     largest = (0, 0)
     for i, record in enumerate(content):
         where = f"{path}: record {i}"
@@ -312,8 +313,8 @@ def split(trials: Sequence[Trial], seed: int, by: str = "layout") -> dict[str, l
         members = list(groups[task].values())
         random.Random(seed).shuffle(members)
         first, second = round(0.8 * len(members)), round(0.9 * len(members))
-        for name, chosen in zip(PARTS, (members[:first], members[first:second], members[second:]), strict=True):
-            parts[name] += [trial for group in chosen for trial in group]
+        for name, group in zip(PARTS, (members[:first], members[first:second], members[second:]), strict=True):
+            parts[name] += [trial for together in group for trial in together]
     for name, chosen in parts.items():
         if not chosen:
             unit = "layouts" if by == "layout" else "scanpaths"

@@ -1,7 +1,7 @@
 """Comparing predicted with human scanpaths: sequences of objects, behaviour, MultiMatch, probabilities, saliency.
 
-The metrics of OAT (https://arxiv.org/abs/2407.13335), reproduced from the official code's outputs.  MultiMatch is a plain
-dynamic programme; the package ``multimatch-gaze`` agrees but where two alignments cost the same.  Ours prefers diagonals.
+The metrics of OAT (https://arxiv.org/abs/2407.13335), equal to the official code's.  MultiMatch is a plain dynamic
+programme, which needs no package; where two alignments cost the same, the diagonal one is taken.
 """
 
 from __future__ import annotations
@@ -253,14 +253,14 @@ def compare(
     for name, sequence in (("pred", pred), ("true", true), ("target", [target])):
         if sequence and not 0 <= min(sequence) <= max(sequence) < len(where):
             raise ValueError(f"got {name} {sequence}, need objects from 0 to {len(where) - 1}")
-    points = [where[np.array(s, int)] for s in (pred, true)]
-    parts = multimatch(*points, screen)
+    p, t = (where[np.array(s, int)] for s in (pred, true))
+    parts = multimatch(p, t, screen)
     return {
         "sequence_score": sequence_score(pred, true),
         "edit_distance": float(edit_distance(pred, true)),
         "multimatch": float(parts[:4].mean()),
         **{f"multimatch_{name}": float(v) for name, v in zip(MULTIMATCH, parts, strict=True)},
-        "nss": nss(*points, screen),
+        "nss": nss(p, t, screen),
         **{f"model_{k}": v for k, v in behaviour(pred, target)._asdict().items()},
         **{f"human_{k}": v for k, v in behaviour(true, target)._asdict().items()},
     }

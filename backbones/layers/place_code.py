@@ -1,8 +1,8 @@
 """Codes of places and steps for transformers over the objects of a scene (OAT).
 
-The place code has one property, cosine ``exp(-distance^2 / (2 sigma^2))`` between two places.  OAT's official tables are fits
-of it by gradient descent; this is its closed form, up to a rotation.  It samples the Gaussian's spectrum at equal steps:
-22 channels are right to 0.002 for 14 columns, where as many of Gauss-Hermite nodes repeat after 6.
+The place code has one property, cosine ``exp(-distance^2 / (2 sigma^2))`` between two places.  OAT's official tables
+are fits of it by gradient descent; this is its closed form, up to a rotation.  It samples the Gaussian's spectrum at
+equal steps: 22 channels are right to 0.002 for 14 columns, where as many of Gauss-Hermite nodes repeat after 6.
 """
 
 import math
