@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import yaml
 from timm.utils import ParseKwargs
@@ -24,7 +25,15 @@ from timm.utils import ParseKwargs
 from vizoo.backbones.oat import OAT, next_fixations
 from vizoo.tools._data import seed_everything
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
-from vizoo.tools.common import UserError, atomic_write, build_model, print_table, progress, resolve_device
+from vizoo.tools.common import (
+    UserError,
+    atomic_write,
+    build_model,
+    print_table,
+    progress,
+    resolve_device,
+    resolve_models,
+)
 from vizoo.tools.scanpaths import Behaviour, average, compare, sim
 
 BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
@@ -158,9 +167,10 @@ def _load(options: dict[str, Any]) -> Scanpaths:
 
 
 def _build(name: str, kwargs: dict[str, Any], checkpoint: str = "") -> OAT:
-    model = build_model(name, checkpoint_path=checkpoint, **kwargs)
-    if not isinstance(model, OAT):
+    (name,) = resolve_models([name])
+    if timm.models.model_entrypoint(name.partition(".")[0]).__module__ != OAT.__module__:
         raise UserError(f"--model {name!r} predicts no scanpaths; allowed: oat_*")
+    model: OAT = build_model(name, checkpoint_path=checkpoint, **kwargs)
     return model
 
 
@@ -446,7 +456,7 @@ def draw_scanpaths(trials: Sequence[Trial], paths: Sequence[Sequence[int]], path
                     axes.imshow(picture, extent=(0, *scene.screen, 0))
             for i, (x1, y1, x2, y2) in enumerate(scene.boxes.tolist()):
                 if scene.image is None and scene.crops is not None and scene.crops.max() > 0:
-                    crop = scene.crops[i].permute(1, 2, 0)
+                    crop = scene.crops[i].permute(1, 2, 0).numpy()
                     axes.imshow(
                         crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), extent=(x1, x2, y2, y1), alpha=0.5
                     )
