@@ -457,9 +457,7 @@ def draw_scanpaths(trials: Sequence[Trial], paths: Sequence[Sequence[int]], path
             for i, (x1, y1, x2, y2) in enumerate(scene.boxes.tolist()):
                 if scene.image is None and scene.crops is not None and scene.crops.max() > 0:
                     crop = scene.crops[i].permute(1, 2, 0).numpy()
-                    axes.imshow(
-                        crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), extent=(x1, x2, y2, y1), alpha=0.5
-                    )
+                    axes.imshow(crop, extent=(x1, x2, y2, y1), alpha=0.5)
                 edge = {"edgecolor": "tab:red", "linewidth": 2.5} if i == trial.target else {"edgecolor": "lightgray"}
                 axes.add_patch(
                     Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=2 + (i == trial.target), **edge)
