@@ -434,7 +434,7 @@ class OAT(nn.Module):
     def _cut(self, source: Tensor, boxes: Tensor, size: Sequence[int], scale: float = 1.0) -> Tensor:
         """Bilinear crops ``[B * N, C, h, w]`` of boxes ``[B, N, 4]``."""
         index = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
-        rois = torch.cat((index.repeat_interleave(boxes.shape[1])[:, None], boxes.flatten(0, 1)), 1)
+        rois = torch.cat((index[:, None, None].expand(-1, boxes.shape[1], 1), boxes), 2).flatten(0, 1)
         wide = torch.promote_types(source.dtype, torch.float32)  # RoIAlign knows no bfloat16 on a CPU
         return roi_align(source.to(wide), rois.to(wide), (size[0], size[1]), scale, aligned=True).to(source.dtype)
 
@@ -476,8 +476,8 @@ class OAT(nn.Module):
         place = self.place(torch.cat((coords, others), 1), flag)
         tokens = torch.cat((look, place.to(look.dtype)), -1)
         hit = target[:, None]
-        where = torch.cat((coords, coords.take_along_dim(hit[..., None], 1)), 1)  # the target token is the last
-        what = torch.cat((seen[:, :-1], seen.take_along_dim(hit[..., None], 1)), 1)
+        where = torch.cat((coords, pick(coords, hit)), 1)  # the target token is the last
+        what = torch.cat((seen[:, :-1], pick(seen, hit)), 1)
         place = self.place(where, torch.arange(N + 1, device=coords.device).expand(B, -1) == N)
         x = torch.cat((what, place.to(what.dtype)), -1)
         mask = None
@@ -499,7 +499,7 @@ class OAT(nn.Module):
         if prefix is not None:
             index = torch.cat((index, torch.where(prefix < 0, last - 2, prefix)), 1)
         T = index.shape[1]
-        x = scene.tokens.take_along_dim(index[..., None], 1)
+        x = pick(scene.tokens, index)
         x = self.drop(x + step_code(T, dim, device=x.device).to(x.dtype))
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & (index != last - 2)[:, None, None]
         attend = None if scene.mask is None else scene.mask[:, None, None]
@@ -675,7 +675,7 @@ class OAT(nn.Module):
 
     def _step(self, scene: Scene, index: Tensor, step: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Logits ``[B, n, N + 2]`` after the tokens ``index`` ``[B, n]``; appends their keys to the cache."""
-        x = scene.tokens.take_along_dim(index[..., None], 1)
+        x = pick(scene.tokens, index)
         x = self.drop(x + step_code(1, x.shape[2], step, x.device).to(x.dtype)).flatten(0, 1)[:, None]
         attend = None if scene.mask is None else scene.mask[:, None, None]
         for i, (layer, objects) in enumerate(zip(self.decoder, scene.objects, strict=True)):
@@ -705,6 +705,11 @@ class OAT(nn.Module):
             raise ValueError(f"got logits of {list(logits.shape)} for a sequence of {list(sequence.shape)}")
         labels = next_fixations(sequence, logits.shape[2] - 2)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-1)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, T, C]`` of ``x`` ``[B, S, C]``; unlike ``take_along_dim`` it exports with any batch size."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def next_fixations(sequence: Tensor, end: int) -> Tensor:

@@ -411,11 +411,19 @@ def test_other_dtypes(dtype):
 
 
 def test_export():
+    """One program for any number of scenes, objects and fixations."""
     model = build("test_oat")
-    x, boxes = torch.rand(2, 3, 96, 128), torch.tensor([[0.0, 0, 30, 40], [50, 20, 90, 70], [60, 40, 128, 96]])
-    args = (x, boxes.expand(2, -1, -1).contiguous(), torch.tensor([1, 2]), torch.tensor([[0, 2], [1, -1]]))
+    boxes = torch.tensor([[0.0, 0, 30, 40], [50, 20, 90, 70], [60, 40, 128, 96], [9, 9, 40, 60], [1, 50, 90, 95]])
+
+    def inputs(b, n, t):
+        image, target = torch.rand(b, 3, 96, 128), torch.arange(b)
+        return image, boxes[:n].expand(b, -1, -1).contiguous(), target, torch.randint(-1, n, (b, t))
+
+    B, N, T = (torch.export.Dim(name) for name in "BNT")
+    sizes = ({0: B}, {0: B, 1: N}, {0: B}, {0: B, 1: T})
     with torch.no_grad():
-        program = torch.export.export(model, args, strict=False).module()
+        program = torch.export.export(model, inputs(2, 3, 2), dynamic_shapes=sizes, strict=False).module()
+        args = inputs(3, 5, 4)
         close(program(*args), model(*args), "graph")
 
 
