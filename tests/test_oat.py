@@ -84,7 +84,7 @@ def test_golden_appearance():
 def test_golden_place_codes():
     out = load("oat_pe").outputs
     coords = out["coords"]
-    table = PlaceCode(256, (13, 13), table=out["learned_table"])
+    table = PlaceCode(256, (6, 14), table=out["learned_table"])
     golden_close(table(coords[:, :2], coords[:, 2])[:, ::4], out["learned_codes"], "learned")
     places = torch.cartesian_prod(torch.arange(3.0), torch.arange(11.0), torch.arange(2.0))
     for kind in ("original", "exp1", "exp2", "linear"):

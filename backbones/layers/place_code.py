@@ -99,10 +99,10 @@ class PlaceCode(nn.Module):
         k = range(0, channels, 2)
         if table is not None:
             self.table = torch.as_tensor(table, dtype=torch.float32, device="cpu")
-            if self.table.ndim != 2 or 3 * self.table.shape[1] < dim or self.table.shape[0] <= max(grid):
+            if self.table.ndim != 2 or 3 * self.table.shape[1] < dim or self.table.shape[0] < max(grid):
                 raise ValueError(
                     f"got pe_table of shape {list(self.table.shape)}, need at least "
-                    f"[{max(grid) + 1}, {-(-dim // 3)}] for a grid of {grid[0]}x{grid[1]}"
+                    f"[{max(grid)}, {-(-dim // 3)}] for a grid of {grid[0]}x{grid[1]}"
                 )
         elif kind == "gauss":
             self.frequency, weights = gaussian_nodes(channels, sigma, max(grid))
