@@ -382,3 +382,24 @@ def test_bad_input(words, message, run, capsys):
     given = words.replace("RUN", str(run)).replace("OUT", str(run.parent)).split()
     assert cli.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_and_a_backbone(tmp_path):
+    """The whole way from the JSON of 20 scenes with images to figures, objects seen by a backbone."""
+    (scene,) = [s for name, s in sti().items() if name == "a.jpg"]
+    (tmp_path / "data.json").write_text(json.dumps({f"{i}.png": scene for i in range(20)}))
+    for i in range(20):
+        Image.fromarray(np.full((60, 140, 3), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    words = ["train", "--task", "scanpath", "--data", tmp_path / "data.json", "--images", tmp_path, "--grid", 2, 3]
+    words += ["--model", "test_oat", "--model-kwargs", "backbone=resnet10t", "--epochs", 1, "--device", "cpu"]
+    assert cli.main([str(w) for w in [*words, "--output", tmp_path, "--experiment", "run"]]) == 0
+    out = tmp_path / "found.json"
+    assert cli.main([str(w) for w in ("evaluate", tmp_path / "run", "--out", out, "--device", "cpu")]) == 0
+    found = json.loads(out.read_text())
+    assert found["trials"] == 4
+    assert found["people"]["sequence_score"] == pytest.approx(
+        sequence_score(*(s["human"] for s in found["scanpaths"][:2]))
+    )
+    words[6] = tmp_path / "nothing"
+    (tmp_path / "nothing").mkdir()
+    assert cli.main([str(w) for w in [*words, "--output", tmp_path, "--experiment", "other"]]) == 2
