@@ -404,7 +404,11 @@ def evaluate_scanpaths(argv: list[str]) -> int:
         with atomic_write(args.out) as f:
             json.dump({**result, "scanpaths": rows}, f, indent=2)
     if args.plot:
-        draw_scanpaths(trials[:SHOWN], [g[0] for g in greedy[:SHOWN]], Path(args.plot), result["model"])
+        chosen = range(0, len(trials), -(-len(trials) // SHOWN))  # of different scenes
+        columns = {f"{result['model']}, greedy": [greedy[i][0] for i in chosen]}
+        if sampled:
+            columns[f"{result['model']}, drawn"] = [sampled[i][0] for i in chosen]
+        draw_scanpaths([trials[i] for i in chosen], columns, Path(args.plot))
     return 0
 
 
@@ -429,27 +433,26 @@ def _report(result: dict[str, Any]) -> None:
     print("people: sequence score to NSS between viewers of a scene, the rest of these trials themselves.")
 
 
-def draw_scanpaths(trials: Sequence[Trial], paths: Sequence[Sequence[int]], path: Path, title: str) -> None:
+def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]], path: Path) -> None:
     """Draw human and predicted scanpaths side by side, a row for each trial.
 
     Args:
         trials: What people did.
-        paths: What the model predicts.
+        predicted: Titles of columns, and a scanpath of each trial for them.
         path: PNG file to write.
-        title: Name of the model.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from PIL import Image
 
     width, height = trials[0].scene.screen
-    figure = Figure(figsize=(11, 5.3 * height / width * len(trials) + 0.4), dpi=130, layout="constrained")
-    panels = figure.subplots(len(trials), 2, squeeze=False)
-    for row, trial, predicted in zip(panels, trials, paths, strict=True):
+    n = 1 + len(predicted)
+    figure = Figure(figsize=(5.5 * n, 5.3 * height / width * len(trials) + 0.4), dpi=130, layout="constrained")
+    panels = figure.subplots(len(trials), n, squeeze=False)
+    for k, (row, trial) in enumerate(zip(panels, trials, strict=True)):
         scene = trial.scene
-        for axes, name, sequence in zip(
-            row, (f"viewer {trial.viewer}", title), (trial.sequence, predicted), strict=True
-        ):
+        columns = {f"viewer {trial.viewer}": trial.sequence, **{name: paths[k] for name, paths in predicted.items()}}
+        for axes, (name, sequence) in zip(row, columns.items(), strict=True):
             axes.set(xlim=(0, scene.screen[0]), ylim=(scene.screen[1], 0), aspect="equal")
             if scene.image is not None:
                 with Image.open(scene.image) as picture:
@@ -464,7 +467,7 @@ def draw_scanpaths(trials: Sequence[Trial], paths: Sequence[Sequence[int]], path
                 )
             points = ((scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2)[list(sequence)].numpy()
             # fixations of one object fan out, so that every number can be read
-            spread = np.stack([[k // 3 * 0.16, k % 3 * 0.22] for k in _repeats(sequence)])
+            spread = np.array([[min(m // 3, 2) * 0.16, m % 3 * 0.22] for m in _repeats(sequence)])
             sides = (scene.boxes[:, 2:] - scene.boxes[:, :2])[list(sequence)].numpy()
             points = points + (spread - [0.0, 0.22]) * sides
             axes.plot(*points.T, color="tab:blue", linewidth=1.2, alpha=0.8, zorder=4)
