@@ -6,6 +6,7 @@ if not __name__.startswith("vizoo."):
 from . import halonet as halonet
 from . import litv2 as litv2
 from . import medusa as medusa
+from . import nat as nat
 from . import oat as oat
 from . import overlock as overlock
 from . import ulsam as ulsam

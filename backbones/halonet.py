@@ -385,7 +385,7 @@ def _create_hybrid(variant: str, cfg: ByoModelCfg, pretrained: bool = False, **k
 
 @register_model
 def test_halonet(pretrained: bool = False, **kwargs: Any) -> HaloResNet:
-    """Tiny HaloNet for tests: wide values, partial blocks, a final convolution, no block an identity."""
+    """Tiny HaloNet for tests: convolutions first, wide values, partial blocks, a final convolution, no identities."""
     model_args = {
         "embed_dim": 16,
         "depths": (1, 1, 2, 1),
@@ -395,6 +395,7 @@ def test_halonet(pretrained: bool = False, **kwargs: Any) -> HaloResNet:
         "rv": 2.0,
         "rb": 2.5,
         "final_dim": 192,
+        "conv_stages": (0,),
         "zero_init_last": False,
     }
     return _create_halonet("test_halonet", pretrained, **{**model_args, **kwargs})
@@ -402,13 +403,14 @@ def test_halonet(pretrained: bool = False, **kwargs: Any) -> HaloResNet:
 
 @register_model
 def test_halonet_hybrid(pretrained: bool = False, **kwargs: Any) -> HaloResNet:
-    """Tiny convolutions with halo attention for tests: odd blocks, squeeze-excitation, no block an identity."""
+    """Tiny hybrid for tests: odd blocks, squeeze-excitation, blocks of a ResNet and a RegNetZ, none an identity."""
+    inverted = {"bottle_in": True, "linear_out": True}
     cfg = ByoModelCfg(
         blocks=(
             ByoBlockCfg(type="bottle", d=1, c=32, s=1, gs=0, br=0.5),
-            ByoBlockCfg(type="bottle", d=1, c=64, s=2, gs=0, br=0.5),
+            ByoBlockCfg(type="bottle", d=1, c=64, s=2, gs=16, br=2, block_kwargs=inverted),
             interleave_blocks(types=("bottle", "self_attn"), d=2, c=128, s=2, gs=0, br=0.5),
-            ByoBlockCfg(type="self_attn", d=1, c=256, s=2, gs=0, br=0.5),
+            ByoBlockCfg(type="self_attn", d=1, c=144, s=2, gs=0, br=1, block_kwargs=inverted),
         ),
         stem_chs=16,
         stem_type="tiered",

@@ -63,15 +63,15 @@ def test_attention(name, fused, grad):
     golden_close(out[:, :: out.shape[1] // expected.shape[1]], expected, name)
 
 
-@both_paths
 @pytest.mark.parametrize("name", MODELS)
-def test_model(name, grad):
+def test_model(name):
     case = load(name)
     model = timm.create_model(MODELS[name]).eval()
     assert list(model.state_dict()) == list(case.keys)
     model.load_state_dict(checkpoint_filter_fn({"state_dict": weights(case.keys)}, model), strict=True)
-    with torch.set_grad_enabled(grad):
-        golden_close(model(image(case.input_shape)), case.outputs["logits"], name)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            golden_close(model(image(case.input_shape)), case.outputs["logits"], f"{name}, gradients {grad}")
 
 
 def test_features_of_odd_size():
@@ -214,7 +214,7 @@ def test_options_arrive():
     assert {(m.pad_mode, m.rel_index, m.block_size, m.halo_size) for m in layers} == {("mask", "pixel", 6, 2)}
     assert not [m for m in model.modules() if isinstance(m, torch.nn.ReLU)]
     assert model.stem.conv1.conv.out_channels == 32
-    assert layers[0].q.weight.shape == (32, 32, 1, 1)
+    assert layers[0].q.weight.shape == (64, 64, 1, 1)  # of the second stage
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,28 @@ def test_detection_backbone(block_size):
     assert [tuple(f.shape[2:]) for f in features] == [(24, 40), (12, 20), (6, 10), (3, 5)]
 
 
+def test_training_keeps_no_windows():
+    """Saved for the backward pass: the input, its projections and the parameters; timm keeps windows and scores."""
+
+    def saved(layer):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t  # holds it, so that no address is used twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = layer(x)
+        return sum(t.untyped_storage().nbytes() for t in storages.values()), out
+
+    theirs = HaloAttn(64, num_heads=4)
+    x = image((1, 64, 32, 32)).requires_grad_()
+    ours = swap_halo(theirs)
+    parameters = sum(p.nbytes for p in ours.parameters())
+    assert saved(ours)[0] <= parameters + 5 * x.nbytes  # x in both formats, q, k and v
+    assert saved(theirs)[0] >= 5 * saved(ours)[0]
+
+
 # timm's models
 
 
@@ -296,6 +318,17 @@ def test_hybrids_are_timms(name):
     assert cfg["hf_hub_id"] == f"timm/{theirs}.{cfg['tag']}"
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == params
     assert gmacs(model, cfg["input_size"][1:]) == macs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["halo_se33ts", "halo_50ts", "halo_eca26ts", "halo_regnetz_b"])
+def test_hybrids_compute_as_timms(name):
+    peer = timm.create_model(HYBRIDS[name][0], zero_init_last=False).eval()
+    model = timm.create_model(name).eval()
+    model.load_state_dict(peer.state_dict(), strict=True)
+    x = image((1, *model.pretrained_cfg["input_size"]))
+    with torch.no_grad():
+        golden_close(model(x), peer(x), name)
 
 
 @pytest.mark.slow
@@ -320,11 +353,33 @@ def test_swap(name):
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "avg_down": True}], ids=str)
 def test_swap_layer(options):
-    options = {"dim_out": 48, "num_heads": 4, "dim_head": 5, "block_size": 4, "qkv_bias": True, **options}
+    """Outputs and all gradients, on maps of whole blocks and on others, for which timm's input is padded with zeros."""
+    options = {"dim_out": 48, "num_heads": 4, "dim_head": 5, "block_size": 4, **options}
     theirs = HaloAttn(16, scale_pos_embed=True, **options).eval()
     ours = swap_halo(theirs)
     assert isinstance(ours, HaloAttention)
     assert not ours.training
+    parameters = dict(theirs.named_parameters())
+    assert {n: id(p) for n, p in ours.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    stride = options.get("stride", 1)
+    for h, w in ((8, 12), (6, 10)):
+        x = image((2, 16, h, w)).requires_grad_()
+        expected = theirs(F.pad(x, [0, -w % 4, 0, -h % 4]))
+        found = ours(x)
+        expected = expected[:, :, : found.shape[2], : found.shape[3]]
+        assert found.shape[2:] == (h // stride, w // stride)
+        golden_close(found, expected)
+        grad = torch.randn_like(expected)
+        wanted = [x, *parameters.values()]
+        gradients = (torch.autograd.grad(y, wanted, grad) for y in (found, expected))
+        for key, a, b in zip(["input", *parameters], *gradients, strict=True):
+            close(a, b, "gradient", key)
+
+
+def test_swap_keeps_biases():
+    theirs = HaloAttn(16, 48, num_heads=4, block_size=4, qkv_bias=True)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
     x = image((2, 16, 8, 12))
     with torch.no_grad():
-        golden_close(ours(x), theirs(x))
+        golden_close(swap_halo(theirs)(x), theirs(x))

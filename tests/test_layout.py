@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
-# ContMix is built on the weighted sum; the kernels of halo attention fill a file of their own
-PLUMBING = {f"{OPS}._backend", f"{OPS}._cost", f"{OPS}._halo_kernels", f"{OPS}.na2d_av"}
+# ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
+PLUMBING = {f"{OPS}.{name}" for name in ("_backend", "_cost", "_halo_kernels", "_neighborhood_kernels", "na2d_av")}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}

@@ -502,7 +502,8 @@ def test_init_weights_after_to_empty(name: str) -> None:
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert torch.isfinite(tensor).all(), f"{key} was not initialised"
         spread, expected = (t.float().std(correction=0).item() for t in (tensor, fresh[key]))
-        assert spread == pytest.approx(expected, rel=0.5, abs=1e-6), f"{key}: standard deviation"
+        rel = max(0.5, 4 * tensor.numel() ** -0.5)  # a few values alone may differ by chance
+        assert spread == pytest.approx(expected, rel=rel, abs=1e-6), f"{key}: standard deviation"
     assert torch.isfinite(model(sample(model))).all()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import sys
+from importlib import resources
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 import vizoo  # noqa: F401 - registers the zoo
 
 FORWARD, BACKWARD, SMALL = 384, 128, 96  # sides in pixels: one pass, training step, everything else
+LARGE = 70_000_000  # parameters from which a model takes seconds to build
 
 
 def module_of(name: str) -> ModuleType:
@@ -42,6 +45,12 @@ def _one_of_each_kind(names: list[str]) -> list[str]:
     return kinds
 
 
+def _recorded_params(name: str) -> int:
+    """Parameters of a row of ``backbones/models.csv``, which a test recounts; 0 without one."""
+    text = resources.files("vizoo.backbones").joinpath("models.csv").read_text(encoding="utf-8")
+    return next((int(row["params"]) for row in csv.DictReader(text.splitlines()) if row["name"] == name), 0)
+
+
 REGISTERED = _registered()
 NAMES = [n for n in REGISTERED if timm.models.get_pretrained_cfg(n).num_classes]  # an OAT has no classes of its own
 assert NAMES, "vizoo registers no classifier, so there is nothing to test"
@@ -52,9 +61,10 @@ all_models = pytest.mark.parametrize("name", NAMES)
 each_kind = pytest.mark.parametrize("name", KINDS)
 """One small model of each kind: for what cannot differ by size."""
 other_models = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS and _recorded_params(n) < LARGE],
 )
-"""The models that ``each_kind`` leaves out, as slow tests."""
+"""The models that ``each_kind`` leaves out, as slow tests; of the largest, which are wide siblings, only the counts."""
 
 
 def is_fixed(model: nn.Module) -> bool:

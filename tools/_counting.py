@@ -228,11 +228,16 @@ def _price(func: Any, name: str) -> Callable[..., Cost] | None:
     if price is not None:
         return price
     forward = plain.removesuffix("_data").removesuffix("_backward")
-    if forward != plain and forward in _BACKWARD:
-        return _per_output(_BACKWARD[forward])
+    if forward != plain and (forward in _BACKWARD or _is_pointwise(find_operator(forward))):
+        return _per_output(_BACKWARD.get(forward, 2))
     packet = find_operator(plain) or func._overloadpacket  # some operators in place lack the tag of the plain one
-    tags = [tag for overload in packet.overloads() for tag in getattr(packet, overload).tags]
-    return _per_output(1) if torch.Tag.pointwise in tags else None
+    return _per_output(1) if _is_pointwise(packet) else None
+
+
+def _is_pointwise(packet: Any) -> bool:
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 # the dispatch mode

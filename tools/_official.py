@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import sys
 import types
@@ -115,9 +116,64 @@ def _overlock(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
         return getattr(overlock, name)(deploy=reparam, use_ds=False)
 
 
+class _NeighborhoodAttention2D(nn.Module):
+    """The module of NATTEN 0.14, whose bias and CPU kernels later releases dropped, by one gather of all windows."""
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int, dilation: int | None, qkv_bias: bool, **_: Any):
+        super().__init__()
+        self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation or 1
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+        self.proj = nn.Linear(dim, dim)
+
+    def window(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and rows of the bias for each position of an axis, both ``[size, kernel_size]``."""
+        K, D = self.kernel_size, self.dilation
+        i = torch.arange(size, device=device)
+        t, r = i // D, i % D
+        start = torch.minimum((t - K // 2).clamp(min=0), (size - r + D - 1) // D - K)
+        j = start[:, None] + torch.arange(K, device=device)
+        return j * D + r[:, None], j - t[:, None] + K - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H0, W0, C = x.shape
+        h, K, least = self.num_heads, self.kernel_size, self.kernel_size * self.dilation
+        x = F.pad(x, (0, 0, 0, max(0, least - W0), 0, max(0, least - H0)))
+        H, W = x.shape[1:3]
+        q, k, v = self.qkv(x).reshape(B, H * W, 3, h, C // h).permute(2, 0, 3, 1, 4)
+        (rows, bias_rows), (cols, bias_cols) = self.window(H, x.device), self.window(W, x.device)
+        index = (rows[:, None, :, None] * W + cols[None, :, None, :]).reshape(H * W, K * K)
+        bias = self.rpb[:, bias_rows[:, None, :, None], bias_cols[None, :, None, :]].reshape(h, H * W, 1, K * K)
+        attn = (q * (C // h) ** -0.5).unsqueeze(3) @ k[:, :, index].transpose(3, 4) + bias
+        out = (attn.softmax(-1) @ v[:, :, index]).squeeze(3).transpose(1, 2).reshape(B, H, W, C)
+        return self.proj(out[:, :H0, :W0])
+
+
+def _nat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    if reparam:
+        raise UserError(f"--reparam: {name!r} has no branches to merge")
+
+    def untouched(function: Any) -> Any:
+        return function
+
+    stubs: dict[str, dict[str, Any]] = {
+        "natten": {"NeighborhoodAttention2D": _NeighborhoodAttention2D},
+        "timm.models.registry": {"register_model": untouched},
+    }
+    flat = "isotropic" in name or name.startswith("vitrpb")
+    file = "isotropic" if flat else "dinats" if name.startswith("dinat_s_") else name.split("_")[0]
+    with _importing(checkout / "classification", stubs):
+        model = getattr(importlib.import_module(file), name)()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # the constructor sets the rate of the recipe, ours is 0
+    return model
+
+
 _MODELS = {
     "litv2": ("classification/models/litv2.py", _litv2),
     "overlock": ("models/overlock.py", _overlock),
+    **dict.fromkeys(("nat", "dinat", "vitrpb"), ("classification/nat.py", _nat)),
 }
 
 

@@ -1,4 +1,4 @@
-"""``vizoo bench``: a model or a HiLo layer against official code, timm, or the plain reference, in alternation."""
+"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import datetime
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ examples:
   vizoo bench litv2_s --batch 1 8 --threads 1 2 --dtype float32 bfloat16 --out results.csv
   vizoo bench litv2_s --official LITv2 --compile        both sides compiled
   vizoo bench hilo --size 56 --official LITv2           one attention layer, dim 384, on a 56x56 map
+  vizoo bench halo --size 64 --batch 1 8                the first one of halo_h1 against timm's, on a 64x64 map
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
 stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
@@ -62,6 +64,8 @@ COLUMNS = [
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # ||ours - theirs|| / ||theirs||
 LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha": 0.9}
+HALO_LAYER: dict[str, Any] = {"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3}
+SIDES = {"hilo": 56, "halo": 64}  # of the layers' maps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo' for one attention layer")
+    p.add_argument("name", help="a model of the zoo, or 'hilo' or 'halo' for one attention layer")
     p.add_argument(
         "--official",
         type=Path,
@@ -84,11 +88,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
     )
-    p.add_argument("--size", type=int, metavar="N", help="side of the image (the model's), or of the layer's map (56)")
-    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of the layer (2)")
     p.add_argument(
-        "--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of the layer (0.9)"
+        "--size", type=int, metavar="N", help="side of the image (the model's), or of the map (hilo 56, halo 64)"
     )
+    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of hilo (2)")
+    p.add_argument("--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of hilo (0.9)")
     p.add_argument(
         "--mode", choices=["infer", "train"], default="infer", help="forward, or forward and backward (infer)"
     )
@@ -96,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compile", action="store_true", help="torch.compile both sides")
     p.add_argument("--channels-last", action="store_true", help="image and both models in channels_last")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N (cpu)")
+    p.add_argument(
+        "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
+    )
     p.add_argument("--rounds", type=int, default=20, help="timed calls of each side (20)")
     p.add_argument("--out", type=Path, metavar="FILE.csv", help="append the rows to this file")
     return p
@@ -132,14 +139,25 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
 
     from vizoo.tools._official import official_hilo, official_model, timm_model
 
+    if args.name == "halo":
+        from timm.layers.halo_attn import HaloAttn
+
+        from vizoo.backbones.layers import HaloAttention
+
+        ours: Any = HaloAttention(**HALO_LAYER)
+        draw_weights(ours)
+        peer: Any = HaloAttn(**HALO_LAYER)
+        peer.load_state_dict(ours.state_dict())
+        side = args.size or SIDES[args.name]
+        return ours, peer, "timm", [HALO_LAYER["dim"], side, side]
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
 
         arguments = {**LAYER, "window_size": args.window, "alpha": args.alpha}
-        side = args.size or 56
-        ours: Any = HiLo(qkv_bias=True, **arguments)
+        side = args.size or SIDES[args.name]
+        ours = HiLo(qkv_bias=True, **arguments)
         draw_weights(ours)
-        peer: Any = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
+        peer = official_hilo(args.official, **arguments) if args.official else HiLo(qkv_bias=True, **arguments)
         peer.load_state_dict(ours.state_dict())
         if not args.official:
             peer.fused_attn = False
@@ -224,16 +242,23 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         with progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
             functions = dict(zip(("ours", "theirs"), sides, strict=True))
-            timed = compare(functions, rounds=args.rounds, device=device, tick=lambda: bar.advance(task))
+            clock = time.process_time if args.cpu_time else time.perf_counter
+            timed = compare(functions, rounds=args.rounds, device=device, tick=lambda: bar.advance(task), clock=clock)
 
     def quantiles(seconds: list[float]) -> list[str]:
         return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
 
+    labels = {
+        "hilo": f"hilo w{args.window} alpha {args.alpha:g}",
+        "halo": f"halo {shape[0]}@{shape[-1]} b{HALO_LAYER['block_size']} h{HALO_LAYER['halo_size']}",
+    }
     mq, tq = quantiles(timed.seconds["ours"]), quantiles(timed.seconds["theirs"])
     return {
-        "name": args.name if args.name != "hilo" else f"hilo w{args.window} alpha {args.alpha:g}",
+        "name": labels.get(args.name, args.name),
         "peer": peer_name,
-        "mode": " ".join([args.mode, *(o for o in ("reparam", "compile", "channels_last") if getattr(args, o))]),
+        "mode": " ".join(
+            [args.mode, *(o for o in ("reparam", "compile", "channels_last", "cpu_time") if getattr(args, o))]
+        ),
         "shape": "x".join(map(str, shape)),
         "dtype": dtype,
         "peer_dtype": peer_dtype,
@@ -288,7 +313,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--official {str(args.official)!r}: no such folder")
     if args.out and args.out.suffix != ".csv":
         raise UserError(f"--out {str(args.out)!r}: the ending must be .csv")
-    if args.name != "hilo":
+    if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
+        raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
+    if args.name == "halo" and args.official:
+        raise UserError("--official: there is no official code of 'halo'; it is timed against timm's layer")
+    if args.name not in SIDES:
         resolve_models([args.name])
     resolve_device(args.device)
 
@@ -346,7 +375,7 @@ def _run(argv: list[str]) -> int:
         "cpu_use": "cpu use",
     }
     print_table(list(shown.values()), [[str(row[k]) for k in shown] for row in rows], numeric=range(5, 12))
-    if any(row["cpu_use"] and float(row["cpu_use"]) < 0.8 for row in rows):
+    if not args.cpu_time and any(row["cpu_use"] and float(row["cpu_use"]) < 0.8 for row in rows):
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
     return 0
 

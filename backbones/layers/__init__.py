@@ -5,6 +5,7 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
+from .neighborhood import NeighborhoodAttention
 from .place_code import PlaceCode, step_code
 from .ulsam import ULSAM, add_ulsam
 
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "NeighborhoodAttention",
     "PlaceCode",
     "add_ulsam",
     "step_code",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # operators define their kernels only if it is there
+_NATTEN = (0, 21, 7)  # the first release whose CUTLASS backward pass gives no NaN on partial tiles
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # kernels run in Python, also on CPU tensors
 
 
@@ -34,11 +39,10 @@ def backends() -> list[Backend]:
     else:
         no_gpu = ""
         found.append(Backend("cuda", True, torch.cuda.get_device_name()))
-    for name in ("triton", "natten"):
-        if importlib.util.find_spec(name) is None:
-            found.append(Backend(name, False, "not installed"))
-        else:
-            found.append(Backend(name, not no_gpu, no_gpu or "installed"))
+    missing = no_gpu if HAS_TRITON else "not installed"
+    found.append(Backend("triton", not missing, missing or "installed"))
+    missing = natten_missing()
+    found.append(Backend("natten", not missing, missing or "installed"))
     return found
 
 
@@ -111,19 +115,72 @@ def use_triton(backend: str, x: Tensor, unsupported: str = "") -> bool:
     Raises:
         ValueError: If ``backend`` is unknown, or insists where no kernel can run.
     """
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"got backend={backend!r}, need 'auto', 'torch' or 'triton'")
-    if backend == "torch":
-        return False
-    if not HAS_TRITON:
-        unsupported = unsupported or "the package triton is not installed"
-    elif x.device.type not in ("cuda", "meta") and not INTERPRETED:
-        unsupported = unsupported or f"the tensors are on {x.device.type}, not on a CUDA device"
-    if backend == "triton":
-        if unsupported:
-            raise ValueError(f"got backend='triton', but {unsupported}; use 'auto' or 'torch'")
-        return True
-    return not unsupported and x.device.type == "cuda" and not torch.compiler.is_exporting()
+    return choose_backend(backend, x, {"triton": unsupported}) == "triton"
+
+
+def choose_backend(backend: str, x: Tensor, unsupported: dict[str, str]) -> str:
+    """Which library's kernels take this call.
+
+    Args:
+        backend: ``"auto"`` takes the first library that can run, for CUDA tensors outside export; ``"torch"`` takes
+            none; the name of a library insists on it.
+        x: An input of the operator, on the device where it runs.
+        unsupported: For each library that has a kernel, ``"triton"`` or ``"natten"``, in order of preference, what the
+            kernel cannot do with these inputs; empty when it can take them.
+
+    Returns:
+        ``"torch"`` or the name of a library.
+
+    Raises:
+        ValueError: If ``backend`` is unknown, or insists where no kernel can run.
+    """
+    if backend not in ("auto", "torch", *unsupported):
+        names = ["'auto'", "'torch'", *(f"'{name}'" for name in sorted(unsupported, reverse=True))]
+        raise ValueError(f"got backend={backend!r}, need {', '.join(names[:-1])} or {names[-1]}")
+    if backend in unsupported:
+        reason = unsupported[backend] or _missing(backend, x)
+        if reason:
+            raise ValueError(f"got backend={backend!r}, but {reason}; use 'auto' or 'torch'")
+        return backend
+    if backend == "torch" or x.device.type != "cuda" or torch.compiler.is_exporting():
+        return "torch"
+    return next((name for name, limit in unsupported.items() if not (limit or _missing(name, x))), "torch")
+
+
+def _missing(name: str, x: Tensor) -> str:
+    """Why a library's kernels cannot take tensors like ``x``; empty when they can."""
+    interpreted = name == "triton" and (INTERPRETED or x.device.type == "meta")
+    if name == "triton" and not HAS_TRITON:
+        return "the package triton is not installed"
+    if x.device.type != "cuda" and not interpreted:
+        return f"the tensors are on {x.device.type}, not on a CUDA device"
+    reason = natten_missing() if name == "natten" else ""
+    return f"NATTEN cannot be used: {reason}" if reason else ""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def natten_missing() -> str:
+    """Why NATTEN's CUDA kernels cannot be used; empty when they can.  Imports it only where they may be usable."""
+    spec = importlib.util.find_spec("natten")
+    if spec is None:
+        return "not installed"
+    version = importlib.metadata.version("natten")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < _NATTEN:
+        return f"version {version}, need {'.'.join(map(str, _NATTEN))} or later"
+    library = importlib.machinery.PathFinder.find_spec("natten.libnatten", spec.submodule_search_locations)
+    if library is None:
+        return "installed without its CUDA library (natten.HAS_LIBNATTEN is False)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if load_natten().HAS_LIBNATTEN else "its CUDA library does not load (natten.HAS_LIBNATTEN is False)"
+
+
+def load_natten() -> Any:
+    """The package ``natten``, imported when it is first needed."""
+    import natten
+
+    return natten
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

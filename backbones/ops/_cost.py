@@ -89,6 +89,25 @@ def _formula(name: str) -> Callable[..., int]:
     return formula
 
 
+def windows_cost(scores: int, q: Any, v: Any) -> Cost:
+    """Cost of attention over windows.
+
+    Args:
+        scores: Pairs of a query and a key, times heads and images.
+        q: Shape of the queries, channels last.
+        v: Shape of the values, channels last.
+
+    Returns:
+        Cost of the forward pass.
+    """
+    return Cost(macs=scores * (q[-1] + v[-1]), other=5 * scores, acts=scores + prod(q[:-1]) * v[-1])
+
+
+def windows_backward_cost(scores: int, q: Any, v: Any) -> Cost:
+    """Cost of the backward pass of attention over windows; the arguments are those of :func:`windows_cost`."""
+    return Cost(macs=scores * (3 * q[-1] + 2 * v[-1]), other=10 * scores, acts=2 * scores)
+
+
 # contractions of other libraries that FlopCounterMode or fvcore does not know, or counts on some devices only
 
 
@@ -189,10 +208,40 @@ def _conv_pointwise(x: Any, w: Any, bias: Any, *args: Any, out: Any = None, **kw
     return Cost(macs=prod(out) * prod(w[1:]), other=_epilogue(prod(out), bias, attr))
 
 
+def _natten(q: Any, k: Any, v: Any, kernel_size: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_cost(prod(q[:-1]) * prod(kernel_size), q, v)
+
+
+def _natten_backward(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_backward_cost(prod(q[:-1]) * prod(args[3]), q, v)  # after the output, its gradient and the log-sum
+
+
+def _permuted_scores(q: Any, kernel_size: Any, stride: Any, dilation: Any, *args: Any) -> int:
+    # q is [images * dilation groups, padded tokens, heads, d]; the map's own size follows two padded ones
+    return q[0] // prod(dilation) * prod(args[4]) * q[2] * prod(kernel_size)
+
+
+def _natten_permuted(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_cost(_permuted_scores(q, *args), q, v)
+
+
+def _natten_permuted_backward(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_backward_cost(_permuted_scores(q, *args[3:]), q, v)
+
+
+def _natten_dense(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_cost(prod(q[:-1]) * k[1], q, v)  # its plain attention, when the window is the map
+
+
+def _natten_dense_backward(q: Any, k: Any, v: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return windows_backward_cost(prod(q[:-1]) * k[1], q, v)
+
+
 _FUSED = [
     f"aten::_scaled_dot_product_{f}_attention{cpu}"
     for f, cpu in (("flash", ""), ("flash", "_for_cpu"), ("efficient", ""), ("cudnn", ""))
 ]
+_PERMUTED = ("hopper", "blackwell")
 COSTS.update(
     {
         "aten::scaled_dot_product_attention": _sdpa,
@@ -206,6 +255,12 @@ COSTS.update(
         "aten::_native_multi_head_attention": _multi_head,
         "aten::_transformer_encoder_layer_fwd": _encoder_layer,
         "torchvision::deform_conv2d": _deform_conv2d,
+        "natten::na2d_forward": _natten,
+        "natten::na2d_backward": _natten_backward,
+        **{f"natten::{arch}_na2d_forward": _natten_permuted for arch in _PERMUTED},
+        **{f"natten::{arch}_na2d_backward": _natten_permuted_backward for arch in _PERMUTED},
+        **{f"natten::{arch}fmha_forward": _natten_dense for arch in ("", "hopper_", "blackwell_")},
+        **{f"natten::{arch}fmha_backward": _natten_dense_backward for arch in ("", "hopper_", "blackwell_")},
         "mkldnn::_linear_pointwise": _linear_pointwise,
         "mkldnn::_convolution_pointwise": _conv_pointwise,
     }

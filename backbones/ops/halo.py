@@ -10,9 +10,10 @@ are masked.  ``Nq`` queries (the padded ones too) of ``h`` heads cost ``Nq * h *
 multiply-accumulates.
 
 The reference stores every window and every score.  The chunked form works on a few blocks at a time, whose scores fit
-into the cache, in float32 also for half precision; its backward pass computes the weights again.  The Triton kernels
-read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax; their
-backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
+into the cache, in float32 also for half precision; its backward pass computes the weights again, and adds up the
+gradients of keys, values and tables chunk by chunk: their last bits depend on the number of threads.  The Triton
+kernels read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax;
+their backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
 
 NATTEN is no backend: with kernel ``w`` and stride ``b`` it selects these windows inside the map, but it moves those at
 the border inwards instead of keeping zero keys, and it has no relative terms.
@@ -320,7 +321,7 @@ def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Ten
         dqueries = torch.addmm((ds @ keys).view(n * L, d), dx, chunks.tables, beta=chunks.scale)
         target = dblocks[at]
         target.copy_(dqueries.view(target.shape))
-        dtables.addmm_(dx.t(), queries.view(n * L, d))
+        dtables.addmm_(dx.t(), queries.flatten(0, 1))
     dmap = dkv[chunks.inside].permute(0, 2, 3, 1, 4)
     dk, dv = (t.to(q.dtype, copy=True, memory_format=torch.contiguous_format) for t in dmap.tensor_split([d], 4))
     return dq[:, :H, :W].contiguous(), dk, dv, *(dtables * chunks.rel_scale).chunk(2)

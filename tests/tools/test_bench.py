@@ -1,8 +1,10 @@
 import csv
+import time
 
 import pytest
 import timm
 import torch
+from tolerance import golden_close
 from torch import nn
 
 from vizoo.tools import _official, bench
@@ -59,6 +61,46 @@ def test_layer(tmp_path):
         ("hilo w2 alpha 0.9", "16x384", "float32"),
         ("hilo w2 alpha 0.9", "16x384", "bfloat16"),
     ]
+
+
+def test_layer_against_timm(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["halo", "--size", "16", "--mode", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert bench.main(words) == 0
+    assert [(r["name"], r["peer"], r["shape"]) for r in rows_of(out)] == [("halo 64@16 b8 h3", "timm", "64x16x16")]
+    assert bench.main([*words, "--official", str(tmp_path)]) == 2
+    assert "no official code of 'halo'" in capsys.readouterr().err
+
+
+def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
+    build = bench.build_sides
+
+    class Waiting(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            time.sleep(0.3)
+            return self.module(x)
+
+    def slow(args):
+        ours, peer, name, shape = build(args)
+        return ours, Waiting(peer), name, shape
+
+    monkeypatch.setattr(bench, "build_sides", slow)
+    out = tmp_path / "out.csv"
+    words = ["halo", "--size", "8", "--rounds", "2", "--out", str(out)]
+    assert bench.main([*words, "--threads", "1", "--cpu-time"]) == 0
+    assert "machine busy" not in capsys.readouterr().err
+    assert bench.main([*words, "--threads", "1"]) == 0
+    assert "machine busy" in capsys.readouterr().err
+    rows = rows_of(out)
+    assert [row["mode"] for row in rows] == ["infer cpu_time", "infer"]
+    assert float(rows[0]["peer_median_ms"]) < 300 <= float(rows[1]["peer_median_ms"])
+    assert float(rows[0]["cpu_use"]) < 0.8
+    assert bench.main([*words, "--threads", "2", "--cpu-time"]) == 2
+    assert "needs --threads 1" in capsys.readouterr().err
 
 
 def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
@@ -120,3 +162,38 @@ def test_official_side_from_a_checkout(tmp_path, monkeypatch):
     ]
     assert not [name for name in sys.modules if name.startswith(("mm_modules", "models."))]
     assert str(tmp_path / "classification") not in sys.path
+
+
+def test_official_nat_from_a_checkout(tmp_path):
+    """The stand-in for NATTEN 0.14 has its parameters and the outputs of our layer, also on small dilated maps."""
+    import sys
+
+    from vizoo.backbones.layers import NeighborhoodAttention
+
+    folder = tmp_path / "classification"
+    folder.mkdir()
+    (folder / "nat.py").write_text(
+        "from natten import NeighborhoodAttention2D as NA\n"
+        "from timm.models.registry import register_model\n"
+        "@register_model\n"
+        "def nat_mini():\n"
+        "    return NA(8, num_heads=2, kernel_size=3, dilation=None, bias=True, qkv_bias=True, attn_drop=0.0)\n",
+        encoding="utf-8",
+    )
+    (folder / "dinats.py").write_text(
+        "from nat import NA\n"
+        "def dinat_s_tiny():\n"
+        "    return NA(8, num_heads=2, kernel_size=3, dilation=2, bias=True, qkv_bias=True, attn_drop=0.0)\n",
+        encoding="utf-8",
+    )
+    natten = sys.modules.get("natten")
+    for name, dilation in (("nat_mini", 1), ("dinat_s_tiny", 2)):
+        peer = _official.official_model(tmp_path, name, 224)
+        nn.init.normal_(peer.rpb)
+        layer = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=dilation)
+        layer.load_state_dict(peer.state_dict(), strict=True)
+        for size in ((9, 7), (4, 8)):
+            x = torch.randn(2, *size, 8)
+            golden_close(peer(x), layer(x), f"{name} {size}")
+    assert sys.modules.get("natten") is natten
+    assert timm.models.model_entrypoint("nat_mini").__module__ == "vizoo.backbones.nat"

@@ -1,0 +1,227 @@
+"""Neighborhood attention as a module, and the transformer block of NAT, DiNAT and DiNAT_s around it."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
+from torch import Tensor, nn
+
+from ..ops._backend import use_onednn
+from ..ops.linear import linear
+from ..ops.neighborhood import neighborhood_attention, reference_neighborhood_attention
+
+__all__ = ["NeighborhoodAttention", "NeighborhoodBlock", "resize_rpb"]
+
+norm_layer = partial(LayerNorm, eps=1e-5)
+
+
+@register_notrace_module  # windows follow the size of its input
+class NeighborhoodAttention(nn.Module):
+    """Every token attends to the ``kernel_size x kernel_size`` tokens around it (NAT and DiNAT, Sec. 3).
+
+    Windows are shifted inward at the border, so that each has all its tokens.  A ``dilation`` of ``d`` takes every
+    ``d``-th token.  Maps smaller than ``kernel_size * dilation`` are zero-padded at the bottom and right before the
+    projection, and the padded tokens are attended, as in NATTEN 0.14.
+
+    The module replaces the attention of other timm models: ``block.attn = NeighborhoodAttention(dim, num_heads)``.
+
+    Args:
+        dim: Channels, a multiple of ``num_heads``.
+        num_heads: Heads.
+        kernel_size: Side ``K`` of the window.
+        dilation: Distance of the tokens in a window.
+        qkv_bias: Bias of the query, key and value projection.
+        rpb: Add a learned bias ``[num_heads, 2K - 1, 2K - 1]`` for each relative position.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        qkv_bias: bool = True,
+        rpb: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of num_heads")
+        if kernel_size < 2:
+            raise ValueError(f"got kernel_size={kernel_size}, need at least 2")
+        if dilation < 1:
+            raise ValueError(f"got dilation={dilation}, need at least 1")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        side = 2 * kernel_size - 1
+        self.rpb = nn.Parameter(torch.empty(num_heads, side, side, **dd)) if rpb else None
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal relative position bias."""
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def extra_repr(self) -> str:
+        """Heads and window for ``print(model)``."""
+        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+    def forward(
+        self,
+        x: Tensor,
+        size: list[int] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend over a map.
+
+        Args:
+            x: Map ``[B, H, W, C]``, or its tokens ``[B, N, C]`` in row-major order.
+            size: ``(H, W)`` of the tokens; None means a square map.
+            attn_mask: Must be None; here so that callers of timm's ``Attention`` need no change.
+            is_causal: Must be False, likewise.
+
+        Returns:
+            Same shape as ``x``.
+
+        Raises:
+            ValueError: If the tokens do not fill the map, or a mask is given.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("neighborhood attention takes no attention mask: got attn_mask or is_causal")
+        shape = x.shape
+        if x.dim() == 3:
+            N = shape[1]
+            H = int(N**0.5) if size is None else size[0]
+            W = H if size is None else size[1]
+            if H * W != N:
+                raise ValueError(f"got {N} tokens for a {H}x{W} map; give size=(H, W), without prefix tokens")
+            x = x.reshape(shape[0], H, W, shape[2])
+        h, K = self.num_heads, self.kernel_size
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.reshape(x.shape[0], x.shape[1], x.shape[2], 3, h, -1).unbind(3)  # [B, H, W, h, d]
+        pad_k: Tensor | None = None
+        pad_v: Tensor | None = None
+        if self.qkv.bias is not None:  # the projection of a zero token
+            _, pad_k, pad_v = self.qkv.bias.to(qkv.dtype).reshape(3, h, -1).unbind(0)
+        if self.fused_attn:
+            out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v)
+        else:
+            out = reference_neighborhood_attention(
+                q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v
+            )
+        return linear(out.flatten(3), self.proj.weight, self.proj.bias).reshape(shape)
+
+
+@register_notrace_module  # picks its path by the device of its input
+class Mlp(nn.Module):
+    """Linear, GELU, linear.
+
+    Args:
+        dim: Channels of input and output.
+        hidden_dim: Channels between.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., C]`` to the same shape."""
+        return linear(self._hidden(x), self.fc2.weight, self.fc2.bias)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        w, b = self.fc1.weight, self.fc1.bias
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if use_onednn(x, w):  # GELU while the product is written
+                return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "none")
+        return F.gelu(linear(x, w, b))
+
+
+class NeighborhoodBlock(nn.Module):
+    """Pre-norm transformer block with neighborhood attention (NAT, Sec. 3).
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        kernel_size: Side of the attention's window.
+        dilation: Distance of the tokens in a window.
+        mlp_ratio: Hidden channels of the feed-forward network over ``dim``.
+        qkv_bias: Bias of the query, key and value projection.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        drop_path: Stochastic depth rate of both branches.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ls_init_value: float | None = None,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = NeighborhoodAttention(
+            dim, num_heads, kernel_size=kernel_size, dilation=dilation, qkv_bias=qkv_bias, **dd
+        )
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, H, W, C]`` to the same shape."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def resize_rpb(rpb: Tensor, kernel_size: int) -> Tensor:
+    """Relative position bias of one window for another, bicubically as the authors made the 11x11 models.
+
+    Args:
+        rpb: ``[h, 2K - 1, 2K - 1]``.
+        kernel_size: New side of the window.
+
+    Returns:
+        ``[h, 2 * kernel_size - 1, 2 * kernel_size - 1]``; ``rpb`` itself when it has that size.
+    """
+    side = 2 * kernel_size - 1
+    if rpb.shape[-1] == side:
+        return rpb
+    return F.interpolate(rpb.float().unsqueeze(0), size=(side, side), mode="bicubic").squeeze(0).to(rpb.dtype)

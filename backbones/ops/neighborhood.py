@@ -1,0 +1,694 @@
+"""Neighbourhood attention: every query attends to its own ``Kh x Kw`` window of the map (NAT and DiNAT, Sec. 3.1).
+
+On an axis, the positions with the same remainder by the dilation form a group of ``n`` positions.  In its group the
+window of position ``t`` starts at ``s(t) = min(max(l(t) - K // 2, 0), n - K)``: it is shifted at the border, never
+padded, so every query sees ``K`` keys.  The leader ``l(t) = t // S * S + S // 2`` is the same for ``S`` queries, the
+stride of generalised neighbourhood attention (arXiv 2504.16922, Sec. 3.1); with ``S = 1`` it is ``t`` itself.
+
+    out[i] = sum over the window of softmax(scale * q[i] . k[j] + rpb[(j - i) / dilation + K - 1]) * v[j]
+
+Tensors are heads-last, as in NATTEN.  The relative index is within ``[0, 2K - 2]`` for every stride.  A map smaller
+than ``K * dilation`` is first padded at the bottom and right with a given key and value, as NATTEN 0.14's module does.
+With ``N`` queries the operator costs ``N Kh Kw (d + dv)`` multiply-accumulates per head.
+
+The reference gathers the ``N Kh Kw (d + dv)`` elements of all windows.  The fast form cuts the map into tiles of
+queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention:
+that mask is so small that it is made anew on each call.  The Triton kernels store nothing but the output and the
+log-sum of every query; their backward pass finds the queries of a key by the inverse of the window and adds everything
+up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is installed, with a bias as more channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import HAS_TRITON, choose_backend, load_natten, without_autocast
+from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
+
+MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers
+_WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so that they stay in the cache
+_PROGRAMS = 512  # of the kernel for the gradient of the bias, with 64 queries each: enough to fill a GPU
+
+
+class _Window(NamedTuple):
+    """Shape of a neighbourhood, each by rows and columns."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    return (value[0], value[1])
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window: _Window, rpb: Tensor | None, pad_k: Tensor | None, pad_v: Tensor | None
+) -> None:
+    kernel, stride, dilation = window.kernel, window.stride, window.dilation
+    if q.dim() != 5:
+        raise ValueError(f"got q of shape {list(q.shape)}, need [B, H, W, h, d]")
+    if k.shape != q.shape:
+        raise ValueError(f"got k of shape {list(k.shape)}, need that of q, {list(q.shape)}")
+    if v.dim() != 5 or v.shape[:4] != q.shape[:4]:
+        raise ValueError(f"got v of shape {list(v.shape)}, need {list(q.shape[:4])} and one more dimension")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"got q, k and v in {q.dtype}, {k.dtype} and {v.dtype}, need one dtype")
+    if kernel[0] < 1 or kernel[1] < 1:
+        raise ValueError(f"got kernel_size={kernel}, need at least 1")
+    if stride[0] < 1 or stride[1] < 1 or stride[0] > kernel[0] or stride[1] > kernel[1]:
+        raise ValueError(f"got stride={stride}, need 1 to kernel_size={kernel}")
+    if dilation[0] < 1 or dilation[1] < 1:
+        raise ValueError(f"got dilation={dilation}, need at least 1")
+    table, key, value = [q.shape[3], 2 * kernel[0] - 1, 2 * kernel[1] - 1], list(k.shape[3:]), list(v.shape[3:])
+    if rpb is not None and list(rpb.shape) != table:
+        raise ValueError(f"got rpb of shape {list(rpb.shape)}, need {table} ([h, 2 Kh - 1, 2 Kw - 1])")
+    if pad_k is not None and list(pad_k.shape) != key:
+        raise ValueError(f"got pad_k of shape {list(pad_k.shape)}, need {key} ([h, d])")
+    if pad_v is not None and list(pad_v.shape) != value:
+        raise ValueError(f"got pad_v of shape {list(pad_v.shape)}, need {value} ([h, dv])")
+
+
+def _at_least(L: int, least: int) -> int:
+    if not torch.jit.is_scripting():
+        if isinstance(L, Tensor):  # while tracing
+            return L.clamp(min=least)  # type: ignore[return-value]
+        return torch.sym_max(L, least)  # type: ignore[return-value]
+    return max(L, least)
+
+
+def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
+    """Fill a map ``[B, H, W, h, C]`` at the bottom and right up to the size of a dilated window."""
+    H, W = t.shape[1], t.shape[2]
+    rows = _at_least(H, window.kernel[0] * window.dilation[0])
+    cols = _at_least(W, window.kernel[1] * window.dilation[1])
+    if isinstance(H, int) and isinstance(W, int) and rows == H and cols == W:
+        return t
+    y, x = torch.arange(rows, device=t.device), torch.arange(cols, device=t.device)
+    outside = ((y >= H).unsqueeze(1) | (x >= W)).reshape(1, rows, cols, 1, 1)
+    t = t.index_select(1, y.clamp(max=H - 1)).index_select(2, x.clamp(max=W - 1))
+    one = t.new_zeros(t.shape[3], t.shape[4]) if fill is None else fill.to(t.dtype)
+    return torch.where(outside, one, t)
+
+
+def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First key in the window of each of the first ``L`` positions on an axis of ``size`` keys.
+
+    Returns:
+        The key ``[L]``, counted inside the dilation group, and its relative index ``[L]``, 0 to ``K - 1``.
+    """
+    i = torch.arange(L, device=device)
+    t = i // D
+    start = torch.minimum((t // S * S + (S // 2 - K // 2)).clamp(min=0), (size - i % D + D - 1) // D - K)
+    return start, start - t + (K - 1)
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _gather_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+    B, H, W, h, d = q.shape
+    dtype, device = _wide(q), q.device
+    (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
+    start_h, first_h = _window_starts(H, k.shape[1], Kh, Sh, Dh, device)
+    start_w, first_w = _window_starts(W, k.shape[2], Kw, Sw, Dw, device)
+    p, r = torch.arange(Kh, device=device), torch.arange(Kw, device=device)
+    rows = (start_h.unsqueeze(1) + p) * Dh + (torch.arange(H, device=device) % Dh).unsqueeze(1)  # [H, Kh]
+    cols = (start_w.unsqueeze(1) + r) * Dw + (torch.arange(W, device=device) % Dw).unsqueeze(1)  # [W, Kw]
+    index = ((rows * k.shape[2]).reshape(H, 1, Kh, 1) + cols.reshape(1, W, 1, Kw)).reshape(-1)
+    queries, keys, values = [t.to(dtype).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v)]  # [B, h, tokens, C]
+    keys = keys.index_select(2, index).reshape(B, h, H * W, Kh * Kw, d)
+    values = values.index_select(2, index).reshape(B, h, H * W, Kh * Kw, v.shape[4])
+    logits = (queries * scale).unsqueeze(3) @ keys.transpose(3, 4)  # [B, h, H * W, 1, Kh * Kw]
+    if rpb is not None:
+        row, col = (first_h.unsqueeze(1) + p) * (2 * Kw - 1), first_w.unsqueeze(1) + r
+        index = (row.reshape(H, 1, Kh, 1) + col.reshape(1, W, 1, Kw)).reshape(-1)
+        logits = logits + rpb.to(dtype).flatten(1).index_select(1, index).reshape(h, H * W, 1, Kh * Kw)
+    out = (logits.softmax(-1) @ values).reshape(B, h, H, W, v.shape[4])
+    return out.permute(0, 2, 3, 1, 4).to(v.dtype).contiguous()
+
+
+def reference_neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of every query over its own window, by one gather of all windows (NAT, Sec. 3.1).
+
+    Logits, softmax and sum are computed in float32, or in float64 when ``q`` is float64.
+
+    Args:
+        q: Queries ``[B, H, W, h, d]``.
+        k: Keys, same shape and dtype.
+        v: Values ``[B, H, W, h, dv]``, same dtype.
+        kernel_size: Side of the window, or its rows and columns ``(Kh, Kw)``: at least 1; an even side has one key more
+            before the query than after it.
+        stride: Queries that share a window, 1 to ``kernel_size``; the latter is attention in separate blocks.
+        dilation: Distance between neighbouring keys of a window.
+        rpb: Bias by relative position ``[h, 2 Kh - 1, 2 Kw - 1]``, added to the scaled logits; its index is
+            ``(j - i) / dilation + K - 1`` for query ``i`` and key ``j``.
+        scale: Factor of the logits; None is ``d ** -0.5``.
+        pad_k: Key ``[h, d]`` with which a map smaller than ``kernel_size * dilation`` is padded to that size at the
+            bottom and right; None is zero.
+        pad_v: The value ``[h, dv]`` that belongs to it.
+
+    Returns:
+        ``[B, H, W, h, dv]`` in the dtype of ``q``.
+
+    Raises:
+        ValueError: If an argument is outside its range, or shapes or dtypes do not fit each other.
+    """
+    window = _Window(_pair(kernel_size), _pair(stride), _pair(dilation))
+    _check(q, k, v, window, rpb, pad_k, pad_v)
+    k, v = _padded(k, pad_k, window), _padded(v, pad_v, window)
+    factor = q.shape[4] ** -0.5 if scale is None else scale
+    if not torch.jit.is_scripting():
+        with without_autocast(q):
+            return _gather_form(q, k, v, rpb, window, factor)
+    return _gather_form(q, k, v, rpb, window, factor)
+
+
+def _tile_queries(n: int, S: int, most: int = 8) -> int:
+    """Queries of a tile on an axis with ``n`` queries in a dilation group: whole groups of ``S``, equally many.
+
+    Tiles of 4 to 8 are equally fast on a CPU, larger ones spend more on scores outside the windows.
+    """
+    most = S * max(1, most // S)
+    if not isinstance(n, int):  # a size that the exporter does not know
+        return most
+    tiles = max(1, (n + most - 1) // most)
+    return (n + tiles * S - 1) // (tiles * S) * S
+
+
+def _bias_table(rpb: Tensor | None, window: _Window, q: Tensor) -> Tensor:
+    """Additive mask by relative index ``[h or 1, bins + 1]``; the last entry is that of keys outside the window."""
+    bins = (2 * window.kernel[0] - 1) * (2 * window.kernel[1] - 1)
+    table = torch.zeros(1, bins, dtype=_wide(q), device=q.device) if rpb is None else rpb.to(_wide(q)).flatten(1)
+    return F.pad(table, [0, 1], value=-math.inf)
+
+
+def _index_axis(
+    L: int, size: int, K: int, S: int, D: int, outside: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tiles of one axis as index tensors, for any size.
+
+    Args:
+        L: Queries on the axis.
+        size: Keys on the axis.
+        K: Side of the window.
+        S: Stride.
+        D: Dilation.
+        outside: Relative index of a key outside the window.
+        device: Device of the result.
+
+    Returns:
+        Positions of the queries of each tile ``[n, T]`` and of the keys ``[n, R]``, the relative index of each pair
+        ``[n, T, R]``, and for each query its tile and its place in it ``[L]``.
+    """
+    longest = (L + D - 1) // D
+    T = _tile_queries(longest, S)
+    tiles = (longest + T - 1) // T
+    if not isinstance(L, int):
+        tiles = tiles + 1  # one tile would be a case of its own to the exporter
+    group = torch.arange(D, device=device).reshape(D, 1, 1)
+    last = (size - group + D - 1) // D - 1  # of the dilation group
+    own = torch.arange(T, device=device)
+    t = torch.minimum(torch.arange(tiles, device=device).unsqueeze(1) * T + own, last)  # [D, tiles, T]
+    start = torch.minimum((t // S * S + (S // 2 - K // 2)).clamp(min=0), last + (1 - K))
+    key = start[:, :, :1] + torch.arange(T - S + K, device=device)  # [D, tiles, R]
+    shift = key.unsqueeze(2) - start.unsqueeze(3)
+    relative = torch.where((shift >= 0) & (shift < K), key.unsqueeze(2) - t.unsqueeze(3) + (K - 1), outside)
+    queries, keys = (t * D + group).clamp(max=L - 1), torch.minimum(key, last) * D + group
+    i = torch.arange(L, device=device)
+    tile, place = i % D * tiles + i // D // T, i // D % T
+    return queries.flatten(0, 1), keys.flatten(0, 1), relative.flatten(0, 1), tile, place
+
+
+def _index_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+    """Tiles by index tensors, in plain operators: for scripts and exported programs.
+
+    No axis is split, which would bind an exported program to the number of tiles that it was recorded with.
+    """
+    (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
+    bins = (2 * Kh - 1) * (2 * Kw - 1)
+    q_h, k_h, relative_h, tile_h, place_h = _index_axis(q.shape[1], k.shape[1], Kh, Sh, Dh, bins, q.device)
+    q_w, k_w, relative_w, tile_w, place_w = _index_axis(q.shape[2], k.shape[2], Kw, Sw, Dw, bins, q.device)
+    h, nw, Tw = q.shape[3], relative_w.shape[0], relative_w.shape[1]
+    index = relative_h[:, None, :, None, :, None] * (2 * Kw - 1) + relative_w[None, :, None, :, None, :]
+    mask = _bias_table(rpb, window, q).t()[index.clamp(max=bins)]  # [nh, nw, Th, Tw, Rh, Rw, h or 1]
+    mask = mask.expand(-1, -1, -1, -1, -1, -1, h).permute(0, 1, 6, 2, 3, 4, 5).flatten(5, 6).flatten(3, 4).flatten(0, 2)
+    logits = (_take(q, q_h, q_w) * scale) @ _take(k, k_h, k_w).transpose(2, 3) + mask
+    out = logits.softmax(-1) @ _take(v, k_h, k_w)  # [B, tiles * h, tokens, C]
+    tile = (tile_h.unsqueeze(1) * nw + tile_w).unsqueeze(2) * h + torch.arange(h, device=q.device)
+    return out[:, tile, (place_h.unsqueeze(1) * Tw + place_w).unsqueeze(2)].to(v.dtype)
+
+
+def _take(t: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Tokens of every tile and head: ``[B, H, W, h, C]`` -> ``[B, tiles * h, tokens, C]``."""
+    t = t.to(_wide(t))[:, rows][:, :, :, cols]  # [B, nh, m, nw, n, h, C]
+    return t.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 3)
+
+
+class _Tiles(NamedTuple):
+    """Tiles of one axis with one mask: in each of ``groups`` dilation groups ``tiles`` of them, ``step`` apart.
+
+    Positions are counted inside the dilation group.
+    """
+
+    group: int  # first dilation group
+    groups: int
+    query: int  # first query of the first tile
+    key: int  # first key of its region
+    tiles: int
+    step: int
+    keys: int  # of a region
+    windows: tuple[int, ...]  # first key of each query's window, in the region
+
+    @property
+    def mask(self) -> tuple[int, int, tuple[int, ...]]:
+        """What the mask depends on."""
+        return self.key - self.query, self.keys, self.windows
+
+
+@functools.lru_cache(maxsize=1024)
+def _axis(L: int, size: int, K: int, S: int, D: int) -> tuple[_Tiles, ...]:
+    """Cut an axis of ``L`` queries and ``size`` keys into tiles, those with the same mask together."""
+    found: list[_Tiles] = []
+    T = _tile_queries((L + D - 1) // D, S)
+    lengths = [((L - g + D - 1) // D, (size - g + D - 1) // D) for g in range(D)]
+    for (queries, length), run in itertools.groupby(range(D), lengths.__getitem__):
+        groups = list(run)
+        for t in range(0, queries, T):
+            own = range(t, min(t + T, queries))
+            starts = [min(max(i // S * S + S // 2 - K // 2, 0), length - K) for i in own]
+            region = starts[-1] + K - starts[0]
+            tile = _Tiles(groups[0], len(groups), t, starts[0], 1, T, region, tuple(s - starts[0] for s in starts))
+            if t > 0 and found[-1].mask == tile.mask:
+                found[-1] = found[-1]._replace(tiles=found[-1].tiles + 1)
+            else:
+                found.append(tile)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _mask_index(rows: tuple[int, int, tuple], cols: tuple[int, int, tuple], window: _Window, device: Any) -> Tensor:
+    """Place in :func:`_bias_table` of each pair of a query and a key of a tile ``[1, queries * keys]``."""
+    bins = (2 * window.kernel[0] - 1) * (2 * window.kernel[1] - 1)
+    axes = []
+    for (offset, keys, windows), K in zip((rows, cols), window.kernel, strict=True):
+        key, query, start = torch.arange(keys), torch.arange(len(windows)), torch.tensor(windows)
+        shift = key - start.unsqueeze(1)
+        axes.append(torch.where((shift >= 0) & (shift < K), offset + key - query.unsqueeze(1) + K - 1, bins))
+    index = (axes[0] * (2 * window.kernel[1] - 1))[:, None, :, None] + axes[1][None, :, None, :]
+    return index.clamp(max=bins).reshape(1, -1).to(device)
+
+
+class _Piece(NamedTuple):
+    """Tiles that are worked on together: some images and rows of tiles."""
+
+    images: slice
+    rows: _Tiles
+    cols: _Tiles
+    dilation: tuple[int, int]
+
+    def view(self, t: Tensor, keys: bool) -> Tensor:
+        """Queries or key regions of the tiles ``[B, gh, nh, gw, nw, m, n, h, C]``; regions overlap in memory."""
+        t = t[self.images]
+        sb, si, sj, sh, sc = t.stride()
+        shape, stride, offset = [t.shape[0]], [sb], t.storage_offset()
+        for tiles, s, d in ((self.rows, si, self.dilation[0]), (self.cols, sj, self.dilation[1])):
+            shape += [tiles.groups, tiles.tiles]
+            stride += [s, s * d * tiles.step]
+            offset += s * (tiles.group + d * (tiles.key if keys else tiles.query))
+        m, n = ((x.keys if keys else len(x.windows)) for x in (self.rows, self.cols))
+        return t.as_strided(
+            (*shape, m, n, *t.shape[3:]), (*stride, si * self.dilation[0], sj * self.dilation[1], sh, sc), offset
+        )
+
+    def add(self, map_: Tensor, regions: Tensor) -> None:
+        """Add key regions, laid out as by :meth:`view`, to a map: those that overlap one after the other."""
+        skip_h, skip_w = -(-self.rows.keys // self.rows.step), -(-self.cols.keys // self.cols.step)
+        place = self.view(map_, True)
+        for i, j in itertools.product(range(min(skip_h, self.rows.tiles)), range(min(skip_w, self.cols.tiles))):
+            place[:, :, i::skip_h, :, j::skip_w].add_(regions[:, :, i::skip_h, :, j::skip_w])
+
+
+def _pieces(q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: _Window) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
+    """All tiles, with the index ``[h or 1, pairs]`` and the mask ``[1, h or 1, queries, keys]`` of each piece."""
+    budget = _WORKSPACE if q.device.type == "cpu" else 64 * _WORKSPACE
+    token = q.shape[3] * (k.shape[4] + v.shape[4]) * table.element_size()  # bytes of a key and its value
+    axes = [_axis(*a) for a in zip(q.shape[1:3], k.shape[1:3], *window, strict=True)]
+    for rows, cols in itertools.product(*axes):
+        index = _mask_index(rows.mask, cols.mask, window, q.device).expand(table.shape[0], -1)
+        mask = table.gather(1, index)
+        mask = mask.reshape(1, -1, len(rows.windows) * len(cols.windows), rows.keys * cols.keys)
+        line = rows.groups * cols.groups * cols.tiles * rows.keys * cols.keys * token  # bytes of one row of tiles
+        images, lines = max(1, budget // (line * rows.tiles)), max(1, budget // line)
+        for b, i in itertools.product(range(0, q.shape[0], images), range(0, rows.tiles, lines)):
+            some = rows._replace(
+                query=rows.query + i * rows.step, key=rows.key + i * rows.step, tiles=min(lines, rows.tiles - i)
+            )
+            yield _Piece(slice(b, b + images), some, cols, window.dilation), index, mask
+
+
+def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+    table = _bias_table(rpb, window, q)
+    out = q.new_empty(*q.shape[:4], v.shape[4])
+    for piece, _, mask in _pieces(q, k, v, table, window):
+        views = piece.view(q, False), piece.view(k, True), piece.view(v, True)
+        tokens = (t.to(table.dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
+        queries, keys, values = (t.transpose(1, 2) for t in tokens)  # [tiles, h, tokens, C]
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        place = piece.view(out, False)
+        place.copy_(attended.transpose(1, 2).reshape(place.shape))
+    return out
+
+
+def _tiles_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = _bias_table(rpb, window, q)
+    dq, dk, dv, dtable = (torch.zeros(t.shape, dtype=table.dtype, device=q.device) for t in (q, k, v, table))
+    for piece, index, mask in _pieces(q, k, v, table, window):
+        views = piece.view(q, False), piece.view(dout, False), piece.view(k, True), piece.view(v, True)
+        heads = (t.permute(0, 1, 2, 3, 4, 7, 5, 6, 8).to(table.dtype) for t in views)
+        q_, dout_, k_, v_ = (t.reshape(-1, q.shape[3], t.shape[6] * t.shape[7], t.shape[8]) for t in heads)
+        q_ = q_ * scale
+        p = (q_ @ k_.transpose(2, 3)).add_(mask).softmax(-1)  # [tiles, h, queries, keys]
+        ds = dout_ @ v_.transpose(2, 3)
+        ds = ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
+        found = (ds @ k_).mul_(scale), ds.transpose(2, 3) @ q_, p.transpose(2, 3) @ dout_
+        grads = (
+            g.reshape(*t.shape[:5], -1, *t.shape[5:7], t.shape[8]).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
+            for g, t in zip(found, (views[0], *views[2:]), strict=True)
+        )
+        piece.view(dq, False).copy_(next(grads))
+        piece.add(dk, next(grads))
+        piece.add(dv, next(grads))
+        if rpb is not None:
+            dtable.scatter_add_(1, index, ds.sum(0).flatten(1))
+    drpb = q.new_empty(0) if rpb is None else dtable[:, :-1].reshape(rpb.shape).to(rpb.dtype).contiguous()
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), drpb
+
+
+if HAS_TRITON:
+    from . import _neighborhood_kernels as kernels
+
+
+def _dense_channels(t: Tensor) -> Tensor:
+    return t if t.stride(4) == 1 else t.contiguous()
+
+
+def _triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, H, W, h, _ = q.shape
+    q, k, v = (_dense_channels(t) for t in (q, k, v))
+    out = q.new_empty(B, H, W, h, v.shape[4])
+    lse = q.new_empty(B, h, H, W, dtype=torch.float32)
+    table = q if rpb is None else rpb.float().contiguous()
+    options = {"rpb_ptr": table, "out_ptr": out, "lse_ptr": lse, "scale": scale, "BIAS": rpb is not None}
+    kernels.launch(kernels.neighborhood_fwd_kernel, (H, W), B, q, k, v, window, **options)
+    return out, lse
+
+
+def _triton_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, lse: Tensor, window: _Window, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, W, h, _ = q.shape
+    dout, q, k, v = dout.contiguous(), *(_dense_channels(t) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    delta = torch.empty_like(lse)
+    table = q if rpb is None else rpb.float().contiguous()
+    options = {"rpb_ptr": table, "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "scale": scale}
+    options |= {"BIAS": rpb is not None}
+    precision = "tf32" if q.dtype == torch.float16 else "ieee"
+    kernels.launch(
+        kernels.neighborhood_bwd_query_kernel,
+        (H, W),
+        B,
+        q,
+        k,
+        v,
+        window,
+        dq_ptr=dq,
+        PRECISION=precision,
+        **options,
+    )
+    size = k.shape[1], k.shape[2]
+    kernels.launch(
+        kernels.neighborhood_bwd_key_kernel,
+        size,
+        B,
+        q,
+        k,
+        v,
+        window,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        PRECISION=precision,
+        **options,
+    )
+    if rpb is None:
+        return dq, dk, dv, q.new_empty(0)
+    shares = min(B, max(1, 64 * _PROGRAMS // (h * H * W)))
+    ds = q.new_empty(shares, h, *window.kernel, H, W, dtype=torch.float32)
+    kernels.launch(
+        kernels.neighborhood_bwd_bias_kernel,
+        (H, W),
+        shares,
+        q,
+        k,
+        v,
+        window,
+        ds_ptr=ds,
+        images=B,
+        shares=shares,
+        **options,
+    )
+    return dq, dk, dv, _bias_gradient(ds.sum(0), size, window).to(rpb.dtype).contiguous()
+
+
+def _skew_sum(t: Tensor) -> Tensor:
+    """Sum the entries whose two indices have the same sum, in a fixed order: ``[..., K, K]`` -> ``[..., 2K - 1]``."""
+    K = t.shape[-1]
+    skewed = F.pad(t, [0, K]).flatten(-2)[..., :-K]  # row ``i`` moves right by ``i``
+    return skewed.unflatten(-1, (K, 2 * K - 1)).sum(-2)
+
+
+def _bias_gradient(ds: Tensor, size: tuple[int, int], window: _Window) -> Tensor:
+    """Gradient of the table from that of the logits: ``[h, Kh, Kw, H, W]`` -> ``[h, 2 Kh - 1, 2 Kw - 1]``."""
+    axes = zip(ds.shape[3:], size, *window, strict=True)
+    rows, cols = (F.one_hot(_window_starts(*a, ds.device)[1], a[2]).to(ds.dtype) for a in axes)  # [H, Kh], [W, Kw]
+    with without_autocast(ds):
+        t = (ds @ cols).transpose(3, 4) @ rows  # [h, Kh, Kw, Kw, Kh]: offset in the window, relative index of its start
+    t = _skew_sum(t.permute(0, 1, 4, 2, 3))  # [h, Kh, Kh, 2 Kw - 1]
+    return _skew_sum(t.permute(0, 3, 1, 2)).transpose(1, 2)
+
+
+@torch.library.custom_op("vizoo::neighborhood_attention", mutates_args=())
+def _neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    scale: float,
+    triton_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    window = _Window(*map(tuple, (kernel_size, stride, dilation)))  # type: ignore[arg-type]
+    if triton_kernel:
+        return _triton_forward(q, k, v, rpb, window, scale)
+    with without_autocast(q):
+        return _tiles_forward(q, k, v, rpb, window, scale), q.new_empty(0, dtype=torch.float32)
+
+
+@_neighborhood_attention.register_fake
+def _(q, k, v, rpb, kernel_size, stride, dilation, scale, triton_kernel):
+    B, H, W, h, _ = q.shape
+    lse = q.new_empty((B, h, H, W) if triton_kernel else 0, dtype=torch.float32)
+    return q.new_empty(B, H, W, h, v.shape[4]), lse
+
+
+@torch.library.custom_op("vizoo::neighborhood_attention_backward", mutates_args=())
+def _neighborhood_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    scale: float,
+    triton_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    window = _Window(*map(tuple, (kernel_size, stride, dilation)))  # type: ignore[arg-type]
+    if triton_kernel:
+        return _triton_backward(dout, q, k, v, rpb, lse, window, scale)
+    with without_autocast(q):
+        return _tiles_backward(dout, q, k, v, rpb, window, scale)
+
+
+@_neighborhood_attention_backward.register_fake
+def _(dout, q, k, v, rpb, lse, kernel_size, stride, dilation, scale, triton_kernel):
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, rpb, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, rpb, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dout, _):
+    dq, dk, dv, drpb = _neighborhood_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
+    return dq, dk, dv, drpb if ctx.needs_input_grad[3] else None, None, None, None, None, None
+
+
+_neighborhood_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_cost("vizoo::neighborhood_attention", torch.ops.vizoo.neighborhood_attention)
+def _(q, k, v, rpb, kernel_size, *rest, out=None) -> Cost:
+    return windows_cost(math.prod(q[:4]) * math.prod(kernel_size), q, v)
+
+
+@register_cost("vizoo::neighborhood_attention_backward", torch.ops.vizoo.neighborhood_attention_backward)
+def _(dout, q, k, v, rpb, lse, kernel_size, *rest, out=None) -> Cost:
+    return windows_backward_cost(math.prod(q[:4]) * math.prod(kernel_size), q, v)
+
+
+def _kernel_limits(q: Tensor, v: Tensor) -> str:
+    """What the Triton kernels cannot do with these inputs; empty if nothing."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
+    width = max(q.shape[4], v.shape[4])
+    return f"the kernels take up to {MAX_CHANNELS} channels per head, not {width}" if width > MAX_CHANNELS else ""
+
+
+def _natten_limits(q: Tensor, window: _Window) -> str:
+    """What NATTEN cannot do with these inputs; empty if nothing."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"NATTEN takes float32, float16 and bfloat16, not {q.dtype}"
+    return f"NATTEN takes windows of at least 2, not {window.kernel}" if min(window.kernel) < 2 else ""
+
+
+def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[Tensor, Tensor]:
+    """The bias as ``Kh * Kw`` more channels of queries and keys, for kernels that know none.
+
+    The ``K`` keys of a window are neighbours in their dilation group, so their indices modulo ``K`` are all different.
+    A key has a one in the channel of its two residues, a query the bias of its own window in the order of residues:
+    their product adds the entry of the table that belongs to the pair.
+
+    Args:
+        q: Scaled queries ``[B, H, W, h, d]`` of a map of at least the dilated window's size.
+        k: Keys, same shape.
+        rpb: Table ``[h, 2 Kh - 1, 2 Kw - 1]``.
+        window: Shape of the neighbourhood.
+
+    Returns:
+        Queries and keys ``[B, H, W, h, d + Kh * Kw]``.
+    """
+    B, H, W, h, _ = q.shape
+    ones, places = [], []
+    for L, K, S, D in zip((H, W), *window, strict=True):
+        start, first = _window_starts(L, L, K, S, D, q.device)
+        ones.append(F.one_hot(torch.arange(L, device=q.device) // D % K, K))  # [L, K]
+        places.append(first.unsqueeze(1) + (torch.arange(K, device=q.device) - start.unsqueeze(1)) % K)  # [L, K]
+    hot = (ones[0][:, None, :, None] * ones[1][None, :, None, :]).reshape(1, H, W, 1, -1).to(k.dtype)
+    index = (places[0] * rpb.shape[2])[:, None, :, None] + places[1][None, :, None, :]  # [H, W, Kh, Kw]
+    bias = rpb.flatten(1).index_select(1, index.reshape(-1)).reshape(h, H, W, -1).permute(1, 2, 0, 3).to(q.dtype)
+    return torch.cat([q, bias.expand(B, -1, -1, -1, -1)], -1), torch.cat([k, hot.expand(B, -1, -1, h, -1)], -1)
+
+
+def _natten_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+    """NATTEN's fused kernels, which take maps of one size and channels in eights; only CUTLASS takes ``dv != d``."""
+    H, W, dv = q.shape[1], q.shape[2], v.shape[4]
+    q = F.pad(q * scale, [0, 0, 0, 0, 0, k.shape[2] - W, 0, k.shape[1] - H])
+    if rpb is not None:
+        q, k = _bias_channels(q, k, rpb, window)
+    q, k, v = (F.pad(t, [0, -t.shape[4] % 8]) for t in (q, k, v))
+    options: dict[str, Any] = {}
+    if q.shape[4] != v.shape[4]:
+        options = {"backend": "cutlass-fna", "attention_kwargs": {"backend": "cutlass-fmha"}}  # the latter: one window
+    kernel_size, stride, dilation = window
+    out = load_natten().na2d(q, k, v, kernel_size, stride=stride, dilation=dilation, scale=1.0, **options)
+    return out[:, :H, :W, :, :dv]
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`reference_neighborhood_attention` by fused attention or kernels: same result and errors.
+
+    Args:
+        q: Queries ``[B, H, W, h, d]``.
+        k: Keys, same shape and dtype.
+        v: Values ``[B, H, W, h, dv]``, same dtype.
+        kernel_size: Side of the window, or its rows and columns.
+        stride: Queries that share a window.
+        dilation: Distance between neighbouring keys of a window.
+        rpb: Bias by relative position ``[h, 2 Kh - 1, 2 Kw - 1]``.
+        scale: Factor of the logits; None is ``d ** -0.5``.
+        pad_k: Key ``[h, d]`` that pads a map smaller than ``kernel_size * dilation``.
+        pad_v: The value ``[h, dv]`` that belongs to it.
+        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 128``), ``"natten"`` (CUDA tensors, no float64, no
+            window of 1), or ``"auto"``: for CUDA tensors NATTEN, but Triton if there is a bias, and the other of the
+            two where the first cannot run; otherwise PyTorch.
+
+    Returns:
+        ``[B, H, W, h, dv]`` in the dtype of ``q``.
+
+    Raises:
+        ValueError: If an argument is outside its range, shapes or dtypes do not fit each other, or ``backend`` cannot
+            run.
+    """
+    window = _Window(_pair(kernel_size), _pair(stride), _pair(dilation))
+    _check(q, k, v, window, rpb, pad_k, pad_v)
+    k, v = _padded(k, pad_k, window), _padded(v, pad_v, window)
+    factor = q.shape[4] ** -0.5 if scale is None else scale
+    if not torch.jit.is_scripting():
+        limits = {"natten": _natten_limits(q, window), "triton": _kernel_limits(q, v)}
+        if rpb is not None:  # not measured; as counted, NATTEN would move 3.8 times the bytes and double the products
+            limits = dict(reversed(limits.items()))
+        chosen = choose_backend(backend, q, limits)
+        if chosen == "natten":
+            return _natten_form(q, k, v, rpb, window, factor)
+        if not torch.compiler.is_exporting():
+            return _neighborhood_attention(q, k, v, rpb, *window, factor, chosen == "triton")[0]
+        with without_autocast(q):
+            return _index_form(q, k, v, rpb, window, factor)
+    return _index_form(q, k, v, rpb, window, factor)

@@ -1,0 +1,513 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import golden
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import close, golden_close, op_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from vizoo.backbones.ops import _backend
+from vizoo.backbones.ops import neighborhood as module
+from vizoo.backbones.ops._backend import HAS_TRITON
+from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.neighborhood import neighborhood_attention, reference_neighborhood_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
+NAMES = ("out", "dq", "dk", "dv", "drpb", "dpad_k", "dpad_v")
+# B, H, W, h, d, dv, kernel_size, stride, dilation
+CASES = [
+    (1, 1, 1, 1, 1, 1, (1, 1), (1, 1), (1, 1)),
+    (2, 5, 7, 2, 3, 4, (3, 3), (1, 1), (1, 1)),
+    (1, 9, 6, 1, 5, 3, (3, 5), (1, 2), (1, 1)),  # a window of its own on each axis
+    (1, 11, 10, 1, 4, 4, (5, 3), (1, 1), (2, 3)),  # dilations that do not divide the sides
+    (2, 4, 5, 1, 3, 2, (3, 4), (1, 1), (2, 1)),  # a map smaller than the dilated window; an even side
+    (1, 2, 3, 2, 3, 3, (5, 5), (5, 2), (1, 2)),  # smaller on both axes, and separate blocks
+    (0, 5, 7, 2, 3, 4, (3, 3), (1, 1), (1, 1)),
+    (1, 10, 9, 1, 4, 4, (4, 2), (4, 1), (1, 4)),  # one window for each dilation group on an axis
+    (1, 17, 20, 2, 8, 8, (7, 7), (1, 1), (1, 1)),  # several tiles
+    (1, 26, 9, 1, 4, 2, (3, 7), (2, 3), (2, 1)),
+]
+SMALL = CASES[:6]  # for the interpreter
+FORMS = {"torch": neighborhood_attention, "reference": reference_neighborhood_attention}
+
+
+def ids(case):
+    return "x".join(map(str, case)).replace(" ", "") if isinstance(case, tuple) else None
+
+
+def inputs(B, H, W, h, d, dv, kernel_size, stride, dilation):
+    """Queries, keys, values, table, and the key and value of the padding."""
+    generator = torch.Generator().manual_seed(42)
+    table = (h, *(2 * k - 1 for k in kernel_size))
+    shapes = [(B, H, W, h, d), (B, H, W, h, d), (B, H, W, h, dv), table, (h, d), (h, dv)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def call(f, tensors, case, scale=None, *rest):
+    q, k, v, rpb, pad_k, pad_v = tensors
+    return f(q, k, v, *case[-3:], rpb, scale, pad_k, pad_v, *rest)
+
+
+def loop(q, k, v, rpb, pad_k, pad_v, kernel_size, stride, dilation, scale=None):
+    """One query after the other, from the definition of generalised neighbourhood attention."""
+    B, H, W, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    size = [max(L, K * D) for L, K, D in zip((H, W), kernel_size, dilation, strict=True)]
+
+    def window(i, axis):
+        """Keys of a query on an axis, and their distances in steps of the dilation."""
+        K, S, D = kernel_size[axis], stride[axis], dilation[axis]
+        group = list(range(i % D, size[axis], D))
+        leader = min(i // D // S * S + S // 2, len(group) - 1)
+        first = min(max(leader - K // 2, 0), len(group) - K)
+        return [(j, (j - i) // D) for j in group[first : first + K]]
+
+    out = q.new_zeros(*q.shape[:4], v.shape[4])
+    for b, y, x, g in itertools.product(*map(range, q.shape[:4])):
+        logits, values = [], []
+        for (j, dy), (n, dx) in itertools.product(window(y, 0), window(x, 1)):
+            on_map = j < H and n < W
+            key = k[b, j, n, g] if on_map else pad_k[g]
+            logits.append(scale * (q[b, y, x, g] @ key) + rpb[g, dy + kernel_size[0] - 1, dx + kernel_size[1] - 1])
+            values.append(v[b, j, n, g] if on_map else pad_v[g])
+        assert len(logits) == kernel_size[0] * kernel_size[1]
+        out[b, y, x, g] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+def run(f, tensors, grad):
+    tensors = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    out = f(tensors)
+    given = [t for t in tensors if t is not None]
+    return out.detach(), *torch.autograd.grad(out, given, grad, allow_unused=True)
+
+
+def check(f, case, dtype, device="cpu", change=lambda tensors: tensors, scale=None):
+    """Output and every gradient of ``f`` in ``dtype`` against the reference in float64."""
+    tensors = change([t.to(device, dtype) for t in inputs(*case)])
+    shape = (*case[:4], case[5])
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def reference(t):
+        return call(reference_neighborhood_attention, t, case, scale)
+
+    truth = run(reference, [None if t is None else t.double() for t in tensors], grad.double())
+    plain = run(reference, tensors, grad)
+    found = run(lambda t: call(f, t, case, scale), tensors, grad)
+    names = ["out", *(n for n, t in zip(NAMES[1:], tensors, strict=True) if t is not None)]
+    for name, a, t, p in zip(names, found, truth, plain, strict=True):
+        assert (a is None) == (t is None), name  # the padding of a map that needs none
+        if t is None:
+            continue
+        if t.numel() > 0:
+            op_close(a, t, p, grad=name != "out", what=name)
+        else:
+            assert a.shape == t.shape, name
+
+
+def triton_form(*args):
+    return neighborhood_attention(*args, backend="triton")
+
+
+def without(*places):
+    """Drop optional arguments: 3 is the table, 4 and 5 the padding."""
+    return lambda tensors: [None if i in places else t for i, t in enumerate(tensors)]
+
+
+# the definition
+
+
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("case", [c for c in CASES if c[0]], ids=ids)
+def test_is_the_definition(f, case):
+    tensors = inputs(*case)
+    op_close(call(f, tensors, case, 0.7), loop(*tensors, *case[-3:], 0.7))
+
+
+def test_window_of_the_map_is_attention():
+    q, k, v = (torch.randn(2, 6, 5, 3, 4, dtype=torch.float64) for _ in range(3))
+    tokens = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*tokens).transpose(1, 2).reshape(q.shape)
+    for f in FORMS.values():
+        op_close(f(q, k, v, (6, 5)), expected)
+
+
+def test_stride_of_the_window_is_attention_in_blocks():
+    q, k, v = (torch.randn(1, 6, 8, 1, 3, dtype=torch.float64) for _ in range(3))
+
+    def blocks(t):
+        return t.reshape(1, 2, 3, 2, 4, 1, 3).permute(0, 1, 3, 5, 2, 4, 6).reshape(1, 4, 12, 3)
+
+    expected = F.scaled_dot_product_attention(*map(blocks, (q, k, v)))
+    for f in FORMS.values():
+        op_close(blocks(f(q, k, v, (3, 4), (3, 4))), expected)
+
+
+@pytest.mark.parametrize("name", golden.names("na2d_k"))
+@pytest.mark.parametrize("form", ["torch", "reference", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])])
+def test_golden(name, form):
+    """NATTEN 0.14.6, heads first."""
+    case = golden.load(name)
+    K, dilation = case.meta["kernel_size"], case.meta["dilation"]
+    device = DEVICE if form == "triton" else "cpu"
+    q, k, v = (golden.image(case.input_shape, seed).permute(0, 2, 3, 1, 4).to(device) for seed in (1, 2, 3))
+    rpb = golden.image((q.shape[3], 2 * K - 1, 2 * K - 1), 4).to(device) if case.meta["rpb"] else None
+    out = {**FORMS, "triton": triton_form}[form](q, k, v, K, 1, dilation, rpb)
+    golden_close(out.permute(0, 3, 1, 2, 4).cpu(), case.outputs["out"], name)
+
+
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("case", [(1, 3, 4, 2, 2, 1, (3, 2), (1, 2), (1, 2)), CASES[5]], ids=ids)
+def test_gradcheck(f, case):
+    tensors = [t.requires_grad_() for t in inputs(*case)]
+    assert torch.autograd.gradcheck(lambda *t: call(f, t, case), tensors)
+
+
+# tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_tiles(case, dtype):
+    check(neighborhood_attention, case, dtype)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[8]], ids=ids)
+@pytest.mark.parametrize("drop", [(3,), (4, 5), (3, 4, 5)], ids=str)
+def test_optional_arguments(case, drop):
+    check(neighborhood_attention, case, torch.float32, change=without(*drop), scale=0.3)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[8], CASES[9]], ids=ids)
+@pytest.mark.parametrize("limit", [1, 5000])
+def test_several_pieces(monkeypatch, case, limit):
+    monkeypatch.setattr(module, "_WORKSPACE", limit)
+    check(neighborhood_attention, case, torch.float32)
+
+
+def test_every_size_and_window():
+    """All sides up to 20 with windows up to 7, strides and dilations, on one axis and in both directions."""
+    for K, S, D in [(1, 1, 1), (2, 1, 3), (3, 2, 1), (3, 3, 2), (5, 1, 2), (5, 4, 1), (6, 3, 1), (7, 1, 1), (7, 1, 2)]:
+        for L in range(1, 21):
+            case = (1, L, 2, 1, 2, 2, (K, 1), (S, 1), (D, 1))
+            tensors = inputs(*case)
+            expected = call(reference_neighborhood_attention, tensors, case)
+            op_close(call(neighborhood_attention, tensors, case), expected, what=f"{L} {K} {S} {D}")
+            turned = [t.transpose(1, 2) if t.dim() > 2 else t for t in tensors]
+            q, k, v, rpb, pad_k, pad_v = turned
+            out = neighborhood_attention(q, k, v, (1, K), (1, S), (1, D), rpb, None, pad_k, pad_v)
+            op_close(out.transpose(1, 2), expected, what=f"{L} {K} {S} {D}, turned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dilation", [1, 8])
+def test_full_size(dilation):
+    check(neighborhood_attention, (1, 56, 56, 2, 32, 32, (7, 7), (1, 1), (dilation, dilation)), torch.float32)
+
+
+# the kernels
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=ids)
+def test_kernels(case, dtype):
+    check(triton_form, case, dtype, DEVICE)
+
+
+@needs_triton
+def test_kernels_without_bias_and_padding():
+    check(triton_form, CASES[4], torch.float32, DEVICE, without(3, 4, 5), 0.3)
+
+
+@needs_triton
+@pytest.mark.parametrize(("d", "dv"), [(33, 1), (1, 65)])
+def test_kernels_mask_channels(d, dv):
+    check(triton_form, (1, 3, 5, 1, d, dv, (3, 3), (1, 1), (1, 1)), torch.float32, DEVICE)
+
+
+@needs_triton
+def test_kernels_share_images(monkeypatch):
+    """The bias' gradient of several images by one program."""
+    monkeypatch.setattr(module, "_PROGRAMS", 1)
+    check(triton_form, (3, 5, 5, 1, 2, 2, (3, 3), (1, 1), (1, 1)), torch.float32, DEVICE)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_on_several_tiles():
+    check(triton_form, CASES[9], torch.float16, DEVICE)
+
+
+@pytest.mark.gpu
+def test_gradients_are_deterministic():
+    case = (4, 33, 45, 4, 32, 32, (7, 7), (1, 1), (2, 2))
+    tensors = [t.float().cuda() for t in inputs(*case)]
+    grad = torch.randn(4, 33, 45, 4, 32, device="cuda")
+    first, second = (run(lambda t: call(triton_form, t, case), tensors, grad) for _ in range(2))
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert a is b is None or torch.equal(a, b), name
+
+
+# NATTEN
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[0]], ids=ids)
+def test_bias_as_channels(case):
+    """What NATTEN gets: no bias, wider queries and keys, scale 1; run by the reference in its place."""
+    tensors = inputs(*case)
+    window = module._Window(*case[-3:])
+    q, k, v, rpb, pad_k, pad_v = tensors
+    k, v = module._padded(k, pad_k, window), module._padded(v, pad_v, window)
+    q = F.pad(0.7 * q, [0, 0, 0, 0, 0, k.shape[2] - q.shape[2], 0, k.shape[1] - q.shape[1]])
+    wide_q, wide_k = module._bias_channels(q, k, rpb, window)
+    assert wide_q.shape[4] == wide_k.shape[4] == case[4] + case[6][0] * case[6][1]
+    out = reference_neighborhood_attention(wide_q, wide_k, v, *window, scale=1.0)[:, : case[1], : case[2]]
+    op_close(out, call(reference_neighborhood_attention, tensors, case, 0.7))
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[8]], ids=ids)
+@pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
+def test_calls_natten(monkeypatch, case, drop):
+    """With the reference for NATTEN: what it is called with gives outputs and gradients, and meets its rules."""
+    seen = []
+
+    class Natten:
+        @staticmethod
+        def na2d(q, k, v, kernel_size, stride, dilation, scale, **options):
+            seen.append(options)
+            assert q.shape == k.shape
+            assert v.shape[:4] == k.shape[:4]
+            assert q.shape[4] % 8 == v.shape[4] % 8 == 0
+            assert all(K * D <= L for K, D, L in zip(kernel_size, dilation, k.shape[1:3], strict=True))
+            assert (q.shape[4] == v.shape[4]) or options["backend"] == "cutlass-fna"
+            return reference_neighborhood_attention(q, k, v, kernel_size, stride, dilation, scale=scale)
+
+    monkeypatch.setattr(module, "load_natten", lambda: Natten)
+    monkeypatch.setattr(module, "choose_backend", lambda *a: "natten")
+    check(neighborhood_attention, case, torch.float32, change=without(*drop))
+    assert seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(_backend.natten_missing()), reason=f"NATTEN: {_backend.natten_missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [(2, 15, 19, 2, 32, 32, (7, 7), (1, 1), (2, 2)), CASES[4]], ids=ids)
+def test_natten(case, dtype):
+    tensors = [t.to("cuda", dtype) for t in inputs(*case)]
+    found = call(neighborhood_attention, tensors, case, None, "natten")
+    op_close(found, call(reference_neighborhood_attention, [t.double() for t in tensors], case))
+
+
+# all
+
+
+def views_of_one_tensor(tensors):
+    q, k, v, *others = tensors
+    joined = torch.cat([q, k, v], -1)
+    return [*joined.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1), *others]
+
+
+def strided(tensors):
+    return [t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() > 2 else t for t in tensors]
+
+
+@pytest.mark.parametrize("change", [views_of_one_tensor, strided])
+@pytest.mark.parametrize("f", [neighborhood_attention, pytest.param(triton_form, marks=needs_triton)])
+def test_inputs_need_not_be_contiguous(f, change):
+    check(f, CASES[1], torch.float32, DEVICE, change)
+
+
+@pytest.mark.parametrize("f", [*FORMS.values(), pytest.param(triton_form, marks=needs_triton)])
+def test_large_half_logits(f):
+    """Logits beyond the range of float16 stay finite; autocast changes nothing."""
+    case = (1, 5, 6, 1, 16, 16, (3, 3), (1, 1), (1, 1))
+    q, k, v, *others = (t.to(DEVICE, torch.float16) for t in inputs(*case))
+    tensors = [60 * q, 300 * k, v, *others]
+    truth = call(reference_neighborhood_attention, [t.double() for t in tensors], case, 1.0)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = call(f, tensors, case, 1.0)
+    assert out.dtype == torch.float16
+    op_close(out, truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_opcheck(backend, bias):
+    case = (1, 3, 2, 1, 2, 3, (3, 2), (1, 1), (1, 1))
+    q, k, v, rpb, *_ = (t.float().to(DEVICE).requires_grad_() for t in inputs(*case))
+    args = ([3, 2], [1, 1], [1, 1], 0.5, backend == "triton")
+    torch.library.opcheck(torch.ops.vizoo.neighborhood_attention.default, (q, k, v, rpb if bias else None, *args))
+    plain = [t.detach() for t in (q, k, v, rpb)]
+    plain[3] = plain[3] if bias else None
+    out, lse = torch.ops.vizoo.neighborhood_attention(*plain, *args)
+    backward = torch.ops.vizoo.neighborhood_attention_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(out), *plain, lse, *args))
+
+
+@pytest.mark.parametrize("device", [DEVICE, "meta"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=ids)
+def test_counts_are_those_of_the_definition(case, device):
+    """``N Kh Kw (d + dv)`` per head, on every path; backward the five products with recomputed weights."""
+    B, H, W, h, d, dv, (Kh, Kw), *_ = case
+    scores = B * H * W * h * Kh * Kw
+    paths = {"torch": neighborhood_attention}
+    if HAS_TRITON and case == CASES[1]:
+        paths["triton"] = triton_form
+    for name, f in paths.items():
+        tensors = [t.float().to(device).requires_grad_() for t in inputs(*case)]
+        with FlopCounterMode(display=False) as counter:
+            out = call(f, tensors, case)
+            assert counter.get_total_flops() == 2 * scores * (d + dv), name
+            out.sum().backward()
+        assert counter.get_total_flops() == 2 * scores * (4 * d + 3 * dv), name
+    with FlopCounterMode(display=False) as counter:
+        call(reference_neighborhood_attention, [t.detach() for t in tensors], case)
+    assert counter.get_total_flops() == 2 * scores * (d + dv)
+    shapes = [tuple(t.shape) for t in tensors[:4]]
+    cost = COSTS["vizoo::neighborhood_attention"](*shapes, *case[-3:], 1.0, False, out=tuple(out.shape))
+    assert cost.macs == scores * (d + dv)
+
+
+# programs
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, kernel_size, stride=1, dilation=1, f=neighborhood_attention):
+        super().__init__()
+        self.f, self.options = f, (kernel_size, stride, dilation)
+
+    def forward(self, x, rpb, pad_k, pad_v):
+        q, k, v = x.unflatten(-1, (2, 10)).split([3, 3, 4], -1)
+        return self.f(q, k, v, *self.options, rpb, None, pad_k, pad_v)
+
+
+WINDOWS = [((3, 5), (1, 2), (2, 1)), ((7, 7), (1, 1), (1, 1)), ((3, 3), (1, 1), (1, 3))]
+
+
+def program_inputs(B, H, W, kernel_size):
+    generator = torch.Generator().manual_seed(B * H * W)
+    table = (2, *(2 * k - 1 for k in kernel_size))
+    return [torch.randn(s, generator=generator) for s in ((B, H, W, 20), table, (2, 3), (2, 4))]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_compiles_without_a_break_for_any_size(window):
+    torch._dynamo.reset()
+    eager = Attention(*window)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in ((2, 9, 10), (3, 15, 13), (1, 16, 8)):
+        tensors = program_inputs(*size, window[0])
+        grad = torch.randn(eager(*tensors).shape)
+        found, expected = (run(lambda t, f=f: f(*t), tensors, grad) for f in (compiled, eager))
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            if b is not None:
+                close(a, b, "rerun", str(size))
+
+
+@needs_triton
+def test_compiles_kernels_without_a_break():
+    torch._dynamo.reset()
+    compiled = torch.compile(triton_form, backend="aot_eager", fullgraph=True)
+    check(compiled, CASES[1], torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_exports_plain_operators_for_any_size(window):
+    """Recorded at one size, run at others, maps smaller than the window included."""
+    model, dim = Attention(*window), torch.export.Dim
+    sizes = {0: dim("batch", min=1, max=8), 1: dim("height", min=2, max=64), 2: dim("width", min=2, max=64)}
+    program = torch.export.export(
+        model,
+        tuple(program_inputs(2, 19, 16, window[0])),
+        dynamic_shapes=(sizes, None, None, None),
+        strict=False,
+    )
+    assert "vizoo" not in str(program.graph)
+    for size in ((2, 19, 16), (3, 5, 13), (2, 40, 9), (1, 2, 3)):
+        tensors = program_inputs(*size, window[0])
+        close(program.module()(*tensors), model(*tensors), "graph", str(size))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+def test_scripts(f):
+    scripted = torch.jit.script(f)
+    for case in (CASES[2], CASES[3], CASES[5]):
+        check(scripted, case, torch.float32)
+
+
+# arguments
+
+
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 5, 7, 6)}, r"got q of shape \[2, 5, 7, 6\], need \[B, H, W, h, d\]"),
+        ({"k": torch.zeros(2, 5, 7, 2, 4)}, r"got k of shape \[2, 5, 7, 2, 4\], need that of q, \[2, 5, 7, 2, 3\]"),
+        ({"v": torch.zeros(2, 5, 6, 2, 4)}, r"got v of shape \[2, 5, 6, 2, 4\], need \[2, 5, 7, 2\] and one more"),
+        ({"v": torch.zeros(2, 5, 7, 2, 4).half()}, "got q, k and v in torch.float32, torch.float32 and torch.float16"),
+        ({"kernel_size": 0}, r"got kernel_size=\(0, 0\), need at least 1"),
+        ({"stride": (1, 4)}, r"got stride=\(1, 4\), need 1 to kernel_size=\(3, 3\)"),
+        ({"stride": 0}, r"got stride=\(0, 0\), need 1 to"),
+        ({"dilation": (1, 0)}, r"got dilation=\(1, 0\), need at least 1"),
+        ({"rpb": torch.zeros(2, 5, 6)}, r"got rpb of shape \[2, 5, 6\], need \[2, 5, 5\]"),
+        ({"pad_k": torch.zeros(3, 2)}, r"got pad_k of shape \[3, 2\], need \[2, 3\]"),
+        ({"pad_v": torch.zeros(2, 3)}, r"got pad_v of shape \[2, 3\], need \[2, 4\]"),
+    ],
+)
+def test_rejects(f, change, message):
+    q, v = torch.zeros(2, 5, 7, 2, 3), torch.zeros(2, 5, 7, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        f(**{"q": q, "k": q, "v": v, "kernel_size": 3, **change})
+
+
+def test_rejects_backends():
+    q = torch.zeros(1, 3, 3, 1, 4)
+    with pytest.raises(ValueError, match="got backend='flex', need 'auto', 'torch', 'triton' or 'natten'"):
+        neighborhood_attention(q, q, q, 3, backend="flex")
+    with pytest.raises(ValueError, match=r"got backend='natten', but the tensors are on cpu, not on a CUDA device"):
+        neighborhood_attention(q, q, q, 3, backend="natten")
+    with pytest.raises(ValueError, match=r"backend='natten', but NATTEN takes windows of at least 2, not \(1, 3\)"):
+        neighborhood_attention(q, q, q, (1, 3), backend="natten")
+    with pytest.raises(ValueError, match=r"got backend='triton', but .*not torch.float64"):
+        neighborhood_attention(*[q.double()] * 3, 3, backend="triton")
+    wide = torch.zeros(1, 3, 3, 1, 129)
+    with pytest.raises(ValueError, match="up to 128 channels per head, not 129"):
+        neighborhood_attention(wide, wide, wide, 3, backend="triton")
+
+
+def test_auto_never_interprets(monkeypatch):
+    """On CPU tensors the kernels, and NATTEN, run only when a caller insists."""
+    calls = []
+    monkeypatch.setattr(module, "_triton_forward", lambda *a: calls.append(a))
+    monkeypatch.setattr(module, "_natten_form", lambda *a: calls.append(a))
+    call(neighborhood_attention, [t.float() for t in inputs(*CASES[1])], CASES[1])
+    assert calls == []
+
+
+def test_works_without_triton_and_natten():
+    """The module defines no kernel where triton is missing, and never imports NATTEN on its own."""
+    code = (
+        "import sys, torch, timm\n"
+        "import importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('triton', 'natten') else found(name, *a)\n"
+        "from vizoo.backbones.ops import neighborhood as m\n"
+        "assert not hasattr(m, 'kernels')\n"
+        "q = torch.rand(1, 3, 5, 1, 2, requires_grad=True)\n"
+        "args = q, q.detach(), q.detach(), 3\n"
+        "assert torch.allclose(m.neighborhood_attention(*args), m.reference_neighborhood_attention(*args), atol=1e-6)\n"
+        "m.neighborhood_attention(*args).sum().backward()\n"
+        "assert 'natten' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
