@@ -9,5 +9,6 @@ from . import litv2 as litv2
 from . import medusa as medusa
 from . import nat as nat
 from . import ninformer as ninformer
+from . import oat as oat
 from . import overlock as overlock
 from . import ulsam as ulsam

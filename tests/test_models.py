@@ -22,7 +22,7 @@ from torch import nn
 from zoo import (
     BACKWARD,
     FORWARD,
-    NAMES,
+    REGISTERED,
     SMALL,
     all_models,
     as_nchw,
@@ -82,7 +82,7 @@ def test_names_are_not_timms() -> None:
     )
     theirs = {f.name for f in functions if any(getattr(d, "id", "") == "register_model" for d in f.decorator_list)}
     assert len(theirs) > 1000, "the search in timm's files found too little to be right"
-    assert not theirs & set(NAMES)
+    assert not theirs & set(REGISTERED)
 
 
 @all_models
@@ -523,7 +523,7 @@ def recorded() -> dict[str, dict[str, str]]:
 def expected_rows() -> list[str]:
     """Every architecture, and every tag whose input size is not that of its architecture."""
     rows = []
-    for name in NAMES:
+    for name in REGISTERED:
         cfgs = get_arch_pretrained_cfgs(name)
         size = timm.models.get_pretrained_cfg(name).input_size
         rows.append(name)

@@ -91,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line overrides it")
     p.add_argument("--debug", action="store_true", help="show full tracebacks")
+    tasks, text = ("classification", "scanpath"), "(classification); '--task scanpath --help' explains the other"
+    p.add_argument("--task", choices=tasks, default=argparse.SUPPRESS, help=text)
 
     g = p.add_argument_group("data")
     g.add_argument(

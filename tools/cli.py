@@ -10,8 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
     "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
-    "train": ("train", "train a classifier with the options of timm's training script"),
-    "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix of a trained classifier"),
+    "train": ("train", "train a classifier with the options of timm's training script, or OAT on scanpaths"),
+    "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix; scanpaths beside people's"),
     "show": ("show", "draw what a model attends to in an image"),
     "dependency": ("dependency", "draw the tree, parts and saliency that a dependencyvit_* model sees in an image"),
     "bench": ("bench", "time a family against its official code or the plain reference, alternating"),

@@ -15,6 +15,7 @@ from timm.utils import AverageMeter, ParseKwargs, accuracy, reduce_tensor
 from torch import nn
 
 from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split
+from vizoo.tools._scanpath_train import asks_for_scanpaths, evaluate_scanpaths
 from vizoo.tools._train_options import model_config, parse_options
 from vizoo.tools.common import (
     UserError,
@@ -170,6 +171,8 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _evaluate(argv: list[str]) -> int:
+    if asks_for_scanpaths(argv):
+        return evaluate_scanpaths(argv)
     args = build_parser().parse_args(argv)
     options = _options(args)
     names = resolve_models([options.model])

@@ -52,6 +52,7 @@ from vizoo.tools._data import (
     seed_everything,
     seeded_batches,
 )
+from vizoo.tools._scanpath_train import asks_for_scanpaths, train_scanpaths
 from vizoo.tools._train_options import model_config, parse_options
 from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
 from vizoo.tools.common import (
@@ -643,6 +644,8 @@ def _signals(stop: list[int]) -> Iterator[None]:
 
 
 def _train(argv: list[str]) -> int:
+    if asks_for_scanpaths(argv):
+        return train_scanpaths(argv)
     args = parse_options(argv)
     names = resolve_models([args.model])
     if len(names) != 1:

@@ -8,6 +8,7 @@ from .hilo import HiLo
 from .layout import to_fast_layout
 from .neighborhood import NeighborhoodAttention
 from .reversed_attention import ReversedAttention
+from .place_code import PlaceCode, step_code
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "NeighborhoodAttention",
     "ReversedAttention",
     "Tree",
+    "PlaceCode",
     "add_ulsam",
     "dependency_tree",
     "saliency",
     "subtrees",
+    "step_code",
     "swap_halo",
     "to_fast_layout",
 ]

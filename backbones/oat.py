@@ -1,0 +1,862 @@
+"""OAT: a transformer over the objects of a scene that predicts which of them a person looks at, and in which order.
+
+Paper: "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", Y. Fang, J. Yu, H. Zhang,
+R. van der Lans, B. Shi, ECCV 2024, https://arxiv.org/abs/2407.13335.
+Official code: https://github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, without a licence: nothing of it is here, and
+its outputs are reproduced.  No trained weights exist.
+
+Index space of a scene with N objects: 0..N-1 objects, N end (its score is that of the target token), N+1 padding (a
+class with the constant score 0), N+2 start (decoder input only).
+
+Ours are: crops by RoIAlign from the image, boxes anywhere, object masks, features of a backbone in place of the crop
+network, decoding from kept keys, and the place code in closed form in place of a fitted table.  A blank object (start,
+end, padding) is an all-ones crop, with a backbone an all-ones feature.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import roi_align
+
+from .layers.place_code import PlaceCode, step_code
+
+__all__ = ["OAT", "convert_oat"]
+
+SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
+SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
+
+
+class CropNet(nn.Module):
+    """Two convolutions over the crop of an object (official ``cnn_embedding``).
+
+    Args:
+        dim: Outputs.
+        in_chans: Channels of a crop.
+        crop_size: Height and width that every crop has when ``spp`` is 0.
+        spp: Levels of spatial pyramid pooling, which takes crops of any size; 0 for one max pooling.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        in_chans: int,
+        crop_size: tuple[int, int],
+        spp: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.crop_size, self.spp = crop_size, spp
+        self.conv1 = nn.Conv2d(in_chans, 16, 5, **dd)
+        self.conv2 = nn.Conv2d(16, 32, 3, **dd)
+        sides = [((side - 4) // 5 - 2) // 3 for side in crop_size]
+        self.fc = nn.Linear(32 * sum(4**level for level in range(spp)) if spp else 32 * sides[0] * sides[1], dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Crops ``[B, in_chans, h, w]`` to ``[B, dim]``."""
+        size = tuple(x.shape[2:])
+        if self.spp == 0 and size != self.crop_size:
+            raise ValueError(f"got crops of {size[0]}x{size[1]}, need crop_size={self.crop_size}, or a model with spp")
+        if min(size) < SMALLEST_CROP:
+            raise ValueError(f"got crops of {size[0]}x{size[1]}, need at least {SMALLEST_CROP}x{SMALLEST_CROP}")
+        x = F.max_pool2d(F.relu(self.conv1(x)), 5)
+        x = F.relu(self.conv2(x))
+        return self.fc(torch.cat([pyramid_level(x, 2**i) for i in range(self.spp)], 1) if self.spp else self._pool(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3).flatten(1)
+
+
+def pyramid_level(x: Tensor, cells: int) -> Tensor:
+    """Max pooling of ``[B, C, H, W]`` to a grid of ``cells`` x ``cells``, zeros around it, to ``[B, C * cells^2]``."""
+    height, width = (-(-side // cells) for side in x.shape[2:])
+    down, right = height * cells - x.shape[2], width * cells - x.shape[3]
+    x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return F.max_pool2d(x, (height, width)).flatten(1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the weights of ``nn.MultiheadAttention``; keys and values may be kept.
+
+    Args:
+        dim: Width.
+        num_heads: Heads.
+        drop: Dropout of the attention weights.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.drop = dim, num_heads, drop
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, heads, L, d]`` of ``[B, L, dim]``."""
+        kv = F.linear(x, self.qkv.weight[self.dim :], self.qkv.bias[self.dim :])
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v
+
+    def forward(self, x: Tensor, kept: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Attend from ``[B, T, dim]`` to kept keys; ``mask`` ``[B or 1, 1, T or 1, L]`` is True where one is seen."""
+        q = F.linear(x, self.qkv.weight[: self.dim], self.qkv.bias[: self.dim])
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, *kept, attn_mask=mask, dropout_p=self.drop if self.training else 0.0)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a ReLU."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., dim]`` to ``[..., dim]``."""
+        return self.fc2(self.drop(F.relu(self.fc1(x))))
+
+
+class EncoderLayer(nn.Module):
+    """A post-norm transformer layer over the objects."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attn = Attention(dim, num_heads, drop, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, mlp_dim, drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Map ``[B, S, dim]`` to ``[B, S, dim]``."""
+        x = self.norm1(x + self.drop(self.attn(x, self.attn.keys(x), mask)))
+        return self.norm2(x + self.drop(self.mlp(x)))
+
+
+class DecoderLayer(nn.Module):
+    """A post-norm transformer layer over the fixations so far, which looks at the objects."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attn = Attention(dim, num_heads, drop, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.cross = Attention(dim, num_heads, drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, mlp_dim, drop, **dd)
+        self.norm3 = nn.LayerNorm(dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        kept: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        objects: tuple[Tensor, Tensor],
+        object_mask: Tensor | None,
+    ) -> Tensor:
+        """Map fixations ``[B * n, T, dim]`` of ``n`` scanpaths in each of B scenes to the same shape.
+
+        Args:
+            x: The fixations.
+            kept: Keys and values of these fixations and those before.
+            mask: Which of them each fixation sees.
+            objects: Keys and values ``[B, heads, S, d]`` of the scene.
+            object_mask: Which of them are seen.
+
+        Returns:
+            ``[B * n, T, dim]``.
+        """
+        x = self.norm1(x + self.drop(self.attn(x, kept, mask)))
+        scenes = x.reshape(objects[0].shape[0], -1, x.shape[2])  # the scanpaths of a scene share its keys
+        x = self.norm2(x + self.drop(self.cross(scenes, objects, object_mask).view_as(x)))
+        return self.norm3(x + self.drop(self.mlp(x)))
+
+
+class ObjectHead(nn.Module):
+    """Scores of all objects, the end and padding, from the fixations so far (object attention).
+
+    Args:
+        dim: Width.
+        heads: Heads, mixed by a linear layer if there are several.
+        scale: The d_k by whose root scores are divided; each head has ``dim`` channels whatever it is.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        scale: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.heads, self.scale = heads, scale**-0.5
+        self.query = nn.Linear(dim, heads * dim, **dd)
+        self.key = nn.Linear(dim, heads * dim, **dd)
+        self.readout = nn.Linear(heads, 1, **dd) if heads > 1 else None
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """Keys ``[B, heads, S, dim]`` of the encoder's output ``[B, S, dim]``."""
+        return self.key(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Fixations ``[B, T, dim]`` to scores ``[B, T, S + 1]``, the last of them that of padding."""
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        scores = F.pad((q @ keys.transpose(-2, -1)) * self.scale, (0, 1)).movedim(1, -1)  # [B, T, S + 1, heads]
+        return (scores if self.readout is None else self.readout(scores)).squeeze(-1)
+
+
+class Scene(NamedTuple):
+    """What decoding needs of a batch of scenes."""
+
+    tokens: Tensor  # [B, N + 3, dim]: decoder tokens of every index, without the step code
+    objects: list[tuple[Tensor, Tensor]]  # keys and values of every decoder layer
+    keys: Tensor  # of the head
+    mask: Tensor | None  # [B, N + 1], True for real objects and the target token
+
+
+def _check(embed_dim: int, num_heads: int, head_count: int, spp: int, crop_size: tuple[int, ...], grid: Any) -> None:
+    if embed_dim < 2 or embed_dim % 2 or embed_dim % num_heads:
+        raise ValueError(f"got embed_dim={embed_dim} with num_heads={num_heads}, need an even multiple of the heads")
+    if head_count < 1:
+        raise ValueError(f"got head_count={head_count}, need at least 1")
+    if not 0 <= spp <= 4:
+        raise ValueError(f"got spp={spp}, need 0 to 4")
+    smallest = SMALLEST_CROP if spp else SMALLEST_POOLED
+    for name, value, least in (("crop_size", crop_size, smallest), ("grid", grid, 1)):
+        if len(value) != 2 or min(value) < least:
+            raise ValueError(f"got {name}={value}, need two numbers of at least {least}")
+
+
+class OAT(nn.Module):
+    """The Object-level Attention Transformer.
+
+    Args:
+        in_chans: Channels of images and crops.
+        num_classes: 0; the classes are the objects of the scene.
+        embed_dim: Width E; half of a token is appearance, half place.
+        num_heads: Heads of encoder and decoder.
+        mlp_dim: Hidden width of their feed-forward layers.
+        enc_depth: Encoder layers.
+        dec_depth: Decoder layers.
+        head_count: Heads of the object attention.
+        head_dim_scale: The d_k by whose root its scores are divided (a setting of the official code, not a width).
+        spp: Levels of spatial pyramid pooling of crops, 0 to 4; 0 takes crops of ``crop_size`` only.
+        crop_size: Height and width to which objects are cut out of an image.
+        grid: Rows and columns of the scene.
+        pe: Place code: ``"gauss"``, or the sinusoids ``"original"``, ``"exp1"``, ``"exp2"``, ``"linear"``.
+        pe_sigma: Width of the Gaussian, in rows.
+        pe_norm: Length of the code of a coordinate.
+        pe_alpha: Exponent or factor of ``exp1``, ``exp2`` and ``linear``.
+        pe_table: Codes to look up instead, such as an official table ``[places, ceil(E / 6)]``.
+        drop_rate: Dropout.
+        backbone: Any model of timm or the zoo that gives features of stride 16, instead of the network for crops.
+        backbone_pretrained: Load its published weights.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an argument is outside its range or the backbone has no features of stride 16.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        embed_dim: int = 512,
+        num_heads: int = 4,
+        mlp_dim: int = 512,
+        enc_depth: int = 4,
+        dec_depth: int = 4,
+        head_count: int = 2,
+        head_dim_scale: float = 512,
+        spp: int = 0,
+        crop_size: tuple[int, int] = (150, 93),
+        grid: tuple[int, int] = (6, 14),
+        pe: str = "gauss",
+        pe_sigma: float = 2.0,
+        pe_norm: float = 8.76,
+        pe_alpha: float = 0.9,
+        pe_table: Tensor | Sequence[Sequence[float]] | None = None,
+        drop_rate: float = 0.1,
+        backbone: str | None = None,
+        backbone_pretrained: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_classes:
+            raise ValueError(f"got num_classes={num_classes}, need 0: the classes of an OAT are the scene's objects")
+        _check(embed_dim, num_heads, head_count, spp, crop_size, grid)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.drop_rate = drop_rate
+        self.crop_size = (crop_size[0], crop_size[1])
+        self.grid = (grid[0], grid[1])
+        self.grad_checkpointing = False
+        half = embed_dim // 2
+        self.place = PlaceCode(half, self.grid, pe, pe_sigma, pe_norm, pe_alpha, pe_table)
+        self.backbone: nn.Module | None = None
+        self.appearance: nn.Module
+        if backbone is None:
+            self.appearance = CropNet(half, in_chans, self.crop_size, spp, **dd)
+        else:
+            self.backbone = _stride_16(backbone, backbone_pretrained, in_chans, dd)
+            self.appearance = nn.Linear(self.backbone.feature_info.channels()[-1], half, **dd)  # type: ignore
+        layer = (embed_dim, num_heads, mlp_dim, drop_rate)
+        self.encoder = nn.ModuleList(EncoderLayer(*layer, **dd) for _ in range(enc_depth))
+        self.decoder = nn.ModuleList(DecoderLayer(*layer, **dd) for _ in range(dec_depth))
+        self.head = ObjectHead(embed_dim, head_count, head_dim_scale, **dd)
+        self.drop = nn.Dropout(drop_rate)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Xavier for every matrix and filter, PyTorch's defaults for the rest; a backbone initialises itself.
+
+        Args:
+            needs_reset: First give every layer PyTorch's default, as after ``to_empty()``.
+        """
+        if needs_reset and self.backbone is not None and hasattr(self.backbone, "init_weights"):
+            self.backbone.init_weights()  # type: ignore[operator]
+        for name, module in self.named_modules():
+            if name.startswith("backbone"):
+                continue
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                parts = self.head.heads if module in (self.head.query, self.head.key) else 1
+                for weight in module.weight.chunk(parts):  # official: one matrix for each head
+                    nn.init.xavier_uniform_(weight)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the layers in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise decay."""
+        return {
+            "stem": r"^appearance|^backbone",
+            "encoder": r"^encoder" if coarse else r"^encoder\.(\d+)",
+            "decoder": r"^decoder" if coarse else r"^decoder\.(\d+)",
+            "head": r"^head",
+        }
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head that scores the objects."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Not possible: the classes are the objects of each scene.
+
+        Raises:
+            ValueError: Always, unless nothing is asked for.
+        """
+        if num_classes or global_pool:
+            raise ValueError(
+                f"got num_classes={num_classes}: the classes of an OAT are the scene's objects, 0 is allowed"
+            )
+
+    def _grid_boxes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes ``[N, 4]`` of a uniform grid over an image, and its rows and columns ``[N, 2]``."""
+        coords = self._grid_coords(self.grid[0] * self.grid[1], image.device)
+        row, column = coords.unbind(-1)
+        height, width = image.shape[2] / self.grid[0], image.shape[3] / self.grid[1]
+        corners = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        return torch.stack(corners, -1), coords
+
+    def _grid_coords(self, n: int, device: torch.device) -> Tensor:
+        index = torch.arange(n, device=device, dtype=torch.float32)
+        column = index % self.grid[1]
+        return torch.stack(((index - column) / self.grid[1], column), -1)
+
+    def _place_boxes(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Rows and columns ``[B, N, 2]`` of the centres of boxes: real numbers, whole ones for a table."""
+        centre = boxes[..., :2] / 2 + boxes[..., 2:] / 2
+        row = centre[..., 1] / image.shape[2] * self.grid[0] - 0.5
+        column = centre[..., 0] / image.shape[3] * self.grid[1] - 0.5
+        coords = torch.stack((row, column), -1)
+        return coords if self.place.table is None else coords.round().clamp_min(0)
+
+    def _cut(self, source: Tensor, boxes: Tensor, size: Sequence[int], scale: float = 1.0) -> Tensor:
+        """Bilinear crops ``[B * N, C, h, w]`` of boxes ``[B, N, 4]``."""
+        index = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
+        rois = torch.cat((index[:, None, None].expand(-1, boxes.shape[1], 1), boxes), 2).flatten(0, 1)
+        wide = torch.promote_types(source.dtype, torch.float32)  # RoIAlign knows no bfloat16 on a CPU
+        return roi_align(source.to(wide), rois.to(wide), (size[0], size[1]), scale, aligned=True).to(source.dtype)
+
+    def _look(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Appearance ``[B, N + 1, E / 2]`` of boxed objects and of an all-ones crop."""
+        if self.backbone is None:
+            return self._look_at_crops(self._cut(image, boxes, self.crop_size).unflatten(0, boxes.shape[:2]))
+        (features,) = self.backbone(image)
+        pooled = self._cut(features, boxes, (7, 7), 1 / 16).mean((2, 3)).unflatten(0, boxes.shape[:2])
+        blank = torch.ones_like(pooled[:, :1])
+        return self.appearance(torch.cat((pooled, blank), 1))
+
+    def _look_at_crops(self, crops: Tensor) -> Tensor:
+        seen = self.appearance(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
+        blank = self.appearance(crops.new_ones(1, *crops.shape[2:]))
+        return torch.cat((seen, blank.expand(seen.shape[0], 1, -1)), 1)
+
+    def _scene(self, seen: Tensor, coords: Tensor, target: Tensor | None, object_mask: Tensor | None) -> Scene:
+        """Encode scenes.
+
+        Args:
+            seen: Appearance of the objects and of an all-ones crop ``[B, N + 1, E / 2]``.
+            coords: Rows and columns of the objects ``[B, N, 2]``.
+            target: Target objects ``[B]``; None for object 0.
+            object_mask: True for real objects ``[B, N]``.
+
+        Returns:
+            The scene.
+        """
+        B, N, _ = coords.shape
+        rows, columns = self.grid
+        if target is None:
+            target = torch.zeros(B, dtype=torch.long, device=coords.device)
+        # end, padding, start: where their index would lie on the grid, and the middle
+        special = [(N // columns, N % columns), ((N + 1) // columns, (N + 1) % columns), (rows // 2, columns // 2)]
+        others = torch.tensor(special, device=coords.device, dtype=coords.dtype).expand(B, 3, 2)
+        flag = torch.arange(N + 3, device=coords.device) == target[:, None]
+        look = torch.cat((seen, seen[:, -1:].expand(-1, 2, -1)), 1)  # [B, N + 3, E / 2]
+        place = self.place(torch.cat((coords, others), 1), flag)
+        tokens = torch.cat((look, place.to(look.dtype)), -1)
+        hit = target[:, None]
+        where = torch.cat((coords, pick(coords, hit)), 1)  # the target token is the last
+        what = torch.cat((seen[:, :-1], pick(seen, hit)), 1)
+        place = self.place(where, torch.arange(N + 1, device=coords.device).expand(B, -1) == N)
+        x = torch.cat((what, place.to(what.dtype)), -1)
+        mask = None
+        if object_mask is not None:
+            mask = F.pad(object_mask, (0, 1), value=True)
+        attend = None if mask is None else mask[:, None, None]
+        for layer in self.encoder:
+            x = checkpoint(layer, x, attend, use_reentrant=False) if self._recompute() else layer(x, attend)
+        objects = [layer.cross.keys(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
+        return Scene(tokens, objects, self.head.keys(x), mask)
+
+    def _recompute(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
+
+    def _decode(self, scene: Scene, prefix: Tensor | None) -> Tensor:
+        """Logits ``[B, T, N + 2]`` after a start token and each fixation of ``prefix`` ``[B, T - 1]``."""
+        B, last, dim = scene.tokens.shape  # last: N + 3
+        index = torch.full((B, 1), last - 1, dtype=torch.long, device=scene.tokens.device)
+        if prefix is not None:
+            index = torch.cat((index, torch.where(prefix < 0, last - 2, prefix)), 1)
+        T = index.shape[1]
+        x = pick(scene.tokens, index)
+        x = self.drop(x + step_code(T, dim, device=x.device).to(x.dtype))
+        mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & (index != last - 2)[:, None, None]
+        attend = None if scene.mask is None else scene.mask[:, None, None]
+        for layer, objects in zip(self.decoder, scene.objects, strict=True):
+            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
+            args = (x, kept, mask, objects, attend)
+            x = checkpoint(layer, *args, use_reentrant=False) if self._recompute() else layer(*args)
+        return self._score(x, scene)
+
+    def _score(self, x: Tensor, scene: Scene) -> Tensor:
+        logits = self.head(x, scene.keys)
+        if scene.mask is None:
+            return logits
+        return logits.masked_fill(~F.pad(scene.mask, (0, 1), value=True)[:, None], -torch.inf)
+
+    def _prepare(
+        self,
+        x: Tensor,
+        boxes: Tensor | None,
+        target: Tensor | None,
+        object_mask: Tensor | None,
+        coords: Tensor | None,
+        prefix: Tensor | None = None,
+    ) -> Scene:
+        """The scene of images ``[B, C, H, W]`` or crops ``[B, N, C, h, w]``, with its arguments checked."""
+        if x.ndim == 5:
+            if self.backbone is not None:
+                raise ValueError("got crops, but a model with a backbone needs image and boxes")
+            if boxes is not None:
+                raise ValueError("got crops and boxes; crops need coords instead")
+            n, locate = x.shape[1], coords
+            if locate is None:
+                locate = self._grid_coords(n, x.device)
+        elif x.ndim == 4:
+            if boxes is None:
+                boxes, locate = self._grid_boxes(x)
+                boxes = boxes.expand(x.shape[0], -1, -1)
+                locate = locate if coords is None else coords
+            elif boxes.ndim != 3 or boxes.shape[0] != x.shape[0] or boxes.shape[2] != 4:
+                raise ValueError(f"got boxes of shape {list(boxes.shape)}, need [{x.shape[0]}, N, 4]")
+            else:
+                locate = self._place_boxes(x, boxes) if coords is None else coords
+            n = boxes.shape[1]
+        else:
+            raise ValueError(f"got input of shape {list(x.shape)}, need images [B, C, H, W] or crops [B, N, C, h, w]")
+        B = x.shape[0]
+        if locate.shape[-2:] != (n, 2) or locate.ndim > 3:
+            raise ValueError(f"got coords of shape {list(locate.shape)}, need [{B}, {n}, 2]")
+        _check_indices("target", target, (B,), 0, n - 1)
+        _check_indices("prefix", prefix, (B, None), -1, n)
+        if object_mask is not None and (object_mask.shape != (B, n) or object_mask.dtype != torch.bool):
+            raise ValueError(
+                f"got object_mask of shape {list(object_mask.shape)} and {object_mask.dtype}, need bool [{B}, {n}]"
+            )
+        seen = self._look_at_crops(x) if boxes is None else self._look(x, boxes)
+        return self._scene(seen, locate.expand(B, -1, -1), target, object_mask)
+
+    def forward(
+        self,
+        image: Tensor,
+        boxes: Tensor | None = None,
+        target: Tensor | None = None,
+        prefix: Tensor | None = None,
+        object_mask: Tensor | None = None,
+        coords: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of the next fixation after a start token and after every fixation so far.
+
+        Args:
+            image: Images ``[B, in_chans, H, W]`` from 0 to 1.
+            boxes: Objects ``[B, N, 4]`` as pixels x1, y1, x2, y2; None divides the image into the grid.
+            target: The objects searched for ``[B]``; None for object 0.
+            prefix: Objects fixated so far ``[B, T - 1]``, -1 for padding; None for none.
+            object_mask: ``[B, N]``, False for boxes that hold no object; their logits are minus infinity.
+            coords: Rows and columns ``[B, N, 2]``, real numbers; None takes the boxes' centres on the grid.
+
+        Returns:
+            Logits ``[B, T, N + 2]``: objects, end, padding.
+
+        Raises:
+            ValueError: If a shape or an index does not fit.
+        """
+        if image.ndim != 4:
+            raise ValueError(f"got image of shape {list(image.shape)}, need [B, {self.in_chans}, H, W]")
+        return self._decode(self._prepare(image, boxes, target, object_mask, coords, prefix), prefix)
+
+    def forward_objects(
+        self,
+        crops: Tensor,
+        coords: Tensor | None = None,
+        target: Tensor | None = None,
+        prefix: Tensor | None = None,
+        object_mask: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` for objects that are cut out already (the official interface).
+
+        Args:
+            crops: Objects ``[B, N, in_chans, h, w]``.
+            coords: Their rows and columns ``[B, N, 2]``; None counts along the grid.
+            target: As in :meth:`forward`, like the rest.
+            prefix: Objects fixated so far.
+            object_mask: True for real objects.
+
+        Returns:
+            Logits ``[B, T, N + 2]``.
+
+        Raises:
+            ValueError: Likewise.
+        """
+        if crops.ndim != 5:
+            raise ValueError(f"got crops of shape {list(crops.shape)}, need [B, N, {self.in_chans}, h, w]")
+        return self._decode(self._prepare(crops, None, target, object_mask, coords, prefix), prefix)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        x: Tensor,
+        boxes: Tensor | None = None,
+        target: Tensor | None = None,
+        max_len: int = 20,
+        mode: str = "greedy",
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        object_mask: Tensor | None = None,
+        coords: Tensor | None = None,
+    ) -> list[list[int]]:
+        """Predict scanpaths: the scene is encoded once, and each step computes one fixation from kept keys.
+
+        The first fixation is an object, every later one an object or the end (the padding class is left out).
+
+        Args:
+            x: Images ``[B, in_chans, H, W]`` or crops ``[B, N, in_chans, h, w]``.
+            boxes: As in :meth:`forward`, like the rest.
+            target: The objects searched for ``[B]``.
+            max_len: Longest scanpath.
+            mode: ``"greedy"`` for the most likely fixation, ``"sample"`` to draw one.
+            num_samples: Scanpaths of each scene; 1 with ``"greedy"``.
+            generator: Source of the draws.
+            object_mask: True for real objects.
+            coords: Rows and columns of the objects.
+
+        Returns:
+            ``B * num_samples`` lists of object indices, without the end; those of one scene one after the other.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        if mode not in ("greedy", "sample"):
+            raise ValueError(f"got mode={mode!r}, need 'greedy' or 'sample'")
+        if max_len < 1 or num_samples < 1 or (mode == "greedy" and num_samples > 1):
+            raise ValueError(
+                f"got max_len={max_len} and num_samples={num_samples} with mode={mode!r}, need at least 1, and one "
+                "sample with 'greedy'"
+            )
+        scene = self._prepare(x, boxes, target, object_mask, coords)
+        B, end = scene.tokens.shape[0], scene.tokens.shape[1] - 3
+        index = torch.full((B, num_samples), end + 2, dtype=torch.long, device=scene.tokens.device)
+        finished = torch.zeros_like(index, dtype=torch.bool)
+        cache: list[tuple[Tensor, Tensor]] = []
+        steps = []
+        for step in range(max_len):
+            logits = self._step(scene, index, step, cache)[..., : end + (step > 0)].float()
+            if mode == "greedy":
+                index = logits.argmax(-1)
+            else:
+                index = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(B, num_samples)
+            finished = finished | (index == end)
+            if finished.all():
+                break
+            steps.append(index.masked_fill(finished, -1))
+        paths = torch.stack(steps, -1).flatten(0, 1).tolist()
+        return [[i for i in path if i >= 0] for path in paths]
+
+    def _step(self, scene: Scene, index: Tensor, step: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits ``[B, n, N + 2]`` after the tokens ``index`` ``[B, n]``; appends their keys to the cache."""
+        x = pick(scene.tokens, index)
+        x = self.drop(x + step_code(1, x.shape[2], step, x.device).to(x.dtype)).flatten(0, 1)[:, None]
+        attend = None if scene.mask is None else scene.mask[:, None, None]
+        for i, (layer, objects) in enumerate(zip(self.decoder, scene.objects, strict=True)):
+            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
+            if step:
+                kept = (torch.cat((cache[i][0], kept[0]), 2), torch.cat((cache[i][1], kept[1]), 2))
+                cache[i] = kept
+            else:
+                cache.append(kept)
+            x = layer(x, kept, None, objects, attend)
+        return self._score(x.view(*index.shape, -1), scene)
+
+    def loss(self, logits: Tensor, sequence: Tensor) -> Tensor:
+        """Cross-entropy of teacher forcing, over the objects of the sequences and their ends.
+
+        Args:
+            logits: ``[B, T, N + 2]`` for the prefix ``sequence``.
+            sequence: Fixated objects ``[B, T - 1]``, -1 for padding behind them.
+
+        Returns:
+            The mean, a scalar.
+
+        Raises:
+            ValueError: If the lengths do not fit.
+        """
+        if logits.shape[:2] != (sequence.shape[0], sequence.shape[1] + 1):
+            raise ValueError(f"got logits of {list(logits.shape)} for a sequence of {list(sequence.shape)}")
+        labels = next_fixations(sequence, logits.shape[2] - 2)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-1)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``[B, T, C]`` of ``x`` ``[B, S, C]``; unlike ``take_along_dim`` it exports with any batch size."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def next_fixations(sequence: Tensor, end: int) -> Tensor:
+    """Labels ``[B, T]`` of sequences ``[B, T - 1]``: the objects, then ``end`` once, then -1."""
+    labels = F.pad(sequence, (0, 1), value=-1)
+    return labels.scatter(1, (sequence >= 0).sum(1, keepdim=True), end)
+
+
+def _check_indices(name: str, x: Tensor | None, shape: tuple[int | None, ...], low: int, high: int) -> None:
+    if x is None:
+        return
+    fits = x.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, x.shape, strict=True))
+    if not fits or x.dtype != torch.int64:
+        need = ", ".join("T" if n is None else str(n) for n in shape)
+        raise ValueError(f"got {name} of shape {list(x.shape)} and {x.dtype}, need int64 [{need}]")
+    if not torch.compiler.is_compiling() and not x.is_meta and x.numel() and not (low <= x.min() and x.max() <= high):
+        raise ValueError(f"got {name} from {int(x.min())} to {int(x.max())}, need {low} to {high}")
+
+
+def _stride_16(name: str, pretrained: bool, in_chans: int, dd: dict[str, Any]) -> nn.Module:
+    """A features-only backbone that gives its last map of stride 16."""
+    info: Any = timm.create_model(name, features_only=True, device="meta").feature_info
+    strides = info.reduction()
+    if 16 not in strides:
+        raise ValueError(f"got backbone={name!r} with features of strides {strides}, need one of 16")
+    index = len(strides) - 1 - strides[::-1].index(16)
+    return timm.create_model(
+        name, pretrained=pretrained, features_only=True, out_indices=(index,), in_chans=in_chans, **dd
+    )
+
+
+OFFICIAL = (
+    ("transformer_encoder.layers.", "encoder."),
+    ("transformer_decoder.layers.", "decoder."),
+    (".self_attn.", ".attn."),
+    (".multihead_attn.", ".cross."),
+    (".in_proj_", ".qkv."),
+    (".out_proj.", ".proj."),
+    (".linear", ".mlp.fc"),
+    ("cnn_embedding.cnn1.0.", "appearance.conv1."),
+    ("cnn_embedding.cnn2.0.", "appearance.conv2."),
+    ("cnn_embedding.fc.", "appearance.fc."),
+    ("readout.", "head.readout."),
+)
+UNUSED = ("generator.", "LinearEmbedding.", "onedpositional_encoding.", "cross_attentions.")
+
+
+def convert_oat(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the official ``Seq2SeqTransformer`` under our names.
+
+    Args:
+        state_dict: Official state dict; layers that the official model never uses are dropped.
+
+    Returns:
+        A state dict for :class:`OAT`.
+    """
+    out = {}
+    for key, value in state_dict.items():
+        if not key.startswith(UNUSED):
+            for theirs, ours in OFFICIAL:
+                key = key.replace(theirs, ours)
+            out[key] = value
+    heads = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("cross_attentions."))
+    for ours, theirs in (("query", "decode_fc"), ("key", "encode_fc")):
+        for kind in ("weight", "bias"):
+            parts = [state_dict[f"cross_attentions.{h}.{theirs}.{kind}"] for h in range(heads)]
+            out[f"head.{ours}.{kind}"] = torch.cat(parts)
+    if heads == 1:  # present, but never used
+        out = {key: value for key, value in out.items() if not key.startswith("head.readout.")}
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official weights, or our own, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}  # Lightning's name
+    official = any(key.startswith(("transformer_encoder.", "transformer_decoder.")) for key in state_dict)
+    return convert_oat(state_dict) if official else state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 0,
+        "input_size": (3, 800, 1280),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "appearance.conv1",
+        "classifier": None,
+        "license": "apache-2.0",
+        "paper_name": "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
+        "paper_ids": "arXiv:2407.13335",
+        "origin_url": "https://github.com/HKUST-NISL/oat_eccv24",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "oat_base.untrained": _cfg(),
+        "oat_small.untrained": _cfg(),
+        "oat_resnet18.untrained": _cfg(first_conv="backbone.conv1"),
+        "test_oat.untrained": _cfg(input_size=(3, 96, 128)),
+    }
+)
+
+
+def _create_oat(variant: str, pretrained: bool = False, **kwargs: Any) -> OAT:
+    if kwargs.pop("features_only", False):
+        raise RuntimeError(f"features_only: {variant} predicts scanpaths and has no feature maps")
+    return build_model_with_cfg(OAT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def test_oat(pretrained: bool = False, **kwargs: Any) -> OAT:
+    """Tiny OAT for tests."""
+    model_args: dict[str, Any] = {"embed_dim": 48, "num_heads": 2, "mlp_dim": 40, "enc_depth": 1, "dec_depth": 2}
+    model_args |= {"head_dim_scale": 48, "spp": 2, "crop_size": (24, 20), "grid": (3, 5)}
+    return _create_oat("test_oat", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def oat_small(pretrained: bool = False, **kwargs: Any) -> OAT:
+    """OAT of width 128 for crops of any size."""
+    model_args = {"embed_dim": 128, "num_heads": 4, "mlp_dim": 256, "enc_depth": 2, "dec_depth": 2, "spp": 3}
+    return _create_oat("oat_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def oat_base(pretrained: bool = False, **kwargs: Any) -> OAT:
+    """OAT in the official size."""
+    return _create_oat("oat_base", pretrained, **kwargs)
+
+
+@register_model
+def oat_resnet18(pretrained: bool = False, **kwargs: Any) -> OAT:
+    """OAT whose objects are seen by a ResNet-18."""
+    return _create_oat("oat_resnet18", pretrained, **{"backbone": "resnet18", **kwargs})

@@ -1,0 +1,461 @@
+"""OAT: official outputs, place code, decoding, scenes as images and boxes, the contract of timm where it applies."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden import image, load, weights
+from timm.models import group_parameters, save_for_hf
+from tolerance import close, golden_close
+from zoo import build, gradients, overlay
+
+from vizoo.backbones.layers import PlaceCode, step_code
+from vizoo.backbones.oat import checkpoint_filter_fn, next_fixations
+from vizoo.tools.profiler import count
+
+CASES = ("oat_small", "oat_small_spp")
+
+
+def official(name, **kwargs):
+    """A golden case and the model of its arguments, with the official weights."""
+    case = load(name)
+    args = case.meta["args"]
+    if args["fn"] == "learned":
+        kwargs["pe_table"] = case.outputs["pe_table"]
+    model = build(
+        "oat_base",
+        embed_dim=args["emb"],
+        num_heads=args["nhead"],
+        mlp_dim=args["ffn"],
+        enc_depth=args["enc"],
+        dec_depth=args["dec"],
+        head_count=args["CA_head"],
+        head_dim_scale=args["CA_dk"],
+        spp=args["spp"],
+        crop_size=args["crop_hw"],
+        grid=(args["rows"], args["cols"]),
+        pe="gauss" if args["fn"] == "learned" else args["fn"],
+        pe_alpha=args["alpha"],
+        **kwargs,
+    )
+    model.load_state_dict(checkpoint_filter_fn({"state_dict": weights(case.keys)}, model), strict=True)
+    return case, model
+
+
+def crops_of(case):
+    """The recorded scenes, channels first."""
+    return image(case.input_shape).permute(0, 1, 4, 2, 3)
+
+
+# the official outputs
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name, grad):
+    case, model = official(name)
+    with torch.set_grad_enabled(grad):
+        logits = model.forward_objects(crops_of(case), None, case.outputs["targets"], case.outputs["prefix"])
+    golden_close(logits.transpose(0, 1), case.outputs["logits"], name)
+
+
+def test_golden_greedy():
+    case, model = official("oat_small")
+    recorded = case.outputs["greedy"]
+    paths = model.generate(crops_of(case), target=case.outputs["targets"], max_len=recorded.shape[1])
+    assert paths == [[i for i in row if i not in (-1, 15)] for row in recorded.tolist()]
+
+
+def test_golden_appearance():
+    for name in CASES:
+        case, model = official(name)
+        with torch.no_grad():
+            seen = model.appearance(crops_of(case).flatten(0, 1)).unflatten(0, case.input_shape[:2])
+        expected = case.outputs["object_embedding"]
+        golden_close(seen[..., :: seen.shape[-1] // expected.shape[-1]], expected, name)
+
+
+def test_golden_place_codes():
+    out = load("oat_pe").outputs
+    coords = out["coords"]
+    table = PlaceCode(256, (6, 14), table=out["learned_table"])
+    golden_close(table(coords[:, :2], coords[:, 2])[:, ::4], out["learned_codes"], "learned")
+    places = torch.cartesian_prod(torch.arange(3.0), torch.arange(11.0), torch.arange(2.0))
+    for kind in ("original", "exp1", "exp2", "linear"):
+        found = PlaceCode(48, (3, 11), kind)(places[:, :2], places[:, 2])
+        golden_close(found, out[f"sin_{kind}"].flatten(0, 2), kind)
+    found = PlaceCode(256, (3, 11), "original")(places[:, :2], places[:, 2])
+    golden_close(found[:, ::4], out["sin_original_256"].flatten(0, 2), "256 channels")
+    lookup = out["sin_lookup_coords"]
+    golden_close(PlaceCode(48, (3, 11), "original")(lookup[:, :2], lookup[:, 2]), out["sin_lookup"], "row of zeros")
+    golden_close(step_code(12, 64), out["step_64"], "steps")
+    close(step_code(4, 64, start=8), step_code(12, 64)[8:], "same")
+
+
+# the place code in closed form
+
+
+@pytest.mark.parametrize("sigma", [1.5, 2.0, 2.5])
+def test_gaussian_cosine(sigma):
+    """Cosines of rows are the recorded Gaussian, and the norm is that of the official table."""
+    code = PlaceCode(256, (6, 14), sigma=sigma)._one(torch.arange(14.0, dtype=torch.float64))
+    assert (code.norm(dim=1) - 8.76).abs().max() < 1e-9
+    cosine = F.cosine_similarity(code[:, None], code[None], dim=-1)
+    expected = load("oat_pe").outputs[f"gauss_{sigma:g}"]
+    assert (cosine - expected).abs().max() < 1e-7  # the record is in float32
+    x = torch.tensor([0.37, 7.9, 12.01], dtype=torch.float64)
+    for offset in (0.0, 0.5, 8.25):
+        near, far = PlaceCode(256, (6, 14), sigma=sigma)._one(torch.stack((x, x + offset)))
+        truth = torch.full((3,), -(offset**2) / (2 * sigma**2), dtype=torch.float64).exp()
+        assert (F.cosine_similarity(near, far, dim=-1) - truth).abs().max() < 1e-12
+
+
+def test_official_tables_are_of_this_kind():
+    out = load("oat_pe").outputs
+    for name, sigma in (
+        ("amazon_learned_random_PE", "2"),
+        ("learned_PE_random_2", "2"),
+        ("learned_PE_random_2_5", "2.5"),
+    ):
+        recorded = out[f"official_cos_{name}"]
+        n = len(recorded)
+        assert (recorded - out[f"gauss_{sigma}"][:n, :n]).abs().max() < 2e-3
+
+
+def test_too_few_channels():
+    code = PlaceCode(64, (6, 14))._one(torch.arange(15.0))
+    cosine = F.cosine_similarity(code[:1], code, dim=-1)
+    assert (cosine - (-(torch.arange(15.0) ** 2) / 8).exp()).abs().max() < 2e-3
+    with pytest.raises(ValueError, match="pe_sigma=1"):
+        PlaceCode(24, (6, 14), sigma=1.0)
+
+
+# decoding
+
+
+def scenes(b=3, n=15, height=24, width=20):
+    return torch.rand(b, n, 3, height, width), torch.randint(n, (b,))
+
+
+def lively(**kwargs):
+    """A model whose scanpaths neither stop at once nor repeat one object."""
+    torch.manual_seed(0)
+    model = build("test_oat", **kwargs)
+    for p in (model.head.query.weight, model.head.key.weight, model.appearance.fc.weight):
+        p.data.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_give_the_logits_of_full_decoding(masked):
+    """Forward from kept keys, for several scanpaths of each scene at once."""
+    model = lively()
+    crops, target = scenes(2)
+    mask = torch.arange(15) < torch.tensor([15, 9])[:, None] if masked else None
+    target = target.clamp_max(8)
+    prefix = torch.randint(9, (2, 3, 5))  # three scanpaths of each scene
+    with torch.no_grad():
+        scene, cache = model._prepare(crops, None, target, mask, None), []
+        start = torch.full((2, 3, 1), 17)
+        steps = [model._step(scene, i, t, cache) for t, i in enumerate(torch.cat((start, prefix), 2).unbind(2))]
+        for k in range(3):
+            whole = model.forward_objects(crops, target=target, prefix=prefix[:, k], object_mask=mask)
+            close(torch.stack([s[:, k] for s in steps], 1), whole, "rerun")
+
+
+def test_sampling():
+    """Seeded draws repeat, and their first fixations follow the probabilities."""
+    model = lively()
+    crops, target = scenes(2)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(crops, target=target, max_len=3, mode="sample", num_samples=2000, generator=generator)
+
+    paths = draw(0)
+    assert len(paths) == 4000
+    assert paths == draw(0)
+    assert paths != draw(1)
+    assert {len(p) for p in paths} <= {1, 2, 3}
+    with torch.no_grad():
+        expected = model.forward_objects(crops, target=target)[:, 0, :15].softmax(-1)
+    for b in range(2):
+        first = torch.bincount(torch.tensor([p[0] for p in paths[2000 * b : 2000 * (b + 1)]]), minlength=15) / 2000
+        assert (first - expected[b]).abs().max() < 0.05
+
+
+def test_first_fixation_is_an_object():
+    """Even a model that wants to stop at once looks at one object, and then stops."""
+    model = build("test_oat", head_count=1)
+    model.head.query.weight.data.zero_()
+    model.head.key.weight.data.zero_()
+    model.head.query.bias.data.fill_(1.0)
+    model._score = lambda x, scene: torch.zeros(*x.shape[:2], 17).index_fill(2, torch.tensor([15]), 9.0)
+    assert model.generate(scenes(2)[0], max_len=5) == [[0], [0]]
+
+
+def test_padding_changes_nothing():
+    model = lively()
+    crops, target = scenes(2)
+    prefix = torch.tensor([[3, 4, 9], [7, -1, -1]])
+    with torch.no_grad():
+        together = model.forward_objects(crops, None, target, prefix)
+        alone = model.forward_objects(crops[1:], None, target[1:], prefix[1:, :1])
+        close(together[1:, :2], alone, "rerun")
+        ended = torch.tensor([[7, 15, -1]])  # an end token behind the scanpath, as in the official batches
+        close(model.forward_objects(crops[1:], None, target[1:], ended)[:, :2], alone, "rerun")
+
+
+# what a scene is
+
+
+def test_objects_may_be_permuted():
+    model = lively()
+    crops, target = scenes(2)
+    coords = torch.rand(2, 15, 2) * torch.tensor([2.0, 4.0])
+    prefix = torch.tensor([[3, 4, 9], [7, 0, 7]])
+    order = torch.randperm(15)
+    place = order.argsort()  # where an object has gone
+    with torch.no_grad():
+        expected = model.forward_objects(crops, coords, target, prefix)
+        moved = model.forward_objects(crops[:, order], coords[:, order], place[target], place[prefix])
+    close(moved[..., :15], expected[..., order], "rerun")
+    close(moved[..., 15:], expected[..., 15:], "rerun")
+
+
+def test_end_follows_the_target():
+    model = lively()
+    crops, _ = scenes(1)
+    with torch.no_grad():
+        a, b = (model.forward_objects(crops, target=torch.tensor([t])) for t in (2, 11))
+    assert (a[..., 15] - b[..., 15]).abs().min() > 1e-3
+    assert torch.equal(a[..., 16], b[..., 16])  # padding: the bias of the readout
+    close(a[..., 16].flatten(), model.head.readout.bias.detach(), "same")
+
+
+def test_object_mask():
+    """A scene with padding gives what it gives without, in logits and in scanpaths."""
+    model = lively()
+    crops, target = scenes(2)
+    target = target.clamp_max(6)
+    coords = torch.rand(2, 15, 2) * torch.tensor([2.0, 4.0])
+    prefix = torch.tensor([[3, 4], [5, 0]])
+    mask = torch.arange(15).expand(2, -1) < 7
+    with torch.no_grad():
+        padded = model.forward_objects(crops, coords, target, prefix, mask)
+        bare = model.forward_objects(crops[:, :7], coords[:, :7], target, prefix)
+    assert (padded[..., 7:15] == -torch.inf).all()
+    close(torch.cat((padded[..., :7], padded[..., 15:]), -1), bare, "rerun")
+    short = model.generate(crops[:, :7], target=target, coords=coords[:, :7])
+    assert model.generate(crops, target=target, coords=coords, object_mask=mask) == short
+
+
+def test_image_and_boxes():
+    """A grid over the image is what its boxes are; crops cut along pixel edges are the pixels."""
+    model = build("test_oat", crop_size=(24, 20))
+    image = torch.rand(2, 3, 3 * 24, 5 * 20)
+    corners = torch.tensor([[20 * c, 24 * r, 20 * c + 20, 24 * r + 24] for r in range(3) for c in range(5)])
+    crops = image.unflatten(2, (3, 24)).unflatten(4, (5, 20)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    target, prefix = torch.tensor([4, 9]), torch.tensor([[2], [14]])
+    with torch.no_grad():
+        expected = model.forward_objects(crops, None, target, prefix)
+        close(model(image, None, target, prefix), expected, "rerun")
+        close(model(image, corners.float().expand(2, -1, -1), target, prefix), expected, "rerun")
+        assert model(image).shape == (2, 1, 17)
+        close(model(image), model(image, None, torch.zeros(2, dtype=torch.long)), "same")
+    table = build("test_oat", crop_size=(24, 20), pe_table=torch.randn(8, 8))  # looked up by whole numbers
+    with torch.no_grad():
+        boxed = table(image, corners.float().expand(2, -1, -1), target, prefix)
+        close(boxed, table(image, None, target, prefix), "rerun")
+
+
+def test_free_boxes_move_the_code():
+    model = build("test_oat")
+    image = torch.rand(1, 3, 90, 150)
+    boxes = torch.tensor([[[10.0, 5, 40, 35], [100, 50, 149, 80]]])
+    close(
+        model._place_boxes(image, boxes),
+        torch.tensor([[[20 / 30 - 0.5, 25 / 30 - 0.5], [65 / 30 - 0.5, 124.5 / 30 - 0.5]]]),
+        "rerun",
+    )
+    with torch.no_grad():
+        assert model(image, boxes).shape == (1, 1, 4)
+        assert not torch.allclose(model(image, boxes), model(image, boxes + 8))
+
+
+@pytest.mark.parametrize("name", ["test_litv2", "resnet10t", "test_vit"])
+def test_backbone(name):
+    """Features of stride 16 of any model, by RoIAlign; gradients reach backbone and image."""
+    model = build("test_oat", backbone=name)
+    side = 160 if name == "test_vit" else 96
+    image = torch.rand(2, 3, side, side, requires_grad=True)
+    prefix = torch.tensor([[2, 5], [14, -1]])
+    loss = model.loss(model(image, prefix=prefix), prefix)
+    loss.backward()
+    assert image.grad.abs().sum() > 0
+    gradients(model)
+    assert len(model.generate(image, max_len=3)) == 2
+    with pytest.raises(ValueError, match="needs image and boxes"):
+        model.forward_objects(torch.rand(1, 15, 3, 24, 20))
+
+
+# training
+
+
+def test_loss_by_hand():
+    logits = torch.randn(2, 4, 17)
+    sequence = torch.tensor([[3, 4, 9], [7, -1, -1]])
+    assert next_fixations(sequence, 15).tolist() == [[3, 4, 9, 15], [7, 15, -1, -1]]
+    p = logits.log_softmax(-1)
+    picked = [p[0, 0, 3], p[0, 1, 4], p[0, 2, 9], p[0, 3, 15], p[1, 0, 7], p[1, 1, 15]]
+    close(build("test_oat").loss(logits, sequence), -torch.stack(picked).mean(), "rerun")
+
+
+@pytest.mark.parametrize("size", ["test_oat", "oat_small"])
+def test_gradients_and_checkpointing(size):
+    model = build(size, drop_rate=0.0, crop_size=(24, 20), grid=(3, 5)).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    crops, target = scenes(2)
+    prefix = torch.tensor([[3, 4, 9], [7, -1, -1]])
+    for net in (model, twin):
+        net.loss(net.forward_objects(crops, None, target, prefix), prefix).backward()
+    expected = gradients(model)
+    for key, gradient in gradients(twin).items():
+        close(gradient, expected[key], "gradient", key)
+
+
+# the contract of timm, as far as a model without classes and feature maps goes
+
+
+def test_official_size():
+    case = load("oat_small")
+    dead = (512 + 1) * 86 + (3 + 1) * 256  # generator and LinearEmbedding, which the official model never uses
+    model = build("oat_base", device="meta")
+    assert sum(p.numel() for p in model.parameters()) + dead == 18_300_985
+    assert {k.split(".")[0] for k in case.keys} >= {"generator", "LinearEmbedding"}
+    assert count(model, torch.empty(1, 3, 800, 1280, device="meta")).uncounted == {}
+    with torch.no_grad():
+        assert model(torch.empty(1, 3, 800, 1280, device="meta")).shape == (1, 1, 86)
+
+
+def test_contract():
+    model = build("test_oat", device="meta", dtype=torch.bfloat16)
+    assert (model.num_classes, model.in_chans, model.num_features, model.head_hidden_size) == (0, 3, 48, 48)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert model.get_classifier() is model.head
+    assert inspect.signature(model.reset_classifier).parameters["global_pool"].default is None
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="num_classes=7"):
+        model.reset_classifier(7)
+    with pytest.raises(ValueError, match="num_classes=7"):
+        build("test_oat", num_classes=7)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        build("test_oat", no_such_argument=1)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        build("test_oat", pretrained=True)
+    with pytest.raises(RuntimeError, match="features_only"):
+        build("test_oat", features_only=True)
+    model = build("test_oat")
+    for coarse in (True, False):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sorted(n for g in groups.values() for n in g) == sorted(n for n, _ in model.named_parameters())
+        assert len(groups) == (4 if coarse else 5)  # stem, one encoder layer, two decoder layers, head
+
+
+def test_copies_and_folders(tmp_path):
+    model = build("test_oat", in_chans=1, pe_sigma=1.5)
+    x = torch.rand(1, 1, 96, 128)
+    with torch.no_grad():
+        expected = model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            close(twin(x), expected, "same")
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        close(build(f"local-dir:{tmp_path}", pretrained=True)(x), expected, "same")
+        again = build("test_oat", in_chans=1, pe_sigma=1.5, **overlay(model.state_dict()))
+        close(again(x), expected, "same")
+    assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
+    assert not list(model.buffers())
+
+
+def test_init_weights_after_to_empty():
+    model = build("test_oat", device="meta").to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    model.init_weights()
+    fresh = dict(build("test_oat").named_parameters())
+    for key, p in model.named_parameters():
+        assert torch.isfinite(p).all(), key
+        spread = p.std(correction=0).item()
+        assert p.numel() < 20 or spread == pytest.approx(fresh[key].std(correction=0).item(), rel=0.5, abs=1e-6), key
+    assert torch.isfinite(model(torch.rand(1, 3, 96, 128))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_other_dtypes(dtype):
+    model = build("test_oat")
+    x = torch.rand(1, 3, 96, 128)
+    with torch.no_grad():
+        expected = model(x)
+        out = model.to(dtype)(x.to(dtype), prefix=torch.tensor([[1, 2]]))
+        assert out.dtype == dtype
+        assert (out[:, :1].float() - expected).abs().max() < (0.1 if dtype == torch.bfloat16 else 1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.isfinite(build("test_oat")(x)).all()
+
+
+def test_export():
+    """One program for any number of scenes, objects and fixations."""
+    model = build("test_oat")
+    boxes = torch.tensor([[0.0, 0, 30, 40], [50, 20, 90, 70], [60, 40, 128, 96], [9, 9, 40, 60], [1, 50, 90, 95]])
+
+    def inputs(b, n, t):
+        image, target = torch.rand(b, 3, 96, 128), torch.arange(b)
+        return image, boxes[:n].expand(b, -1, -1).contiguous(), target, torch.randint(-1, n, (b, t))
+
+    B, N, T = (torch.export.Dim(name) for name in "BNT")
+    sizes = ({0: B}, {0: B, 1: N}, {0: B}, {0: B, 1: T})
+    with torch.no_grad():
+        program = torch.export.export(model, inputs(2, 3, 2), dynamic_shapes=sizes, strict=False).module()
+        args = inputs(3, 5, 4)
+        close(program(*args), model(*args), "graph")
+
+
+def test_errors():
+    model = build("test_oat")
+    x, crops = torch.rand(1, 3, 96, 128), torch.rand(1, 15, 3, 24, 20)
+    for match, call in (
+        ("target from 15 to 15", lambda: model(x, target=torch.tensor([15]))),
+        ("target of shape", lambda: model(x, target=torch.tensor([1, 2]))),
+        ("target of shape", lambda: model(x, target=torch.tensor([1.0]))),
+        ("prefix from 1 to 16", lambda: model(x, prefix=torch.tensor([[1, 16]]))),
+        ("prefix of shape", lambda: model(x, prefix=torch.tensor([1]))),
+        ("boxes of shape", lambda: model(x, torch.rand(4, 4))),
+        ("coords of shape", lambda: model(x, coords=torch.rand(1, 3, 2))),
+        ("object_mask of shape", lambda: model(x, object_mask=torch.ones(1, 15))),
+        ("image of shape", lambda: model(x[0])),
+        ("crops of shape", lambda: model.forward_objects(x)),
+        ("crops and boxes", lambda: model.generate(crops, torch.rand(1, 15, 4))),
+        ("need at least 19x19", lambda: model.forward_objects(crops[..., :18, :])),
+        ("need crop_size", lambda: build("test_oat", spp=0, crop_size=(30, 29)).forward_objects(crops)),
+        ("mode='beam'", lambda: model.generate(x, mode="beam")),
+        ("num_samples=2", lambda: model.generate(x, num_samples=2)),
+        ("max_len=0", lambda: model.generate(x, max_len=0)),
+        ("logits of", lambda: model.loss(torch.rand(1, 2, 17), torch.tensor([[1, 2]]))),
+        ("embed_dim=50", lambda: build("test_oat", embed_dim=50, num_heads=4)),
+        ("head_count=0", lambda: build("test_oat", head_count=0)),
+        ("spp=5", lambda: build("test_oat", spp=5)),
+        ("crop_size=\\(9, 40\\)", lambda: build("test_oat", crop_size=(9, 40))),
+        ("grid=\\(0, 4\\)", lambda: build("test_oat", grid=(0, 4))),
+        ("pe='learned'", lambda: build("test_oat", pe="learned")),
+        ("pe_table of shape \\[4, 8\\]", lambda: build("test_oat", pe_table=torch.rand(4, 8))),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    assert "oat_base" in timm.list_models("oat_*")

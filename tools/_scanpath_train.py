@@ -1,0 +1,486 @@
+"""``vizoo train --task scanpath`` and ``vizoo evaluate`` of such a run: OAT on human scanpaths.
+
+Teacher forcing with Adam, a constant learning rate and clipped gradients; the best epoch is the one whose greedy
+scanpaths on the validation part behave most like people (``delta``), as in the official training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from vizoo.backbones.oat import OAT, next_fixations
+from vizoo.tools._data import seed_everything
+from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
+from vizoo.tools.common import (
+    UserError,
+    atomic_write,
+    build_model,
+    print_table,
+    progress,
+    resolve_device,
+    resolve_models,
+)
+from vizoo.tools.scanpaths import Behaviour, average, compare, sim
+
+BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
+COMPARED = ("sequence_score", "edit_distance", "multimatch")
+SHOWN = 4  # trials of a picture
+TRAIN_EXAMPLES = """\
+examples:
+  vizoo train --task scanpath --data search --model oat_small --lr 3e-4 --epochs 5 --experiment search
+      a synthetic viewer who goes row by row to the target, learnt from scratch in about two minutes on a CPU
+  vizoo train --task scanpath --data Amazon.json --images covers --model oat_small --experiment amazon
+      people who look for a book cover; without --images from the places alone
+  vizoo evaluate output/train/amazon --samples 100 --plot scanpaths.png
+      the best epoch on the test part beside the people"""
+EVALUATE_EXAMPLES = """\
+examples:
+  vizoo evaluate output/train/amazon
+      greedy scanpaths on the test part
+  vizoo evaluate output/train/amazon --samples 100 --plot scanpaths.png --out amazon.json
+      also 100 drawn scanpaths of each trial, a picture and a file of everything"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def _at_least(low: int) -> Any:
+    def parse(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdigit() else low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {low}")
+        return value
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
+def asks_for_scanpaths(argv: Sequence[str]) -> bool:
+    """Whether the words of a command say ``--task scanpath`` or name the folder of such a run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task", nargs="?")
+    known, _ = parser.parse_known_args(list(argv))
+    return known.task == "scanpath" or any(_stored(word).get("task") == "scanpath" for word in argv)
+
+
+def _stored(folder: str) -> dict[str, Any]:
+    """Options of a run, empty where there is none."""
+    file = Path(folder) / "args.yaml"
+    if folder.startswith("-") or not file.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
+def build_train_parser() -> argparse.ArgumentParser:
+    """Command-line options of training."""
+    p = _Parser(
+        prog="vizoo train --task scanpath",
+        description="Train an oat_* model on human scanpaths.",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--task", choices=("scanpath",), help="what to train")
+    p.add_argument("--data", required=True, metavar="NAME|FILE", help="'search' or a .json, .pkl or .pickle file")
+    p.add_argument("--images", metavar="DIR", help="images of the scenes (objects look alike without them)")
+    p.add_argument("--grid", type=_at_least(1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of a scene (the data's)")
+    p.add_argument("--trials", type=_at_least(20), default=2000, metavar="N", help="of 'search' (2000)")
+    p.add_argument("--split-by", choices=("layout", "scanpath"), default="layout", help="what is in one part (layout)")
+    p.add_argument("--model", default="oat_small", metavar="MODEL", help="(oat_small)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--epochs", type=_at_least(1), default=500, metavar="N", help="at most (500)")
+    p.add_argument("--patience", type=_at_least(1), default=30, metavar="N", help="epochs without a better one (30)")
+    p.add_argument("-b", "--batch-size", type=_at_least(1), default=20, metavar="N", help="(20)")
+    p.add_argument("--lr", type=_positive, default=1e-4, metavar="LR", help="of Adam (1e-4)")
+    p.add_argument("--clip-grad", type=_positive, default=1.0, metavar="NORM", help="(1.0)")
+    p.add_argument("--eval-metric", choices=("delta", "sequence_score"), default="delta", help="what is best (delta)")
+    p.add_argument("--seed", type=_at_least(0), default=1234, metavar="S", help="of weights, order and split (1234)")
+    p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
+    p.add_argument("--output", default="output/train", metavar="DIR", help="(output/train)")
+    p.add_argument("--experiment", metavar="NAME", help="folder in it (date-time-model)")
+    return p
+
+
+def build_evaluate_parser() -> argparse.ArgumentParser:
+    """Command-line options of evaluation."""
+    p = _Parser(
+        prog="vizoo evaluate",
+        description="Measure an oat_* model of 'vizoo train --task scanpath' beside the people.",
+        epilog=EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run", metavar="RUN", help="folder that 'vizoo train --task scanpath' wrote")
+    p.add_argument("--task", choices=("scanpath",), help="may be said again")
+    p.add_argument("--checkpoint", metavar="PATH", help="weights (the best of the run)")
+    p.add_argument("--data", metavar="NAME|FILE", help="other scanpaths (the run's)")
+    p.add_argument("--images", metavar="DIR", help="their images")
+    p.add_argument("--split", choices=(*PARTS, "all"), default="test", help="part of the data (test)")
+    p.add_argument("--samples", type=_at_least(0), default=0, metavar="N", help="also draw N scanpaths a trial (0)")
+    p.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the draws (0)")
+    p.add_argument("-b", "--batch-size", type=_at_least(1), default=20, metavar="N", help="(20)")
+    p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
+    p.add_argument("--out", metavar="FILE.json", help="write the figures and every scanpath there")
+    p.add_argument("--plot", metavar="FILE.png", help=f"draw predicted and human scanpaths of {SHOWN} trials there")
+    return p
+
+
+def _device(name: str | None) -> torch.device:
+    device: torch.device = resolve_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "meta":
+        raise UserError("--device 'meta' holds no values; allowed: cpu, cuda, cuda:N")
+    return device
+
+
+def _load(options: dict[str, Any]) -> Scanpaths:
+    grid = tuple(options["grid"]) if options.get("grid") else None
+    if options["data"] == "search":
+        return search_task(options["trials"], grid or (3, 5), seed=options["seed"])  # type: ignore[arg-type]
+    return load_scanpaths(options["data"], options.get("images"), grid)  # type: ignore[arg-type]
+
+
+def _build(name: str, kwargs: dict[str, Any], checkpoint: str = "") -> OAT:
+    (name,) = resolve_models([name])
+    if timm.models.model_entrypoint(name.partition(".")[0]).__module__ != OAT.__module__:
+        raise UserError(f"--model {name!r} predicts no scanpaths; allowed: oat_*")
+    model: OAT = build_model(name, checkpoint_path=checkpoint, **kwargs)
+    return model
+
+
+def batches(
+    model: OAT, trials: Sequence[Trial], size: int, device: torch.device, generator: torch.Generator | None = None
+) -> Iterator[dict[str, Any]]:
+    """Trials as :func:`vizoo.tools._scanpath_data.collate` gives them, on the device.
+
+    Args:
+        model: Says whether it looks at crops or whole images.
+        trials: The trials.
+        size: Of a batch.
+        device: Where they go.
+        generator: Shuffles them; None keeps their order.
+
+    Yields:
+        Batches.
+    """
+    images = model.backbone is not None
+    height, width = model.pretrained_cfg["input_size"][1:]  # type: ignore[index]
+    data = Batches(trials, None if images else model.crop_size, (height, width))
+    loader = torch.utils.data.DataLoader(data, size, generator is not None, collate_fn=collate, generator=generator)
+    for batch in loader:
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        yield {**batch, "boxes": batch["boxes"] if images else None}
+
+
+def teacher_forced(model: OAT, batch: dict[str, Any]) -> torch.Tensor:
+    """Logits ``[B, T, N + 2]`` of a batch."""
+    place = (batch["target"], batch["sequence"], batch["object_mask"])
+    if batch["boxes"] is None:
+        return model.forward_objects(batch["x"], batch["coords"], *place)
+    out: torch.Tensor = model(batch["x"], batch["boxes"], *place, batch["coords"])
+    return out
+
+
+def predict(
+    model: OAT,
+    trials: Sequence[Trial],
+    max_len: int,
+    size: int,
+    device: torch.device,
+    samples: int = 0,
+    seed: int = 0,
+) -> tuple[list[list[list[int]]], dict[str, float]]:
+    """Predict scanpaths.
+
+    Args:
+        model: The model.
+        trials: What to predict.
+        max_len: Longest scanpath.
+        size: Trials of a batch.
+        device: Where the model is.
+        samples: Scanpaths to draw for each trial; 0 for the greedy one.
+        seed: Of the draws.
+
+    Returns:
+        Scanpaths of each trial; and ``loss`` and ``sim``, teacher forced.
+    """
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    paths: list[list[list[int]]] = []
+    losses, sims = [], []
+    mode, n = ("sample", samples) if samples else ("greedy", 1)
+    for batch in batches(model, trials, size, device):
+        scene = {"object_mask": batch["object_mask"], "coords": batch["coords"]}
+        flat = model.generate(batch["x"], batch["boxes"], batch["target"], max_len, mode, n, generator, **scene)
+        paths += [flat[i : i + n] for i in range(0, len(flat), n)]
+        with torch.inference_mode():
+            logits = teacher_forced(model, batch)
+            losses.append(model.loss(logits, batch["sequence"]).item() * len(logits))
+            labels = next_fixations(batch["sequence"], logits.shape[2] - 2).cpu().numpy()
+            probabilities = logits.softmax(-1).cpu().numpy()
+        sims += [sim(p[: (t >= 0).sum()], t[t >= 0]) for p, t in zip(probabilities, labels, strict=True)]
+    return paths, {"loss": sum(losses) / len(trials), "sim": float(np.mean(sims))}
+
+
+def measure(trials: Sequence[Trial], paths: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+    """Metrics of predicted scanpaths, those of one trial averaged first.
+
+    Args:
+        trials: What people did.
+        paths: Scanpaths of each trial.
+
+    Returns:
+        As :func:`vizoo.tools.scanpaths.scanpath_metrics`.
+    """
+    rows = []
+    for trial, predicted in zip(trials, paths, strict=True):
+        where = ((trial.scene.boxes[:, :2] + trial.scene.boxes[:, 2:]) / 2).numpy()
+        rows.append(average([compare(p, trial.sequence, trial.target, where, trial.scene.screen) for p in predicted]))
+    return average(rows)
+
+
+def human_agreement(trials: Sequence[Trial], everyone: Sequence[Trial]) -> dict[str, float] | None:
+    """The metrics between people: each trial against what the other viewers of its scene did; None without any."""
+    pairs = []
+    for trial in trials:
+        others = [t for t in everyone if t.scene is trial.scene and t.target == trial.target and t is not trial]
+        if others:
+            pairs.append((trial, [t.sequence for t in others]))
+    return measure(*zip(*pairs, strict=True)) if pairs else None  # type: ignore[arg-type]
+
+
+def train_scanpaths(argv: list[str]) -> int:
+    """Train; returns the exit status."""
+    args = build_train_parser().parse_args(argv)
+    device = _device(args.device)
+    seed_everything(args.seed)
+    options = {k: v for k, v in vars(args).items() if v is not None}
+    data = _load(options)
+    parts = split(data.trials, args.seed, args.split_by)
+    kwargs: dict[str, Any] = {"grid": data.grid, **args.model_kwargs}
+    if "crop_size" not in kwargs and not args.images:
+        crops = data.trials[0].scene.crops
+        spp = getattr(_build(args.model, {**kwargs, "device": "meta"}).appearance, "spp", 1)
+        kwargs["crop_size"] = BLANK[bool(spp)] if crops is None else tuple(crops.shape[2:])
+    model = _build(args.model, kwargs).to(device)
+    max_len = max(len(t.sequence) for t in parts["train"])
+    folder = Path(args.output) / (args.experiment or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{args.model}")
+    if (folder / "args.yaml").exists():
+        raise UserError(f"--experiment: {str(folder)!r} holds a run; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
+    stored = {**options, "task": "scanpath", "model_kwargs": kwargs, "max_len": max_len}
+    with atomic_write(folder / "args.yaml") as f:
+        yaml.safe_dump(stored, f, sort_keys=False)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    counts = ", ".join(f"{len(trials):,} {name}" for name, trials in parts.items())
+    print(f"{args.model}: {millions:.2f} M parameters, {device}\n{args.data}: {counts}\noutput: {folder}")
+    if data.note:
+        print(data.note)
+    best = _fit(model, parts, max_len, args, device, folder)
+    print(
+        f"best {args.eval_metric} {best[args.eval_metric]:.4f} on validation, epoch {best['epoch'] + 1}: "
+        f"{folder / 'model_best.pth.tar'}\nmeasure it on the test part: vizoo evaluate {folder}"
+    )
+    return 0
+
+
+def _fit(
+    model: OAT,
+    parts: dict[str, list[Trial]],
+    max_len: int,
+    args: argparse.Namespace,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, float]:
+    """Train to the last epoch or until nothing gets better; returns the best row of summary.csv."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    sign = 1 if args.eval_metric == "delta" else -1
+    history: list[dict[str, float]] = []
+    best: dict[str, float] = {}
+    steps, started = -(-len(parts["train"]) // args.batch_size), time.monotonic()
+    print("  epoch  train loss  val loss  sequence score   delta  elapsed")
+    for epoch in range(args.epochs):
+        model.train()
+        total = 0.0
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        with progress() as bar:
+            task = bar.add_task(f"epoch {epoch + 1}/{args.epochs}", total=steps)
+            for batch in batches(model, parts["train"], args.batch_size, device, generator):
+                loss = model.loss(teacher_forced(model, batch), batch["sequence"])
+                if not loss.isfinite():
+                    raise UserError(f"the training loss is {loss.item()} in epoch {epoch + 1}; lower --lr {args.lr:g}")
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                optimizer.step()
+                total += loss.item() * len(batch["target"])
+                bar.advance(task)
+        paths, found = predict(model, parts["val"], max_len, args.batch_size, device)
+        found = {**found, **measure(parts["val"], paths)}
+        row = {"epoch": epoch, "train_loss": total / len(parts["train"]), **found}
+        history.append(row)
+        better = not best or sign * row[args.eval_metric] < sign * best[args.eval_metric]
+        elapsed = datetime.timedelta(seconds=int(time.monotonic() - started))
+        print(
+            f"{epoch + 1:3d}/{args.epochs:<3d}  {row['train_loss']:10.4f}  {row['loss']:8.4f}  "
+            f"{row['sequence_score']:14.4f}  {row['delta']:6.3f}{'*' if better else ' '} {elapsed}",
+            flush=True,
+        )
+        contents = {"arch": args.model, "epoch": epoch, "state_dict": model.state_dict(), "metric": row}
+        for name in ("last", "model_best") if better else ("last",):
+            with atomic_write(folder / f"{name}.pth.tar", "wb") as f:
+                torch.save(contents, f)
+        with atomic_write(folder / "summary.csv") as f:
+            writer = csv.DictWriter(f, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows(history)
+        best = row if better else best
+        if epoch - best["epoch"] >= args.patience:
+            print(f"no better {args.eval_metric} for {args.patience} epochs")
+            break
+    return best
+
+
+def evaluate_scanpaths(argv: list[str]) -> int:
+    """Measure a run; returns the exit status."""
+    args = build_evaluate_parser().parse_args(argv)
+    options = _stored(args.run)
+    if options.get("task") != "scanpath":
+        raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task scanpath'")
+    for name, suffix in (("out", ".json"), ("plot", ".png")):
+        path = getattr(args, name)
+        if path and (Path(path).suffix != suffix or not Path(path).resolve().parent.is_dir()):
+            raise UserError(f"--{name} {path!r}: need a file {suffix} in a folder that exists")
+    device = _device(args.device)
+    options |= {k: v for k, v in {"data": args.data, "images": args.images}.items() if v is not None}
+    data = _load(options)
+    trials = (
+        data.trials if args.split == "all" else split(data.trials, options["seed"], options["split_by"])[args.split]
+    )
+    checkpoint = args.checkpoint or str(Path(args.run) / "model_best.pth.tar")
+    model = _build(options["model"], options["model_kwargs"], checkpoint).to(device)
+    size, longest = args.batch_size, options["max_len"]
+    greedy, forced = predict(model, trials, longest, size, device)
+    result: dict[str, Any] = {"model": options["model"], "checkpoint": checkpoint, "data": options["data"]}
+    result |= {"split": args.split, "trials": len(trials), **forced, "greedy": measure(trials, greedy)}
+    sampled = None
+    if args.samples:
+        sampled, _ = predict(model, trials, longest, size, device, args.samples, args.seed)
+        result |= {"samples": args.samples, "sampled": measure(trials, sampled)}
+    result["people"] = human_agreement(trials, data.trials)
+    _report(result)
+    if args.out:
+        rows = [
+            {"layout": t.scene.name, "viewer": t.viewer, "target": t.target, "human": t.sequence, "greedy": g[0]}
+            for t, g in zip(trials, greedy, strict=True)
+        ]
+        with atomic_write(args.out) as f:
+            json.dump({**result, "scanpaths": rows}, f, indent=2)
+    if args.plot:
+        chosen = range(0, len(trials), -(-len(trials) // SHOWN))  # of different scenes
+        columns = {f"{result['model']}, greedy": [greedy[i][0] for i in chosen]}
+        if sampled:
+            columns[f"{result['model']}, drawn"] = [sampled[i][0] for i in chosen]
+        draw_scanpaths([trials[i] for i in chosen], columns, Path(args.plot))
+    return 0
+
+
+def _report(result: dict[str, Any]) -> None:
+    print(
+        f"{result['model']} on {result['trials']:,} trials ({result['split']}) of {result['data']}: "
+        f"loss {result['loss']:.4f}, SIM {result['sim']:.4f}"
+    )
+    kinds = {"greedy": result["greedy"]}
+    if "sampled" in result:
+        kinds[f"sampled x{result['samples']}"] = result["sampled"]
+    people = result["people"]
+    rows = []
+    for key in (*COMPARED, "nss", "delta"):
+        # people meet each other's metrics, but behave like themselves
+        human = "" if people is None or key == "delta" else f"{people[key]:.3f}"
+        rows.append([key.replace("_", " "), *(f"{found[key]:.3f}" for found in kinds.values()), human])
+    for key in Behaviour._fields:
+        model = [f"{found[f'model_{key}']:.3f}" for found in kinds.values()]
+        rows.append([key, *model, f"{result['greedy'][f'human_{key}']:.3f}"])
+    print_table(["", *kinds, "people"], rows, numeric=range(1, len(kinds) + 2))
+    print("people: sequence score to NSS between viewers of a scene, the rest of these trials themselves.")
+
+
+def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]], path: Path) -> None:
+    """Draw human and predicted scanpaths side by side, a row for each trial.
+
+    Args:
+        trials: What people did.
+        predicted: Titles of columns, and a scanpath of each trial for them.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    width, height = trials[0].scene.screen
+    n = 1 + len(predicted)
+    figure = Figure(figsize=(5.5 * n, 5.3 * height / width * len(trials) + 0.4), dpi=130, layout="constrained")
+    panels = figure.subplots(len(trials), n, squeeze=False)
+    for k, (row, trial) in enumerate(zip(panels, trials, strict=True)):
+        scene = trial.scene
+        columns = {f"viewer {trial.viewer}": trial.sequence, **{name: paths[k] for name, paths in predicted.items()}}
+        for axes, (name, sequence) in zip(row, columns.items(), strict=True):
+            axes.set(xlim=(0, scene.screen[0]), ylim=(scene.screen[1], 0), aspect="equal")
+            if scene.image is not None:
+                with Image.open(scene.image) as picture:
+                    axes.imshow(picture, extent=(0, *scene.screen, 0))
+            for i, (x1, y1, x2, y2) in enumerate(scene.boxes.tolist()):
+                if scene.image is None and scene.crops is not None and scene.crops.max() > 0:
+                    crop = scene.crops[i].permute(1, 2, 0).numpy()
+                    axes.imshow(crop, extent=(x1, x2, y2, y1), alpha=0.5)
+                edge = {"edgecolor": "tab:red", "linewidth": 2.5} if i == trial.target else {"edgecolor": "lightgray"}
+                axes.add_patch(
+                    Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=2 + (i == trial.target), **edge)
+                )
+            points = ((scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2)[list(sequence)].numpy()
+            # fixations of one object fan out, so that every number can be read
+            spread = np.array([[min(m // 3, 2) * 0.16, m % 3 * 0.22] for m in _repeats(sequence)])
+            sides = (scene.boxes[:, 2:] - scene.boxes[:, :2])[list(sequence)].numpy()
+            points = points + (spread - [0.0, 0.22]) * sides
+            axes.plot(*points.T, color="tab:blue", linewidth=1.2, alpha=0.8, zorder=4)
+            axes.scatter(*points.T, s=70, color="white", edgecolors="tab:blue", zorder=5)
+            for number, (x, y) in enumerate(points, start=1):
+                axes.text(x, y, str(number), ha="center", va="center", fontsize=6, zorder=6)
+            axes.set_title(f"{name}, {scene.name}: {len(sequence)} fixations", fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png")
+
+
+def _repeats(sequence: Sequence[int]) -> list[int]:
+    """How often each object was fixated before."""
+    return [list(sequence[:i]).count(item) for i, item in enumerate(sequence)]
