@@ -7,4 +7,5 @@ from . import halonet as halonet
 from . import litv2 as litv2
 from . import medusa as medusa
 from . import overlock as overlock
+from . import tcpa as tcpa
 from . import ulsam as ulsam
