@@ -53,7 +53,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Args:
         state_dict: Checkpoint or state dict.
-        model: The model to load; without prompts in the checkpoint the model's own stay.
+        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
+            model's own stay.
 
     Returns:
         A state dict for ``model``.
@@ -62,9 +63,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         if isinstance(state_dict.get(container), dict):
             state_dict = state_dict[container]
     state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
+    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
     if not any(_is_prompt(k) for k in state_dict):
-        state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if _is_prompt(k)}}
-    return state_dict
+        return {**state_dict, **own}
+    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
+    return {**state_dict, **refit}
 
 
 def _is_prompt(name: str) -> bool:
@@ -77,11 +80,13 @@ def _prompted(**kwargs: Any) -> VisionTransformer:
 
 
 def _cfgs(*backbones: str) -> dict[str, Any]:
-    """Configurations of timm's backbones under our names."""
+    """Configurations of timm's backbones under our names; weights without a licence are left out."""
     found: dict[str, Any] = {}
     for backbone in backbones:
         patch = int(backbone.partition("_patch")[2].partition("_")[0])
         for name, cfg in get_arch_pretrained_cfgs(backbone).items():
+            if not cfg.license:
+                continue
             tag = name.partition(".")[2]
             found[f"{backbone}_tcpa.{tag}"] = replace(cfg, pool_size=tuple(n // patch for n in cfg.input_size[1:]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,10 @@ def sample(model: nn.Module, side: int = SMALL, batch: int = 1) -> Tensor:
 
 
 def as_nchw(features: Tensor, model: nn.Module) -> Tensor:
-    """Bring the unpooled map of ``model`` to channels first."""
+    """Bring the unpooled map, or the tokens of an image as wide as high, of ``model`` to channels first."""
+    if features.ndim == 3:
+        tokens = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
     fmt = str(getattr(model, "output_fmt", "NCHW")).rpartition(".")[2]
     assert fmt in ("NCHW", "NHWC"), f"output_fmt {fmt}"
     return features.permute(0, 3, 1, 2) if fmt == "NHWC" else features

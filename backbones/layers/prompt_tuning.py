@@ -18,7 +18,8 @@ prompts, which brings the denominator back: the same numbers on ``scaled_dot_pro
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, Final, Optional, Tuple  # noqa: UP035 - TorchScript
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Final, Optional, Tuple  # noqa: UP035 - TorchScript
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,7 @@ class TCPA(nn.Module):
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.to(wide)
-        cosine = x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        cosine = x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(2.0, -1, keepdim=True).clamp_min(1e-12)
         if self.training and self.random_match:
             index = torch.rand_like(cosine).argsort(-1)[..., :topk]
             value = cosine.gather(-1, index)
@@ -268,9 +269,10 @@ def _forget(memory: _Memory) -> None:
 class _TCPABlock(nn.Module):
     """Attention of a block with prompts; mixed into timm's blocks."""
 
-    norm1: nn.Module
-    attn: Attention
-    tcpa: TCPA
+    if TYPE_CHECKING:  # TorchScript takes annotations of modules for interfaces
+        norm1: nn.Module
+        attn: Attention
+        tcpa: TCPA
 
     def inputs(self, x: Tensor) -> Tensor:
         """What attention reads of tokens or prompts ``[B, N, D]``."""
@@ -308,9 +310,7 @@ class _TCPABlock(nn.Module):
         batch, n, _ = x.shape
         qkv = a.qkv(y).reshape(batch, n, 3, a.num_heads, a.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = a.q_norm(qkv[0]), a.k_norm(qkv[1]), qkv[2]
-        if torch.jit.is_scripting():
-            k_prompt, v_prompt = self.fresh_prompts(batch)
-        elif (
+        if torch.jit.is_scripting() or (
             self.tcpa.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -415,11 +415,19 @@ class VPT(nn.Module):
         return torch.cat([x, out], 1)
 
 
+def _alias(method: Any, name: str) -> Any:
+    """A parent's method under another name: TorchScript knows no ``super()``."""
+    out = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    out.__annotations__ = method.__annotations__
+    return out
+
+
 class _VPTBlock(nn.Module):
     """A block that takes prompts in, or lets them out; mixed into timm's blocks."""
 
-    vpt: nn.Module
-    leaving: int
+    if TYPE_CHECKING:
+        vpt: nn.Module
+        leaving: int
 
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
         """``[B, N, D]`` to ``[B, N, D]``, with prompts in the sequence before and after where VPT is shallow."""
@@ -432,20 +440,20 @@ class _VPTBlock(nn.Module):
 class VPTBlock(_VPTBlock, Block):
     """timm's ``Block`` with VPT."""
 
-    block = Block.forward
+    block = _alias(Block.forward, "block")
 
 
 @register_notrace_module
 class VPTResPostBlock(_VPTBlock, ResPostBlock):
     """timm's ``ResPostBlock`` with VPT."""
 
-    block = ResPostBlock.forward
+    block = _alias(ResPostBlock.forward, "block")
 
 
 class PixelPromptPatchEmbed(PatchEmbed):
     """Patch embedding of the image plus a learnt function of it (the official "IPrompt")."""
 
-    embed = PatchEmbed.forward
+    embed = _alias(PatchEmbed.forward, "embed")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to what the plain embedding returns."""
@@ -475,6 +483,28 @@ class PromptedVisionTransformer(VisionTransformer):
         for module in self.modules():
             if isinstance(module, TCPA):
                 module.random_match = value
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Those of the backbone that it has."""
+        return super().no_weight_decay() & dict(self.named_parameters()).keys()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 removes it.
+            global_pool: Pooling as in timm; None keeps the current one.
+
+        Raises:
+            AssertionError: For an unknown pooling, before anything changes.
+        """
+        before = self.num_classes
+        try:
+            super().reset_classifier(num_classes, global_pool)
+        except AssertionError:
+            self.num_classes = before  # timm sets it first
+            raise
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Set the mode; a frozen backbone stays in evaluation mode."""
