@@ -1,7 +1,8 @@
 """TCPA: vision transformers whose frozen blocks read prompts that every token chooses for itself.
 
 Paper: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. Liu, X. Zou, G. Hua, J. Zhou, ICML 2025,
-https://arxiv.org/abs/2505.02406.  Official code, without licence or trained prompts: github.com/zhoujiahuan1991/ICML2025-TCPA.
+https://arxiv.org/abs/2505.02406.  Official code, without licence or trained prompts:
+github.com/zhoujiahuan1991/ICML2025-TCPA.
 
 Each name is timm's model of the name without ``_tcpa``, with its weights, after :func:`tcpa`, whose arguments have the
 prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained backbone changes until they are trained:

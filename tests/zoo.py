@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vizoo  # noqa: F401 - registers the zoo
@@ -51,6 +52,10 @@ all_models = pytest.mark.parametrize("name", NAMES)
 """Every model: for what costs one pass on the meta device."""
 each_kind = pytest.mark.parametrize("name", KINDS)
 """One small model of each kind: for what cannot differ by size."""
+each_map_kind = pytest.mark.parametrize(
+    "name", [n for n in KINDS if not isinstance(build(n, device="meta"), VisionTransformer)]
+)
+"""Without timm's plain transformers, which norm every tap, keep their head when pruned and script without taps only."""
 other_models = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS]
 )

@@ -1,9 +1,9 @@
 """Prompt tuning of frozen vision transformers: TCPA, and VPT and VFPT as baselines.
 
 TCPA: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. Liu, X. Zou, G. Hua, J. Zhou, ICML 2025,
-https://arxiv.org/abs/2505.02406.  Official code, without licence: github.com/zhoujiahuan1991/ICML2025-TCPA.  VPT: "Visual
-Prompt Tuning", M. Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119.  VFPT: "Visual Fourier Prompt Tuning",
-R. Zeng et al., NeurIPS 2024, https://arxiv.org/abs/2411.01327.
+https://arxiv.org/abs/2505.02406.  Official code, without licence: github.com/zhoujiahuan1991/ICML2025-TCPA.  VPT:
+"Visual Prompt Tuning", M. Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119.  VFPT: "Visual Fourier Prompt
+Tuning", R. Zeng et al., NeurIPS 2024, https://arxiv.org/abs/2411.01327.
 
 TCPA's prompts are keys and values only, fresh in every block: queries come from the tokens, the softmax runs over all
 tokens and prompts, and then each token keeps the prompts chosen for it alone, without renormalisation:
@@ -71,7 +71,7 @@ def reference_prompt_attention(
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, drop: float = 0.0
 ) -> Tensor:
-    """:func:`reference_prompt_attention` on ``scaled_dot_product_attention``; at least one prompt is unchosen for each token.
+    """:func:`reference_prompt_attention` on ``scaled_dot_product_attention``, with an unchosen prompt for each token.
 
     Args:
         q: Queries ``[B, h, N, d]``.
@@ -192,11 +192,10 @@ class TCPA(nn.Module):
         Returns:
             ``[batch, P, D]`` where dropout acts, else ``[1, P, D]``.
         """
-        out = self.image_prompts.flatten(0, 1)
-        keys = self.image_keys
-        if self.cls_prompts is not None and self.cls_keys is not None:
-            out = torch.cat([self.cls_prompts.flatten(0, 1), out])
-            keys = torch.cat([self.cls_keys, keys])
+        out, keys = self.image_prompts.flatten(0, 1), self.image_keys
+        cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
+        if cls_prompts is not None and cls_keys is not None:
+            out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
         if torch.is_grad_enabled():
             out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
         out = out.unsqueeze(0)
@@ -241,14 +240,15 @@ class TCPA(nn.Module):
         else:
             image, loss = self.nearest(patches, self.image_keys, self.image_topk)
         image = image.repeat_interleave(self.image_prompts.shape[1], -1)
-        if self.cls_keys is None or self.cls_prompts is None:
+        keys, prompts = self.cls_keys, self.cls_prompts
+        if keys is None or prompts is None:
             return image > 0, loss
         if self.role_only:
-            cls = torch.ones(prefix.shape[0], prefix.shape[1], self.cls_keys.shape[0], device=x.device)
+            cls = torch.ones(prefix.shape[0], prefix.shape[1], keys.shape[0], device=x.device)
         else:
-            cls, distance = self.nearest(prefix, self.cls_keys, self.cls_topk)
+            cls, distance = self.nearest(prefix, keys, self.cls_topk)
             loss = loss + distance
-        cls = cls.repeat_interleave(self.cls_prompts.shape[1], -1)
+        cls = cls.repeat_interleave(prompts.shape[1], -1)
         return torch.cat([F.pad(cls, [0, image.shape[2]]), F.pad(image, [cls.shape[2], 0])], 1) > 0, loss
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
@@ -304,32 +304,31 @@ class _TCPABlock(nn.Module):
             memory.sources, memory.prompts = sources, kept
         return kept
 
+    def read_prompts(self, batch: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """Kept prompts where nothing but the parameters decides them, else fresh ones."""
+        if not torch.jit.is_scripting():
+            recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()
+            if not (recorded or self.tcpa.training or torch.is_grad_enabled()):
+                return self.kept_prompts()
+        return self.fresh_prompts(batch)
+
     def attend(self, x: Tensor) -> Tensor:
         """Attention to tokens and chosen prompts, ``[B, N, D]`` to ``[B, N, D]``."""
-        a, y = self.attn, self.inputs(x)
         batch, n, _ = x.shape
-        qkv = a.qkv(y).reshape(batch, n, 3, a.num_heads, a.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = a.q_norm(qkv[0]), a.k_norm(qkv[1]), qkv[2]
-        if torch.jit.is_scripting() or (
-            self.tcpa.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or is_exporting()
-        ):
-            k_prompt, v_prompt = self.fresh_prompts(batch)
-        else:
-            k_prompt, v_prompt = self.kept_prompts()
+        y = self.inputs(x)
+        qkv = self.attn.qkv(y).reshape(batch, n, 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attn.q_norm(qkv[0]), self.attn.k_norm(qkv[1]), qkv[2]
+        k_prompt, v_prompt = self.read_prompts(batch)
         chosen = self.tcpa(x)[0]
-        drop = a.attn_drop.p if a.training else 0.0
+        scale, drop = self.attn.scale, self.attn.attn_drop.p if self.attn.training else 0.0
         if self.tcpa.fused:
-            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, a.scale, drop)
+            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
         else:
-            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, a.scale, drop)
-        out = a.norm(out.transpose(1, 2).reshape(batch, n, a.attn_dim))
-        if a.gate is not None:
-            out = out * a.gate(y).sigmoid()
-        return a.proj_drop(a.proj(out))
+            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
+        out = self.attn.norm(out.transpose(1, 2).reshape(batch, n, self.attn.attn_dim))
+        if self.attn.gate is not None:
+            out = out * self.attn.gate(y).sigmoid()
+        return self.attn.proj_drop(self.attn.proj(out))
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; what was kept for evaluation is computed again."""
