@@ -86,14 +86,15 @@ def prompt_attention(
     Returns:
         ``[B, h, N, d]``.
     """
-    batch, heads, n, dim = k.shape
+    batch, heads, n, _ = k.shape
     chosen = chosen.unsqueeze(1)
     logits = ((q * scale) @ k_prompt.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    sink = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1, keepdim=True).to(q.dtype)
-    bias = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf).expand(-1, heads, -1, -1)
-    bias = torch.cat([q.new_zeros(batch, heads, n, n), bias, sink], -1)
-    k = torch.cat([k, k_prompt.expand(batch, -1, -1, -1), k.new_zeros(batch, heads, 1, dim)], 2)
-    v = torch.cat([v, v_prompt.expand(batch, -1, -1, -1), v.new_zeros(batch, heads, 1, dim)], 2)
+    bias = q.new_empty(batch, heads, n, n + k_prompt.shape[2] + 1)  # filled in place: it is the largest tensor here
+    bias[..., :n] = 0.0
+    bias[..., n:-1] = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf)
+    bias[..., -1] = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1).to(q.dtype)
+    k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
+    v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
 
 
