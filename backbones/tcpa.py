@@ -22,7 +22,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import (
     FeatureGetter,
@@ -49,7 +49,7 @@ PREFIX = "tcpa_"
 SETTINGS = {PREFIX + name for name in list(inspect.signature(tcpa).parameters)[1:]}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
     """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
 
     Args:

@@ -171,7 +171,8 @@ class TCPA(nn.Module):
             self.cls_keys = nn.Parameter(torch.empty(cls_pool, dim, **dd))
             self.cls_prompts = nn.Parameter(torch.empty(cls_pool, cls_len, dim, **dd))
         else:
-            self.cls_keys = self.cls_prompts = None
+            self.register_parameter("cls_keys", None)
+            self.register_parameter("cls_prompts", None)
         self.image_keys = nn.Parameter(torch.empty(image_pool, dim, **dd))
         self.image_prompts = nn.Parameter(torch.empty(image_pool, image_len, dim, **dd))
         all_chosen = not num_prefix and (role_only or image_topk == image_pool)
@@ -272,7 +273,7 @@ class _TCPABlock(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript takes annotations of modules for interfaces
         norm1: nn.Module
-        attn: Attention
+        attn: Any
         tcpa: TCPA
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -457,7 +458,7 @@ class PixelPromptPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to what the plain embedding returns."""
-        return self.embed(x + self.prompter(x))
+        return self.embed(x + self.prompter(x))  # type: ignore[operator]
 
 
 class PromptedVisionTransformer(VisionTransformer):
@@ -674,7 +675,7 @@ def vpt(
         if enters or leaves:
             block.vpt = VPT(model.embed_dim, num_prompts, fourier, prompt_drop, **dd) if enters else nn.Identity()
             block.vpt.train(block.training)
-            block.leaving = num_prompts if leaves else 0
+            block.leaving = num_prompts if leaves else 0  # type: ignore[assignment]
             block.__class__ = VPTBlock if type(block) is Block else VPTResPostBlock
     model.__class__ = PromptedVisionTransformer if deep else ShallowPromptedVisionTransformer
     return model  # type: ignore[return-value]
@@ -701,7 +702,7 @@ def tcpa_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in _tuned(model)]
 
 
-def freeze_backbone(model: PromptedVisionTransformer) -> PromptedVisionTransformer:
+def freeze_backbone(model: nn.Module) -> PromptedVisionTransformer:
     """Leave only :func:`tcpa_parameters` to be trained; ``train()`` keeps everything else in evaluation mode.
 
     Args:
@@ -716,6 +717,7 @@ def freeze_backbone(model: PromptedVisionTransformer) -> PromptedVisionTransform
     tuned = {id(p) for p in tcpa_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in tuned)
+    assert isinstance(model, PromptedVisionTransformer)  # checked by tcpa_parameters
     model.frozen = True
     return model.train(model.training)
 
