@@ -655,3 +655,31 @@ def test_learns_the_digits(tmp_path) -> None:
     assert max(float(r["eval_top1"]) for r in rows(tmp_path / "run")) >= 95.0
     used = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert (used["epochs"], used["sched_on_updates"], used["rotate"]) == (12, True, 10.0)  # option, recipe, recipe
+
+
+@pytest.mark.parametrize("method", ["tcpa", "vpt", "vfpt", "linear", "full"])
+def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is frozen stays, the rest is trained, and the printed line loads the result."""
+    vit = {"num_classes": 2, "img_size": 32, "patch_size": 8, "depth": 2}
+    before = timm.create_model("test_vit", **vit).state_dict()
+    torch.save(before, tmp_path / "vit.pth")
+    options = ["--model", "test_vit", "--model-kwargs", "patch_size=8", "depth=2", "--tune", method]
+    options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2", "--random-epochs", "1"]
+    options += ["--warmup-epochs", "0", "--tune-kwargs", "prompt_drop=0.2"] if method in tool.PROMPTS else []
+    assert run(tmp_path / "run", *options) == 0
+    after = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    assert changed >= {"head.weight", "head.bias"}
+    assert ("blocks.0.attn.qkv.weight" in changed) is (method == "full")
+    assert method == "full" or changed == {"head.weight", "head.bias"}
+    assert len(after) > len(before) or method not in tool.PROMPTS
+    namespace: dict = {}
+    exec(capsys.readouterr().out.rpartition("load it: ")[2].strip(), namespace)
+    assert namespace["model"].state_dict().keys() == after.keys()
+
+
+def test_tune_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([*DATA, "--tune", "tcpa"]) == 2
+    assert "test_convnext" in capsys.readouterr().err
+    assert tool.main([*DATA, "--tune", "linear", "--tune-kwargs", "cls_pool=3"]) == 2
+    assert "--tune-kwargs" in capsys.readouterr().err
