@@ -360,7 +360,7 @@ def test_backbone_checkpoint():
 
 
 def test_digits():
-    """A transformer trained on the digits 0 to 4 and frozen learns 5 to 9: TCPA by its own parameters, as its rivals."""
+    """A frozen transformer that knows the digits 0 to 4 learns 5 to 9 by prompts and head alone."""
     data = datasets.load_digits()
     x = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
     y = torch.from_numpy(data.target).long()

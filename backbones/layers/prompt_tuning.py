@@ -194,7 +194,8 @@ class TCPA(nn.Module):
         Returns:
             ``[batch, P, D]`` where dropout acts, else ``[1, P, D]``.
         """
-        out, keys = self.image_prompts.flatten(0, 1), self.image_keys
+        out: Tensor = self.image_prompts.flatten(0, 1)
+        keys: Tensor = self.image_keys
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])

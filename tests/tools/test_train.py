@@ -665,7 +665,9 @@ def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     torch.save(before, tmp_path / "vit.pth")
     options = ["--model", "test_vit", "--model-kwargs", "patch_size=8", "depth=2", "--tune", method]
     options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2", "--random-epochs", "1"]
-    options += ["--warmup-epochs", "0", "--tune-kwargs", "prompt_drop=0.2"] if method in tool.PROMPTS else []
+    options += ["--warmup-epochs", "0"]
+    if method in tool.PROMPTS:
+        options += ["--tune-kwargs", "prompt_drop=0.2"]
     assert run(tmp_path / "run", *options) == 0
     after = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
