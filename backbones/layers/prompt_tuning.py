@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed, get_device_dtype, is_exporting, register_notrace_module
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
 __all__ = [
@@ -776,3 +777,29 @@ def convert_tcpa(state_dict: dict[str, Any]) -> dict[str, Tensor]:
             key = key.removeprefix("backbone.")
             out[key.replace("Prompter.Prompter.", "patch_embed.prompter.")] = value
     return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
+            model's own stay.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
+    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
+    if not any(_is_prompt(k) for k in state_dict):
+        return {**state_dict, **own}
+    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
+    return {**state_dict, **refit}
+
+
+def _is_prompt(name: str) -> bool:
+    return ".tcpa." in name or name.startswith("patch_embed.prompter.")
