@@ -11,4 +11,5 @@ from . import nat as nat
 from . import ninformer as ninformer
 from . import oat as oat
 from . import overlock as overlock
+from . import tcpa as tcpa
 from . import ulsam as ulsam

@@ -113,7 +113,7 @@ class TokenMixing(nn.Module):
 
     def _windowed(self, H: int, W: int) -> bool:
         if self.window is None:
-            return H > 1.5 * self.grid[0] and W > 1.5 * self.grid[1]
+            return min(H / self.grid[0], W / self.grid[1]) > 1.5
         return bool(self.window)
 
     def forward(self, x: Tensor) -> Tensor:

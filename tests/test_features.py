@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerance import close
 from torch import Tensor, nn
-from zoo import as_nchw, build, each_kind, gradients, overlay, sample
+from zoo import as_nchw, build, each_kind, each_map_kind, gradients, overlay, sample
 
 WRAPPERS = (None, "getter", "hook", "fx")  # None: the one the family chose
 MODELESS = (nn.Identity, nn.Sequential, nn.ModuleList)  # the same in training and evaluation
@@ -50,7 +50,7 @@ def test_features_only(name: str) -> None:
             assert full / (2 * r) < got <= -(-full // r) + 1, f"{tuple(tap.shape)} at reduction {r}"
 
 
-@each_kind
+@each_map_kind
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_wrappers_agree(name: str, training: bool) -> None:
     """Each way of tapping the net gives the values that ``forward_intermediates`` gives."""
@@ -89,7 +89,7 @@ def test_wrapper_gradients(name: str, wrapper: str | None) -> None:
         close(gradient, found[0][key], "gradient", key)
 
 
-@each_kind
+@each_map_kind
 def test_getter_scripts(name: str) -> None:
     """The getter net scripts for the levels a detector takes, and for the last one alone."""
     state = build(name, scriptable=True).state_dict()
@@ -102,7 +102,7 @@ def test_getter_scripts(name: str) -> None:
                 close(got, expected, "graph", f"indices {indices}")
 
 
-@each_kind
+@each_map_kind
 def test_intermediates_forms(name: str) -> None:
     """Every form of ``forward_intermediates`` describes the same maps."""
     model = build(name)
@@ -156,7 +156,7 @@ def prune_cases(name: str) -> list[tuple[int, bool, bool]]:
     return [(i, norm, head) for i in every_index(name) for norm in (False, True) for head in (False, True)]
 
 
-@each_kind
+@each_map_kind
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_prune_contract(name: str, training: bool) -> None:
     """For every index: taps stay, later layers go, attributes follow, the head is gone or bit-identical."""

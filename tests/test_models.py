@@ -116,7 +116,8 @@ def test_interface(name: str) -> None:
     reductions = [info["reduction"] for info in model.feature_info]
     assert reductions == sorted(reductions)
     state = model.state_dict()
-    for key in (*names_of(cfg["first_conv"]), *names_of(cfg["classifier"])):
+    heads = names_of(cfg["classifier"]) if cfg["num_classes"] else ()
+    for key in (*names_of(cfg["first_conv"]), *heads):
         assert f"{key}.weight" in state, f"{key} of the configuration is not in the model"
     classifier = model.get_classifier()
     assert {id(model.get_submodule(n)) for n in names_of(cfg["classifier"])} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from importlib import resources
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vizoo  # noqa: F401 - registers the zoo
@@ -60,6 +62,10 @@ all_models = pytest.mark.parametrize("name", NAMES)
 """Every classifier: for what costs one pass on the meta device."""
 each_kind = pytest.mark.parametrize("name", KINDS)
 """One small model of each kind: for what cannot differ by size."""
+each_map_kind = pytest.mark.parametrize(
+    "name", [n for n in KINDS if not isinstance(build(n, device="meta"), VisionTransformer)]
+)
+"""Without timm's plain transformers, which norm every tap, keep their head when pruned and script without taps only."""
 other_models = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS and _recorded_params(n) < LARGE],
@@ -87,7 +93,10 @@ def sample(model: nn.Module, side: int = SMALL, batch: int = 1) -> Tensor:
 
 
 def as_nchw(features: Tensor, model: nn.Module) -> Tensor:
-    """Bring the unpooled map of ``model`` to channels first."""
+    """Bring the unpooled map, or the tokens of an image as wide as high, of ``model`` to channels first."""
+    if features.ndim == 3:
+        tokens = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
     fmt = str(getattr(model, "output_fmt", "NCHW")).rpartition(".")[2]
     assert fmt in ("NCHW", "NHWC"), f"output_fmt {fmt}"
     return features.permute(0, 3, 1, 2) if fmt == "NHWC" else features

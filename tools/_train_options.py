@@ -19,6 +19,8 @@ from timm.utils import ParseKwargs
 from vizoo.tools.common import UserError
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
+TUNE_RECIPE = "classification/tune.yaml"
+TUNES = ("tcpa", "vpt", "vfpt", "linear", "full")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 EPILOG = """\
 examples:
@@ -30,6 +32,8 @@ examples:
       continue runs/first exactly where it was killed, or start it
   vizoo train --data flowers --model litv2_s --pretrained-path litv2_s.pth --opt adamw --lr 1e-4 --epochs 30 -b 64
       fine-tune on your own images: flowers/train/<class>/*.jpg and flowers/val/<class>/*.jpg
+  vizoo train --data flowers --model vit_base_patch16_224.augreg_in21k --pretrained --tune tcpa --lr 0.014
+      train prompts and head of a frozen transformer, by the recipe of TCPA's paper
   vizoo train -c output/train/first/args.yaml --seed 1
       repeat a run with another seed
   torchrun --nproc_per_node=8 -m vizoo.tools.train --data imagenet --model litv2_s --opt adamw --lr-base 5e-4 \\
@@ -153,6 +157,19 @@ def build_parser() -> argparse.ArgumentParser:
         "of the rate; 0 trains all together (2, or what --epochs has room for)",
     )
 
+    g = p.add_argument_group("tuning")
+    g.add_argument(
+        "--tune",
+        choices=TUNES,
+        help="what to train: prompts and head of a frozen transformer (tcpa, vpt, vfpt), the head, or everything; "
+        "sets the recipe of TCPA's paper",
+    )
+    g.add_argument(
+        "--tune-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="settings of the prompts"
+    )
+    g.add_argument("--match-weight", type=real, default=0.01, metavar="W", help="of TCPA's matching loss (0.01)")
+    g.add_argument("--random-epochs", type=count, default=10, metavar="N", help="TCPA chooses at random first (10)")
+
     g = p.add_argument_group("batches and device")
     g.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="per process (128)")
     g.add_argument("-vb", "--validation-batch-size", type=positive, metavar="N", help="held-out (as --batch-size)")
@@ -264,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Merge defaults, the recipe of the data set, the configuration file and the command line, in this order.
+    """Merge defaults, the recipes of data set and tuning, the configuration file and the command line, in this order.
 
     Args:
         argv: Arguments.
@@ -278,10 +295,12 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     config = parser.parse_args(argv).config
     tokens = _config_tokens(parser, Path(config)) if config else []
-    if parser.parse_args(tokens + argv).data == "digits":
-        recipe = importlib.resources.files("vizoo.configs").joinpath(DIGITS_RECIPE)
-        with importlib.resources.as_file(recipe) as path:
-            tokens = _config_tokens(parser, path) + tokens
+    chosen = parser.parse_args(tokens + argv)
+    for wanted, name in ((chosen.tune is not None, TUNE_RECIPE), (chosen.data == "digits", DIGITS_RECIPE)):
+        if wanted:
+            recipe = importlib.resources.files("vizoo.configs").joinpath(name)
+            with importlib.resources.as_file(recipe) as path:
+                tokens = _config_tokens(parser, path) + tokens
     args = parser.parse_args(tokens + argv)
     for name in ("data", "model"):
         if not getattr(args, name):

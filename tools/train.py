@@ -43,6 +43,7 @@ from timm.utils import (
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
+from vizoo.backbones.layers import freeze_backbone, tcpa, vpt
 from vizoo.backbones.medusa import MEDUSA, medusa_parameters
 from vizoo.tools._data import (
     Splits,
@@ -66,6 +67,12 @@ from vizoo.tools.common import (
     stderr,
 )
 from vizoo.tools.evaluate import evaluate
+
+PROMPTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "tcpa": (tcpa, {}),
+    "vpt": (vpt, {}),
+    "vfpt": (vpt, {"fourier": True}),
+}
 
 
 class Stopped(Exception):
@@ -145,6 +152,7 @@ class Trainer:
             drop_path_rate=args.drop_path,
             **self.load_kwargs,
         )
+        tune(model, args)
         if args.grad_checkpointing:
             try:
                 model.set_grad_checkpointing(True)
@@ -444,6 +452,11 @@ class Trainer:
         self.loader.mixup_enabled = not args.mixup_off_epoch or self.epoch < args.mixup_off_epoch
         self.model.train()
         self.compute.train()
+        if args.tune == "linear":
+            self.model.eval()
+        matching = args.tune == "tcpa"
+        if matching:
+            self.model.random_match = self.epoch < args.random_epochs  # type: ignore[assignment]
         self.optimizer.zero_grad()
         if self.batch == steps:
             return  # stopped while the held-out images were measured
@@ -464,6 +477,8 @@ class Trainer:
                     with self.autocast():
                         logits = self.compute(images)
                         loss = self.criterion(logits, target)
+                        if matching and self.model.match_loss is not None:
+                            loss = loss + args.match_weight * self.model.match_loss  # type: ignore[operator]
                     value = loss.item()
                     if not math.isfinite(value):
                         raise Diverged(
@@ -572,14 +587,55 @@ class Trainer:
         name, unit = {"top1": ("top-1", " %"), "top5": ("top-5", " %"), "loss": ("loss", "")}[self.args.eval_metric]
         best = self.folder / "model_best.pth.tar"
         keywords = {**self.load_kwargs, "checkpoint_path": str(best)}
-        call = ", ".join([repr(self.args.model), *(f"{k}={v!r}" for k, v in keywords.items())])
+        create = functools.partial(_call, "timm.create_model", repr(self.args.model))
+        if self.args.tune in PROMPTS and not self.args.model.endswith("_tcpa"):
+            function, settings = PROMPTS[self.args.tune]
+            load = (
+                f"import timm; from vizoo.backbones.layers import {function.__name__}; "
+                f"model = {_call(function.__name__, create(**self.load_kwargs), **settings, **self.args.tune_kwargs)}; "
+                f"model.load_state_dict(timm.models.load_state_dict({str(best)!r}))"
+            )
+        else:
+            load = f"import timm, vizoo; model = {create(**keywords)}"
         result = f"best {name} {self.saver.best_metric:.{2 if unit else 4}f}{unit}"
         count, epoch = len(self.held_out.dataset), (self.saver.best_epoch or 0) + 1
         return (
             f"{result} on {count:,} held-out images, epoch {epoch} of {self.epochs}: {best}\n"
             f"learning curves: {self.folder / 'curves.png'}\n"
-            f"load it: import timm, vizoo; model = timm.create_model({call})"
+            f"load it: {load}"
         )
+
+
+def _call(function: str, *args: str, **kwargs: Any) -> str:
+    """A function call as Python writes it."""
+    return f"{function}({', '.join([*args, *(f'{k}={v!r}' for k, v in kwargs.items())])})"
+
+
+def tune(model: nn.Module, args: argparse.Namespace) -> None:
+    """Freeze what ``--tune`` does not train, and give the model prompts.
+
+    Args:
+        model: The model, changed in place.
+        args: ``tune``, ``tune_kwargs`` and ``model``.
+
+    Raises:
+        UserError: If the model cannot be tuned like this.
+    """
+    if args.tune_kwargs and args.tune not in PROMPTS:
+        raise UserError(f"--tune-kwargs needs --tune {', '.join(PROMPTS)}")
+    if args.tune == "linear":
+        model.requires_grad_(False)
+        classifier = model.get_classifier()  # type: ignore[operator]
+        for head in classifier if isinstance(classifier, tuple) else (classifier,):
+            head.requires_grad_(True)
+    elif args.tune in PROMPTS:
+        function, settings = PROMPTS[args.tune]
+        try:
+            if args.tune != "tcpa" or args.tune_kwargs or not args.model.endswith("_tcpa"):
+                function(model, **{**settings, **args.tune_kwargs})
+            freeze_backbone(model)
+        except (ValueError, TypeError, NotImplementedError) as e:
+            raise UserError(f"--tune {args.tune} with --model {args.model!r}: {e}") from None
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -7,8 +7,19 @@ from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
 from .neighborhood import NeighborhoodAttention
-from .reversed_attention import ReversedAttention
 from .place_code import PlaceCode, step_code
+from .prompt_tuning import (
+    convert_tcpa,
+    freeze_backbone,
+    load_tcpa_state_dict,
+    prompt_attention,
+    reference_prompt_attention,
+    tcpa,
+    tcpa_parameters,
+    tcpa_state_dict,
+    vpt,
+)
+from .reversed_attention import ReversedAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
@@ -19,14 +30,23 @@ __all__ = [
     "HaloAttention",
     "HiLo",
     "NeighborhoodAttention",
+    "PlaceCode",
     "ReversedAttention",
     "Tree",
-    "PlaceCode",
     "add_ulsam",
+    "convert_tcpa",
     "dependency_tree",
+    "freeze_backbone",
+    "load_tcpa_state_dict",
+    "prompt_attention",
+    "reference_prompt_attention",
     "saliency",
-    "subtrees",
     "step_code",
+    "subtrees",
     "swap_halo",
+    "tcpa",
+    "tcpa_parameters",
+    "tcpa_state_dict",
     "to_fast_layout",
+    "vpt",
 ]

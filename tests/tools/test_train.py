@@ -708,3 +708,33 @@ def test_medusa_rounds_are_checked(tmp_path, capsys) -> None:
     assert "--medusa-rounds 2 needs at least 5 epochs, got 3" in capsys.readouterr().err
     assert run(tmp_path / "c", *MEDUSA, "--medusa-rounds", "0", "--epochs", "1") == 0
     assert "from epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["tcpa", "vpt", "vfpt", "linear", "full"])
+def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is frozen stays, the rest is trained, and the printed line loads the result."""
+    vit = {"num_classes": 2, "img_size": 32, "patch_size": 8, "depth": 2}
+    before = timm.create_model("test_vit", **vit).state_dict()
+    torch.save(before, tmp_path / "vit.pth")
+    options = ["--model", "test_vit", "--model-kwargs", "patch_size=8", "depth=2", "--tune", method]
+    options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2", "--random-epochs", "1"]
+    options += ["--warmup-epochs", "0"]
+    if method in tool.PROMPTS:
+        options += ["--tune-kwargs", "prompt_drop=0.2"]
+    assert run(tmp_path / "run", *options) == 0
+    after = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    assert changed >= {"head.weight", "head.bias"}
+    assert ("blocks.0.attn.qkv.weight" in changed) is (method == "full")
+    assert method == "full" or changed == {"head.weight", "head.bias"}
+    assert len(after) > len(before) or method not in tool.PROMPTS
+    namespace: dict = {}
+    exec(capsys.readouterr().out.rpartition("load it: ")[2].strip(), namespace)
+    assert namespace["model"].state_dict().keys() == after.keys()
+
+
+def test_tune_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([*DATA, "--tune", "tcpa"]) == 2
+    assert "test_convnext" in capsys.readouterr().err
+    assert tool.main([*DATA, "--tune", "linear", "--tune-kwargs", "cls_pool=3"]) == 2
+    assert "--tune-kwargs" in capsys.readouterr().err

@@ -1,0 +1,805 @@
+"""Prompt tuning of frozen vision transformers: TCPA, and VPT and VFPT as baselines.
+
+TCPA: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. Liu, X. Zou, G. Hua, J. Zhou, ICML 2025,
+https://arxiv.org/abs/2505.02406.  Official code, without licence: github.com/zhoujiahuan1991/ICML2025-TCPA.  VPT:
+"Visual Prompt Tuning", M. Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119.  VFPT: "Visual Fourier Prompt
+Tuning", R. Zeng et al., NeurIPS 2024, https://arxiv.org/abs/2411.01327.
+
+TCPA's prompts are keys and values only, fresh in every block: queries come from the tokens, the softmax runs over all
+tokens and prompts, and then each token keeps the prompts chosen for it alone, without renormalisation:
+
+    out = softmax(q [k; k_p]^T) * [1; chosen] [v; v_p]
+
+The fused form moves the factor ``chosen`` into the logits, where ``-inf`` takes an unchosen prompt away from numerator
+and denominator alike, and adds one sink key with the value 0 and the logit ``logsumexp(q k_p^T)`` over the unchosen
+prompts, which brings the denominator back: the same numbers on ``scaled_dot_product_attention``.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Final, Optional, Tuple  # noqa: UP035 - TorchScript
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, PatchEmbed, get_device_dtype, is_exporting, register_notrace_module
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
+
+__all__ = [
+    "convert_tcpa",
+    "freeze_backbone",
+    "load_tcpa_state_dict",
+    "prompt_attention",
+    "reference_prompt_attention",
+    "tcpa",
+    "tcpa_parameters",
+    "tcpa_state_dict",
+    "vpt",
+]
+
+TOPK = 10  # the paper's number of prompts for each token
+HOSTS = ("vfpt", "vpt")
+
+
+def reference_prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, drop: float = 0.0
+) -> Tensor:
+    """Attention to tokens and prompts whose weights of unchosen prompts are dropped after the softmax; in words.
+
+    Args:
+        q: Queries ``[B, h, N, d]``.
+        k: Keys of the tokens ``[B, h, N, d]``.
+        v: Values of the tokens, likewise.
+        k_prompt: Keys of the prompts ``[B or 1, h, P, d]``.
+        v_prompt: Values of the prompts, likewise.
+        chosen: ``[B, N, P]``, True where a token keeps a prompt.
+        scale: Factor of the logits.
+        drop: Dropout rate of the weights.
+
+    Returns:
+        ``[B, h, N, d]``.
+    """
+    n = k.shape[2]
+    q = q * scale
+    weight = torch.cat([q @ k.transpose(-2, -1), q @ k_prompt.transpose(-2, -1)], -1).softmax(-1)
+    weight = F.dropout(weight, drop)
+    return weight[..., :n] @ v + (weight[..., n:] * chosen.unsqueeze(1)) @ v_prompt
+
+
+def prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, drop: float = 0.0
+) -> Tensor:
+    """:func:`reference_prompt_attention` on ``scaled_dot_product_attention``, with an unchosen prompt for each token.
+
+    Args:
+        q: Queries ``[B, h, N, d]``.
+        k: Keys of the tokens ``[B, h, N, d]``.
+        v: Values of the tokens, likewise.
+        k_prompt: Keys of the prompts ``[B or 1, h, P, d]``.
+        v_prompt: Values of the prompts, likewise.
+        chosen: ``[B, N, P]``, True where a token keeps a prompt.
+        scale: Factor of the logits.
+        drop: Dropout rate of the weights.
+
+    Returns:
+        ``[B, h, N, d]``.
+    """
+    batch, heads, n, _ = k.shape
+    chosen = chosen.unsqueeze(1)
+    logits = ((q * scale) @ k_prompt.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
+    bias = q.new_empty(batch, heads, n, n + k_prompt.shape[2] + 1)  # filled in place: it is the largest tensor here
+    bias[..., :n] = 0.0
+    bias[..., n:-1] = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf)
+    bias[..., -1] = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1).to(q.dtype)
+    k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
+    v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
+
+
+def fourier_prompts(prompts: Tensor) -> Tensor:
+    """Real part of the 2-D Fourier transform of ``[..., P, D]``, in at least float32 (VFPT)."""
+    wide = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
+    return torch.real(torch.fft.fft2(wide)).to(prompts.dtype)
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+class _Memory:
+    """What a forward pass leaves behind: neither copied nor saved with the model."""
+
+    def __init__(self) -> None:
+        self.match_loss: Tensor | None = None
+        self.sources: tuple[Any, ...] = ()
+        self.prompts: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Memory, ()
+
+
+class TCPA(nn.Module):
+    """The prompts of one block and the choice among them (paper section 3).
+
+    Args:
+        dim: Channels ``D``.
+        num_prefix: Tokens that read the class prompts; 0 for no class prompts.
+        fourier: Whether the prompts pass a Fourier transform (VFPT).
+        cls_pool: Class prompts ``n_c``.
+        image_pool: Image prompts ``n_i``.
+        cls_topk: Class prompts for each prefix token.
+        image_topk: Image prompts for each patch token.
+        cls_len: Positions of one class prompt.
+        image_len: Positions of one image prompt.
+        prompt_drop: Dropout rate of the prompts.
+        role_only: Whether every token takes all prompts of its kind.
+        fused: Whether attention runs on :func:`prompt_attention`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    fused: Final[bool]
+    cls_keys: Optional[Tensor]  # noqa: UP045 - TorchScript
+    cls_prompts: Optional[Tensor]  # noqa: UP045 - TorchScript
+
+    def __init__(
+        self,
+        dim: int,
+        num_prefix: int,
+        fourier: bool,
+        cls_pool: int,
+        image_pool: int,
+        cls_topk: int,
+        image_topk: int,
+        cls_len: int,
+        image_len: int,
+        prompt_drop: float,
+        role_only: bool,
+        fused: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_prefix, self.fourier, self.role_only = num_prefix, fourier, role_only
+        self.cls_topk, self.image_topk, self.prompt_drop = cls_topk, image_topk, prompt_drop
+        self.random_match = False
+        if num_prefix:
+            self.cls_keys = nn.Parameter(torch.empty(cls_pool, dim, **dd))
+            self.cls_prompts = nn.Parameter(torch.empty(cls_pool, cls_len, dim, **dd))
+        else:
+            self.register_parameter("cls_keys", None)
+            self.register_parameter("cls_prompts", None)
+        self.image_keys = nn.Parameter(torch.empty(image_pool, dim, **dd))
+        self.image_prompts = nn.Parameter(torch.empty(image_pool, image_len, dim, **dd))
+        all_chosen = not num_prefix and (role_only or image_topk == image_pool)
+        self.fused = fused and not all_chosen  # without an unchosen prompt there is nothing to bring back
+        self.memory = _Memory()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw prompts and keys uniformly from -1 to 1, as the official code does."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1.0, 1.0)
+
+    def prompts(self, batch: int) -> Tensor:
+        """The prompts of a pass: class prompts, then image prompts.
+
+        Args:
+            batch: Images, each of which draws its own dropout mask.
+
+        Returns:
+            ``[batch, P, D]`` where dropout acts, else ``[1, P, D]``.
+        """
+        out: Tensor = self.image_prompts.flatten(0, 1)
+        keys: Tensor = self.image_keys
+        cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
+        if cls_prompts is not None and cls_keys is not None:
+            out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
+        if torch.is_grad_enabled():
+            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
+        out = out.unsqueeze(0)
+        if self.training and self.prompt_drop > 0.0:
+            out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
+        return fourier_prompts(out) if self.fourier else out
+
+    def nearest(self, x: Tensor, keys: Tensor, topk: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """Choose the prompts whose keys are nearest to each token by cosine.
+
+        Args:
+            x: Tokens ``[B, T, D]``.
+            keys: Keys ``[n, D]``.
+            topk: Prompts for each token.
+
+        Returns:
+            Choice ``[B, T, n]``, 1 for a chosen prompt, and the mean of ``1 - cosine`` over the chosen.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide)
+        cosine = x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(2.0, -1, keepdim=True).clamp_min(1e-12)
+        if self.training and self.random_match:
+            index = torch.rand_like(cosine).argsort(-1)[..., :topk]
+            value = cosine.gather(-1, index)
+        else:
+            value, index = cosine.topk(topk, dim=-1)
+        return torch.zeros_like(cosine).scatter(-1, index, 1.0), 1.0 - value.mean()
+
+    def choose(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """Which prompts each token takes (R-TCPA by role, T-TCPA by key).
+
+        Args:
+            x: Input of the block ``[B, N, D]``, prefix tokens first.
+
+        Returns:
+            ``[B, N, P]``, True where taken, and the matching loss of the block, 0 by role only.
+        """
+        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        loss = torch.zeros([], device=x.device)
+        if self.role_only:
+            image = torch.ones(patches.shape[0], patches.shape[1], self.image_keys.shape[0], device=x.device)
+        else:
+            image, loss = self.nearest(patches, self.image_keys, self.image_topk)
+        image = image.repeat_interleave(self.image_prompts.shape[1], -1)
+        keys, prompts = self.cls_keys, self.cls_prompts
+        if keys is None or prompts is None:
+            return image > 0, loss
+        if self.role_only:
+            cls = torch.ones(prefix.shape[0], prefix.shape[1], keys.shape[0], device=x.device)
+        else:
+            cls, distance = self.nearest(prefix, keys, self.cls_topk)
+            loss = loss + distance
+        cls = cls.repeat_interleave(prompts.shape[1], -1)
+        return torch.cat([F.pad(cls, [0, image.shape[2]]), F.pad(image, [cls.shape[2], 0])], 1) > 0, loss
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """:meth:`choose` in at least float32."""
+        if torch.jit.is_scripting():
+            return self.choose(x)
+        with _full_precision(x):
+            chosen, loss = self.choose(x)
+        if not is_exporting():
+            self.memory.match_loss = None if self.role_only else loss
+        return chosen, loss
+
+
+def _forget(memory: _Memory) -> None:
+    memory.sources, memory.prompts = (), None
+
+
+class _TCPABlock(nn.Module):
+    """Attention of a block with prompts; mixed into timm's blocks."""
+
+    if TYPE_CHECKING:  # TorchScript takes annotations of modules for interfaces
+        norm1: nn.Module
+        attn: Any
+        tcpa: TCPA
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What attention reads of tokens or prompts ``[B, N, D]``."""
+        return self.norm1(x)
+
+    def fresh_prompts(self, batch: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """Keys and values of the prompts, each ``[batch or 1, h, P, d]``."""
+        y = self.attn.qkv(self.inputs(self.tcpa.prompts(batch)))
+        y = y.reshape(y.shape[0], y.shape[1], 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4)
+        return self.attn.k_norm(y[1]), y[2]
+
+    @torch.jit.unused
+    def kept_prompts(self) -> tuple[Tensor, Tensor]:
+        """:meth:`fresh_prompts` in evaluation, computed again when a parameter it depends on has changed."""
+        read = [*self.tcpa.parameters(), *self.attn.qkv.parameters(), *self.attn.k_norm.parameters()]
+        read += self.norm1.parameters()
+        kind = read[0].device.type
+        if torch.amp.is_autocast_available(kind):
+            read.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        if any(isinstance(p, Tensor) and p.is_inference() for p in read):
+            return self.fresh_prompts(1)  # no version to compare
+        sources = tuple((p, p._version if isinstance(p, Tensor) else 0) for p in read)
+        memory, kept = self.tcpa.memory, self.tcpa.memory.prompts
+        same = len(sources) == len(memory.sources) and all(
+            a is b and i == j for (a, i), (b, j) in zip(sources, memory.sources, strict=True)
+        )
+        if kept is None or not same:
+            kept = self.fresh_prompts(1)
+            memory.sources, memory.prompts = sources, kept
+        return kept
+
+    def read_prompts(self, batch: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """Kept prompts where nothing but the parameters decides them, else fresh ones."""
+        if not torch.jit.is_scripting():
+            recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()
+            if not (recorded or self.tcpa.training or torch.is_grad_enabled()):
+                return self.kept_prompts()
+        return self.fresh_prompts(batch)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention to tokens and chosen prompts, ``[B, N, D]`` to ``[B, N, D]``."""
+        batch, n, _ = x.shape
+        y = self.inputs(x)
+        qkv = self.attn.qkv(y).reshape(batch, n, 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attn.q_norm(qkv[0]), self.attn.k_norm(qkv[1]), qkv[2]
+        k_prompt, v_prompt = self.read_prompts(batch)
+        chosen = self.tcpa(x)[0]
+        scale, drop = self.attn.scale, self.attn.attn_drop.p if self.attn.training else 0.0
+        if self.tcpa.fused:
+            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
+        else:
+            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
+        out = self.attn.norm(out.transpose(1, 2).reshape(batch, n, self.attn.attn_dim))
+        if self.attn.gate is not None:
+            out = out * self.attn.gate(y).sigmoid()
+        return self.attn.proj_drop(self.attn.proj(out))
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; what was kept for evaluation is computed again."""
+        _forget(self.tcpa.memory)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        _forget(self.tcpa.memory)
+        return super()._apply(*args, **kwargs)
+
+
+def _no_mask(attn_mask: Optional[Tensor], is_causal: bool) -> None:  # noqa: UP045 - TorchScript
+    if attn_mask is not None or is_causal:
+        raise NotImplementedError("prompted blocks take neither attn_mask nor is_causal")
+
+
+@register_notrace_module
+class TCPABlock(_TCPABlock, Block):
+    """timm's ``Block`` with prompts."""
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        _no_mask(attn_mask, is_causal)
+        x = x + self.drop_path1(self.ls1(self.attend(x)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+@register_notrace_module
+class TCPAResPostBlock(_TCPABlock, ResPostBlock):
+    """timm's ``ResPostBlock`` with prompts."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Attention reads tokens and prompts as they are."""
+        return x
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        _no_mask(attn_mask, is_causal)
+        x = x + self.drop_path1(self.norm1(self.attend(x)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+class VPT(nn.Module):
+    """Prompts appended to the tokens.
+
+    Args:
+        dim: Channels ``D``.
+        num_prompts: Prompts ``p``.
+        fourier: Whether the prompts pass a Fourier transform (VFPT).
+        prompt_drop: Dropout rate of the prompts.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_prompts: int,
+        fourier: bool,
+        prompt_drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.fourier, self.prompt_drop = fourier, prompt_drop
+        self.prompts = nn.Parameter(torch.empty(num_prompts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the prompts uniformly from -1 to 1, as TCPA's code does for its hosts."""
+        nn.init.uniform_(self.prompts, -1.0, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to ``[B, N + p, D]``; places do not matter, as keys carry no position."""
+        out = self.prompts.expand(x.shape[0], -1, -1)
+        out = F.dropout(out, self.prompt_drop, self.training)
+        if not self.fourier:
+            return torch.cat([x, out], 1)
+        if torch.jit.is_scripting():
+            return torch.cat([x, fourier_prompts(out)], 1)
+        with _full_precision(x):
+            out = fourier_prompts(out)
+        return torch.cat([x, out], 1)
+
+
+def _alias(method: Any, name: str) -> Any:
+    """A parent's method under another name: TorchScript knows no ``super()``."""
+    out = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    out.__annotations__ = method.__annotations__
+    return out
+
+
+class _VPTBlock(nn.Module):
+    """A block that takes prompts in, or lets them out; mixed into timm's blocks."""
+
+    if TYPE_CHECKING:
+        vpt: nn.Module
+        leaving: int
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
+        """``[B, N, D]`` to ``[B, N, D]``, with prompts in the sequence before and after where VPT is shallow."""
+        _no_mask(attn_mask, is_causal)
+        x = self.block(self.vpt(x))  # type: ignore[operator]
+        return x[:, : x.shape[1] - self.leaving]
+
+
+@register_notrace_module
+class VPTBlock(_VPTBlock, Block):
+    """timm's ``Block`` with VPT."""
+
+    block = _alias(Block.forward, "block")
+
+
+@register_notrace_module
+class VPTResPostBlock(_VPTBlock, ResPostBlock):
+    """timm's ``ResPostBlock`` with VPT."""
+
+    block = _alias(ResPostBlock.forward, "block")
+
+
+class PixelPromptPatchEmbed(PatchEmbed):
+    """Patch embedding of the image plus a learnt function of it (the official "IPrompt")."""
+
+    embed = _alias(PatchEmbed.forward, "embed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` to what the plain embedding returns."""
+        return self.embed(x + self.prompter(x))  # type: ignore[operator]
+
+
+class PromptedVisionTransformer(VisionTransformer):
+    """timm's ``VisionTransformer`` after :func:`tcpa` or :func:`vpt`; its constructor is not used."""
+
+    __jit_unused_properties__ = ["match_loss", "random_match"]  # noqa: RUF012 - TorchScript's own name
+    frozen = False  # set by freeze_backbone
+
+    @property
+    def match_loss(self) -> Tensor | None:
+        """Matching loss of the last pass, summed over blocks; None if nothing was matched."""
+        losses = [m.memory.match_loss for m in self.modules() if isinstance(m, TCPA)]
+        found = [loss for loss in losses if loss is not None]
+        return torch.stack(found).sum() if found else None
+
+    @property
+    def random_match(self) -> bool:
+        """Whether training chooses prompts at random."""
+        return any(m.random_match for m in self.modules() if isinstance(m, TCPA))
+
+    @random_match.setter
+    def random_match(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, TCPA):
+                module.random_match = value
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Those of the backbone that it has."""
+        return super().no_weight_decay() & dict(self.named_parameters()).keys()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 removes it.
+            global_pool: Pooling as in timm; None keeps the current one.
+
+        Raises:
+            AssertionError: For an unknown pooling, before anything changes.
+        """
+        before = self.num_classes
+        try:
+            super().reset_classifier(num_classes, global_pool)
+        except AssertionError:
+            self.num_classes = before  # timm sets it first
+            raise
+
+    def train(self, mode: bool = True) -> "PromptedVisionTransformer":
+        """Set the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            for child in self.children():
+                child.eval()
+            for module in self.modules():
+                if isinstance(module, (TCPA, VPT)):
+                    module.train(mode)
+            self.head.train(mode)
+            self.head_drop.train(mode)
+        return self
+
+
+class ShallowPromptedVisionTransformer(PromptedVisionTransformer):
+    """VPT-shallow, whose prompts are in the sequence of every block."""
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the tokens between blocks are no map."""
+        raise NotImplementedError("VPT-shallow has prompts among its tokens; take deep=True for intermediate features")
+
+
+_OWN = (".tcpa.", ".vpt.", "patch_embed.prompter.")
+
+
+def _is_tuned(name: str) -> bool:
+    return name.startswith("head.") or any(part in name for part in _OWN)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, PromptedVisionTransformer):
+        raise ValueError("model has prompts already")
+    if type(model) is not VisionTransformer:
+        raise NotImplementedError(f"model is a {type(model).__name__}; need timm's VisionTransformer itself")
+    for block in model.blocks:
+        if type(block) not in (Block, ResPostBlock):
+            raise NotImplementedError(f"block {type(block).__name__}; supported are Block and ResPostBlock")
+        if type(block.attn) is not Attention:
+            raise NotImplementedError(f"attention {type(block.attn).__name__}; supported is Attention")
+
+
+def _need(**values: float) -> None:
+    for name, value in values.items():
+        if name.endswith("drop"):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value}, need 0 <= {name} < 1")
+        elif value < 1:
+            raise ValueError(f"{name}={value}, need at least 1")
+
+
+def _topk(name: str, topk: int | None, pool: int) -> int:
+    if topk is None:
+        return min(TOPK, pool)
+    if not 1 <= topk <= pool:
+        raise ValueError(f"{name}={topk}, need 1 to {pool}, the size of the pool")
+    return topk
+
+
+def tcpa(
+    model: VisionTransformer,
+    *,
+    host: str = "vfpt",
+    cls_pool: int = 18,
+    image_pool: int = 18,
+    cls_topk: int | None = None,
+    image_topk: int | None = None,
+    cls_len: int = 1,
+    image_len: int = 1,
+    prompt_drop: float = 0.1,
+    role_only: bool = False,
+    pixel_prompt: bool = False,
+    fused: bool = True,
+) -> PromptedVisionTransformer:
+    """Give a vision transformer TCPA prompts, in place; all its parameter names stay.
+
+    Register tokens choose among the class prompts, as the class token does.  A model without class token has image
+    prompts only, which all its tokens read; settings of class prompts are ignored then.  In evaluation without
+    gradients, keys and values of the prompts are kept until a parameter changes in place or is replaced; after writing
+    to ``parameter.data`` call ``model.eval()``.
+
+    Args:
+        model: timm's ``VisionTransformer``.
+        host: ``vfpt`` (prompts pass a Fourier transform) or ``vpt``.
+        cls_pool: Class prompts of each block.
+        image_pool: Image prompts of each block.
+        cls_topk: Class prompts for each prefix token; None for 10, or all of a smaller pool.
+        image_topk: Image prompts for each patch token, likewise.
+        cls_len: Positions of one class prompt.
+        image_len: Positions of one image prompt.
+        prompt_drop: Dropout rate of the prompts.
+        role_only: Leave the matching out: every token takes all prompts of its kind (R-TCPA).
+        pixel_prompt: Also add a small convolutional network of the image to the image.
+        fused: Use ``scaled_dot_product_attention``; same numbers.
+
+    Returns:
+        ``model``, now with ``match_loss`` and ``random_match``.
+
+    Raises:
+        ValueError: If a setting is out of range or the model has prompts already.
+        NotImplementedError: For other models, blocks or attentions.
+    """
+    if host not in HOSTS:
+        raise ValueError(f"host={host!r}, need one of {', '.join(HOSTS)}")
+    _check_model(model)
+    prefix = model.num_prefix_tokens if model.has_class_token else 0
+    _need(image_pool=image_pool, image_len=image_len, prompt_drop=prompt_drop)
+    if prefix:
+        _need(cls_pool=cls_pool, cls_len=cls_len)
+    settings: dict[str, Any] = {
+        "cls_pool": cls_pool,
+        "image_pool": image_pool,
+        "cls_topk": _topk("cls_topk", cls_topk, cls_pool) if prefix else 0,
+        "image_topk": _topk("image_topk", image_topk, image_pool),
+        "cls_len": cls_len,
+        "image_len": image_len,
+        "prompt_drop": prompt_drop,
+        "role_only": role_only,
+        "fused": fused,
+    }
+    if pixel_prompt and type(model.patch_embed) is not PatchEmbed:
+        raise NotImplementedError(f"pixel_prompt needs PatchEmbed, the model has {type(model.patch_embed).__name__}")
+    dd = get_device_dtype(model)
+    for block in model.blocks:
+        block.tcpa = TCPA(model.embed_dim, prefix, host == "vfpt", **settings, **dd).train(block.training)
+        block.__class__ = TCPABlock if type(block) is Block else TCPAResPostBlock
+    if pixel_prompt:
+        chans = model.in_chans
+        model.patch_embed.prompter = nn.Sequential(
+            nn.Conv2d(chans, 9, 11, padding=5, **dd), nn.PReLU(**dd), nn.Conv2d(9, chans, 11, padding=5, **dd)
+        ).train(model.training)
+        model.patch_embed.__class__ = PixelPromptPatchEmbed
+    model.__class__ = PromptedVisionTransformer
+    return model  # type: ignore[return-value]
+
+
+def vpt(
+    model: VisionTransformer,
+    *,
+    num_prompts: int = 10,
+    deep: bool = True,
+    fourier: bool = False,
+    prompt_drop: float = 0.1,
+) -> PromptedVisionTransformer:
+    """Give a vision transformer VPT prompts, in place: the baselines of TCPA.
+
+    Args:
+        model: timm's ``VisionTransformer``.
+        num_prompts: Prompts ``p``.
+        deep: New prompts in every block, else those of the first block pass through all.
+        fourier: Prompts pass a Fourier transform before every insertion (VFPT, if deep).
+        prompt_drop: Dropout rate of the prompts.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If a setting is out of range or the model has prompts already.
+        NotImplementedError: For other models, blocks or attentions.
+    """
+    _check_model(model)
+    _need(num_prompts=num_prompts, prompt_drop=prompt_drop)
+    dd = get_device_dtype(model)
+    last = len(model.blocks) - 1
+    for i, block in enumerate(model.blocks):
+        enters, leaves = deep or i == 0, deep or i == last
+        if enters or leaves:
+            block.vpt = VPT(model.embed_dim, num_prompts, fourier, prompt_drop, **dd) if enters else nn.Identity()
+            block.vpt.train(block.training)
+            block.leaving = num_prompts if leaves else 0  # type: ignore[assignment]
+            block.__class__ = VPTBlock if type(block) is Block else VPTResPostBlock
+    model.__class__ = PromptedVisionTransformer if deep else ShallowPromptedVisionTransformer
+    return model  # type: ignore[return-value]
+
+
+def _tuned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if not isinstance(model, PromptedVisionTransformer):
+        raise ValueError(f"model is a {type(model).__name__} without prompts; call tcpa or vpt first")
+    return ((name, p) for name, p in model.named_parameters() if _is_tuned(name))
+
+
+def tcpa_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that prompt tuning trains: prompts, keys, pixel prompter and head.
+
+    Args:
+        model: Result of :func:`tcpa` or :func:`vpt`.
+
+    Returns:
+        The parameters in the order of the model.
+
+    Raises:
+        ValueError: If the model has no prompts.
+    """
+    return [p for _, p in _tuned(model)]
+
+
+def freeze_backbone(model: nn.Module) -> PromptedVisionTransformer:
+    """Leave only :func:`tcpa_parameters` to be trained; ``train()`` keeps everything else in evaluation mode.
+
+    Args:
+        model: Result of :func:`tcpa` or :func:`vpt`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If the model has no prompts.
+    """
+    tuned = {id(p) for p in tcpa_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in tuned)
+    assert isinstance(model, PromptedVisionTransformer)  # checked by tcpa_parameters
+    model.frozen = True
+    return model.train(model.training)
+
+
+def tcpa_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The part of the state dict that prompt tuning trains.
+
+    Args:
+        model: Result of :func:`tcpa` or :func:`vpt`.
+
+    Returns:
+        Entries of ``model.state_dict()``.
+
+    Raises:
+        ValueError: If the model has no prompts.
+    """
+    wanted = {name for name, _ in _tuned(model)}
+    return {k: v for k, v in model.state_dict().items() if k in wanted}
+
+
+def load_tcpa_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load what :func:`tcpa_state_dict` gave; the backbone stays.
+
+    Args:
+        model: Result of :func:`tcpa` or :func:`vpt` with the same settings.
+        state_dict: Entries of all tuned parameters.
+
+    Raises:
+        ValueError: If the model has no prompts, or entries are missing or unknown.
+    """
+    wanted = {name for name, _ in _tuned(model)}
+    if wanted != state_dict.keys():
+        missing, unknown = sorted(wanted - state_dict.keys()), sorted(state_dict.keys() - wanted)
+        raise ValueError(f"state_dict does not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+    model.load_state_dict(state_dict, strict=False)
+
+
+def convert_tcpa(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """Our names for an official state dict of TCPA or VFPT.
+
+    Args:
+        state_dict: ``Pool.*``, ``Prompter.*``, ``prompts`` and ``backbone.*``; other names are kept.
+
+    Returns:
+        State dict of the model after :func:`tcpa` or :func:`vpt`.
+    """
+    out = {}
+    for key, value in state_dict.items():
+        if key == "prompts":
+            out.update({f"blocks.{i}.vpt.prompts": v for i, v in enumerate(value)})
+        elif key.startswith(("Pool.Pool_cls.", "Pool.Pool_image.")):
+            name = key.removeprefix("Pool.Pool_").replace(".", "_")
+            out.update({f"blocks.{i}.tcpa.{name}": v for i, v in enumerate(value)})
+        else:
+            key = key.removeprefix("backbone.")
+            out[key.replace("Prompter.Prompter.", "patch_embed.prompter.")] = value
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
+            model's own stay.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
+    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
+    if not any(_is_prompt(k) for k in state_dict):
+        return {**state_dict, **own}
+    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
+    return {**state_dict, **refit}
+
+
+def _is_prompt(name: str) -> bool:
+    return ".tcpa." in name or name.startswith("patch_embed.prompter.")
