@@ -193,7 +193,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     (name,) = resolve_models([args.name]) if not any(c in args.name for c in "*?[") else [""]
     if not name or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
         raise UserError(f"{args.name!r} is not one model of the zoo; 'vizoo models' lists them")
-    kwargs = {"deploy": True} if args.reparam else {}
+    kwargs: dict[str, Any] = {"deploy": True} if args.reparam else {}
     ours = build_model(name, **kwargs)
     side = args.size or ours.pretrained_cfg["input_size"][-1]
     if args.official:

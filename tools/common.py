@@ -93,11 +93,12 @@ def resolve_models(patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def build_model(name: str, **kwargs: Any) -> Any:
+def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwargs: Any) -> Any:
     """``timm.create_model`` whose failures are one clear line.
 
     Args:
         name: Model name as for :func:`timm.create_model`.
+        prepare: Changes the model before ``checkpoint_path`` is loaded.
         **kwargs: Passed on.
 
     Returns:
@@ -114,7 +115,16 @@ def build_model(name: str, **kwargs: Any) -> Any:
             raise UserError(f"checkpoint file {str(path)!r} does not exist")
     given = kwargs.get("checkpoint_path") or overlay.get("file")
     try:
-        return timm.create_model(name, **kwargs)
+        if prepare is None:
+            return timm.create_model(name, **kwargs)
+        checkpoint = kwargs.pop("checkpoint_path", "")
+        model = timm.create_model(name, **kwargs)
+        prepare(model)
+        if checkpoint:
+            timm.models.load_checkpoint(model, checkpoint)
+        return model
+    except UserError:
+        raise
     except Exception as e:  # whatever a constructor or an unpickler raises; --debug shows it whole
         if not given or isinstance(e, TypeError):
             raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split
 from vizoo.tools._scanpath_train import asks_for_scanpaths, evaluate_scanpaths
 from vizoo.tools._train_options import model_config, parse_options
+from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     UserError,
     atomic_write,
@@ -203,7 +205,8 @@ def _evaluate(argv: list[str]) -> int:
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
     kwargs, data = model_config(options, outputs)
-    model = build_model(names[0], pretrained=args.pretrained, checkpoint_path=checkpoint, **kwargs).to(device)
+    weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
+    model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)
     result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
     result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}

@@ -353,7 +353,7 @@ def _build(
 
     from vizoo.tools._counting import unwrap
 
-    place = {} if real else {"device": "meta"}
+    place: dict[str, Any] = {} if real else {"device": "meta"}
     if isinstance(model, str):
         name = resolve_models([model])[0]
         net = build_model(name, **kwargs, **place)

@@ -43,7 +43,6 @@ from timm.utils import (
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
-from vizoo.backbones.layers import freeze_backbone, tcpa, vpt
 from vizoo.backbones.medusa import MEDUSA, medusa_parameters
 from vizoo.tools._data import (
     Splits,
@@ -56,6 +55,7 @@ from vizoo.tools._data import (
 from vizoo.tools._scanpath_train import asks_for_scanpaths, train_scanpaths
 from vizoo.tools._train_options import model_config, parse_options
 from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
+from vizoo.tools._tuning import PROMPTS, tune
 from vizoo.tools.common import (
     UserError,
     atomic_write,
@@ -67,12 +67,6 @@ from vizoo.tools.common import (
     stderr,
 )
 from vizoo.tools.evaluate import evaluate
-
-PROMPTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "tcpa": (tcpa, {}),
-    "vpt": (vpt, {}),
-    "vfpt": (vpt, {"fourier": True}),
-}
 
 
 class Stopped(Exception):
@@ -609,33 +603,6 @@ class Trainer:
 def _call(function: str, *args: str, **kwargs: Any) -> str:
     """A function call as Python writes it."""
     return f"{function}({', '.join([*args, *(f'{k}={v!r}' for k, v in kwargs.items())])})"
-
-
-def tune(model: nn.Module, args: argparse.Namespace) -> None:
-    """Freeze what ``--tune`` does not train, and give the model prompts.
-
-    Args:
-        model: The model, changed in place.
-        args: ``tune``, ``tune_kwargs`` and ``model``.
-
-    Raises:
-        UserError: If the model cannot be tuned like this.
-    """
-    if args.tune_kwargs and args.tune not in PROMPTS:
-        raise UserError(f"--tune-kwargs needs --tune {', '.join(PROMPTS)}")
-    if args.tune == "linear":
-        model.requires_grad_(False)
-        classifier = model.get_classifier()  # type: ignore[operator]
-        for head in classifier if isinstance(classifier, tuple) else (classifier,):
-            head.requires_grad_(True)
-    elif args.tune in PROMPTS:
-        function, settings = PROMPTS[args.tune]
-        try:
-            if args.tune != "tcpa" or args.tune_kwargs or not args.model.endswith("_tcpa"):
-                function(model, **{**settings, **args.tune_kwargs})
-            freeze_backbone(model)
-        except (ValueError, TypeError, NotImplementedError) as e:
-            raise UserError(f"--tune {args.tune} with --model {args.model!r}: {e}") from None
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:

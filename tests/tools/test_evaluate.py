@@ -80,6 +80,17 @@ def test_run_gives_what_training_measured(trained, tmp_path, capsys):
         assert len(image.convert("RGB").getcolors(10**6)) > 20
 
 
+@pytest.mark.parametrize("model", ["test_vit", "test_vit_tcpa"])
+def test_prompts_of_a_run_are_built_again(model, folder, tmp_path):
+    words = ["train", "--data", str(folder), "--model", model, "--epochs", "1", "-b", "8", "--workers", "0", "--tune"]
+    words += ["tcpa", "--model-kwargs", "depth=2", "--warmup-epochs", "0", "--random-epochs", "0"]
+    assert cli.main([*words, "--img-size", "32", "--output", str(tmp_path), "--experiment", "run"]) == 0
+    found = evaluate(tmp_path / "run", out=tmp_path / "r.json")
+    best = torch.load(tmp_path / "run" / "model_best.pth.tar", weights_only=True)
+    assert any("prompt" in name for name in best["state_dict"])
+    assert found["top1"] == pytest.approx(best["metric"])
+
+
 def test_other_split_checkpoint_and_batch_size(trained, folder, tmp_path):
     found = evaluate(trained, "--split", "test", "-b", "2", out=tmp_path / "a.json")
     assert [c["images"] for c in found["classes"]] == [3, 4]
