@@ -205,7 +205,7 @@ _CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in name
 _BACKWARD = {  # twice the forward, for one element of the first gradient
     **{name: 2 * n for name, n in _CONSTANTS.items()},
     **{f"aten::{name}": 2 for name in _REDUCTIONS.split()},
-    **dict.fromkeys(("aten::native_batch_norm", "aten::cudnn_batch_norm"), 10),
+    **dict.fromkeys(("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::log_sigmoid"), 10),
 }
 _PRICES: dict[str, Callable[..., Cost]] = {
     **{name: _per_output(n) for name, n in _CONSTANTS.items()},
