@@ -40,6 +40,10 @@ def _create_without_memory(model_name: str, **kwargs: Any) -> nn.Module:
 
 def _levels(model_name: str, strides: Sequence[int], **kwargs: Any) -> tuple[list[int], list[int]]:
     """Index among the model's features, and channels, of the last feature of each stride."""
+    if kwargs.get("out_indices") is not None:
+        given: Any = _create_without_memory(model_name, features_only=True, **kwargs).feature_info
+        return list(kwargs["out_indices"]), given.channels()
+    kwargs.pop("out_indices", None)
     if list(strides) != sorted(set(strides)) or not strides:
         raise ValueError(f"got strides={tuple(strides)}, need increasing numbers")
     info: Any = _create_without_memory(model_name, features_only=True, **kwargs).feature_info
@@ -60,7 +64,7 @@ def channels(model_name: str, strides: Sequence[int] = (4, 8, 16, 32), **kwargs:
     Args:
         model_name: Any name of ``timm.create_model``.
         strides: As for :class:`VizooBackbone`.
-        **kwargs: Arguments of the model.
+        **kwargs: ``out_indices`` instead of ``strides``, and arguments of the model.
 
     Returns:
         Channels of each level.
@@ -140,20 +144,20 @@ class VizooBackbone(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        self._is_init: bool = False
         if out_norm not in (None, "layer"):
             raise ValueError(f"got out_norm={out_norm!r}, need 'layer' or None")
         if feature_cls is not None:
             kwargs["feature_cls"] = feature_cls
-        if out_indices is None:
-            out_indices = _levels(model_name, strides, **kwargs)[0]
-        weights = _pretrained_arguments(pretrained)
+        out_indices = _levels(model_name, strides, out_indices=out_indices, **kwargs)[0]
+        weights = pretrained_arguments(pretrained)
         body = _create(model_name, features_only=True, out_indices=tuple(out_indices), **weights, **kwargs)
         self.body = body
         self.model_name, self._kwargs = model_name, kwargs
         info: Any = body.feature_info
         self.channels: list[int] = info.channels()
         self.strides: list[int] = info.reduction()
-        self.out_indices: list[int] = list(out_indices)
+        self.out_indices = out_indices
         self.norm_eval = norm_eval
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
         if with_cp:
@@ -247,7 +251,7 @@ class VizooBackbone(BaseModule):
         return tuple(norm(f) for norm, f in zip(self.out_norms, features, strict=True))
 
 
-def _pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
+def pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for weights that are loaded before the model is wrapped."""
     if isinstance(pretrained, bool):
         return {"pretrained": pretrained}
