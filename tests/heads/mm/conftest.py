@@ -75,6 +75,7 @@ train_steps = [
 ]
 test_steps = [
     dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 128), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask={masks}),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
