@@ -2,7 +2,7 @@
 
 from setuptools import find_namespace_packages, setup
 
-NAME, FOLDERS = "vizoo", ("backbones", "tools", "configs")
+NAME, FOLDERS = "vizoo", ("backbones", "heads", "tools", "configs")
 SUBPACKAGES = [f"{d}.{p}" for d in FOLDERS for p in find_namespace_packages(d, exclude=["results*"])]
 setup(
     packages=[NAME, *(f"{NAME}.{p}" for p in (*FOLDERS, *SUBPACKAGES))],

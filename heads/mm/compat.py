@@ -1,0 +1,94 @@
+"""What mmengine needs on current PyTorch and setuptools: safe loading of checkpoints, bases of installed packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import config as mm_config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer
+
+__all__ = ["allow_checkpoints", "config_path", "find_configs"]
+
+
+def allow_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)``, the default, read training checkpoints of mmengine.
+
+    They hold a ``HistoryBuffer`` and NumPy arrays.  ``getattr``, which every one of them needs, weakens the protection
+    a little: attributes of the listed classes become reachable, no other name does.
+    """
+    core = getattr(np, "_core", None) or np.core
+    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
+    old_names = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]  # files written with NumPy 1
+    dtypes = {type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)}
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, getattr, *functions, *old_names, *dtypes]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def find_configs() -> None:
+    """Make ``mmdet::`` and ``mmseg::`` bases work with every set of packages.
+
+    mmengine looks packages up by the name of their distribution, which forks change, and with ``pkg_resources``, which
+    setuptools 82 no longer has.
+    """
+    for module in ("mmdet", "mmseg"):
+        if importlib.util.find_spec(module) is not None and not _distribution_exists(MODULE2PACKAGE[module]):
+            owners = metadata.packages_distributions().get(module)
+            if owners:
+                MODULE2PACKAGE[module] = owners[0]
+    if importlib.util.find_spec("pkg_resources") is None:
+        mm_config.is_installed = _is_installed
+        mm_config.get_installed_path = _installed_path
+
+
+def _distribution_exists(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _module_of(package: str) -> str:
+    """Module of a distribution, or the name itself when it is one of a module."""
+    return next((module for module, name in MODULE2PACKAGE.items() if name == package), package)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(_module_of(package)) is not None
+
+
+def _installed_path(package: str) -> str:
+    spec = importlib.util.find_spec(_module_of(package))
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed")
+    return str(Path(spec.origin).parent)
+
+
+def config_path(name: str) -> str:
+    """Absolute path of a config of the zoo, for ``_base_`` of your own configs.
+
+    A ``_base_`` line is an expression:
+    ``_base_ = __import__("vizoo.heads.mm", fromlist=["mm"]).config_path("detection/mmdet/NAME.py")``.
+
+    Args:
+        name: Path below the ``configs`` folder.
+
+    Returns:
+        The path of the installed file.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    root = Path(str(resources.files("vizoo.configs")))
+    path = root / name
+    if not path.is_file():
+        known = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.name != "__init__.py")
+        near = [p for p in known if Path(name).name in p] or known
+        raise ValueError(f"got config name={name!r}, known: {', '.join(near[:20]) or 'none'}")
+    return str(path)
