@@ -314,7 +314,7 @@ def seeded_batches(loader: Any, seed: int, rank: int, epoch: int) -> Iterator[tu
     of ``(seed, rank, epoch, k)``.  Fetching batches without training on them leaves the later ones unchanged.
 
     Args:
-        loader: Loader of :func:`timm.data.create_loader`.
+        loader: Loader of :func:`timm.data.create_loader` or of torch.
         seed: Of the run.
         rank: Of this process.
         epoch: From 0.
@@ -324,6 +324,7 @@ def seeded_batches(loader: Any, seed: int, rank: int, epoch: int) -> Iterator[tu
     """
     if hasattr(loader.sampler, "set_epoch"):
         loader.sampler.set_epoch(epoch)
+    seed_everything(seed, rank, epoch, 0)  # for the worker processes
     batches = iter(loader)
     for k in range(len(loader)):
         seed_everything(seed, rank, epoch, k)

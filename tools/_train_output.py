@@ -70,14 +70,21 @@ class Saver(CheckpointSaver):
             file.unlink()
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, title: str, how: str) -> None:
-    """Draw loss and accuracy of training and held-out images over the epochs.
+def draw_curves(
+    history: list[dict[str, float]],
+    path: Path,
+    title: str,
+    how: str,
+    metric: tuple[str, str] = ("top1", "top-1 accuracy (%)"),
+) -> None:
+    """Draw the losses and one metric over the epochs.
 
     Args:
         history: Rows of summary.csv.
         path: PNG file to write.
         title: Above the picture.
         how: What makes the training values differ from held-out ones.
+        metric: Its column of summary.csv, after ``train_`` and ``eval_`` or alone, and its name.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -86,10 +93,12 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str, how: st
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
-    series = (("train", f"training ({how})", "tab:gray"), ("eval", "held-out", "tab:blue"))
-    for axes, metric, label in zip(panels, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+    series = (
+        ("train_", f"training ({how})", "tab:gray"), ("eval_", "held-out", "tab:blue"), ("", "held-out", "tab:blue")
+    )
+    for axes, column, label in zip(panels, ("loss", metric[0]), ("loss", metric[1]), strict=True):
         for prefix, name, colour in series:
-            key = f"{prefix}_{metric}"
+            key = prefix + column
             if key in history[-1]:
                 marker = "o" if len(history) <= 30 else None
                 axes.plot(epochs, [row[key] for row in history], label=name, color=colour, marker=marker, markersize=3)
@@ -97,10 +106,11 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str, how: st
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    best = max(history, key=lambda row: row["eval_top1"])
+    held_out = f"eval_{metric[0]}" if f"eval_{metric[0]}" in history[-1] else metric[0]
+    best = max(history, key=lambda row: row[held_out])
     panels[0].legend(frameon=False)
-    panels[1].axhline(best["eval_top1"], color="tab:blue", linewidth=0.8, linestyle=":")
-    panels[1].set_title(f"best {best['eval_top1']:.2f} % in epoch {int(best['epoch']) + 1}", fontsize=10)
+    panels[1].axhline(best[held_out], color="tab:blue", linewidth=0.8, linestyle=":")
+    panels[1].set_title(f"best {best[held_out]:.2f} % in epoch {int(best['epoch']) + 1}", fontsize=10)
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png")
 
