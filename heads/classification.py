@@ -1,9 +1,10 @@
 """Probes: how much a frozen backbone knows, measured with a small classifier on its features.
 
-k-NN with the weights of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", Z. Wu et al., CVPR 2018,
-https://arxiv.org/abs/1805.01978, as in DINO; logistic regression; and attentive pooling as in "Scalable Pre-training of
-Large Autoregressive Image Models", A. El-Nouby et al., ICML 2024, https://arxiv.org/abs/2401.08541.  The first two are
-estimators of scikit-learn on the features of :func:`extract_features`, the third is a module to train.
+k-NN with the weights of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", Z. Wu et al., CVPR
+2018, https://arxiv.org/abs/1805.01978, as in DINO; logistic regression; and attentive pooling as in "Scalable
+Pre-training of Large Autoregressive Image Models", A. El-Nouby et al., ICML 2024, https://arxiv.org/abs/2401.08541.
+The first two are estimators of scikit-learn on the features of :func:`extract_features`, the third is a module to
+train.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def extract_features(
 
     Args:
         model: Any classifier of timm; left in evaluation mode, without gradients.
-        batches: Images ``[B, 3, H, W]``, prepared as the model wants them, and labels ``[B]``; a loader without augmentation.
+        batches: Images ``[B, 3, H, W]``, prepared as the model wants them but not augmented, and labels ``[B]``.
         device: Where to compute; None for where the model is.
 
     Returns:

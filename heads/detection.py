@@ -43,10 +43,10 @@ def detector(
     """Build a detector of torchvision.
 
     In training, ``model(images, targets)`` takes a list of RGB images ``[3, H, W]`` between 0 and 1 and a list of
-    dictionaries with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2 in pixels), ``labels`` ``[n]`` (1 to ``num_classes - 1``) and, for
-    Mask R-CNN, ``masks`` ``[n, H, W]``, and returns a dictionary of losses.  In evaluation, ``model(images)`` returns for each
-    image ``boxes``, ``labels``, ``scores`` and ``masks`` ``[n, 1, H, W]``.  Images are scaled and normalised inside, with
-    the mean and standard deviation of the backbone.
+    dictionaries with ``boxes`` ``[n, 4]`` (x1, y1, x2, y2 in pixels), ``labels`` ``[n]`` (1 to ``num_classes - 1``)
+    and, for Mask R-CNN, ``masks`` ``[n, H, W]``, and returns a dictionary of losses.  In evaluation,
+    ``model(images)`` returns for each image ``boxes``, ``labels``, ``scores`` and ``masks`` ``[n, 1, H, W]``.  Images
+    are scaled and normalised inside, with the mean and standard deviation of the backbone.
 
     Args:
         arch: ``"retinanet"``, ``"fcos"``, ``"faster_rcnn"`` or ``"mask_rcnn"``.

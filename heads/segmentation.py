@@ -2,12 +2,13 @@
 
 Semantic FPN: "Panoptic Feature Pyramid Networks", A. Kirillov et al., CVPR 2019, https://arxiv.org/abs/1901.02446.
 UPerNet: "Unified Perceptual Parsing for Scene Understanding", T. Xiao et al., ECCV 2018,
-https://arxiv.org/abs/1807.10221.  Both in the form and with the sizes of mmseg 1.2, so that checkpoints trained there, and
-those that the authors of a backbone published, load here without it (:func:`load_segmentor`).
+https://arxiv.org/abs/1807.10221.  Both in the form and with the sizes of mmseg 1.2, so that checkpoints trained there,
+and those that the authors of a backbone published, load here without it (:func:`load_segmentor`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,18 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: 
     return layer
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a map ``[B, C, h, w]`` bilinearly."""
-    return F.interpolate(x, (int(size[0]), int(size[1])), mode="bilinear", align_corners=False)
+def resize(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Resize a map ``[B, C, h, w]``."""
+    corners = None if mode == "nearest" else False
+    return F.interpolate(x, (int(size[0]), int(size[1])), mode=mode, align_corners=corners)
 
 
-def _top_down(maps: list[Tensor]) -> list[Tensor]:
-    """Add to every map the coarser ones."""
-    maps = list(maps)
-    for i in range(len(maps) - 1, 0, -1):
-        maps[i - 1] = maps[i - 1] + resize(maps[i], maps[i - 1].shape[2:])
-    return maps
+def top_down(maps: Sequence[Tensor], mode: str) -> list[Tensor]:
+    """Add to every map the coarser ones, resized."""
+    out = list(maps)
+    for i in range(len(out) - 1, 0, -1):
+        out[i - 1] = out[i - 1] + resize(out[i], out[i - 1].shape[2:], mode)
+    return out
 
 
 class FPN(nn.Module):
@@ -65,7 +67,7 @@ class FPN(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``[B, in_channels[i], H_i, W_i]`` to ``[B, out_channels, H_i, W_i]``."""
         laterals = [conv(m) for conv, m in zip(self.lateral_convs, maps, strict=True)]
-        return [conv(m) for conv, m in zip(self.fpn_convs, _top_down(laterals), strict=True)]
+        return [conv(m) for conv, m in zip(self.fpn_convs, top_down(laterals, "nearest"), strict=True)]
 
 
 class _Classifier(nn.Module):
@@ -167,7 +169,7 @@ class UPerHead(_Classifier):
         *finer, coarsest = maps
         pooled = self.bottleneck(torch.cat([coarsest, *self.psp_modules(coarsest)], 1))
         laterals = [conv(m) for conv, m in zip(self.lateral_convs, finer, strict=True)]
-        *finer, coarsest = _top_down([*laterals, pooled])
+        *finer, coarsest = top_down([*laterals, pooled], "bilinear")
         levels = [*(conv(m) for conv, m in zip(self.fpn_convs, finer, strict=True)), coarsest]
         return self.cls_seg(self.fpn_bottleneck(torch.cat([resize(m, maps[0].shape[2:]) for m in levels], 1)))
 
@@ -289,7 +291,7 @@ def segmentor(
         raise ValueError(f"got arch={arch!r}, need one of {', '.join(ARCHS)}")
     if num_classes < 1:
         raise ValueError(f"got num_classes={num_classes}, need at least 1")
-    if len(strides) < 2 or any(b != 2 * a for a, b in zip(strides[:-1], strides[1:], strict=True)):
+    if len(strides) < 2 or any(b != 2 * a for a, b in itertools.pairwise(strides)):
         raise ValueError(f"got strides={tuple(strides)}, need at least two, each twice the one before")
     body = FeatureLevels(
         backbone,

@@ -62,6 +62,11 @@ all_models = pytest.mark.parametrize("name", NAMES)
 """Every classifier: for what costs one pass on the meta device."""
 each_kind = pytest.mark.parametrize("name", KINDS)
 """One small model of each kind: for what cannot differ by size."""
+PYRAMIDS = [
+    n for n in KINDS if {4, 8, 16, 32} <= {level["reduction"] for level in build(n, device="meta").feature_info}
+]
+each_pyramid = pytest.mark.parametrize("name", PYRAMIDS)
+"""Those with features of the strides that detectors and segmentors take."""
 each_map_kind = pytest.mark.parametrize(
     "name", [n for n in KINDS if not isinstance(build(n, device="meta"), VisionTransformer)]
 )

@@ -1,4 +1,4 @@
-"""Data of ``vizoo train --task detection`` and ``--task segmentation``: COCO files, ADE20K and VOC folders, checked first."""
+"""Data of ``vizoo train --task detection`` and ``--task segmentation``: COCO, ADE20K and VOC folders, checked first."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Part
     """Open a folder in the layout of COCO.
 
     Args:
-        root: Holds ``annotations/instances_train*.json`` and ``instances_val*.json``, and the images of each in a folder
-            with the rest of that name, such as ``train2017/``.
+        root: Holds ``annotations/instances_train*.json`` and ``instances_val*.json``, and the images of each in a
+            folder with the rest of that name, such as ``train2017/``.
         masks: Whether to read the outlines too.
         hflip: Probability of a mirrored training image.
         checked: Whether to look at every record first.
@@ -153,12 +153,14 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Part
         matches = sorted(Path(root).glob(f"annotations/instances_{part}*.json"))
         if len(matches) != 1:
             raise UserError(
-                f"--data {root!r}: {len(matches)} files annotations/instances_{part}*.json, need one; its images are in the "
-                f"folder named like the rest, such as {part}2017/"
+                f"--data {root!r}: {len(matches)} files annotations/instances_{part}*.json, need one; its images are "
+                f"in the folder named like the rest, such as {part}2017/"
             )
         files[part] = matches[0]
         name = matches[0].stem.removeprefix("instances_")
-        folders[part] = next((d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name))
+        folders[part] = next(
+            (d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name)
+        )
         if checked:
             _check(check_coco, files[part], folders[part])
     flip: list[Any] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
@@ -188,9 +190,9 @@ def segmentation_parts(
     """Open a folder in the layout of ADE20K or of Pascal VOC.
 
     Args:
-        root: Holds ``images/`` and ``annotations/`` with the folders ``training`` and ``validation``; or ``JPEGImages``,
-            ``SegmentationClass`` and ``ImageSets/Segmentation/train.txt`` and ``val.txt``; and perhaps ``classes.txt``
-            with a name on every line.
+        root: Holds ``images/`` and ``annotations/`` with the folders ``training`` and ``validation``; or
+            ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation/train.txt`` and ``val.txt``; and perhaps
+            ``classes.txt`` with a name on every line.
         classes: Their number; None for the lines of ``classes.txt``.
         reduce_zero_label: Values of masks are one more than the class, and 0 is no class.
         crop: Side of training crops in pixels.
@@ -227,9 +229,7 @@ def segmentation_parts(
     padded = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}  # the mean colour, after normalisation
     cut = [v2.RandomCrop(crop, pad_if_needed=True, fill=padded), v2.RandomHorizontalFlip(hflip)]  # type: ignore[arg-type]
     train, val = v2.Compose([_RandomSize(scale), *normalize, *cut]), v2.Compose([_ShortSide(crop), *normalize])
-    return Parts(
-        Masks(pairs["train"], reduce_zero_label, train), Masks(pairs["val"], reduce_zero_label, val), names
-    )
+    return Parts(Masks(pairs["train"], reduce_zero_label, train), Masks(pairs["val"], reduce_zero_label, val), names)
 
 
 def _layout(base: Path, root: str, part: str) -> tuple[Path, Path, list[str] | None]:
@@ -241,7 +241,8 @@ def _layout(base: Path, root: str, part: str) -> tuple[Path, Path, list[str] | N
     if listed.is_file():
         return base / "JPEGImages", base / "SegmentationClass", listed.read_text(encoding="utf-8").split()
     raise UserError(
-        f"--data {root!r}: neither images/{FOLDERS[part][1]} (ADE20K) nor ImageSets/Segmentation/{part}.txt (VOC) exists"
+        f"--data {root!r}: neither images/{FOLDERS[part][1]} (ADE20K) nor "
+        f"ImageSets/Segmentation/{part}.txt (VOC) exists"
     )
 
 

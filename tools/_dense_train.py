@@ -1,10 +1,10 @@
 """``vizoo train --task detection`` and ``--task segmentation``, and ``vizoo evaluate`` of such runs.
 
-torchvision's detectors and the segmentors of :mod:`vizoo.heads` on any backbone with features, with AdamW and a learning
-rate that warms up and then follows a cosine or falls in steps.  Every epoch is measured on the held-out images: average
-precision as COCO defines it, or intersection over union.  A run that stops goes on from its last finished epoch, on one
-machine with the same number of threads bit for bit as if it had not stopped.  The papers' recipes are mmdet's and
-mmseg's: ``vizoo mm``.
+torchvision's detectors and the segmentors of :mod:`vizoo.heads` on any backbone with features, with AdamW and a
+learning rate that warms up and then follows a cosine or falls in steps.  Every epoch is measured on the held-out
+images: average precision as COCO defines it, or intersection over union.  A run that stops goes on from its last
+finished epoch, on one machine with the same number of threads bit for bit as if it had not stopped.  The papers'
+recipes are mmdet's and mmseg's: ``vizoo mm``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import functools
 import json
 import math
 import time
@@ -44,7 +43,6 @@ from vizoo.tools.common import (
     resolve_models,
 )
 
-TASKS = ("detection", "segmentation")
 ARCHS = {
     "detection": ("retinanet", "fcos", "faster_rcnn", "mask_rcnn"),
     "segmentation": ("semantic_fpn", "upernet"),
@@ -85,7 +83,9 @@ def _number(kind: type, low: float, above: bool = False, high: float = math.inf)
             value = math.nan
         if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
             noun = "whole number" if kind is int else "number"
-            bounds = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            bounds = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
             raise argparse.ArgumentTypeError(f"{text!r} is no {noun} {bounds}")
         return value
 
@@ -106,35 +106,54 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="DIR", help="folder in the layout of the examples below")
     p.add_argument("--arch", choices=ARCHS[task], default=defaults["arch"], help=f"({defaults['arch']})")
     p.add_argument("--model", default="litv2_s", metavar="MODEL", help="backbone (litv2_s)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="its arguments")
+    p.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="its arguments"
+    )
     p.add_argument("--arch-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="of the heads")
     p.add_argument("--pretrained", action="store_true", help="start from the backbone's published weights")
-    p.add_argument("--frozen-stages", type=_number(int, -1), default=-1, metavar="N", help="0 stem, 1 and stage 1 ... (-1)")
+    p.add_argument(
+        "--frozen-stages", type=_number(int, -1), default=-1, metavar="N", help="0 stem, 1 and stage 1 ... (-1)"
+    )
     if task == "detection":
         p.add_argument("--size", type=count, nargs=2, default=defaults["size"], metavar=("SHORT", "LONG"),
                        help="sides in pixels that images are scaled to (800 1333)")  # fmt: skip
     else:
         p.add_argument("--size", type=count, nargs=1, default=defaults["size"], metavar="N",
                        help="training crop, and shorter side of held-out images (512)")  # fmt: skip
-        p.add_argument("--scale", type=positive, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"), help="random size (0.5 2)")
+        p.add_argument(
+            "--scale", type=positive, nargs=2, default=[0.5, 2.0], metavar=("LOW", "HIGH"), help="random size (0.5 2)"
+        )
         p.add_argument("--num-classes", type=count, metavar="N", help="(lines of classes.txt in --data)")
         p.add_argument("--reduce-zero-label", action="store_true", help="masks hold class + 1, and 0 for none (ADE20K)")
     p.add_argument("--hflip", type=share, default=0.5, metavar="P", help="probability of a mirrored image (0.5)")
     p.add_argument("--epochs", type=count, default=defaults["epochs"], metavar="N", help=f"({defaults['epochs']})")
-    p.add_argument("-b", "--batch-size", type=count, default=defaults["batch_size"], metavar="N", help=f"({defaults['batch_size']})")
+    p.add_argument(
+        "-b",
+        "--batch-size",
+        type=count,
+        default=defaults["batch_size"],
+        metavar="N",
+        help=f"({defaults['batch_size']})",
+    )
     p.add_argument("--opt", default="adamw", metavar="NAME", help="optimizer of timm (adamw)")
     p.add_argument("--lr", type=positive, default=defaults["lr"], metavar="LR", help=f"({defaults['lr']:g})")
     p.add_argument("--weight-decay", type=_number(float, 0), default=0.05, metavar="WD", help="(0.05)")
     p.add_argument("--sched", choices=("cosine", "multistep"), default="cosine", help="(cosine)")
-    p.add_argument("--decay-milestones", type=count, nargs="+", default=[8, 11], metavar="EPOCH", help="of multistep (8 11)")
+    p.add_argument(
+        "--decay-milestones", type=count, nargs="+", default=[8, 11], metavar="EPOCH", help="of multistep (8 11)"
+    )
     p.add_argument("--decay-rate", type=share, default=0.1, metavar="RATE", help="of multistep (0.1)")
     p.add_argument("--min-lr", type=_number(float, 0), default=0.0, metavar="LR", help="of cosine (0)")
-    p.add_argument("--warmup-updates", type=_number(int, 0), default=500, metavar="N", help="(500, at most a tenth of all)")
+    p.add_argument(
+        "--warmup-updates", type=_number(int, 0), default=500, metavar="N", help="(500, at most a tenth of all)"
+    )
     p.add_argument("--clip-grad", type=positive, metavar="NORM", help="(none)")
     p.add_argument("--amp", action="store_true", help="mixed precision in bfloat16")
     p.add_argument("-j", "--workers", type=_number(int, 0), default=4, metavar="N", help="loader processes (4)")
     p.add_argument("--check-data", choices=("full", "none"), default="full", help="look at every record first (full)")
-    p.add_argument("--seed", type=_number(int, 0), default=42, metavar="S", help="of weights, order and augmentation (42)")
+    p.add_argument(
+        "--seed", type=_number(int, 0), default=42, metavar="S", help="of weights, order and augmentation (42)"
+    )
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--output", default="output/train", metavar="DIR", help="(output/train)")
     p.add_argument("--experiment", metavar="NAME", help="folder in it (date-time-arch-model)")
@@ -237,7 +256,9 @@ def _loss(model: nn.Module, images: list[Tensor], targets: list[Any]) -> Tensor:
     return loss
 
 
-def measure(model: nn.Module, data: Boxes | Masks, classes: Sequence[str], options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def measure(
+    model: nn.Module, data: Boxes | Masks, classes: Sequence[str], options: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
     """Measure a detector or a segmentor on held-out images.
 
     Args:
@@ -248,15 +269,22 @@ def measure(model: nn.Module, data: Boxes | Masks, classes: Sequence[str], optio
         device: Where the model is.
 
     Returns:
-        Of a detector ``AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large``, with masks those with the ending
-        ``_mask``; of a segmentor ``mIoU``, ``mAcc`` and ``pixel_accuracy``; all in per cent.  And ``classes``, a row of each.
+        Of a detector ``AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large``, with masks those with the
+        ending ``_mask``; of a segmentor ``mIoU``, ``mAcc`` and ``pixel_accuracy``; all in per cent.  And ``classes``, a
+        row of each.
     """
     model.eval()
     batch = options["batch_size"] if isinstance(data, Boxes) else 1  # images keep their aspect
     loader = DataLoader(data, batch, num_workers=options["workers"], collate_fn=_collate)
     with torch.inference_mode(), progress() as bar, _autocast(options, device):
-        batches = ((_to(images, device), targets) for images, targets in bar.track(loader, description="held-out images"))
-        return _average_precision(model, batches, data, classes) if isinstance(data, Boxes) else _overlap(model, batches, classes)
+        batches = (
+            (_to(images, device), targets) for images, targets in bar.track(loader, description="held-out images")
+        )
+        return (
+            _average_precision(model, batches, data, classes)
+            if isinstance(data, Boxes)
+            else _overlap(model, batches, classes)
+        )
 
 
 def _autocast(options: dict[str, Any], device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -273,7 +301,9 @@ def _average_precision(model: nn.Module, batches: Iterator[Any], data: Boxes, cl
         if data.masks:
             found = [{**one, "masks": one["masks"].flatten(0, 1) > 0.5} for one in found]
             targets = [{**t, "masks": t["masks"].bool()} for t in targets]
-        metric.update([{k: v.float() if v.is_floating_point() else v for k, v in one.items()} for one in found], targets)
+        metric.update(
+            [{k: v.float() if v.is_floating_point() else v for k, v in one.items()} for one in found], targets
+        )
     values = {k: v * 100 for k, v in metric.compute().items()}
     result: dict[str, Any] = {}
     for kind, ending in kinds.items():
@@ -283,8 +313,14 @@ def _average_precision(model: nn.Module, batches: Iterator[Any], data: Boxes, cl
             value = values[prefix + theirs].item()
             result[ours + ending] = None if value < 0 else value
     prefix = "bbox_" if len(kinds) > 1 else ""
-    each = dict(zip(metric.compute()["classes"].flatten().tolist(), values[prefix + "map_per_class"].flatten().tolist(), strict=True))
-    rows = [{"name": name, "AP": each.get(i)} for i, name in enumerate(classes, 1)]
+    each = dict(
+        zip(
+            metric.compute()["classes"].flatten().tolist(),
+            values[prefix + "map_per_class"].flatten().tolist(),
+            strict=True,
+        )
+    )
+    rows: list[dict[str, Any]] = [{"name": name, "AP": each.get(i)} for i, name in enumerate(classes, 1)]
     return {**result, "classes": [{**r, "AP": None if r["AP"] is None or r["AP"] < 0 else r["AP"]} for r in rows]}
 
 
@@ -295,13 +331,19 @@ def _overlap(model: nn.Module, batches: Iterator[Any], classes: Sequence[str]) -
     counts = torch.zeros(n, n, dtype=torch.float64)
     for images, targets in batches:
         for image, ids in zip(images, targets, strict=True):
-            logits = F.interpolate(model(image[None])["out"].float(), ids.shape[-2:], mode="bilinear", align_corners=False)
+            logits = F.interpolate(
+                model(image[None])["out"].float(), ids.shape[-2:], mode="bilinear", align_corners=False
+            )
             counts += multiclass_confusion_matrix(logits.argmax(1)[0].cpu(), ids, n, ignore_index=IGNORED)
     right, truth, called = counts.diag(), counts.sum(1), counts.sum(0)
     present = truth + called > 0
     overlap, recall = right / (truth + called - right), right / truth
     rows = [
-        {"name": name, "IoU": (overlap[i] * 100).item() if present[i] else None, "Acc": (recall[i] * 100).item() if truth[i] else None}
+        {
+            "name": name,
+            "IoU": (overlap[i] * 100).item() if present[i] else None,
+            "Acc": (recall[i] * 100).item() if truth[i] else None,
+        }
         for i, name in enumerate(classes)
     ]
     figures = {
@@ -319,7 +361,9 @@ def train_dense(task: str, argv: list[str]) -> int:
     options = {**vars(args), "task": task}
     if not 0 < options.get("scale", [1, 1])[0] <= options.get("scale", [1, 1])[1]:
         raise UserError(f"--scale {args.scale}: need LOW <= HIGH")
-    folder = Path(args.output) / (args.experiment or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{args.arch}-{args.model}")
+    folder = Path(args.output) / (
+        args.experiment or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{args.arch}-{args.model}"
+    )
     last = folder / "last.pth.tar"
     if args.resume and not last.is_file():
         raise UserError(f"--resume: {str(folder)!r} holds no last.pth.tar; name the run with --output and --experiment")
@@ -336,9 +380,10 @@ def train_dense(task: str, argv: list[str]) -> int:
     with atomic_write(folder / "args.yaml") as f:
         yaml.safe_dump({**options, "classes": parts.classes}, f, sort_keys=False)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    counts = f"{len(parts.train):,} training and {len(parts.val):,} held-out images"  # type: ignore[arg-type]
     print(
         f"{args.arch} on {args.model}: {millions:.2f} M parameters, {device}\n"
-        f"{args.data}: {len(parts.classes)} classes, {len(parts.train):,} training and {len(parts.val):,} held-out images\n"  # type: ignore[arg-type]
+        f"{args.data}: {len(parts.classes)} classes, {counts}\n"
         f"output: {folder}"
     )
     trainer.fit()
@@ -356,19 +401,27 @@ def _statistics(options: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float
     from timm.models import get_pretrained_cfg
 
     (name,) = resolve_models([options["model"]])[:1]
-    cfg = get_pretrained_cfg(name, allow_unregistered=False)
+    cfg: Any = get_pretrained_cfg(name, allow_unregistered=False)
     return tuple(cfg.mean), tuple(cfg.std)
 
 
 class _Trainer:
     """One training run."""
 
-    def __init__(self, model: nn.Module, parts: Parts, options: dict[str, Any], device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, options: dict[str, Any], device: torch.device, folder: Path
+    ) -> None:
         self.model, self.parts, self.options, self.device, self.folder = model, parts, options, device, folder
         batch = options["batch_size"]
         generator = torch.Generator()
         self.loader = DataLoader(
-            parts.train, batch, True, num_workers=options["workers"], collate_fn=_collate, drop_last=True, generator=generator
+            parts.train,
+            batch,
+            True,
+            num_workers=options["workers"],
+            collate_fn=_collate,
+            drop_last=True,
+            generator=generator,
         )
         self.generator = generator
         if not len(self.loader):
@@ -396,9 +449,8 @@ class _Trainer:
         changed = [k for k in kept if checkpoint["options"][k] != self.options[k]]
         if changed:
             key = changed[0]
-            raise UserError(
-                f"--resume: --{key.replace('_', '-')} was {checkpoint['options'][key]!r} and is {self.options[key]!r}; it must not change"
-            )
+            option, before = key.replace("_", "-"), checkpoint["options"][key]
+            raise UserError(f"--resume: --{option} was {before!r} and is {self.options[key]!r}; it must not change")
         self.model.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.history, self.elapsed = checkpoint["history"], checkpoint["elapsed"]
@@ -437,8 +489,8 @@ class _Trainer:
                 writer.writeheader()
                 writer.writerows(self.history)
             print(
-                f"{self.epoch + 1:3d}/{self.options['epochs']:<3d}  {loss:10.4f}  {row[key]:8.2f}{'*' if better else ' '} "
-                f"{row['lr']:8.2e}  {speed:8.1f}  {datetime.timedelta(seconds=int(elapsed))}",
+                f"{self.epoch + 1:3d}/{self.options['epochs']:<3d}  {loss:10.4f}  {row[key]:8.2f}"
+                f"{'*' if better else ' '} {row['lr']:8.2e}  {speed:8.1f}  {datetime.timedelta(seconds=int(elapsed))}",
                 flush=True,
             )
             self.epoch += 1
@@ -462,7 +514,9 @@ class _Trainer:
                 with _autocast(options, self.device):
                     loss = _loss(self.model, _to(images, self.device), _to(targets, self.device))
                 if not loss.isfinite():
-                    raise UserError(f"the training loss is {loss.item()} in epoch {self.epoch + 1}; lower --lr {options['lr']:g}")
+                    raise UserError(
+                        f"the training loss is {loss.item()} in epoch {self.epoch + 1}; lower --lr {options['lr']:g}"
+                    )
                 self.optimizer.zero_grad()
                 loss.backward()
                 if options["clip_grad"]:
@@ -489,13 +543,17 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     options |= {k: getattr(args, k) for k in given if getattr(args, k) is not None}
     parts = open_parts(options, _statistics(options))
     if parts.classes != options["classes"]:
-        raise UserError(f"--data {options['data']!r}: its classes are not those of the run, {', '.join(options['classes'][:10])}")
+        raise UserError(
+            f"--data {options['data']!r}: its classes are not those of the run, {', '.join(options['classes'][:10])}"
+        )
     checkpoint = Path(args.checkpoint or Path(args.run) / "model_best.pth.tar")
     model = build(options, len(parts.classes), False)
     try:
         model.load_state_dict(load_training_checkpoint(checkpoint)["state_dict"])
     except RuntimeError as e:
-        raise UserError(f"--checkpoint {str(checkpoint)!r} does not fit the run: {str(e).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"--checkpoint {str(checkpoint)!r} does not fit the run: {str(e).splitlines()[1].strip()}"
+        ) from None
     model.to(device)
     found = measure(model, parts.val, parts.classes, options, device)  # type: ignore[arg-type]
     result = {k: options[k] for k in ("task", "arch", "model", "data")} | {"images": len(parts.val), **found}  # type: ignore[arg-type]
@@ -517,7 +575,9 @@ def _report(result: dict[str, Any]) -> None:
     print_table(["class", *(f"{k} (%)" for k in columns)], rows, numeric=range(1, len(columns) + 1))
 
 
-def draw_predictions(model: nn.Module, data: Boxes | Masks, classes: Sequence[str], device: torch.device, path: Path) -> None:
+def draw_predictions(
+    model: nn.Module, data: Boxes | Masks, classes: Sequence[str], device: torch.device, path: Path
+) -> None:
     """Draw truth and prediction side by side for some images, spread over the data.
 
     Args:
@@ -543,7 +603,7 @@ def draw_predictions(model: nn.Module, data: Boxes | Masks, classes: Sequence[st
     if isinstance(data, Masks):
         from matplotlib.patches import Patch
 
-        handles = [Patch(color=[v / 255 for v in _colour(i)], label=name) for i, name in enumerate(classes[:20])]
+        handles = [Patch(color=_fraction(_colour(i)), label=name) for i, name in enumerate(classes[:20])]
         figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png")
@@ -556,7 +616,14 @@ def _colour(index: int) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _draw_boxes(model: nn.Module, data: Boxes, index: int, classes: Sequence[str], device: torch.device) -> list[Tensor]:
+def _fraction(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
+
+
+def _draw_boxes(
+    model: nn.Module, data: Boxes, index: int, classes: Sequence[str], device: torch.device
+) -> list[Tensor]:
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     image, target = data[index]
@@ -566,7 +633,12 @@ def _draw_boxes(model: nn.Module, data: Boxes, index: int, classes: Sequence[str
     panels = []
     for boxes, labels, scores, masks in (
         (target["boxes"], target["labels"], None, target.get("masks")),
-        (found["boxes"][kept], found["labels"][kept], found["scores"][kept], found["masks"][kept] if "masks" in found else None),
+        (
+            found["boxes"][kept],
+            found["labels"][kept],
+            found["scores"][kept],
+            found["masks"][kept] if "masks" in found else None,
+        ),
     ):
         panel = (image * 255).round().to(torch.uint8)
         colours = [_colour(int(i) - 1) for i in labels]
@@ -582,7 +654,9 @@ def _draw_boxes(model: nn.Module, data: Boxes, index: int, classes: Sequence[str
     return panels
 
 
-def _draw_masks(model: nn.Module, data: Masks, index: int, classes: Sequence[str], device: torch.device) -> list[Tensor]:
+def _draw_masks(
+    model: nn.Module, data: Masks, index: int, classes: Sequence[str], device: torch.device
+) -> list[Tensor]:
     from torchvision.utils import draw_segmentation_masks
 
     from vizoo.tools._dense_data import read_image

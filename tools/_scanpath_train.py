@@ -25,6 +25,7 @@ from timm.utils import ParseKwargs
 from vizoo.backbones.oat import OAT, next_fixations
 from vizoo.tools._data import seed_everything
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
+from vizoo.tools._train_options import stored_options
 from vizoo.tools.common import (
     UserError,
     atomic_write,
@@ -78,26 +79,6 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
-
-
-def asks_for_scanpaths(argv: Sequence[str]) -> bool:
-    """Whether the words of a command say ``--task scanpath`` or name the folder of such a run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--task", nargs="?")
-    known, _ = parser.parse_known_args(list(argv))
-    return known.task == "scanpath" or any(_stored(word).get("task") == "scanpath" for word in argv)
-
-
-def _stored(folder: str) -> dict[str, Any]:
-    """Options of a run, empty where there is none."""
-    file = Path(folder) / "args.yaml"
-    if folder.startswith("-") or not file.is_file():
-        return {}
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return {}
-    return options if isinstance(options, dict) else {}
 
 
 def build_train_parser() -> argparse.ArgumentParser:
@@ -371,7 +352,7 @@ def _fit(
 def evaluate_scanpaths(argv: list[str]) -> int:
     """Measure a run; returns the exit status."""
     args = build_evaluate_parser().parse_args(argv)
-    options = _stored(args.run)
+    options = stored_options(args.run)
     if options.get("task") != "scanpath":
         raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task scanpath'")
     for name, suffix in (("out", ".json"), ("plot", ".png")):

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import importlib.resources
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vizoo.tools.common import UserError
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
 TUNE_RECIPE = "classification/tune.yaml"
+TASKS = ("classification", "detection", "segmentation", "scanpath")
 TUNES = ("tcpa", "vpt", "vfpt", "linear", "full")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 EPILOG = """\
@@ -79,6 +80,26 @@ def _lr_scale(text: str) -> tuple[str, float]:
     return pattern, scale
 
 
+def asked_task(argv: Sequence[str]) -> str | None:
+    """The task that the words of a command name with ``--task``, or by the folder of a run; None for neither."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task", nargs="?")
+    known, _ = parser.parse_known_args(list(argv))
+    return known.task or next((task for word in argv if (task := stored_options(word).get("task"))), None)
+
+
+def stored_options(folder: str) -> dict[str, Any]:
+    """Options of a run of ``vizoo train``, empty where there is none."""
+    file = Path(folder) / "args.yaml"
+    if folder.startswith("-") or not file.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of timm's training script unless the help says otherwise."""
     count, positive = _number(int, 0), _number(int, 1)
@@ -95,8 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line overrides it")
     p.add_argument("--debug", action="store_true", help="show full tracebacks")
-    tasks, text = ("classification", "scanpath"), "(classification); '--task scanpath --help' explains the other"
-    p.add_argument("--task", choices=tasks, default=argparse.SUPPRESS, help=text)
+    text = "(classification); '--task detection --help' and so on explain the others"
+    p.add_argument("--task", choices=TASKS, default=argparse.SUPPRESS, help=text)
 
     g = p.add_argument_group("data")
     g.add_argument(

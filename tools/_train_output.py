@@ -94,7 +94,9 @@ def draw_curves(
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
     series = (
-        ("train_", f"training ({how})", "tab:gray"), ("eval_", "held-out", "tab:blue"), ("", "held-out", "tab:blue")
+        ("train_", f"training ({how})", "tab:gray"),
+        ("eval_", "held-out", "tab:blue"),
+        ("", "held-out", "tab:blue"),
     )
     for axes, column, label in zip(panels, ("loss", metric[0]), ("loss", metric[1]), strict=True):
         for prefix, name, colour in series:

@@ -16,8 +16,8 @@ from timm.utils import AverageMeter, ParseKwargs, accuracy, reduce_tensor
 from torch import nn
 
 from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split
-from vizoo.tools._scanpath_train import asks_for_scanpaths, evaluate_scanpaths
-from vizoo.tools._train_options import model_config, parse_options
+from vizoo.tools._scanpath_train import evaluate_scanpaths
+from vizoo.tools._train_options import asked_task, model_config, parse_options
 from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     UserError,
@@ -173,8 +173,13 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _evaluate(argv: list[str]) -> int:
-    if asks_for_scanpaths(argv):
+    task = asked_task(argv)
+    if task == "scanpath":
         return evaluate_scanpaths(argv)
+    if task in ("detection", "segmentation"):
+        from vizoo.tools._dense_train import evaluate_dense
+
+        return evaluate_dense(task, argv)
     args = build_parser().parse_args(argv)
     options = _options(args)
     names = resolve_models([options.model])

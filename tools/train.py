@@ -52,8 +52,8 @@ from vizoo.tools._data import (
     seed_everything,
     seeded_batches,
 )
-from vizoo.tools._scanpath_train import asks_for_scanpaths, train_scanpaths
-from vizoo.tools._train_options import model_config, parse_options
+from vizoo.tools._scanpath_train import train_scanpaths
+from vizoo.tools._train_options import asked_task, model_config, parse_options
 from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
 from vizoo.tools._tuning import PROMPTS, tune
 from vizoo.tools.common import (
@@ -667,8 +667,13 @@ def _signals(stop: list[int]) -> Iterator[None]:
 
 
 def _train(argv: list[str]) -> int:
-    if asks_for_scanpaths(argv):
+    task = asked_task(argv)
+    if task == "scanpath":
         return train_scanpaths(argv)
+    if task in ("detection", "segmentation"):
+        from vizoo.tools._dense_train import train_dense
+
+        return train_dense(task, argv)
     args = parse_options(argv)
     names = resolve_models([args.model])
     if len(names) != 1:
