@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.mm
-pytest.importorskip("mmengine", reason="needs mmengine (extra mm)")
-pytest.importorskip("mmcv", reason="needs mmcv (extra mm)")
+import vizoo
 
-import vizoo.heads.mm
-from vizoo.heads.mm import ext
+pytestmark = pytest.mark.mm
+pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
+ext = importlib.import_module("vizoo.heads.mm.ext")
 
 HALVES = [torch.float16, torch.bfloat16]
 
