@@ -101,9 +101,9 @@ def test_bad_coco_files(images, tmp_path):
     with pytest.raises(ValueError, match="is no COCO file: got a list"):
         check_coco(tmp_path / "list.json", images)
     (tmp_path / "good.json").write_text(json.dumps(GOOD))
-    with pytest.raises(ValueError, match="has no category 'cow' and 1 more.*it has cat, dog"):
+    with pytest.raises(ValueError, match=r"has no category 'cow' and 1 more.*it has cat, dog"):
         check_coco(tmp_path / "good.json", images, ["cat", "cow", "pig"])
-    with pytest.raises(ValueError, match="image folder .* does not exist"):
+    with pytest.raises(ValueError, match=r"image folder .* does not exist"):
         check_coco(tmp_path / "good.json", tmp_path / "nowhere")
     (images / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image 1: image .*1\.png' cannot be read"):
@@ -181,9 +181,9 @@ def test_bad_masks(values, options, message, pairs):
 
 
 def test_bad_mask_folders(pairs):
-    with pytest.raises(ValueError, match="mask folder '.*nowhere' does not exist"):
+    with pytest.raises(ValueError, match=r"mask folder '.*nowhere' does not exist"):
         check_masks(pairs / "images", pairs / "nowhere", 4)
-    with pytest.raises(ValueError, match="image folder '.*nowhere' does not exist"):
+    with pytest.raises(ValueError, match=r"image folder '.*nowhere' does not exist"):
         check_masks(pairs / "nowhere", pairs / "masks", 4)
     data = (pairs / "masks" / "x.png").read_bytes()
     (pairs / "masks" / "x.png").write_bytes(data[: len(data) // 2])
