@@ -50,6 +50,7 @@ from vizoo.heads.mm.ext import *
 from vizoo.heads.mm.ext import missing as __getattr__
 '''
 ADAPTER = "VizooBackbone"
+PYRAMIDS = ("FPN", "PAFPN", "FPN_CARAFE", "NASFPN", "HRFPN", "ChannelMapper", "MultiLevelNeck")  # one level in, one out
 ADAPTER_ONLY = ("type", "pretrained", "frozen_stages", "norm_eval", "with_cp", "out_norm", "init_cfg", "_scope_")
 
 
@@ -166,7 +167,7 @@ def check_config(cfg: Any) -> None:
     if not model:
         raise UserError("the config has no key 'model'")
     backbone = model.get("backbone") or {}
-    if str(backbone.get("type")).rpartition(".")[2] == ADAPTER:
+    if _is_ours(backbone):
         if model.get("pretrained") is not None:
             raise UserError(
                 f"model.pretrained={model.pretrained!r} is meant for another backbone: set model.pretrained=None, "
@@ -179,6 +180,15 @@ def check_config(cfg: Any) -> None:
         file = _get(cfg, key)
         if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
             raise UserError(f"{key}={file!r} does not exist")
+
+
+def _is_ours(backbone: Any) -> bool:
+    return hasattr(backbone, "get") and _type(backbone) == ADAPTER
+
+
+def _type(config: Any) -> str:
+    """Name of a type, without the scope that may stand before it."""
+    return str(config.get("type")).rpartition(".")[2]
 
 
 def _get(cfg: Any, key: str) -> Any:
@@ -217,12 +227,12 @@ def _check_channels(model: Any, channels: list[int]) -> None:
     necks = model.get("neck") or []
     for i, neck in enumerate(necks if isinstance(necks, list) else [necks]):
         key = f"model.neck[{i}]" if isinstance(necks, list) else "model.neck"
-        given = neck.get("in_channels")
-        if isinstance(given, list | tuple) and list(given) != list(channels):
-            raise UserError(f"{key}.in_channels={list(given)}, but {list(channels)} come in")
-        if not isinstance(neck.get("out_channels"), int):
-            return  # what leaves this neck is not known here
-        channels = [neck.out_channels] * neck.get("num_outs", len(channels))
+        if _type(neck) not in PYRAMIDS or not isinstance(neck.get("out_channels"), int):
+            return  # what enters and leaves this neck is not known here
+        given = list(neck.get("in_channels") or [])
+        if given != channels:
+            raise UserError(f"{key}.in_channels={given}, but {channels} come in")
+        channels = [neck.out_channels] * (neck.get("num_outs") or len(channels))
     for key, head in _heads(model):
         given, index = head.get("in_channels"), head.get("in_index")
         if given is None or (not necks and not key.startswith(("model.decode_head", "model.auxiliary_head"))):
@@ -295,7 +305,9 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
 
     with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         dataset = registry.build({**config, "pipeline": [], "lazy_init": True})
-    if hasattr(dataset, "COCOAPI"):
+    readers = [getattr(type(dataset), name, None) for name in ("load_data_list", "parse_data_info")]
+    owners = {getattr(reader, "__qualname__", "").partition(".")[0] for reader in readers}
+    if owners == {"CocoDataset"}:  # no class that reads another form of annotations
         classes = dataset.metainfo.get("classes")
         check_coco(dataset.ann_file, dataset.data_prefix.get("img", ""), classes, labelled=labelled)
     elif hasattr(dataset, "seg_map_suffix") and dataset.data_prefix.get("seg_map_path"):
@@ -305,17 +317,16 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
                 raise ValueError(f"ann_file {dataset.ann_file!r} does not exist")
             names = Path(dataset.ann_file).read_text(encoding="utf-8").split()
         classes = type(dataset).METAINFO.get("classes") if dataset.label_map else dataset.metainfo.get("classes")
-        if classes:
-            check_masks(
-                dataset.data_prefix["img_path"],
-                dataset.data_prefix["seg_map_path"],
-                len(classes),
-                image_suffix=dataset.img_suffix,
-                mask_suffix=dataset.seg_map_suffix,
-                reduce_zero_label=dataset.reduce_zero_label,
-                ignore_index=dataset.ignore_index,
-                names=names,
-            )
+        check_masks(
+            dataset.data_prefix["img_path"],
+            dataset.data_prefix["seg_map_path"],
+            len(classes or range(255)),  # without names any class may occur
+            image_suffix=dataset.img_suffix,
+            mask_suffix=dataset.seg_map_suffix,
+            reduce_zero_label=dataset.reduce_zero_label,
+            ignore_index=dataset.ignore_index,
+            names=names,
+        )
 
 
 # training and testing
@@ -340,11 +351,11 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     training = args.action == "train"
     if not training and not cfg.get("load_from"):
         raise UserError("--load-from is missing: the checkpoint to test")
+    if (not training or cfg.get("resume")) and _is_ours(_get(cfg, "model.backbone")):
+        cfg.model.backbone.pretrained = False  # every weight comes from the checkpoint
     check_config(cfg)
     if not args.no_check_data:
         check_data(cfg, ("train", "val") if training else ("test",))
-    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
-        sys.modules["__main__"].__spec__ = importlib.util.find_spec(__name__)
     if training:
         randomness = cfg.setdefault("randomness", {})
         randomness["seed"] = randomness.get("seed") or 0
@@ -354,6 +365,10 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
     if on_cpus:
         _join_processes(cfg)
+    main_module = sys.modules["__main__"]
+    of_main = main_module.__spec__
+    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
+        main_module.__spec__ = importlib.util.find_spec(__name__)
     try:
         runner = _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
         if training:
@@ -363,6 +378,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         else:
             runner.test()
     finally:
+        main_module.__spec__ = of_main
         if on_cpus:
             torch.distributed.destroy_process_group()
     return runner
@@ -461,8 +477,8 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out!r}: no such folder")
     cfg.load_from = None
     check_config(cfg)
-    if str(cfg.model.backbone.get("type")).rpartition(".")[2] != ADAPTER:
-        raise UserError(f"model.backbone.type={cfg.model.backbone.get('type')!r}, need {ADAPTER!r}")
+    if not _is_ours(cfg.model.backbone):
+        raise UserError(f"model.backbone.type={_type(cfg.model.backbone)!r}, need {ADAPTER!r}")
     cfg.model.backbone.pretrained = False
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = _build(lambda: MODELS.build(cfg.model))
