@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix of a trained classifier"),
     "show": ("show", "draw what a model attends to in an image"),
     "dependency": ("dependency", "draw the tree, parts and saliency that a dependencyvit_* model sees in an image"),
+    "mm": ("mm", "train and test configs of mmdet and mmseg, convert checkpoints for them"),
     "bench": ("bench", "time a family against its official code or the plain reference, alternating"),
     "env": ("env", "versions, devices and which backends are usable, for bug reports"),
 }

@@ -13,7 +13,7 @@ Neither mmdet nor mmseg nor mmcv's operators are imported here.
 """
 
 try:
-    import mmengine as _mmengine
+    import mmengine  # noqa: F401 - the first of the packages needed
 except ImportError as e:
     raise ImportError(
         "vizoo.heads.mm needs mmengine, mmcv, mmdet and mmsegmentation: install them with pip install 'vizoo[mm]'"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.data import resolve_model_data_config
@@ -41,9 +40,13 @@ def _create_without_memory(model_name: str, **kwargs: Any) -> nn.Module:
 
 def _levels(model_name: str, strides: Sequence[int], **kwargs: Any) -> tuple[list[int], list[int]]:
     """Index among the model's features, and channels, of the last feature of each stride."""
+    if kwargs.get("out_indices") is not None:
+        given: Any = _create_without_memory(model_name, features_only=True, **kwargs).feature_info
+        return list(kwargs["out_indices"]), given.channels()
+    kwargs.pop("out_indices", None)
     if list(strides) != sorted(set(strides)) or not strides:
         raise ValueError(f"got strides={tuple(strides)}, need increasing numbers")
-    info = _create_without_memory(model_name, features_only=True, **kwargs).feature_info
+    info: Any = _create_without_memory(model_name, features_only=True, **kwargs).feature_info
     indices = {stride: i for i, stride in enumerate(info.reduction())}
     missing = [s for s in strides if s not in indices]
     if missing:
@@ -61,7 +64,7 @@ def channels(model_name: str, strides: Sequence[int] = (4, 8, 16, 32), **kwargs:
     Args:
         model_name: Any name of ``timm.create_model``.
         strides: As for :class:`VizooBackbone`.
-        **kwargs: Arguments of the model.
+        **kwargs: ``out_indices`` instead of ``strides``, and arguments of the model.
 
     Returns:
         Channels of each level.
@@ -141,19 +144,20 @@ class VizooBackbone(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        self._is_init: bool = False
         if out_norm not in (None, "layer"):
             raise ValueError(f"got out_norm={out_norm!r}, need 'layer' or None")
         if feature_cls is not None:
             kwargs["feature_cls"] = feature_cls
-        if out_indices is None:
-            out_indices = _levels(model_name, strides, **kwargs)[0]
-        weights = _pretrained_arguments(pretrained)
+        out_indices = _levels(model_name, strides, out_indices=out_indices, **kwargs)[0]
+        weights = pretrained_arguments(pretrained)
         body = _create(model_name, features_only=True, out_indices=tuple(out_indices), **weights, **kwargs)
         self.body = body
         self.model_name, self._kwargs = model_name, kwargs
-        self.channels: list[int] = body.feature_info.channels()  # type: ignore[operator, union-attr]
-        self.strides: list[int] = body.feature_info.reduction()  # type: ignore[operator, union-attr]
-        self.out_indices: list[int] = list(out_indices)
+        info: Any = body.feature_info
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        self.out_indices = out_indices
         self.norm_eval = norm_eval
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
         if with_cp:
@@ -162,10 +166,10 @@ class VizooBackbone(BaseModule):
         self.train(self.training)
 
     def _checkpoint_gradients(self) -> None:
-        for module in (self.body, getattr(self.body, "model", None)):
-            if hasattr(module, "set_grad_checkpointing"):
-                module.set_grad_checkpointing(True)
-                return
+        able: Any = next((m for m in (self.body, *self.body.children()) if hasattr(m, "set_grad_checkpointing")), None)
+        if able is not None:
+            able.set_grad_checkpointing(True)
+            return
         raise ValueError(f"got with_cp=True, but {self.model_name!r} has no gradient checkpointing")
 
     def layers(self, coarse: bool = False) -> dict[str, int]:
@@ -235,9 +239,9 @@ class VizooBackbone(BaseModule):
 
         mmengine's own method would call ``init_weights`` of the model, which many have, and wipe loaded weights.
         """
-        if self.init_cfg and not self.is_init:
+        if self.init_cfg and not self._is_init:
             initialize(self, self.init_cfg)
-        self.is_init = True
+        self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images ``[B, C, height, width]`` to one map ``[B, channels, H, W]`` for each level."""
@@ -247,7 +251,7 @@ class VizooBackbone(BaseModule):
         return tuple(norm(f) for norm, f in zip(self.out_norms, features, strict=True))
 
 
-def _pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
+def pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for weights that are loaded before the model is wrapped."""
     if isinstance(pretrained, bool):
         return {"pretrained": pretrained}
@@ -256,7 +260,7 @@ def _pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
         return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None, "file": None}}
     if not Path(source).is_file():
         raise ValueError(
-            f"got pretrained={source!r}, need True, False, an existing file or a URL (a value of another backbone that a "
-            "base config sets goes away with pretrained=None in the model)"
+            f"got pretrained={source!r}, need True, False, an existing file or a URL; "
+            "a value that a base config sets for another backbone goes away with model.pretrained=None"
         )
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": source}}

@@ -1,4 +1,4 @@
-"""What mmengine needs on current PyTorch, NumPy and setuptools: safe checkpoint loading, bases of installed packages."""
+"""What mmengine needs on current PyTorch and setuptools: safe loading of checkpoints, bases of installed packages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Stand-in for ``mmcv._ext``, the compiled operators of mmcv, on torchvision and plain PyTorch.
 
-mmcv imports ``mmcv._ext`` and asks it for 113 operators.  :func:`install` adds a finder that answers for this one module
-when no compiled one is found, so a real extension always wins.  Operators that mmdet and mmseg models use are here;
-any other name is a function that raises ``NotImplementedError`` when called.
+mmcv imports ``mmcv._ext`` and asks it for 113 operators.  :func:`install` adds a finder that answers for this one
+module when no compiled one is found, so a real extension always wins.  Operators that models of mmdet and mmseg use
+are here; any other name is a function that raises ``NotImplementedError`` when called.
 
 The environment variable ``VIZOO_MMCV_EXT`` says which one is used: ``auto``; ``torchvision``, this module even when a
 compiled one exists; ``off``, never this module.
@@ -104,8 +104,8 @@ def missing(name: str) -> Callable[..., Any]:
 
     def unavailable(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"operator {name!r} of mmcv has no equivalent in torchvision or PyTorch and the compiled extension mmcv._ext "
-            "is missing: build mmcv from source as the section on mmdet and mmseg in vizoo's README says, "
+            f"operator {name!r} of mmcv has no equivalent in torchvision or PyTorch, and the compiled extension "
+            "mmcv._ext is missing: build mmcv from source as vizoo's README says in its section on mmdet and mmseg, "
             "or take a model without this operator"
         )
 
@@ -363,10 +363,8 @@ def _inside(
     for axis, outputs in enumerate((oh, ow)):
         start = torch.arange(outputs, device=offset.device) * stride[axis] - padding[axis]
         tap = torch.arange(kernel[axis], device=offset.device) * dilation[axis]
-        if axis == 0:
-            base = tap[:, None, None, None] + start[:, None]  # [kh, 1, oh, 1]
-        else:
-            base = tap[:, None, None] + start  # [kw, 1, ow]
+        base = tap[:, None] + start  # [kh, oh] or [kw, ow]
+        base = base[:, None, :, None] if axis == 0 else base[:, None, :]
         position = base + positions[:, :, :, :, axis]
         inside &= (position > -1) & (position < size[axis])
     return inside.unsqueeze(4).expand_as(positions).reshape(offset.shape)
@@ -708,7 +706,8 @@ def carafe_naive_forward(
     features: Tensor, masks: Tensor, output: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> None:
     """Content-aware upsampling (Wang et al., ICCV 2019) into ``output [N, C, sH, sW]``."""
-    output.copy_(_carafe(*_wide(features, masks), kernel_size, group_size, scale_factor))
+    x, weights = _wide(features, masks)
+    output.copy_(_carafe(x, weights, kernel_size, group_size, scale_factor))
 
 
 def carafe_naive_backward(

@@ -52,7 +52,7 @@ class TimmLayerDecay(DefaultOptimWrapperConstructor):
             if parameter.ndim <= 1 or id(parameter) in undecayed:
                 group.setdefault("weight_decay", 0.0)
             scale = scales.get(id(parameter), 1.0)
-            group["lr"] = group.get("lr", self.base_lr) * scale
+            group["lr"] = scale * group.get("lr", self.optimizer_cfg["lr"])
             group["lr_scale"] = scale  # for information: mmengine's schedulers start from each group's lr
             settings = repr(sorted(group.items()))
             groups.setdefault(settings, {"params": [], **group})["params"].append(parameter)

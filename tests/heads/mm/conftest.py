@@ -1,0 +1,243 @@
+"""Tiny pictures of shapes in COCO and ADE20K layout, and configs that train on them in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from vizoo.tools import mm as launcher
+
+WIDTH, HEIGHT = 160, 128
+CLASSES = ("rectangle", "disc", "triangle")
+COLOURS = ((220, 60, 40), (40, 200, 60), (50, 80, 230))
+
+
+def draw(random: np.random.RandomState) -> tuple[Image.Image, Image.Image, list[dict]]:
+    """A noisy gray picture with one to three shapes, its mask (1 background, 2 to 4 shapes) and its objects."""
+    image = Image.fromarray(random.randint(90, 160, (HEIGHT, WIDTH, 3)).astype(np.uint8))
+    mask = Image.new("L", image.size, 1)
+    objects: list[dict] = []
+    for _ in range(random.randint(1, 4)):
+        side, kind = random.randint(34, 64), random.randint(3)
+        x, y = random.randint(0, WIDTH - side), random.randint(0, HEIGHT - side)
+        if any(abs(x - o["bbox"][0]) < 50 and abs(y - o["bbox"][1]) < 50 for o in objects):
+            continue
+        if kind == 0:
+            points = [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+        elif kind == 1:
+            angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+            points = [(x + side / 2 * (1 + np.cos(a)), y + side / 2 * (1 + np.sin(a))) for a in angles]
+        else:
+            points = [(x + side / 2, y), (x + side, y + side), (x, y + side)]
+        ImageDraw.Draw(image).polygon(points, fill=COLOURS[kind])
+        ImageDraw.Draw(mask).polygon(points, fill=kind + 2)
+        box = [x, y, side, side]
+        flat = [float(v) for point in points for v in point]
+        area = float(side * side / (2 if kind == 2 else 1))
+        objects.append({"bbox": box, "category_id": kind + 1, "segmentation": [flat], "area": area, "iscrowd": 0})
+    return image, mask, objects
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """16 training and 6 validation pictures: ``{training,validation}.json``, ``images/``, ``annotations/``."""
+    root = tmp_path_factory.mktemp("shapes")
+    random = np.random.RandomState(0)
+    for split, count in (("training", 16), ("validation", 6)):
+        images, annotations = [], []
+        for folder in ("images", "annotations"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(count):
+            image, mask, objects = draw(random)
+            image.save(root / "images" / split / f"{i}.png")
+            mask.save(root / "annotations" / split / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT})
+            annotations += [{**o, "id": len(annotations) + j, "image_id": i} for j, o in enumerate(objects)]
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+        data = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{split}.json").write_text(json.dumps(data))
+    return root
+
+
+DETECTION = """
+_base_ = ["mmdet::_base_/models/{model}.py", "mmdet::_base_/default_runtime.py"]
+custom_imports = dict(imports=["vizoo.heads.mm"], allow_failed_imports=False)
+meta = dict(classes=("rectangle", "disc", "triangle"), palette=[(220, 60, 40), (40, 200, 60), (50, 80, 230)])
+train_steps = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask={masks}),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackDetInputs"),
+]
+test_steps = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 128), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask={masks}),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=True),
+    dataset=dict(type="CocoDataset", metainfo=meta, data_root="{root}", ann_file="training.json",
+                 data_prefix=dict(img="images/training"), filter_cfg=dict(filter_empty_gt=True), pipeline=train_steps),
+)
+val_dataloader = dict(
+    batch_size=1, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(type="CocoDataset", metainfo=meta, data_root="{root}", ann_file="validation.json",
+                 data_prefix=dict(img="images/validation"), test_mode=True, pipeline=test_steps),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="CocoMetric", ann_file="{root}/validation.json", metric={metrics})
+test_evaluator = val_evaluator
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs={epochs}, val_interval={epochs})
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+param_scheduler = [dict(type="CosineAnnealingLR", T_max={steps}, by_epoch=False, eta_min=1e-5)]
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=1e-4), clip_grad=dict(max_norm=5)
+)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=3))
+randomness = dict(seed=0)
+"""
+
+RETINANET = (
+    DETECTION
+    + """
+model = dict(
+    backbone=dict(_delete_=True, type="VizooBackbone", model_name="{backbone}", {options}),
+    neck=dict(in_channels={channels}, out_channels=32),
+    bbox_head=dict(num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1),
+)
+"""
+)
+
+MASK_RCNN = (
+    DETECTION
+    + """
+model = dict(
+    backbone=dict(_delete_=True, type="VizooBackbone", model_name="{backbone}", {options}),
+    neck=dict(in_channels={channels}, out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        mask_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=128, num_classes=3),
+        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=3),
+    ),
+    train_cfg=dict(rpn=dict(sampler=dict(num=64)), rpn_proposal=dict(nms_pre=200, max_per_img=100),
+                   rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+)
+"""
+)
+
+SEGMENTATION = """
+_base_ = ["mmseg::_base_/models/{model}.py", "mmseg::_base_/default_runtime.py"]
+custom_imports = dict(imports=["vizoo.heads.mm"], allow_failed_imports=False)
+meta = dict(classes=("ground", "rectangle", "disc", "triangle"),
+            palette=[(120, 120, 120), (220, 60, 40), (40, 200, 60), (50, 80, 230)])
+train_steps = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="RandomCrop", crop_size=(96, 128)),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackSegInputs"),
+]
+test_steps = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+shapes = dict(type="BaseSegDataset", metainfo=meta, data_root="{root}", img_suffix=".png", seg_map_suffix=".png",
+              reduce_zero_label=True)
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+                 pipeline=train_steps, **shapes),
+)
+val_dataloader = dict(
+    batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+                 pipeline=test_steps, **shapes),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
+train_cfg = dict(type="IterBasedTrainLoop", max_iters={steps}, val_interval={steps})
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+param_scheduler = [dict(type="PolyLR", eta_min=1e-6, power=0.9, begin=0, end={steps}, by_epoch=False)]
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr={lr}, weight_decay=1e-4))
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"), logger=dict(type="LoggerHook", interval=1),
+    param_scheduler=dict(type="ParamSchedulerHook"), sampler_seed=dict(type="DistSamplerSeedHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval={interval}),
+)
+randomness = dict(seed=0)
+"""
+
+UPERNET = (
+    SEGMENTATION
+    + """
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=(96, 128)),
+    backbone=dict(_delete_=True, type="VizooBackbone", model_name="{backbone}", {options}),
+    decode_head=dict(in_channels={channels}, channels=64, num_classes=4),
+    auxiliary_head=dict(in_channels={channels}[2], channels=32, num_classes=4),
+)
+"""
+)
+
+SEMANTIC_FPN = (
+    SEGMENTATION
+    + """
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=(96, 128)),
+    backbone=dict(_delete_=True, type="VizooBackbone", model_name="{backbone}", {options}),
+    neck=dict(in_channels={channels}, out_channels=64),
+    decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=4),
+)
+"""
+)
+DEFAULTS = {
+    "retinanet": (RETINANET, {"model": "retinanet_r50_fpn", "masks": False, "metrics": '"bbox"'}),
+    "mask_rcnn": (MASK_RCNN, {"model": "mask-rcnn_r50_fpn", "masks": True, "metrics": '["bbox", "segm"]'}),
+    "upernet": (UPERNET, {"model": "upernet_r50", "lr": 3e-4}),
+    "semantic_fpn": (SEMANTIC_FPN, {"model": "fpn_r50", "lr": 3e-4}),
+}
+
+
+@pytest.fixture(scope="session")
+def write_config(shapes):
+    """Function that writes a config of one of the four models to a file."""
+
+    def write(path: Path, kind: str, backbone: str, extra: str = "", **values) -> Path:
+        from vizoo.heads.mm import channels
+
+        text, defaults = DEFAULTS[kind]
+        epochs = values.get("epochs", 1)
+        steps = {"epochs": epochs, "steps": 4 * epochs, "interval": 1000, "options": ""}
+        numbers = {"root": shapes, "backbone": backbone, "channels": channels(backbone), **defaults, **steps, **values}
+        for key, value in numbers.items():
+            text = text.replace(f"{{{key}}}", str(value))
+        path.write_text(text + extra)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def train():
+    """Function that trains a config in this process by the launcher, and returns the runner."""
+
+    def train(config: Path, work_dir: Path, *words: str, action: str = "train"):
+        argv = [action, str(config), "--work-dir", str(work_dir), *words]
+        args = launcher.build_parser().parse_args(argv)
+        return launcher.run(launcher.load_config(args), args)
+
+    return train

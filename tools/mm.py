@@ -1,0 +1,518 @@
+"""``vizoo mm``: train and test configs of mmdet and mmseg, with checks before anything starts.
+
+Differences from the packages' own ``train.py`` and ``test.py``: no compiled operators are needed, also by data workers
+that are spawned; configs and data are checked first; several processes work on CPUs too (gloo); and a resumed run
+repeats an uninterrupted one, see :class:`vizoo.heads.mm.SeedByPosition`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vizoo.tools._check_data import check_coco, check_masks
+from vizoo.tools.common import UserError, run_tool
+
+try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
+    from vizoo.heads import mm
+except ImportError as e:
+    MISSING: str | None = str(e)
+else:
+    MISSING = None
+
+EXAMPLES = """\
+examples:
+  vizoo mm train configs/detection/mmdet/litv2_s_mask-rcnn_8xb2-1x_coco.py
+      train; results go to work_dirs/NAME/, --work-dir puts them elsewhere
+  vizoo mm train CONFIG --resume
+      continue the newest checkpoint of the work dir exactly where it stopped
+  torchrun --nproc_per_node=8 -m vizoo.tools.mm train CONFIG --launcher pytorch
+      one process on each GPU, or on CPUs
+  vizoo mm test CONFIG --load-from epoch_12.pth
+      the metrics of the config's test_evaluator
+  vizoo mm convert CONFIG --load-from official.pth --out ours.pth
+      a detector or segmentor published by a backbone's authors, for this config
+  vizoo mm link
+      let scripts that know nothing of vizoo find mmcv's operators; 'vizoo mm unlink' takes it back"""
+
+LINK_MARK = "Written by 'vizoo mm link'"
+LINK = f'''"""{LINK_MARK}; 'vizoo mm unlink' removes it."""
+
+from vizoo.heads.mm.ext import *
+from vizoo.heads.mm.ext import missing as __getattr__
+'''
+ADAPTER = "VizooBackbone"
+ADAPTER_ONLY = ("type", "pretrained", "frozen_stages", "norm_eval", "with_cp", "out_norm", "init_cfg", "_scope_")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of ``vizoo mm``."""
+    p = argparse.ArgumentParser(
+        prog="vizoo mm",
+        description="Train and test configs of mmdet and mmseg, convert checkpoints for them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("action", choices=["train", "test", "convert", "link", "unlink"])
+    p.add_argument("config", nargs="?", metavar="CONFIG", help="config file (.py)")
+    p.add_argument("--work-dir", metavar="DIR", help="where logs and checkpoints go; default work_dirs/NAME")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="continue the work dir's newest checkpoint, or FILE",
+    )
+    p.add_argument("--load-from", metavar="FILE", help="checkpoint to test, to convert, or to start training from")
+    p.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    p.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="settings that replace those of the config")
+    p.add_argument("--launcher", choices=["none", "pytorch"], default="none", help="'pytorch' under torchrun")
+    p.add_argument("--no-check-data", action="store_true", help="start without looking at images and annotations")
+    p.add_argument("--out", metavar="FILE", help="where 'convert' writes")
+    p.add_argument("--debug", action="store_true", help="show full tracebacks")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``vizoo mm``; arguments and exit status as for :func:`vizoo.tools.common.run_tool`."""
+    return run_tool(_main, argv, "mm")
+
+
+def _main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    if MISSING:
+        raise UserError(MISSING)
+    if args.action in ("link", "unlink"):
+        return link(args.action == "link")
+    if args.config is None:
+        raise UserError(f"CONFIG is missing: vizoo mm {args.action} CONFIG")
+    if args.load_from and not args.load_from.startswith(("http://", "https://")) and not Path(args.load_from).is_file():
+        raise UserError(f"--load-from {args.load_from!r} does not exist")
+    cfg = load_config(args)
+    if args.action == "convert":
+        return _convert(cfg, args)
+    run(cfg, args)
+    return 0
+
+
+# configs
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    """Read a config and put the options of the command line into it.
+
+    Args:
+        args: Options of :func:`build_parser`.
+
+    Returns:
+        The ``mmengine.Config``.
+
+    Raises:
+        UserError: For a file or a base that does not exist, or that is no config.
+    """
+    from mmengine.config import Config, DictAction
+
+    if not Path(args.config).is_file():
+        raise UserError(f"config {args.config!r} does not exist")
+    try:
+        cfg = Config.fromfile(args.config)
+        for option in args.cfg_options or ():
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"--cfg-options {option!r}: write KEY=VALUE")
+            cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
+    except UserError:
+        raise
+    except Exception as e:  # a config is Python: it can raise anything
+        raise UserError(f"config {args.config!r} cannot be read: {type(e).__name__}: {e}") from e
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+    if args.load_from:
+        cfg.load_from = args.load_from
+    if args.resume == "auto":
+        cfg.resume = Path(cfg.work_dir, "last_checkpoint").is_file()
+        if cfg.resume:
+            cfg.load_from = None  # of the config: where training once started
+    elif args.resume:
+        if not Path(args.resume).is_file():
+            raise UserError(f"--resume {args.resume!r} does not exist")
+        cfg.resume, cfg.load_from = True, args.resume
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise UserError("--amp: mixed precision needs a GPU, none is here")
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    return cfg
+
+
+def check_config(cfg: Any) -> None:
+    """Check what a config says about a zoo backbone, and the files it names.
+
+    Args:
+        cfg: The config.
+
+    Raises:
+        UserError: Names the key: an unknown model, a stride that it does not have, ``in_channels`` of a neck or head
+            that differ from what comes in, a missing file.
+    """
+    model = cfg.get("model")
+    if not model:
+        raise UserError("the config has no key 'model'")
+    backbone = model.get("backbone") or {}
+    if str(backbone.get("type")).rpartition(".")[2] == ADAPTER:
+        if model.get("pretrained") is not None:
+            raise UserError(
+                f"model.pretrained={model.pretrained!r} is meant for another backbone: set model.pretrained=None, "
+                "and model.backbone.pretrained for weights of the zoo"
+            )
+        _check_channels(model, _backbone_channels(backbone))
+    _check_weights("model.backbone.init_cfg.checkpoint", backbone.get("init_cfg"))
+    _check_weights("model.init_cfg.checkpoint", model.get("init_cfg"))
+    for key in ("load_from", *(f"{split}_evaluator.ann_file" for split in ("val", "test"))):
+        file = _get(cfg, key)
+        if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
+            raise UserError(f"{key}={file!r} does not exist")
+
+
+def _get(cfg: Any, key: str) -> Any:
+    """Value of a dotted key, None where a part is missing."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if hasattr(cfg, "get") else None
+    return cfg
+
+
+def _is_remote(file: str) -> bool:
+    return "://" in file
+
+
+def _check_weights(key: str, init_cfg: Any) -> None:
+    file = init_cfg.get("checkpoint") if hasattr(init_cfg, "get") else None
+    if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
+        raise UserError(f"{key}={file!r} does not exist")
+
+
+def _backbone_channels(backbone: Any) -> list[int]:
+    """Channels of the backbone's levels, by its config."""
+    from vizoo.heads.mm.backbone import pretrained_arguments
+
+    if "model_name" not in backbone:
+        raise UserError("model.backbone.model_name is missing")
+    kwargs = {k: v for k, v in backbone.items() if k not in ADAPTER_ONLY}
+    try:
+        pretrained_arguments(backbone.get("pretrained", False))
+        return mm.channels(**kwargs)
+    except Exception as e:  # whatever the model's constructor raises
+        raise UserError(f"model.backbone: {e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'}") from e
+
+
+def _check_channels(model: Any, channels: list[int]) -> None:
+    """Compare ``in_channels`` of neck and heads with what comes in."""
+    necks = model.get("neck") or []
+    for i, neck in enumerate(necks if isinstance(necks, list) else [necks]):
+        key = f"model.neck[{i}]" if isinstance(necks, list) else "model.neck"
+        given = neck.get("in_channels")
+        if isinstance(given, list | tuple) and list(given) != list(channels):
+            raise UserError(f"{key}.in_channels={list(given)}, but {list(channels)} come in")
+        if not isinstance(neck.get("out_channels"), int):
+            return  # what leaves this neck is not known here
+        channels = [neck.out_channels] * neck.get("num_outs", len(channels))
+    for key, head in _heads(model):
+        given, index = head.get("in_channels"), head.get("in_index")
+        if given is None or (not necks and not key.startswith(("model.decode_head", "model.auxiliary_head"))):
+            continue
+        if isinstance(given, int):
+            expected: Any = channels[index if isinstance(index, int) else -1]
+        else:
+            given, indices = list(given), range(len(channels)) if index is None else index
+            if not isinstance(indices, Sequence) or max(indices) >= len(channels):
+                raise UserError(f"{key}.in_index={index} in a model of {len(channels)} levels")
+            expected = [channels[i] for i in indices]
+        if given != expected:
+            raise UserError(f"{key}.in_channels={given}, but {expected} come in")
+
+
+def _heads(model: Any) -> Iterator[tuple[str, Any]]:
+    """Heads that read the levels, with their keys."""
+    roi_heads = ("roi_head.bbox_head", "roi_head.mask_head")
+    for key in ("rpn_head", "bbox_head", "mask_head", *roi_heads, "decode_head", "auxiliary_head"):
+        found = _get(model, key)
+        for i, head in enumerate(found if isinstance(found, list | tuple) else [found]):
+            if hasattr(head, "get"):
+                yield f"model.{key}[{i}]" if isinstance(found, list | tuple) else f"model.{key}", head
+
+
+# data
+
+
+def check_data(cfg: Any, splits: Sequence[str]) -> None:
+    """Check the data sets of a config, record by record.
+
+    Args:
+        cfg: The config.
+        splits: ``train``, ``val``, ``test``.
+
+    Raises:
+        UserError: Names the data set's key, the file and the bad records.
+    """
+    seen: list[Any] = []
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader") or {}
+        for key, dataset in _datasets(f"{split}_dataloader.dataset", loader.get("dataset")):
+            same = {k: v for k, v in dataset.items() if k != "pipeline"}
+            if same in seen:
+                continue
+            seen.append(same)
+            try:
+                _check_dataset(cfg, same, labelled=split != "test")
+            except UserError:
+                raise
+            except Exception as e:  # whatever a constructor raises
+                raise UserError(f"{key}: {e}") from e
+
+
+def _datasets(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The data sets inside wrappers."""
+    if not hasattr(dataset, "get"):
+        return
+    if "dataset" in dataset:
+        yield from _datasets(f"{key}.dataset", dataset.dataset)
+    elif "datasets" in dataset:
+        for i, part in enumerate(dataset.datasets):
+            yield from _datasets(f"{key}.datasets[{i}]", part)
+    else:
+        yield key, dataset
+
+
+def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
+    from mmengine.registry import DATASETS
+
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
+        dataset = registry.build({**config, "pipeline": [], "lazy_init": True})
+    if hasattr(dataset, "COCOAPI"):
+        classes = dataset.metainfo.get("classes")
+        check_coco(dataset.ann_file, dataset.data_prefix.get("img", ""), classes, labelled=labelled)
+    elif hasattr(dataset, "seg_map_suffix") and dataset.data_prefix.get("seg_map_path"):
+        names = None
+        if dataset.ann_file:
+            if not Path(dataset.ann_file).is_file():
+                raise ValueError(f"ann_file {dataset.ann_file!r} does not exist")
+            names = Path(dataset.ann_file).read_text(encoding="utf-8").split()
+        classes = type(dataset).METAINFO.get("classes") if dataset.label_map else dataset.metainfo.get("classes")
+        if classes:
+            check_masks(
+                dataset.data_prefix["img_path"],
+                dataset.data_prefix["seg_map_path"],
+                len(classes),
+                image_suffix=dataset.img_suffix,
+                mask_suffix=dataset.seg_map_suffix,
+                reduce_zero_label=dataset.reduce_zero_label,
+                ignore_index=dataset.ignore_index,
+                names=names,
+            )
+
+
+# training and testing
+
+
+def run(cfg: Any, args: argparse.Namespace) -> Any:
+    """Check a config and its data, then train or test.
+
+    Args:
+        cfg: Of :func:`load_config`.
+        args: Options of :func:`build_parser`.
+
+    Returns:
+        The runner.
+
+    Raises:
+        UserError: If something in the config or the data is wrong; nothing has been started then.
+    """
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    training = args.action == "train"
+    if not training and not cfg.get("load_from"):
+        raise UserError("--load-from is missing: the checkpoint to test")
+    check_config(cfg)
+    if not args.no_check_data:
+        check_data(cfg, ("train", "val") if training else ("test",))
+    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
+        sys.modules["__main__"].__spec__ = importlib.util.find_spec(__name__)
+    if training:
+        randomness = cfg.setdefault("randomness", {})
+        randomness["seed"] = randomness.get("seed") or 0
+        hooks = cfg.get("custom_hooks") or []
+        if not any(hook.get("type") == "SeedByPosition" for hook in hooks):
+            cfg.custom_hooks = [*hooks, {"type": "SeedByPosition", "seed": randomness["seed"]}]
+    on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
+    if on_cpus:
+        _join_processes(cfg)
+    try:
+        runner = _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
+        if training:
+            _build(lambda: (runner.train_loop, runner.val_loop))
+            runner.optim_wrapper = _build(lambda: runner.build_optim_wrapper(runner.optim_wrapper))
+            runner.train()
+        else:
+            runner.test()
+    finally:
+        if on_cpus:
+            torch.distributed.destroy_process_group()
+    return runner
+
+
+def _build(what: Callable[[], Any]) -> Any:
+    """Build a part of the runner; what mmengine raises for a bad config is one message."""
+    try:
+        return what()
+    except (AssertionError, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as e:
+        raise UserError(f"the config cannot be built: {type(e).__name__}: {e}") from e
+
+
+def _join_processes(cfg: Any) -> None:
+    """What mmengine's own launcher does only for GPUs."""
+    if "RANK" not in os.environ:
+        raise UserError("--launcher pytorch: start with torchrun --nproc_per_node=N -m vizoo.tools.mm ...")
+    torch.distributed.init_process_group("gloo")
+    cfg.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "device_ids": None,  # written out: mmengine fills in a GPU otherwise
+        **(cfg.get("model_wrapper_cfg") or {}),
+    }
+    _replace_sync_bn(cfg.model)
+
+
+def _replace_sync_bn(node: Any) -> None:
+    """``SyncBN`` exists on GPUs only."""
+    if isinstance(node, dict):
+        if node.get("type") == "SyncBN":
+            node["type"] = "BN"
+        for value in node.values():
+            _replace_sync_bn(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _replace_sync_bn(value)
+
+
+# checkpoints of the authors
+
+
+def convert_checkpoint(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Names of a detector or segmentor published by a backbone's authors -> those of ``model``.
+
+    Necks and heads kept their names since mmdet 2 and mmseg 0; the backbone goes through the family's
+    ``checkpoint_filter_fn``.
+
+    Args:
+        checkpoint: Checkpoint or state dict.
+        model: Detector or segmentor with a :class:`vizoo.heads.mm.VizooBackbone` as ``backbone``.
+
+    Returns:
+        The state dict, which fits ``model`` strictly.
+
+    Raises:
+        ValueError: If anything is missing, left over or of another shape; names the first ten of each.
+    """
+    adapter = model.backbone
+    inner: Any = adapter.body.model if hasattr(adapter.body, "model") else None  # type: ignore[union-attr]
+    if inner is None:
+        raise ValueError("got a backbone without official task checkpoints: its features are no 'getter'")
+    state = checkpoint.get("state_dict", checkpoint)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    own = model.state_dict()
+    body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    family = sys.modules[type(inner).__module__]
+    filter_fn = getattr(family, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
+    filtered = filter_fn(dict(body), inner)
+    ours = {t.data_ptr() for t in inner.state_dict().values() if t.numel()}  # filled in by the filter, not in the file
+    filled = {k for k, v in filtered.items() if v.numel() and v.data_ptr() in ours}
+    converted = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+    converted.update({f"backbone.body.model.{k}": v for k, v in filtered.items() if k not in filled})
+    kept = {v.data_ptr() for v in filtered.values()}
+    dropped = [k for k, v in body.items() if not k.endswith("relative_position_index")]
+    if len(filtered) - len(filled) == len(dropped):
+        dropped = []  # renamed or resized, none left out
+    dropped = [f"backbone.{k}" for k in dropped if body[k].data_ptr() not in kept]
+    problems = {
+        "missing": sorted(own.keys() - converted.keys()),
+        "unexpected": sorted({*(converted.keys() - own.keys()), *dropped}),
+        "of another shape": sorted(k for k, v in converted.items() if k in own and v.shape != own[k].shape),
+    }
+    texts = [f"{len(keys)} {what}: {', '.join(keys[:10])}" for what, keys in problems.items() if keys]
+    if texts:
+        raise ValueError(f"the checkpoint does not fit the config; {'; '.join(texts)}")
+    return converted
+
+
+def _convert(cfg: Any, args: argparse.Namespace) -> int:
+    from mmengine.registry import MODELS, init_default_scope
+
+    if not args.load_from or not args.out:
+        raise UserError("--load-from and --out are missing: the authors' checkpoint and where to write ours")
+    if not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out {args.out!r}: no such folder")
+    cfg.load_from = None
+    check_config(cfg)
+    if str(cfg.model.backbone.get("type")).rpartition(".")[2] != ADAPTER:
+        raise UserError(f"model.backbone.type={cfg.model.backbone.get('type')!r}, need {ADAPTER!r}")
+    cfg.model.backbone.pretrained = False
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    model = _build(lambda: MODELS.build(cfg.model))
+    try:
+        checkpoint = torch.load(args.load_from, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever an unpickler raises
+        raise UserError(f"--load-from {args.load_from!r} is not a checkpoint that PyTorch reads safely: {e}") from e
+    try:
+        state = convert_checkpoint(checkpoint, model)
+    except ValueError as e:
+        raise UserError(f"--load-from {args.load_from!r}: {e}") from e
+    meta = checkpoint.get("meta") or {}
+    described = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
+    dataset_meta = {k: v for k, v in described.items() if v is not None}
+    torch.save({"state_dict": state, "meta": {"dataset_meta": dataset_meta} if dataset_meta else {}}, args.out)
+    print(f"{len(state)} tensors, none missing, none unexpected: {args.out}")
+    return 0
+
+
+# scripts of others
+
+
+def link(wanted: bool) -> int:
+    """Write the stand-in into the installed mmcv as ``mmcv/_ext.py``, or remove it.
+
+    Args:
+        wanted: Whether it should be there.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: If mmcv is missing, or the file is another one.
+    """
+    spec = importlib.util.find_spec("mmcv")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("mmcv is not installed")
+    file = Path(next(iter(spec.submodule_search_locations)), "_ext.py")
+    if file.exists() and LINK_MARK not in file.read_text(encoding="utf-8"):
+        raise UserError(f"{str(file)!r} is not one that 'vizoo mm link' wrote; it stays as it is")
+    if wanted:
+        file.write_text(LINK, encoding="utf-8")
+        print(f"wrote {file}; a compiled extension beside it still comes first")
+    elif file.exists():
+        file.unlink()
+        print(f"removed {file}")
+    else:
+        print(f"nothing to remove: {file} does not exist")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
