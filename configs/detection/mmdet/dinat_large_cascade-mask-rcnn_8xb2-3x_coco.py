@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 55.3, mask AP 47.8; 258 M parameters, 1276 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 257,886,948.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 ImageNet-22K weights, as there. No AMP, as there.
 """
 

@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 54.8, mask AP 47.2; 253 M parameters, 1357 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 253,475,910.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 ImageNet-22K weights, as there.
 """
 

@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 51.0, mask AP 44.1; 86 M parameters, 742 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 85,629,804.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/cascade-mask-rcnn_4conv1fc_3x.py"

@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 52.9, mask AP 45.8; 108 M parameters, 809 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 108,061,131.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/cascade-mask-rcnn_4conv1fc_3x.py"

@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 52.2, mask AP 45.1; 85 M parameters, 737 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 85,375,704.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/cascade-mask-rcnn_4conv1fc_3x.py"

@@ -2,9 +2,8 @@
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
 Published: box AP 48.6, mask AP 43.5; 48 M parameters, 258 G multiply-adds at 1280x800.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Parameters: 47,540,502.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/mask-rcnn_3x.py"

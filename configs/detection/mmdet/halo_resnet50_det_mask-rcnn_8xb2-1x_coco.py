@@ -2,7 +2,7 @@
 
 Paper: "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", CVPR 2021, arXiv 2103.12731.
 Published: nothing for this model; the recipe is ours.
-Parameters: 0.
+Parameters: 39,750,920.
 The paper's detection backbone: attention in the last stage; model.backbone.block_size=32 for its global form at
     1024x1024.
 No weights exist: train it first (`vizoo train`) and name the file, --cfg-options model.backbone.pretrained=FILE; from

@@ -2,8 +2,8 @@
 
 Paper: "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", CVPR 2025, arXiv
     2502.20087.
-Published: no config and no checkpoint; the recipe of this file is ours.
-Parameters: 0.
+Published: no config and no checkpoint; the recipe is ours.
+Parameters: 109,607,738.
 Ours: mmdet's Cascade Mask R-CNN with the settings of the official Mask R-CNN 3x. No AMP.
 """
 

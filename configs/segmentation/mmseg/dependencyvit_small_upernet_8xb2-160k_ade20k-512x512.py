@@ -2,7 +2,7 @@
 
 Paper: "Visual Dependency Transformers: Dependency Tree Emerges from Reversed Attention", CVPR 2023, arXiv 2304.03282.
 Published: nothing for this model; the recipe is ours.
-Parameters: 0.
+Parameters: 54,486,584.
 Levels: the maps of blocks 3, 6, 9 and 12, all at stride 16, brought to strides 4, 8, 16 and 32 by mmseg's
     Feature2Pyramid.
 No weights exist: train it first (`vizoo train`) and name the file, --cfg-options model.backbone.pretrained=FILE.

@@ -1,10 +1,9 @@
 """UPerNet on DiNAT_s-Large, ADE20K, 160,000 iterations.
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
-Published: mIoU 53.4 (single scale), 54.6 (multi-scale); 234 M parameters, 2466 G multiply-adds.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen); the file named 640x640 inherits the data at 512x512.
+Published: mIoU 53.4 (single scale), 54.6 (multi-scale); 234 M parameters, 2466 G multiply-adds at 640x2560.
+Parameters: 233,759,936.
+Not repeated from the official config: named 640x640, it inherits the data at 512x512.
 ImageNet-22K weights, as there.
 """
 

@@ -1,10 +1,9 @@
 """UPerNet on DiNAT-Small, ADE20K, 160,000 iterations.
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
-Published: mIoU 48.9 (single scale), 49.9 (multi-scale); 82 M parameters, 1010 G multiply-adds.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Published: mIoU 48.9 (single scale), 49.9 (multi-scale); 82 M parameters, 1010 G multiply-adds at 512x2048.
+Parameters: 82,373,189.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/upernet_160k.py"

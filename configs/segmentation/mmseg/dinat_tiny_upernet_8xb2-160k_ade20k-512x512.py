@@ -1,10 +1,9 @@
 """UPerNet on DiNAT-Tiny, ADE20K, 160,000 iterations.
 
 Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
-Published: mIoU 47.8 (single scale), 48.8 (multi-scale); 58 M parameters, 934 G multiply-adds.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Published: mIoU 47.8 (single scale), 48.8 (multi-scale); 58 M parameters, 934 G multiply-adds at 512x2048.
+Parameters: 57,697,106.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/upernet_160k.py"

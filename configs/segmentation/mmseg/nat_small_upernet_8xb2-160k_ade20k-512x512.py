@@ -1,10 +1,9 @@
 """UPerNet on NAT-Small, ADE20K, 160,000 iterations.
 
 Paper: "Neighborhood Attention Transformer", CVPR 2023, arXiv 2204.07143.
-Published: mIoU 48.0 (single scale), 49.5 (multi-scale); 82 M parameters, 1010 G multiply-adds.
-Parameters: 0.
-Not repeated from the official config: the freezing of stages reads an attribute that does not exist (no stage is
-    frozen).
+Published: mIoU 48.0 (single scale), 49.5 (multi-scale); 82 M parameters, 1010 G multiply-adds at 512x2048.
+Parameters: 82,396,805.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
 """
 
 _base_ = "./_base_/upernet_160k.py"

@@ -3,7 +3,7 @@
 Paper: "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", CVPR 2025, arXiv
     2502.20087.
 Published: mIoU 51.3 (single scale).
-Parameters: 0.
+Parameters: 87,816,168.
 Not repeated from the official config: the no-decay names absolute_pos_embed and relative_position_bias_table match no
     parameter. No AMP, as there (the authors met NaN).
 Not repeated: the data set repeated 50 times, which only saved restarts of the loader.

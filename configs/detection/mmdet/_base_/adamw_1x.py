@@ -1,4 +1,4 @@
-"""AdamW for 12 epochs: warm-up of 500 iterations from 0.001, x0.1 after epochs 8 and 11; lr and decay are each config's."""
+"""AdamW for 12 epochs: warm-up of 500 iterations from 0.001, x0.1 after epochs 8 and 11."""
 
 _base_ = "mmdet::_base_/schedules/schedule_1x.py"
 
