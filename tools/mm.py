@@ -166,7 +166,7 @@ def check_config(cfg: Any) -> None:
     if not model:
         raise UserError("the config has no key 'model'")
     backbone = model.get("backbone") or {}
-    if str(backbone.get("type")).rpartition(".")[2] == ADAPTER:
+    if _is_ours(backbone):
         if model.get("pretrained") is not None:
             raise UserError(
                 f"model.pretrained={model.pretrained!r} is meant for another backbone: set model.pretrained=None, "
@@ -179,6 +179,10 @@ def check_config(cfg: Any) -> None:
         file = _get(cfg, key)
         if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
             raise UserError(f"{key}={file!r} does not exist")
+
+
+def _is_ours(backbone: Any) -> bool:
+    return str(backbone.get("type")).rpartition(".")[2] == ADAPTER  # with or without a scope before it
 
 
 def _get(cfg: Any, key: str) -> Any:
@@ -340,11 +344,11 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     training = args.action == "train"
     if not training and not cfg.get("load_from"):
         raise UserError("--load-from is missing: the checkpoint to test")
+    if (not training or cfg.get("resume")) and _is_ours(cfg.model.backbone):
+        cfg.model.backbone.pretrained = False  # every weight comes from the checkpoint
     check_config(cfg)
     if not args.no_check_data:
         check_data(cfg, ("train", "val") if training else ("test",))
-    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
-        sys.modules["__main__"].__spec__ = importlib.util.find_spec(__name__)
     if training:
         randomness = cfg.setdefault("randomness", {})
         randomness["seed"] = randomness.get("seed") or 0
@@ -354,6 +358,10 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
     if on_cpus:
         _join_processes(cfg)
+    main_module = sys.modules["__main__"]
+    of_main = main_module.__spec__
+    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
+        main_module.__spec__ = importlib.util.find_spec(__name__)
     try:
         runner = _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
         if training:
@@ -363,6 +371,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         else:
             runner.test()
     finally:
+        main_module.__spec__ = of_main
         if on_cpus:
             torch.distributed.destroy_process_group()
     return runner
@@ -461,7 +470,7 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out!r}: no such folder")
     cfg.load_from = None
     check_config(cfg)
-    if str(cfg.model.backbone.get("type")).rpartition(".")[2] != ADAPTER:
+    if not _is_ours(cfg.model.backbone):
         raise UserError(f"model.backbone.type={cfg.model.backbone.get('type')!r}, need {ADAPTER!r}")
     cfg.model.backbone.pretrained = False
     init_default_scope(cfg.get("default_scope", "mmengine"))

@@ -67,13 +67,13 @@ DETECTION = """
 _base_ = ["mmdet::_base_/models/{model}.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["vizoo.heads.mm"], allow_failed_imports=False)
 meta = dict(classes=("rectangle", "disc", "triangle"), palette=[(220, 60, 40), (40, 200, 60), (50, 80, 230)])
-train_steps = [
+train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask={masks}),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]
-test_steps = [
+test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(160, 128), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask={masks}),
@@ -82,12 +82,12 @@ test_steps = [
 train_dataloader = dict(
     batch_size=4, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(type="CocoDataset", metainfo=meta, data_root="{root}", ann_file="training.json",
-                 data_prefix=dict(img="images/training"), filter_cfg=dict(filter_empty_gt=True), pipeline=train_steps),
+                 data_prefix=dict(img="images/training"), filter_cfg=dict(filter_empty_gt=True), pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(type="CocoDataset", metainfo=meta, data_root="{root}", ann_file="validation.json",
-                 data_prefix=dict(img="images/validation"), test_mode=True, pipeline=test_steps),
+                 data_prefix=dict(img="images/validation"), test_mode=True, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file="{root}/validation.json", metric={metrics})
@@ -139,14 +139,14 @@ _base_ = ["mmseg::_base_/models/{model}.py", "mmseg::_base_/default_runtime.py"]
 custom_imports = dict(imports=["vizoo.heads.mm"], allow_failed_imports=False)
 meta = dict(classes=("ground", "rectangle", "disc", "triangle"),
             palette=[(120, 120, 120), (220, 60, 40), (40, 200, 60), (50, 80, 230)])
-train_steps = [
+train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomCrop", crop_size=(96, 128)),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
-test_steps = [
+test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
@@ -156,12 +156,12 @@ shapes = dict(type="BaseSegDataset", metainfo=meta, data_root="{root}", img_suff
 train_dataloader = dict(
     batch_size=4, num_workers=0, sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-                 pipeline=train_steps, **shapes),
+                 pipeline=train_pipeline, **shapes),
 )
 val_dataloader = dict(
     batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-                 pipeline=test_steps, **shapes),
+                 pipeline=test_pipeline, **shapes),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])

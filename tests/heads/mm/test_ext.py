@@ -1,0 +1,583 @@
+"""The stand-in for mmcv's compiled operators: values against slow references, gradients, dtypes, who answers when."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vizoo
+
+pytestmark = pytest.mark.mm
+pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
+ext = importlib.import_module("vizoo.heads.mm.ext")
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def random_boxes(n: int, side: float = 60.0) -> Tensor:
+    corner = torch.rand(n, 2) * side
+    return torch.cat([corner, corner + 4 + torch.rand(n, 2) * side / 2], dim=1)
+
+
+def iou(a: Tensor, b: Tensor, offset: int = 0) -> float:
+    w = max(0.0, float(min(a[2], b[2]) - max(a[0], b[0])) + offset)
+    h = max(0.0, float(min(a[3], b[3]) - max(a[1], b[1])) + offset)
+    areas = [float((x[2] - x[0] + offset) * (x[3] - x[1] + offset)) for x in (a, b)]
+    return w * h / (sum(areas) - w * h)
+
+
+# boxes
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms(offset):
+    boxes, scores = random_boxes(80), torch.rand(80)
+    kept: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou(boxes[i], boxes[j], offset) <= 0.4 for j in kept):
+            kept.append(i)
+    assert 3 < len(kept) < 80
+    assert ext.nms(boxes, scores, iou_threshold=0.4, offset=offset).tolist() == kept
+    assert ext.nms(boxes[:0], scores[:0], iou_threshold=0.4, offset=offset).shape == (0,)
+
+
+def test_nms_offset_matters():
+    """Boxes of one pixel: apart by real widths, 1/3 overlap when a box ends with its last pixel."""
+    boxes = torch.tensor([[0.0, 0.0, 3.0, 0.0], [2.0, 0.0, 5.0, 0.0]])
+    scores = torch.tensor([0.9, 0.8])
+    assert ext.nms(boxes, scores, iou_threshold=0.3, offset=1).tolist() == [0]
+    assert ext.nms(boxes, scores, iou_threshold=0.3, offset=0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nms_half(dtype):
+    boxes, scores = random_boxes(30).to(dtype), torch.rand(30).to(dtype)
+    expected = ext.nms(boxes.float(), scores.float(), iou_threshold=0.5, offset=0)
+    assert ext.nms(boxes, scores, iou_threshold=0.5, offset=0).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("method", [0, 1, 2], ids=["naive", "linear", "gaussian"])
+def test_softnms(method, offset):
+    boxes, scores = random_boxes(40), torch.rand(40)
+    left, rows, indices = scores.tolist(), [], []
+    alive = list(range(40))
+    while alive:
+        best = max(alive, key=lambda i: left[i])
+        rows.append([*boxes[best].tolist(), left[best]])
+        indices.append(best)
+        alive.remove(best)
+        for i in alive:
+            overlap = iou(boxes[best], boxes[i], offset)
+            if method == 2:
+                left[i] *= float(torch.exp(torch.tensor(-overlap * overlap / 0.5)))
+            elif overlap >= 0.3:
+                left[i] *= 1 - overlap if method == 1 else 0
+        alive = [i for i in alive if left[i] >= 0.05]
+    dets = torch.full((40, 5), float("nan"))
+    found = ext.softnms(boxes, scores, dets, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
+    assert found.tolist() == indices
+    torch.testing.assert_close(dets[: len(found)], torch.tensor(rows), rtol=1e-5, atol=1e-6)
+    assert dets[len(found) :].isnan().all()
+    nothing = ext.softnms(
+        boxes[:0], scores[:0], dets, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset
+    )
+    assert nothing.shape == (0,)
+    assert nothing.dtype == torch.int64
+
+
+def test_nms_match():
+    dets = torch.cat([random_boxes(40), torch.rand(40, 1)], dim=1)
+    left, groups = dets[:, 4].argsort(descending=True).tolist(), []
+    while left:
+        same = [i for i in left[1:] if iou(dets[left[0]], dets[i]) >= 0.3]
+        groups.append([left[0], *same])
+        left = [i for i in left[1:] if i not in same]
+    assert max(map(len, groups)) > 2
+    assert ext.nms_match(dets, iou_threshold=0.3) == groups
+    exact = torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.9], [1.0, 0.0, 2.0, 1.0, 0.8]])  # overlap 1/2: at the threshold
+    assert ext.nms_match(exact, iou_threshold=0.5) == [[0, 1]]
+    assert ext.nms_match(dets[:0], iou_threshold=0.3) == []
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("mode", [0, 1], ids=["iou", "iof"])
+def test_bbox_overlaps(mode, aligned, offset):
+    a, b = random_boxes(6), random_boxes(6 if aligned else 9)
+    expected = torch.tensor([[iou(x, y, offset) for y in b] for x in a])
+    if mode == 1:
+        areas = [[float((x[2] - x[0] + offset) * (x[3] - x[1] + offset)) for x in side] for side in (a, b)]
+        for i in range(len(a)):
+            for j in range(len(b)):
+                overlap = expected[i, j] * (areas[0][i] + areas[1][j]) / (1 + expected[i, j])
+                expected[i, j] = overlap / areas[0][i]
+    expected = expected.diagonal() if aligned else expected
+    found = torch.full(expected.shape, float("nan"))
+    ext.bbox_overlaps(a, b, found, mode=mode, aligned=aligned, offset=offset)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    point = torch.zeros(1, 4)
+    zero = torch.full((1, 1), float("nan"))
+    ext.bbox_overlaps(point, point, zero, mode=mode, aligned=False, offset=0)
+    assert zero.item() == 0
+
+
+# regions of interest
+
+
+def bilinear(x: Tensor, py: float, px: float) -> Tensor:
+    """Value ``[C]`` of ``[C, H, W]`` at a point, as RoIAlign defines it."""
+    _, h, w = x.shape
+    if py < -1 or py > h or px < -1 or px > w:
+        return x.new_zeros(len(x))
+    py, px = max(py, 0), max(px, 0)
+    y0, x0 = min(int(py), h - 1), min(int(px), w - 1)
+    y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+    dy, dx = (0.0 if y0 == h - 1 else py - y0), (0.0 if x0 == w - 1 else px - x0)
+    top = (1 - dx) * x[:, y0, x0] + dx * x[:, y0, x1]
+    return (1 - dy) * top + dy * ((1 - dx) * x[:, y1, x0] + dx * x[:, y1, x1])
+
+
+def slow_roi_align(x: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool) -> Tensor:
+    out = x.new_zeros(len(rois), x.shape[1], *size)
+    for k, roi in enumerate(rois.tolist()):
+        shift = 0.5 if aligned else 0.0
+        x1, y1, x2, y2 = (v * scale - shift for v in roi[1:])
+        w, h = x2 - x1, y2 - y1
+        if not aligned:
+            w, h = max(w, 1.0), max(h, 1.0)
+        bh, bw = h / size[0], w / size[1]
+        gh, gw = (ratio, ratio) if ratio > 0 else (-int(-bh // 1), -int(-bw // 1))
+        for i in range(size[0]):
+            for j in range(size[1]):
+                for a in range(gh):
+                    for b in range(gw):
+                        point = (y1 + bh * (i + (a + 0.5) / gh), x1 + bw * (j + (b + 0.5) / gw))
+                        out[k, :, i, j] += bilinear(x[int(roi[0])], *point) / (gh * gw)
+    return out
+
+
+def roi_align(x: Tensor, rois: Tensor, size=(3, 2), scale=0.5, ratio=0, aligned=True) -> Tensor:
+    from mmcv.ops import RoIAlign
+
+    return RoIAlign(size, scale, ratio, aligned=aligned)(x, rois)
+
+
+ROIS = torch.tensor([[0, 1.0, 2.0, 13.0, 17.0], [1, -6.0, 0.0, 30.0, 9.5], [1, 4.0, 4.0, 9.0, 9.0]])
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align(aligned, ratio):
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    rois = ROIS.double()
+    expected = slow_roi_align(x, rois, (3, 2), 0.5, ratio, aligned)
+    torch.testing.assert_close(roi_align(x, rois, ratio=ratio, aligned=aligned), expected, rtol=1e-9, atol=1e-9)
+    strided = x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    torch.testing.assert_close(roi_align(strided, rois, ratio=ratio, aligned=aligned), expected, rtol=1e-9, atol=1e-9)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, ratio=ratio, aligned=aligned), x)
+
+
+def test_roi_align_without_rois():
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    out = roi_align(x, torch.zeros(0, 5))
+    assert out.shape == (0, 3, 3, 2)
+    out.sum().backward()
+    assert (x.grad == 0).all()
+
+
+def test_roi_align_max_is_refused():
+    from mmcv.ops import RoIAlign
+
+    with pytest.raises(NotImplementedError, match="pool_mode='max'"):
+        RoIAlign((2, 2), 1.0, 0, pool_mode="max")(torch.randn(2, 3, 9, 9), ROIS)
+
+
+def test_roi_pool():
+    from mmcv.ops import roi_pool
+
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64).requires_grad_()
+    rois = torch.tensor([[0, 0.0, 0.0, 10.0, 8.0], [1, 2.0, 1.0, 7.0, 6.0]], dtype=torch.float64)
+    out = roi_pool(x, rois, (2, 2), 1.0)
+    expected = torch.stack(  # first RoI: rows 0-8 in bins of 4.5, columns 0-10 in bins of 5.5
+        [x[0, :, r, c].flatten(1).amax(1) for r in (slice(0, 5), slice(4, 9)) for c in (slice(0, 6), slice(5, 11))], 1
+    )
+    torch.testing.assert_close(out[0].flatten(1), expected)
+    assert torch.autograd.gradcheck(lambda x: roi_pool(x, rois, (2, 2), 1.0), x)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("op", ["roi_align", "roi_pool"])
+def test_roi_half(op, dtype):
+    from mmcv.ops import roi_pool
+
+    pool = roi_align if op == "roi_align" else lambda x, rois: roi_pool(x, rois, (3, 2), 0.5)
+    x = torch.randn(2, 3, 9, 11, dtype=dtype).requires_grad_()
+    out = pool(x, ROIS.to(dtype))
+    wide = x.detach().float().requires_grad_()
+    expected = pool(wide, ROIS.to(dtype).float())
+    grad = torch.randn(out.shape).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.float())
+    assert out.dtype == x.grad.dtype == dtype
+    assert torch.equal(out, expected.to(dtype))
+    torch.testing.assert_close(x.grad, wide.grad.to(dtype))
+
+
+# deformable convolution
+
+GEOMETRIES = {
+    "pad": {"stride": 1, "padding": 1},
+    "stride": {"stride": 2, "padding": 1},
+    "dilation": {"stride": 1, "padding": 2, "dilation": 2},
+    "groups": {"stride": 1, "padding": 1, "groups": 2, "deform_groups": 2},
+}
+
+
+def deform(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, **geometry) -> Tensor:
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    names = ("stride", "padding", "dilation", "groups", "deform_groups")
+    numbers = [geometry.get(name, {"padding": 0}.get(name, 1)) for name in names]
+    if mask is None:
+        return deform_conv2d(x, offset, weight, *numbers)
+    return modulated_deform_conv2d(x, offset, mask, weight, bias, *numbers)
+
+
+def slow_deform(x, offset, weight, mask, bias, stride=1, padding=0, dilation=1, groups=1, deform_groups=1) -> Tensor:
+    """Sampled with zeros outside; gradients by autograd."""
+    n, c, h, w = x.shape
+    o, _, kh, kw = weight.shape
+    oh, ow = offset.shape[2:]
+    offset = offset.view(n, deform_groups, kh * kw, 2, oh, ow)
+    columns = []
+    for k in range(kh * kw):
+        grid_y = torch.arange(oh).to(x)[:, None] * stride - padding + (k // kw) * dilation
+        grid_x = torch.arange(ow).to(x) * stride - padding + (k % kw) * dilation
+        parts = []
+        for g in range(deform_groups):
+            y, px = grid_y + offset[:, g, k, 0], grid_x + offset[:, g, k, 1]
+            inside = (y > -1) & (y < h) & (px > -1) & (px < w)
+            value = 0
+            for dy in (0, 1):
+                for dx in (0, 1):
+                    iy, ix = y.floor().detach() + dy, px.floor().detach() + dx
+                    weights = (1 - (y - iy).abs()) * (1 - (px - ix).abs())
+                    ok = inside & (iy >= 0) & (iy < h) & (ix >= 0) & (ix < w)
+                    flat = (iy.clamp(0, h - 1) * w + ix.clamp(0, w - 1)).long().view(n, 1, -1)
+                    part = x.view(n, deform_groups, c // deform_groups, h * w)[:, g]
+                    sampled = part.gather(2, flat.expand(-1, part.shape[1], -1)).view(n, -1, oh, ow)
+                    value = value + sampled * torch.where(ok, weights, 0.0)[:, None]
+            if mask is not None:
+                value = value * mask.view(n, deform_groups, kh * kw, oh, ow)[:, g, k][:, None]
+            parts.append(value)
+        columns.append(torch.cat(parts, dim=1))
+    stacked = torch.stack(columns, dim=2).view(n, groups, c // groups * kh * kw, oh * ow)
+    out = (weight.view(groups, o // groups, -1) @ stacked).view(n, o, oh, ow)
+    return out if bias is None else out + bias[:, None, None]
+
+
+@pytest.mark.parametrize("offsets", ["random", "zero"])
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("geometry", list(GEOMETRIES))
+def test_deform_conv(geometry, modulated, offsets):
+    """Values and all gradients, also of samples exactly on the border, where zero offsets put them."""
+    numbers = GEOMETRIES[geometry]
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    weight = torch.randn(4, 4 // numbers.get("groups", 1), 3, 3, dtype=torch.float64)
+    size = torch.nn.functional.conv2d(
+        x,
+        weight,
+        None,
+        *(numbers.get(k, d) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))),
+    ).shape[2:]
+    groups = numbers.get("deform_groups", 1)
+    offset = torch.randn(2, groups * 18, *size, dtype=torch.float64) * (1.7 if offsets == "random" else 0.0)
+    leaves = [x, offset, weight]
+    if modulated:
+        leaves += [torch.rand(2, groups * 9, *size, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    results = []
+    for function in (deform, slow_deform):
+        copies = [t.clone().requires_grad_() for t in leaves]
+        rest = copies[3:] if modulated else [None, None]
+        out = function(*copies[:3], *rest, **numbers)
+        torch.manual_seed(3)
+        results.append([out, *torch.autograd.grad(out, copies, torch.randn_like(out))])
+    if offsets == "zero":  # inside, the slope at a whole pixel has two values: only samples outside are compared
+        for found in results:
+            found[2] = found[2] * border_only(offset, x.shape[2:], numbers, size)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def border_only(offset: Tensor, frame, numbers, size) -> Tensor:
+    """1 for the samples of zero offsets that lie at -1 or at the size: their gradient must vanish."""
+    groups = offset.shape[1] // 18
+    outside = torch.zeros(9, *size, dtype=torch.bool)
+    for k in range(9):
+        start = [i * numbers.get("dilation", 1) - numbers["padding"] for i in (k // 3, k % 3)]
+        y, x = (torch.arange(n) * numbers["stride"] + s for n, s in zip(size, start, strict=True))
+        out_y, out_x = ((p <= -1) | (p >= n) for p, n in zip((y, x), frame, strict=True))
+        outside[k] = out_y[:, None] | out_x
+    assert outside.any()
+    return outside.repeat_interleave(2, dim=0).repeat(groups, 1, 1).to(offset)
+
+
+def test_deform_border_rule():
+    """A sample at exactly -1 gets no offset gradient, one just inside gets one."""
+    x, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
+    for shift, slope in ((0.0, 0.0), (0.25, 1.0)):
+        offset = torch.full((1, 2, 5, 5), 0.0)
+        offset[0, 0, 0, 2] = shift  # the sample of row -1, column 1
+        offset.requires_grad_()
+        out = deform(x, offset, weight, None, None, padding=1)
+        (grad,) = torch.autograd.grad(out[0, 0, 0, 2], offset)
+        assert grad[0, 0, 0, 2].item() == slope
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_deform_half(dtype):
+    x, offset = torch.randn(1, 2, 6, 5).to(dtype), torch.randn(1, 18, 6, 5).to(dtype)
+    weight, mask, bias = torch.randn(2, 2, 3, 3).to(dtype), torch.rand(1, 9, 6, 5).to(dtype), torch.randn(2).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, offset, weight, mask, bias)]
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    out, expected = deform(*leaves, padding=1), deform(*wide, padding=1)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected.to(dtype))
+    out.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(a.grad, b.grad.to(dtype))
+
+
+# focal losses
+
+LABELS = torch.tensor([0, 2, 3, 1, 7, -1])  # three classes: 3, 7 and -1 are background
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sigmoid_focal_loss(weighted):
+    from mmcv.ops import sigmoid_focal_loss
+
+    x = torch.randn(6, 3, dtype=torch.float64).requires_grad_()
+    weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) if weighted else None
+    onehot = torch.nn.functional.one_hot(LABELS.clamp(0, 7), 8)[:, :3] * (LABELS >= 0)[:, None]
+    p = x.sigmoid()
+    pt, alpha = torch.where(onehot == 1, p, 1 - p), torch.where(onehot == 1, 0.3, 0.7)
+    expected = -alpha * (1 - pt) ** 1.5 * pt.log()
+    if weighted:
+        rows = [weight[label].item() if 0 <= label < 3 else 1.0 for label in LABELS.tolist()]
+        expected = expected * torch.tensor(rows, dtype=torch.float64)[:, None]
+    found = sigmoid_focal_loss(x, LABELS, 1.5, 0.3, weight, "none")
+    torch.testing.assert_close(found, expected)
+    (slow,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
+    (fast,) = torch.autograd.grad(sigmoid_focal_loss(x, LABELS, 1.5, 0.3, weight, "sum"), x)
+    torch.testing.assert_close(fast, slow)
+    extreme = torch.tensor([[200.0, -200.0, 0.0]])
+    assert sigmoid_focal_loss(extreme, torch.tensor([1]), 2.0, 0.25, None, "none").isfinite().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_softmax_focal_loss(weighted):
+    from mmcv.ops import softmax_focal_loss
+
+    labels = torch.tensor([0, 2, 1, -1, 1, 2])
+    x = torch.randn(6, 3, dtype=torch.float64).requires_grad_()
+    weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) if weighted else None
+    p = x.softmax(1)[torch.arange(6), labels.clamp(min=0)]
+    rows = torch.ones(6) if weight is None else weight[labels.clamp(min=0)]
+    expected = -0.3 * (1 - p) ** 1.5 * p.log() * rows * (labels >= 0)
+    found = softmax_focal_loss(x.detach().clone(), labels, 1.5, 0.3, weight, "none")
+    torch.testing.assert_close(found, expected)
+    (slow,) = torch.autograd.grad(expected.sum(), x)
+    leaf = x.detach().clone().requires_grad_()
+    loss = softmax_focal_loss(leaf * 1, labels, 1.5, 0.3, weight, "sum")
+    (fast,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_focal_loss_half(dtype):
+    x, none = torch.randn(6, 3).to(dtype), torch.zeros(0)
+    out = torch.full_like(x, float("nan"))
+    wide = torch.zeros(6, 3)
+    for function in (ext.sigmoid_focal_loss_forward, ext.sigmoid_focal_loss_backward):
+        function(x, LABELS, none, out, gamma=2.0, alpha=0.25)
+        function(x.float(), LABELS, none, wide, gamma=2.0, alpha=0.25)
+        assert torch.equal(out, wide.to(dtype))
+
+
+# attention, CARAFE, masked convolution
+
+
+def test_ms_deform_attn():
+    shapes = torch.tensor([[4, 5], [2, 3]])
+    start = torch.tensor([0, 20])
+    value = torch.randn(2, 26, 2, 4, dtype=torch.float64).requires_grad_()
+    places = torch.rand(2, 3, 2, 2, 2, 2, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(2, 3, 2, 2, 2, dtype=torch.float64).requires_grad_()
+    leaves = (value, places, weights)
+    expected = torch.zeros(2, 3, 8, dtype=torch.float64)
+    rows = []
+    for b in range(2):
+        for q in range(3):
+            for head in range(2):
+                total: Tensor | int = 0
+                for level, (h, w) in enumerate(shapes.tolist()):
+                    level_map = value[b, start[level] : start[level] + h * w, head].T.view(4, h, w)
+                    for point in range(2):
+                        px, py = places[b, q, head, level, point] * torch.tensor([w, h]) - 0.5
+                        y0, x0 = py.floor().long(), px.floor().long()
+                        for iy in (y0, y0 + 1):
+                            for ix in (x0, x0 + 1):
+                                if 0 <= iy < h and 0 <= ix < w:
+                                    share = (1 - (py - iy).abs()) * (1 - (px - ix).abs())
+                                    total = total + level_map[:, iy, ix] * share * weights[b, q, head, level, point]
+                rows.append(total)
+    expected = torch.stack(rows).view(2, 3, 8)
+    found = ext.ms_deform_attn_forward(value, shapes, start, places, weights, im2col_step=64)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    slow = torch.autograd.grad(expected, leaves, grad)
+    fast = [torch.full_like(t, float("nan")) for t in leaves]
+    with torch.no_grad():
+        ext.ms_deform_attn_backward(value, shapes, start, places, weights, grad, *fast, im2col_step=64)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_carafe():
+    from mmcv.ops import carafe, carafe_naive
+
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64).requires_grad_()
+    masks = torch.rand(1, 2 * 9, 6, 10, dtype=torch.float64).requires_grad_()
+    expected = torch.zeros(1, 4, 6, 10, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x.detach(), (1, 1, 1, 1))
+    for c in range(4):
+        for i in range(6):
+            for j in range(10):
+                window = padded[0, c, i // 2 : i // 2 + 3, j // 2 : j // 2 + 3].flatten()
+                expected[0, c, i, j] = (window * masks[0, (c // 2) * 9 : (c // 2 + 1) * 9, i, j].detach()).sum()
+    torch.testing.assert_close(carafe(x, masks, 3, 2, 2), expected)
+    torch.testing.assert_close(carafe_naive(x, masks, 3, 2, 2), expected)
+    assert torch.autograd.gradcheck(lambda x, m: carafe(x, m, 3, 2, 2), (x, masks))
+
+
+def test_masked_conv():
+    from mmcv.ops import MaskedConv2d
+
+    conv = MaskedConv2d(3, 4, 3, padding=1)
+    x, mask = torch.randn(1, 3, 5, 6), (torch.rand(1, 5, 6) > 0.5).float()
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x, mask), torch.nn.Conv2d.forward(conv, x) * mask)
+
+
+# who answers for mmcv._ext
+
+
+def test_unknown_operator():
+    import mmcv._ext as found
+
+    assert hasattr(found, "upfirdn2d")
+    with pytest.raises(NotImplementedError, match="upfirdn2d"):
+        found.upfirdn2d(torch.zeros(1))
+    assert not hasattr(found, "__path__")
+    with pytest.raises(AttributeError, match="__wrapped__"):
+        _ = found.__wrapped__
+    assert "torchvision" in found.get_compiling_cuda_version()
+    assert found.get_compiler_version()
+
+
+SCENARIOS = """
+import importlib, json, os, sys
+import torch, timm
+answers = {}
+sys.modules["mmengine"] = None  # as if it were not installed
+try:
+    import vizoo.heads.mm
+except ImportError as e:
+    answers["missing"] = str(e)
+del sys.modules["mmengine"]
+
+import vizoo.heads.mm
+from vizoo.heads.mm import ext
+before = list(sys.meta_path)
+importlib.reload(vizoo.heads.mm)
+answers["twice"] = sys.meta_path == before
+answers["heavy"] = [m for m in sys.modules if m.split(".")[0] in ("mmdet", "mmseg") or m.startswith("mmcv.ops")]
+answers["found"] = importlib.util.find_spec("mmcv._ext").loader is not None
+
+def ask(choice, extension):
+    # what mmcv._ext.nms is, with a mmcv of our own that has this extension
+    for name in [m for m in sys.modules if m.split(".")[0] == "mmcv"]:
+        del sys.modules[name]
+    if ext.ExtFinder in sys.meta_path:
+        sys.meta_path.remove(ext.ExtFinder)
+    os.environ["VIZOO_MMCV_EXT"] = choice
+    sys.path.insert(0, os.path.join(sys.argv[1], extension))
+    importlib.invalidate_caches()
+    try:
+        ext.install()
+        ext.install()
+        return str(importlib.import_module("mmcv._ext").nms)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    finally:
+        del sys.path[0]
+
+for choice, extension in json.loads(sys.argv[2]):
+    answers[f"{choice}, {extension}"] = ask(choice, extension)
+print(json.dumps(answers))
+"""
+EXTENSIONS = {"real": "nms = 'the real one'", "broken": "raise ImportError('undefined symbol')", "none": None}
+CHOICES = [
+    ("auto", "real", "the real one"),
+    ("auto", "none", "<function nms at"),
+    ("auto", "broken", "ImportError: undefined symbol"),
+    ("torchvision", "real", "<function nms at"),
+    ("off", "real", "the real one"),
+    ("off", "none", "ModuleNotFoundError: No module named 'mmcv._ext'"),
+    ("of", "none", "ValueError: got VIZOO_MMCV_EXT='of'"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict:
+    """What one fresh interpreter says about imports."""
+    folder = tmp_path_factory.mktemp("extensions")
+    for name, text in EXTENSIONS.items():
+        (folder / name / "mmcv").mkdir(parents=True)
+        (folder / name / "mmcv" / "__init__.py").write_text("")
+        if text:
+            (folder / name / "mmcv" / "_ext.py").write_text(text)
+    argv = [sys.executable, "-c", SCENARIOS, str(folder), json.dumps([c[:2] for c in CHOICES])]
+    env = {**os.environ, "PYTHONPATH": str(Path(vizoo.__file__).parents[1])}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("choice", "extension", "answer"), CHOICES)
+def test_who_answers(choice, extension, answer, answers):
+    """A real extension wins, a broken one stays an error, and the environment decides otherwise."""
+    assert answers[f"{choice}, {extension}"].startswith(answer)
+
+
+def test_imported_twice_and_light(answers):
+    assert answers["twice"]
+    assert answers["heavy"] == []
+    assert answers["found"]
+
+
+def test_missing_mm(answers):
+    assert "needs mmengine" in answers["missing"]
+    assert "vizoo[mm]" in answers["missing"]
