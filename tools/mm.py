@@ -309,17 +309,16 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
                 raise ValueError(f"ann_file {dataset.ann_file!r} does not exist")
             names = Path(dataset.ann_file).read_text(encoding="utf-8").split()
         classes = type(dataset).METAINFO.get("classes") if dataset.label_map else dataset.metainfo.get("classes")
-        if classes:
-            check_masks(
-                dataset.data_prefix["img_path"],
-                dataset.data_prefix["seg_map_path"],
-                len(classes),
-                image_suffix=dataset.img_suffix,
-                mask_suffix=dataset.seg_map_suffix,
-                reduce_zero_label=dataset.reduce_zero_label,
-                ignore_index=dataset.ignore_index,
-                names=names,
-            )
+        check_masks(
+            dataset.data_prefix["img_path"],
+            dataset.data_prefix["seg_map_path"],
+            len(classes or range(255)),  # without names any class may occur
+            image_suffix=dataset.img_suffix,
+            mask_suffix=dataset.seg_map_suffix,
+            reduce_zero_label=dataset.reduce_zero_label,
+            ignore_index=dataset.ignore_index,
+            names=names,
+        )
 
 
 # training and testing

@@ -82,7 +82,8 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=4, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(type="CocoDataset", metainfo=meta, data_root="{root}", ann_file="training.json",
-                 data_prefix=dict(img="images/training"), filter_cfg=dict(filter_empty_gt=True), pipeline=train_pipeline),
+                 data_prefix=dict(img="images/training"), filter_cfg=dict(filter_empty_gt=True),
+                 pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1, num_workers=0, persistent_workers=False, sampler=dict(type="DefaultSampler", shuffle=False),
@@ -97,7 +98,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 param_scheduler = [dict(type="CosineAnnealingLR", T_max={steps}, by_epoch=False, eta_min=1e-5)]
 optim_wrapper = dict(
-    type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=1e-4), clip_grad=dict(max_norm=5)
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr={lr}, weight_decay=1e-4), clip_grad=dict(max_norm=5)
 )
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=3))
 randomness = dict(seed=0)
@@ -205,8 +206,8 @@ model = dict(
 """
 )
 DEFAULTS = {
-    "retinanet": (RETINANET, {"model": "retinanet_r50_fpn", "masks": False, "metrics": '"bbox"'}),
-    "mask_rcnn": (MASK_RCNN, {"model": "mask-rcnn_r50_fpn", "masks": True, "metrics": '["bbox", "segm"]'}),
+    "retinanet": (RETINANET, {"model": "retinanet_r50_fpn", "masks": False, "metrics": '"bbox"', "lr": 1e-3}),
+    "mask_rcnn": (MASK_RCNN, {"model": "mask-rcnn_r50_fpn", "masks": True, "metrics": '["bbox", "segm"]', "lr": 2e-3}),
     "upernet": (UPERNET, {"model": "upernet_r50", "lr": 3e-4}),
     "semantic_fpn": (SEMANTIC_FPN, {"model": "fpn_r50", "lr": 3e-4}),
 }

@@ -1,0 +1,317 @@
+"""``vizoo mm``: what it refuses before anything starts, conversion of the authors' checkpoints, links for others."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from golden import image, load, weights
+from tolerance import golden_close
+
+from vizoo.tools import cli
+from vizoo.tools import mm as launcher
+
+pytestmark = pytest.mark.mm
+pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
+mm = importlib.import_module("vizoo.heads.mm")
+
+
+@pytest.fixture
+def never_started(monkeypatch):
+    """No runner is built."""
+    from mmengine.runner import Runner
+
+    monkeypatch.setattr(Runner, "from_cfg", lambda cfg: pytest.fail("it started"))
+
+
+def refuse(capsys, *words) -> str:
+    """The message of a command that ends with status 2."""
+    assert cli.main(["mm", *map(str, words)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("vizoo mm: error: ")
+    return message
+
+
+BACKBONE = 'model["backbone"].update({})\n'
+BAD_CONFIGS = [
+    ("retinanet", BACKBONE.format('model_name="resnet81"'), "model.backbone: got model_name='resnet81'"),
+    ("retinanet", BACKBONE.format("strides=(4, 8, 16, 64)"), "model.backbone: got strides=(4, 8, 16, 64)"),
+    ("retinanet", BACKBONE.format('pretrained="/no.pth"'), "model.backbone: got pretrained='/no.pth'"),
+    ("retinanet", BACKBONE.format("colour=3"), "model.backbone: TypeError"),
+    ("retinanet", 'model["backbone"].pop("model_name")\n', "model.backbone.model_name is missing"),
+    (
+        "retinanet",
+        'model["neck"].update(in_channels=[256, 512, 1024, 2048])\n',
+        "model.neck.in_channels=[256, 512, 1024, 2048], but [64, 128, 256, 512] come in",
+    ),
+    ("retinanet", 'model["bbox_head"].update(in_channels=48)\n', "model.bbox_head.in_channels=48, but 32 come in"),
+    ("mask_rcnn", 'model["rpn_head"].update(in_channels=48)\n', "model.rpn_head.in_channels=48, but 64 come in"),
+    (
+        "mask_rcnn",
+        'model["roi_head"]["mask_head"].update(in_channels=48)\n',
+        "model.roi_head.mask_head.in_channels=48, but 64 come in",
+    ),
+    (
+        "upernet",
+        'model["decode_head"].update(in_channels=[64, 128, 256, 384])\n',
+        "model.decode_head.in_channels=[64, 128, 256, 384], but [64, 128, 256, 512] come in",
+    ),
+    (
+        "upernet",
+        'model["auxiliary_head"].update(in_index=1)\n',
+        "auxiliary_head.in_channels=256, but 128 come in",
+    ),
+    (
+        "upernet",
+        BACKBONE.format("strides=(4, 8, 16)"),
+        "decode_head.in_index=[0, 1, 2, 3] in a model of 3 levels",
+    ),
+    (
+        "semantic_fpn",
+        'model["decode_head"].update(in_channels=[64, 64, 64, 32])\n',
+        "model.decode_head.in_channels=[64, 64, 64, 32], but [64, 64, 64, 64] come in",
+    ),
+    ("upernet", 'model.update(pretrained="open-mmlab://r50")\n', "model.pretrained='open-mmlab://r50'"),
+    ("retinanet", 'load_from = "/no.pth"\n', "load_from='/no.pth' does not exist"),
+    ("retinanet", 'val_evaluator.update(ann_file="/no.json")\n', "val_evaluator.ann_file='/no.json' does not exist"),
+    (
+        "retinanet",
+        'train_dataloader["dataset"].update(ann_file="no.json")\n',
+        "train_dataloader.dataset: annotation file '",
+    ),
+    (
+        "retinanet",
+        'val_dataloader["dataset"].update(data_prefix=dict(img="images/no"))\n',
+        "val_dataloader.dataset: image folder '",
+    ),
+    (
+        "retinanet",
+        'train_dataloader["dataset"].update(metainfo=dict(classes=("disc", "circle")))\n',
+        "has no category 'circle'",
+    ),
+    (
+        "upernet",
+        'train_dataloader["dataset"].update(metainfo=dict(classes=("a", "b")))\n',
+        "train_dataloader.dataset: mask folder '",
+    ),
+    (
+        "upernet",
+        'train_dataloader["dataset"] = dict(type="RepeatDataset", times=2, dataset=dict('
+        'type="BaseSegDataset", data_prefix=dict(img_path="/no", seg_map_path="/no")))\n',
+        "train_dataloader.dataset.dataset: ",
+    ),
+]
+
+
+@pytest.mark.usefixtures("never_started")
+@pytest.mark.parametrize(("kind", "extra", "message"), BAD_CONFIGS)
+def test_bad_config(kind, extra, message, write_config, tmp_path, capsys):
+    """One message that names the key; nothing is started."""
+    config = tmp_path / "config.py"
+    write_config(config, kind, "resnet18", extra)
+    assert message in refuse(capsys, "train", config, "--work-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("never_started")
+def test_bad_words(write_config, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    assert "CONFIG is missing" in refuse(capsys, "train")
+    (tmp_path / "child.py").write_text('_base_ = "missing.py"')
+    assert "missing.py" in refuse(capsys, "train", tmp_path / "child.py")
+    assert "config '/no.py' does not exist" in refuse(capsys, "train", "/no.py")
+    assert "--load-from '/no.pth' does not exist" in refuse(capsys, "test", config, "--load-from", "/no.pth")
+    assert "--load-from is missing" in refuse(capsys, "test", config)
+    assert "--resume '/no.pth' does not exist" in refuse(capsys, "train", config, "--resume", "/no.pth")
+    assert "--cfg-options 'x': write KEY=VALUE" in refuse(capsys, "train", config, "--cfg-options", "x")
+    assert "--load-from and --out are missing" in refuse(capsys, "convert", config)
+    words = ["convert", config, "--load-from", config, "--out"]
+    assert "--out '/no/x.pth': no such folder" in refuse(capsys, *words, "/no/x.pth")
+    assert "torchrun" in refuse(capsys, "train", config, "--launcher", "pytorch", "--no-check-data")
+    if not torch.cuda.is_available():
+        assert "--amp" in refuse(capsys, "train", config, "--amp")
+
+
+def test_missing_extra(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "MISSING", "install vizoo[mm]")
+    assert "vizoo[mm]" in refuse(capsys, "train", "x.py")
+
+
+def test_bad_record_names_the_data_set(shapes, write_config, tmp_path, capsys, never_started):
+    """A class id out of range, a box outside, a mask of another size: in the message before training."""
+    data = json.loads((shapes / "training.json").read_text())
+    data["annotations"][3]["category_id"] = 12
+    data["annotations"][4]["bbox"][0] = 150
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(data))
+    extra = f'train_dataloader["dataset"].update(ann_file="{bad}")\n'
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
+    message = refuse(capsys, "train", config)
+    assert "train_dataloader.dataset: annotation file" in message
+    assert "annotation 3: category_id 12" in message
+    assert "annotation 4: bbox [150," in message
+
+
+def test_options_reach_the_config(write_config, tmp_path):
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    options = ["--cfg-options", "train_cfg.max_epochs=7", "model.backbone.strides=[8,16]", "note=abc"]
+    cfg = launcher.load_config(launcher.build_parser().parse_args(["train", str(config), *options]))
+    assert (cfg.train_cfg.max_epochs, list(cfg.model.backbone.strides), cfg.note) == (7, [8, 16], "abc")
+    assert cfg.work_dir == str(Path("work_dirs", "config"))
+    assert not cfg.resume
+
+
+def test_resume_forgets_where_training_started(write_config, tmp_path):
+    """``--resume`` takes the newest checkpoint, and ``load_from`` of the config only when there is none."""
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18", 'load_from = "start.pth"\n')
+    words = ["train", str(config), "--work-dir", str(tmp_path), "--resume"]
+    cfg = launcher.load_config(launcher.build_parser().parse_args(words))
+    assert (cfg.resume, cfg.load_from) == (False, "start.pth")
+    (tmp_path / "last_checkpoint").write_text("x.pth")
+    cfg = launcher.load_config(launcher.build_parser().parse_args(words))
+    assert (cfg.resume, cfg.load_from) == (True, None)
+
+
+# checkpoints of the authors
+
+CASES = {
+    "litv2_s_det": ("litv2_s", "feature_norms=(1, 2, 3)", "retinanet"),
+    "litv2_s_seg_oddsize": ("litv2_s", "feature_norms=(0, 1, 2, 3)", "semantic_fpn"),
+    "overlock_t_seg_192x256": ("overlock_t", 'dense="seg"', "upernet"),
+}
+
+
+def official(case: str) -> dict[str, torch.Tensor]:
+    return {f"backbone.{k}": v for k, v in weights(load(case).keys).items()}
+
+
+def official_nat() -> dict[str, torch.Tensor]:
+    """NAT-Mini's backbone under the names of the official detectors: a classifier's without its end, with norms."""
+    state = {f"backbone.{k}": v for k, v in weights(load("nat_mini").keys).items()}
+    state = {k: v for k, v in state.items() if not k.startswith(("backbone.norm.", "backbone.head."))}
+    for i in range(4):
+        state[f"backbone.norm{i}.weight"], state[f"backbone.norm{i}.bias"] = (torch.randn(64 * 2**i) for _ in range(2))
+    return state
+
+
+def build(config: Path):
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize("case", [*CASES, "nat_mini"])
+def test_convert(case, write_config, tmp_path, capsys):
+    """An authors' checkpoint fits our model strictly, and its levels are the official ones."""
+    name, form, kind = CASES.get(case, ("nat_mini", "feature_norms=(0, 1, 2, 3)", "semantic_fpn"))
+    config = write_config(tmp_path / "config.py", kind, name, options=form)
+    model = build(config).eval()
+    heads = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    backbone = official_nat() if case == "nat_mini" else official(case)
+    meta = {"CLASSES": ("a", "b"), "PALETTE": [[1, 2, 3], [4, 5, 6]], "epoch": 12}
+    torch.save({"state_dict": {**backbone, **heads}, "meta": meta}, tmp_path / "official.pth")
+    out = tmp_path / "ours.pth"
+    words = ["--load-from", str(tmp_path / "official.pth"), "--out", str(out)]
+    assert cli.main(["mm", "convert", str(config), *words]) == 0
+    assert "none missing, none unexpected" in capsys.readouterr().out
+    converted = torch.load(out, weights_only=True)
+    assert converted["meta"]["dataset_meta"] == {"classes": meta["CLASSES"], "palette": meta["PALETTE"]}
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.load_state_dict(converted["state_dict"], strict=True)
+    for k, v in heads.items():
+        assert torch.equal(model.state_dict()[k], v), k
+    if case == "nat_mini":
+        for i, norm in enumerate(model.backbone.body.model.feature_norms):
+            assert torch.equal(norm.weight, backbone[f"backbone.norm{i}.weight"])
+        return
+    keys, recorded, shape, outputs = load(case)
+    thin = recorded.get("outputs", {}).get("feat_strides_c_s") or {
+        f"feat{i}": s for i, s in enumerate(((8, 4), (8, 2), (16, 1), (16, 1)))
+    }
+    with torch.no_grad():
+        features = model.backbone(image(shape))
+    for feature, (level, (c, s)) in zip(features, sorted(thin.items()), strict=True):
+        golden_close(feature[:, ::c, ::s, ::s], outputs[level], level)
+
+
+@pytest.fixture(scope="module")
+def small(write_config, tmp_path_factory):
+    """A small segmentor and its weights under official names."""
+    config = write_config(
+        tmp_path_factory.mktemp("small") / "c.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)"
+    )
+    model = build(config)
+    state = {k.replace("backbone.body.model.", "backbone."): v for k, v in model.state_dict().items()}
+    state = {re.sub(r"backbone\.feature_norms\.(\d)", r"backbone.norm\1", k): v.clone() for k, v in state.items()}
+    return SimpleNamespace(model=model, state=state)
+
+
+def test_convert_small(small):
+    state = {f"module.{k}": v for k, v in small.state.items()}
+    converted = launcher.convert_checkpoint({"state_dict": state}, small.model)
+    assert converted.keys() == small.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "message"),
+    [
+        ("backbone.norm2.bias", {}, "1 missing: backbone.body.model.feature_norms.2.bias"),
+        ("backbone.norm", {}, "8 missing: backbone.body.model.feature_norms.0.bias"),
+        ("decode_head.conv_seg.bias", {}, "1 missing: decode_head.conv_seg.bias"),
+        (None, {"decode_head.extra": torch.zeros(1)}, "1 unexpected: decode_head.extra"),
+        (None, {"backbone.extra.weight": torch.zeros(1)}, "1 unexpected: backbone.body.model.extra.weight"),
+        (None, {"backbone.norm.weight": torch.ones(3)}, "1 unexpected: backbone.norm.weight"),
+        (None, {"decode_head.conv_seg.bias": torch.zeros(9)}, "1 of another shape: decode_head.conv_seg.bias"),
+    ],
+)
+def test_convert_is_strict(drop, add, message, small):
+    state = {k: v for k, v in small.state.items() if drop is None or not k.startswith(drop)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        launcher.convert_checkpoint({"state_dict": {**state, **add}}, small.model)
+
+
+def test_convert_reads_safely(write_config, tmp_path, capsys):
+    """A file that would run code is refused."""
+    config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
+    torch.save({"state_dict": SimpleNamespace()}, tmp_path / "evil.pth")
+    words = ["convert", config, "--load-from", tmp_path / "evil.pth", "--out", tmp_path / "x.pth"]
+    assert "is not a checkpoint that PyTorch reads safely" in refuse(capsys, *words)
+    assert not (tmp_path / "x.pth").exists()
+
+
+# links
+
+
+def test_link(tmp_path, monkeypatch, capsys):
+    """The file is written, works without our finder, is removed, and one of somebody else is left alone."""
+    package = tmp_path / "mmcv"
+    package.mkdir()
+    spec = SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: spec if name == "mmcv" else None)
+    assert cli.main(["mm", "link"]) == 0
+    namespace: dict = {"__name__": "mmcv._ext"}
+    exec((package / "_ext.py").read_text(), namespace)
+    ext = importlib.import_module("vizoo.heads.mm.ext")
+    assert namespace["nms"] is ext.nms
+    assert namespace["__getattr__"] is ext.missing
+    assert cli.main(["mm", "link"]) == 0
+    assert cli.main(["mm", "unlink"]) == 0
+    assert not (package / "_ext.py").exists()
+    assert cli.main(["mm", "unlink"]) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    (package / "_ext.py").write_text("nms = 3\n")
+    assert "stays as it is" in refuse(capsys, "link")
+    assert "stays as it is" in refuse(capsys, "unlink")
+    shutil.rmtree(package)
+    spec.submodule_search_locations = []
+    assert "mmcv is not installed" in refuse(capsys, "link")
