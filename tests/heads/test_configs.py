@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,7 +129,7 @@ def _fast_parsing() -> Iterator[None]:
     import vizoo.heads.mm  # noqa: F401
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "_get_cfg_metainfo", functools.cache(utils._get_cfg_metainfo))
+        patch.setattr(utils, "load", functools.cache(utils.load))
         patch.setattr(config, "is_installed", functools.cache(config.is_installed))
         yield
 
@@ -332,3 +333,206 @@ def test_published_multiply_adds(name: str) -> None:
         return
     width, height = size if "coco" in name else reversed(size)
     assert round(published_count(name, height, width)) == UNEXPLAINED.get(name, published)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "litv2_s_retinanet_8xb2-1x_coco",
+        "litv2_s_mask-rcnn_8xb2-1x_coco",
+        "overlock_t_upernet_8xb2-160k_ade20k-512x512",
+        "dinat_s_tiny_cascade-mask-rcnn_8xb2-3x_coco",
+        "halo_50ts_retinanet_8xb2-1x_coco",
+        "dependencyvit_small_upernet_8xb2-160k_ade20k-512x512",
+    ],
+)
+def test_optimizer(name: str) -> None:
+    """The optimiser is built from the config, and exempts from decay what the recipe says, by names that exist."""
+    from mmengine.optim import build_optim_wrapper
+
+    recipe, model = RECIPES[name], built(name)
+    settings = {k: v for k, v in config(name).optim_wrapper.items() if k != "loss_scale"}
+    optim = build_optim_wrapper(model, {**settings, "type": "OptimWrapper"}).optimizer  # AMP asks for a GPU
+    names = {id(p): n for n, p in model.named_parameters()}
+    undecayed = {names[id(p)] for g in optim.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    flat = name.startswith(("halo", "dependencyvit"))
+    assert undecayed == {
+        n for n, p in model.named_parameters() if any(k in n for k in recipe.no_decay) or (flat and p.ndim == 1)
+    }
+    for key in recipe.no_decay:
+        assert any(key in n for n in undecayed), key
+    assert {(g["lr"], g["weight_decay"]) for g in optim.param_groups} - {(recipe.lr, 0.0)} == {
+        (recipe.lr, recipe.decay)
+    }
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_path(name: str) -> None:
+    """Users find every config by its path below ``configs``."""
+    from vizoo.heads.mm import config_path
+
+    path = FILES[name]
+    assert Path(config_path(path.relative_to(FOLDER).as_posix())).samefile(path)
+
+
+# really run, with tiny backbones
+
+
+def tiny(name: str, model_name: str) -> Any:
+    """The model of a config on the CPU, with a test backbone and few regions."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, DefaultScope
+
+    from vizoo.heads.mm import VizooBackbone
+
+    cfg = config(name).copy().model
+    backbone = {k: v for k, v in cfg.backbone.items() if k != "type"}
+    backbone.update(model_name=model_name, pretrained=False)
+    if "out_indices" in backbone:
+        backbone["out_indices"] = (0, 1, 2, 3)
+    cfg.backbone = {"type": "VizooBackbone", **backbone}
+    width = VizooBackbone(**backbone).channels
+    for neck in cfg.neck if isinstance(cfg.get("neck"), list) else [cfg.get("neck")]:
+        if neck is not None:
+            neck.update({"embed_dim": width[0]} if "rescales" in neck else {"in_channels": width})
+    if "decode_head" in cfg:
+        cfg.decode_head.in_channels, cfg.auxiliary_head.in_channels = width, width[2]
+    else:
+        cfg.train_cfg.rpn_proposal.max_per_img = cfg.test_cfg.rpn.max_per_img = 32
+        stages = cfg.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 16
+    with DefaultScope.overwrite_default_scope(config(name).default_scope):
+        model = revert_sync_batchnorm(MODELS.build(cfg))
+        model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("dinat_mini_cascade-mask-rcnn_8xb2-3x_coco", "test_nat"),
+        ("overlock_t_mask-rcnn_8xb2-1x_coco", "test_overlock"),
+        ("dependencyvit_small_mask-rcnn_8xb2-1x_coco", "test_dependencyvit"),
+    ],
+)
+def test_detector_step(name: str, backbone: str) -> None:
+    """Losses are finite, every part that is trained gets a gradient, and prediction returns boxes and masks."""
+    from mmdet.testing import demo_mm_inputs
+    from mmengine.registry import DefaultScope
+
+    model = tiny(name, backbone)
+    data = demo_mm_inputs(1, [[3, 96, 128]], num_items=[3], num_classes=80, with_mask=True)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        losses = model(**model.data_preprocessor(data, True), mode="loss")
+        total, _ = model.parse_losses(losses)
+        total.backward()
+        assert torch.isfinite(total)
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert without == []
+        model.eval()
+        with torch.no_grad():
+            (result,) = model(**model.data_preprocessor(data, False), mode="predict")
+    assert result.pred_instances.bboxes.shape[1:] == (4,)
+    assert tuple(result.pred_instances.masks.shape[1:]) == (96, 128)
+
+
+def test_segmentor_step() -> None:
+    """UPerNet on the plain backbone: finite loss, and scores of the size of an odd image."""
+    from mmengine.registry import DefaultScope
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    model = tiny("dependencyvit_small_upernet_8xb2-160k_ade20k-512x512", "test_dependencyvit")
+    labels = torch.randint(0, 150, (1, 96, 128))
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo={"img_shape": (96, 128)}) for _ in range(2)]
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        total, _ = model.parse_losses(model.loss(torch.randn(2, 3, 96, 128), samples))
+        total.backward()
+        assert torch.isfinite(total)
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+        model.eval()
+        with torch.no_grad():
+            scores = model.encode_decode(torch.randn(1, 3, 75, 101), [{"img_shape": (75, 101)}])
+    assert scores.shape == (1, 150, 75, 101)
+
+
+def compose(pipeline: Any, scope: str) -> Any:
+    import mmdet.datasets.transforms  # noqa: F401 - registers
+    import mmseg.datasets.transforms  # noqa: F401 - registers
+    from mmcv.transforms import Compose
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope(scope):
+        return Compose(pipeline)
+
+
+def test_several_scales() -> None:
+    """The 3x augmentation gives short sides from 480 to 800, never more than 1333, with boxes inside."""
+    pipeline = compose(config("nat_mini_mask-rcnn_8xb2-3x_coco").train_dataloader.dataset.pipeline[2:4], "mmdet")
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+
+    rng = np.random.default_rng(0)
+    np.random.seed(0)
+    seen = set()
+    for _ in range(12):
+        masks = np.zeros((2, 400, 640), dtype=np.uint8)
+        masks[0, 50:300, 20:400], masks[1, 100:390, 300:620] = 1, 1
+        results = {
+            "img": rng.integers(0, 255, (400, 640, 3), dtype=np.uint8),
+            "img_shape": (400, 640),
+            "gt_bboxes": HorizontalBoxes(torch.tensor([[20.0, 50, 400, 300], [300, 100, 620, 390]])),
+            "gt_bboxes_labels": np.array([3, 7]),
+            "gt_ignore_flags": np.zeros(2, dtype=bool),
+            "gt_masks": BitmapMasks(masks, 400, 640),
+        }
+        out = pipeline(results)
+        if out is None:  # a crop without objects: mmdet draws another image
+            continue
+        short, long = sorted(out["img"].shape[:2])
+        seen.add(short)
+        assert short <= 800
+        assert long <= 1333
+        boxes = out["gt_bboxes"].tensor
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor(out["img"].shape[1::-1])).all()
+    assert len(seen) > 5
+
+
+def test_overlock_is_tested_at_multiples_of_32(tmp_path: Path) -> None:
+    from PIL import Image
+
+    cfg = config("overlock_s_upernet_8xb2-160k_ade20k-512x512")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (333, 500, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    steps = [t for t in cfg.test_dataloader.dataset.pipeline if t.type != "LoadAnnotations"]
+    out = compose(steps, "mmseg")({"img_path": str(tmp_path / "a.png"), "seg_fields": []})
+    assert tuple(out["inputs"].shape) == (3, 512, 800)  # 512x769 without it
+    assert out["data_samples"].ori_shape == (333, 500)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_configs_of_the_readme(task: str, tmp_path: Path) -> None:
+    """The configs that the README shows are complete, and change what they are meant to change."""
+    from mmengine.config import Config
+
+    text = (FOLDER / task / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == (2 if task == "detection" else 1)
+    for block in blocks:
+        path = tmp_path / "own.py"
+        path.write_text(block, encoding="utf-8")
+        cfg = Config.fromfile(path)
+        assert cfg.model.backbone.type == "VizooBackbone"
+        if "convnext" in block:
+            assert cfg.model.backbone == {"type": "VizooBackbone", "pretrained": True, "model_name": "convnext_tiny"}
+            continue
+        data = cfg.train_dataloader.dataset
+        assert data.data_root in ("pets/", "streets/")
+        assert data.pipeline
+        assert len(data.metainfo.classes) == 2
+        assert cfg.test_dataloader.dataset.metainfo == data.metainfo
+        head = cfg.model.roi_head.bbox_head if task == "detection" else cfg.model.decode_head
+        assert head.num_classes == 2
+    for name in re.findall(r"configs/\w+/mm\w+/([\w.-]+)\.py", text):
+        assert name in FILES
