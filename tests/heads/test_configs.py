@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,7 +195,7 @@ def test_schedule(name: str) -> None:
         "weight_decay": recipe.decay,
     }
     assert optim.type == ("AmpOptimWrapper" if recipe.amp else "OptimWrapper")
-    assert optim.get("loss_scale") == ("dynamic" if recipe.amp else None)
+    assert "loss_scale" not in optim  # dynamic by default, see test_loss_scale
     assert optim.get("clip_grad") is None
     assert "accumulative_counts" not in optim
     paramwise = dict(optim.get("paramwise_cfg", {}))
@@ -236,6 +237,13 @@ def test_schedule(name: str) -> None:
     assert (train["RandomResize"].scale, train["RandomResize"].ratio_range) == ((4 * side, side), (0.5, 2.0))
     assert cfg.test_dataloader == cfg.val_dataloader
     assert cfg.test_dataloader.dataset.pipeline[1].scale == (4 * side, side)
+
+
+def test_loss_scale() -> None:
+    """The configs leave the scale to mmengine, so that one setting turns mixed precision off."""
+    from mmengine.optim import AmpOptimWrapper
+
+    assert inspect.signature(AmpOptimWrapper).parameters["loss_scale"].default == "dynamic"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -351,8 +359,8 @@ def test_optimizer(name: str) -> None:
     from mmengine.optim import build_optim_wrapper
 
     recipe, model = RECIPES[name], built(name)
-    settings = {k: v for k, v in config(name).optim_wrapper.items() if k != "loss_scale"}
-    optim = build_optim_wrapper(model, {**settings, "type": "OptimWrapper"}).optimizer  # AMP asks for a GPU
+    settings = {**config(name).optim_wrapper, "type": "OptimWrapper"}  # AMP asks for a GPU
+    optim = build_optim_wrapper(model, settings).optimizer
     names = {id(p): n for n, p in model.named_parameters()}
     undecayed = {names[id(p)] for g in optim.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     flat = name.startswith(("halo", "dependencyvit"))

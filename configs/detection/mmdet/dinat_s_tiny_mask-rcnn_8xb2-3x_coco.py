@@ -14,7 +14,6 @@ model = dict(
 )
 optim_wrapper = dict(
     type="AmpOptimWrapper",
-    loss_scale="dynamic",
     optimizer=dict(lr=1e-4, weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}),
 )

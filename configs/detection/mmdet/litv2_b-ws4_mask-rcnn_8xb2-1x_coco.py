@@ -15,7 +15,6 @@ model = dict(
 )
 optim_wrapper = dict(
     type="AmpOptimWrapper",
-    loss_scale="dynamic",
     optimizer=dict(lr=2e-4, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )

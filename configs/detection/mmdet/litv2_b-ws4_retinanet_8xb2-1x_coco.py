@@ -14,4 +14,4 @@ model = dict(
     backbone=dict(model_name="litv2_b", window_size=4, feature_norms=(1, 2, 3), drop_path_rate=0.3, with_cp=True),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
-optim_wrapper = dict(type="AmpOptimWrapper", loss_scale="dynamic", optimizer=dict(lr=1e-4, weight_decay=1e-4))
+optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=1e-4, weight_decay=1e-4))

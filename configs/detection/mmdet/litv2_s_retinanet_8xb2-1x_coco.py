@@ -14,4 +14,4 @@ model = dict(
     backbone=dict(model_name="litv2_s", feature_norms=(1, 2, 3), drop_path_rate=0.2),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-optim_wrapper = dict(type="AmpOptimWrapper", loss_scale="dynamic", optimizer=dict(lr=1e-4, weight_decay=1e-4))
+optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=1e-4, weight_decay=1e-4))

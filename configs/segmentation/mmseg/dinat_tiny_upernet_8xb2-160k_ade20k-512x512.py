@@ -15,6 +15,5 @@ model = dict(
 )
 optim_wrapper = dict(
     type="AmpOptimWrapper",
-    loss_scale="dynamic",
     paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}),
 )
