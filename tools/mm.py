@@ -50,6 +50,7 @@ from vizoo.heads.mm.ext import *
 from vizoo.heads.mm.ext import missing as __getattr__
 '''
 ADAPTER = "VizooBackbone"
+PYRAMIDS = ("FPN", "PAFPN", "FPN_CARAFE", "NASFPN", "HRFPN", "ChannelMapper", "MultiLevelNeck")  # one level in, one out
 ADAPTER_ONLY = ("type", "pretrained", "frozen_stages", "norm_eval", "with_cp", "out_norm", "init_cfg", "_scope_")
 
 
@@ -182,7 +183,12 @@ def check_config(cfg: Any) -> None:
 
 
 def _is_ours(backbone: Any) -> bool:
-    return str(backbone.get("type")).rpartition(".")[2] == ADAPTER  # with or without a scope before it
+    return hasattr(backbone, "get") and _type(backbone) == ADAPTER
+
+
+def _type(config: Any) -> str:
+    """Name of a type, without the scope that may stand before it."""
+    return str(config.get("type")).rpartition(".")[2]
 
 
 def _get(cfg: Any, key: str) -> Any:
@@ -221,12 +227,12 @@ def _check_channels(model: Any, channels: list[int]) -> None:
     necks = model.get("neck") or []
     for i, neck in enumerate(necks if isinstance(necks, list) else [necks]):
         key = f"model.neck[{i}]" if isinstance(necks, list) else "model.neck"
-        given = neck.get("in_channels")
-        if isinstance(given, list | tuple) and list(given) != list(channels):
-            raise UserError(f"{key}.in_channels={list(given)}, but {list(channels)} come in")
-        if not isinstance(neck.get("out_channels"), int):
-            return  # what leaves this neck is not known here
-        channels = [neck.out_channels] * neck.get("num_outs", len(channels))
+        if _type(neck) not in PYRAMIDS or not isinstance(neck.get("out_channels"), int):
+            return  # what enters and leaves this neck is not known here
+        given = list(neck.get("in_channels") or [])
+        if given != channels:
+            raise UserError(f"{key}.in_channels={given}, but {channels} come in")
+        channels = [neck.out_channels] * (neck.get("num_outs") or len(channels))
     for key, head in _heads(model):
         given, index = head.get("in_channels"), head.get("in_index")
         if given is None or (not necks and not key.startswith(("model.decode_head", "model.auxiliary_head"))):
@@ -299,7 +305,10 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
 
     with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         dataset = registry.build({**config, "pipeline": [], "lazy_init": True})
-    if hasattr(dataset, "COCOAPI"):
+    readers = [getattr(type(dataset), name, None) for name in ("load_data_list", "parse_data_info")]
+    if [getattr(r, "__qualname__", "").partition(".")[0] for r in readers] == [
+        "CocoDataset"
+    ] * 2:  # not of another form
         classes = dataset.metainfo.get("classes")
         check_coco(dataset.ann_file, dataset.data_prefix.get("img", ""), classes, labelled=labelled)
     elif hasattr(dataset, "seg_map_suffix") and dataset.data_prefix.get("seg_map_path"):
@@ -343,7 +352,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     training = args.action == "train"
     if not training and not cfg.get("load_from"):
         raise UserError("--load-from is missing: the checkpoint to test")
-    if (not training or cfg.get("resume")) and _is_ours(cfg.model.backbone):
+    if (not training or cfg.get("resume")) and _is_ours(_get(cfg, "model.backbone")):
         cfg.model.backbone.pretrained = False  # every weight comes from the checkpoint
     check_config(cfg)
     if not args.no_check_data:
@@ -470,7 +479,7 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
     cfg.load_from = None
     check_config(cfg)
     if not _is_ours(cfg.model.backbone):
-        raise UserError(f"model.backbone.type={cfg.model.backbone.get('type')!r}, need {ADAPTER!r}")
+        raise UserError(f"model.backbone.type={_type(cfg.model.backbone)!r}, need {ADAPTER!r}")
     cfg.model.backbone.pretrained = False
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = _build(lambda: MODELS.build(cfg.model))

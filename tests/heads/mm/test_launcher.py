@@ -119,6 +119,23 @@ def test_bad_config(kind, extra, message, write_config, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_channels_that_are_not_known(write_config, tmp_path):
+    """Necks of another kind, and no backbone of the zoo: nothing is refused."""
+    neck = 'model["neck"] = dict(type="YOLOV3Neck", num_scales=3, in_channels=[9, 9, 9], out_channels=[3, 2, 1])\n'
+    for extra in (neck, 'model["backbone"] = dict(type="ResNet", depth=50)\n', 'model = dict(type="Twin")\n'):
+        config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
+        launcher.check_config(launcher.load_config(launcher.build_parser().parse_args(["train", str(config)])))
+
+
+def test_other_annotations_are_not_checked(write_config, tmp_path):
+    """LVIS names its images in another way."""
+    change = '["dataset"].update(type="LVISV1Dataset", ann_file="/x")\n'
+    extra = f"train_dataloader{change}val_dataloader{change}"
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
+    cfg = launcher.load_config(launcher.build_parser().parse_args(["train", str(config)]))
+    launcher.check_data(cfg, ("train", "val"))
+
+
 @pytest.mark.usefixtures("never_started")
 def test_bad_words(write_config, tmp_path, capsys):
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
