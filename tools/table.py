@@ -1,4 +1,4 @@
-"""Recounts ``backbones/models.csv`` and writes the generated tables of README.md; for developers, in a checkout.
+"""Recounts ``backbones/models.csv`` and writes the generated tables of the READMEs; for developers, in a checkout.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; the tests fail when one is out of date.
 """
@@ -6,6 +6,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; the 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import io
 import re
@@ -19,6 +20,11 @@ EXAMPLES = """\
 examples:
   python -m vizoo.tools.table           recount models.csv and rewrite the tables
   python -m vizoo.tools.table --check   only say what is out of date"""
+READMES = ("README.md", "configs/detection/README.md", "configs/segmentation/README.md")
+CONFIG_HEAD = re.compile(
+    r"(?P<head>.+?) on (?P<backbone>.+?), (?:COCO|ADE20K), (?P<schedule>[\d,]+ \w+)\. "
+    r"Paper: .*?arXiv (?P<arxiv>[\d.]+)\. Published: (?P<published>.*?) Parameters: (?P<params>[\d,]+)\."
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -95,13 +101,57 @@ def speed_table(folder: Path) -> str:
     return markdown(columns, rows, (4, 5, 7, 8, 9))
 
 
-def rewrite(text: str, folder: Path) -> str:
-    """README text with every marked table written again."""
-    tables = {"models": models_table, "speed": lambda: speed_table(folder)}
+def configs_table(folder: Path) -> str:
+    """Configs of detectors or segmentors as a Markdown table, from the head comment of each file below ``folder``.
+
+    Raises:
+        UserError: If a head comment is not of the form of its siblings.
+    """
+    detection = {"box AP": r"box AP ([\d.]+)", "mask AP": r"mask AP ([\d.]+)"}
+    segmentation = {"mIoU": r"mIoU ([\d.]+)", "multi-scale": r"([\d.]+) \(multi-scale\)"}
+    scored = detection if folder.name == "detection" else segmentation
+    rows = []
+    for path in sorted(folder.glob("*/*.py")):
+        head = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+        found = CONFIG_HEAD.match(head)
+        if found is None:
+            raise UserError(f"{path}: the head comment is not of the form of its siblings")
+        scores = {name: m[1] for name, pattern in scored.items() if (m := re.search(pattern, found["published"]))}
+        rows.append(
+            [
+                f"[{path.stem.rsplit('_8xb2', 1)[0]}]({path.parent.name}/{path.name})",
+                found["backbone"],
+                found["head"],
+                found["schedule"],
+                *(scores.get(name, "") for name in scored),
+                f"{int(found['params'].replace(',', '')) / 1e6:.2f}",
+                f"[{found['arxiv']}](https://arxiv.org/abs/{found['arxiv']})" if scores else "ours",
+            ]
+        )
+    columns = ["config", "backbone", "head", "schedule", *scored, "params (M)", "source"]
+    return markdown(columns, rows, (4, 5, 6))
+
+
+def rewrite(text: str, root: Path) -> str:
+    """Text of a README with every marked table written again.
+
+    Args:
+        text: Its contents.
+        root: The checkout.
+
+    Raises:
+        UserError: If a marked table is unknown.
+    """
+    tables = {
+        "models": models_table,
+        "speed": lambda: speed_table(root / "tools/results"),
+        "detection": lambda: configs_table(root / "configs/detection"),
+        "segmentation": lambda: configs_table(root / "configs/segmentation"),
+    }
 
     def fill(m: re.Match[str]) -> str:
         if m[2] not in tables:
-            raise UserError(f"unknown table {m[2]!r} in README.md; known: {', '.join(tables)}")
+            raise UserError(f"unknown table {m[2]!r}; known: {', '.join(tables)}")
         return f"{m[1]}{tables[m[2]]()}{m[3]}"
 
     return MARKED.sub(fill, text)
@@ -118,15 +168,13 @@ def _run(argv: list[str]) -> int:
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is out of date")
     args = p.parse_args(argv)
     stale = 0
-    for name, new in (
-        ("backbones/models.csv", recount),
-        ("README.md", lambda t: rewrite(t, args.root / "tools/results")),
-    ):
+    readmes = [r for r in READMES if r == "README.md" or (args.root / r).is_file()]
+    for name in ("backbones/models.csv", *readmes):
         path = args.root / name
         if not path.is_file():
             raise UserError(f"--root {str(args.root)!r}: no {name} there; give the checkout")
         old = path.read_text(encoding="utf-8")
-        text = new(old)
+        text = recount(old) if name.endswith(".csv") else rewrite(old, args.root)
         if text == old:
             continue
         stale += 1

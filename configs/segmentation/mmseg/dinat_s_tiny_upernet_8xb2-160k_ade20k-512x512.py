@@ -1,0 +1,19 @@
+"""UPerNet on DiNAT_s-Tiny, ADE20K, 160,000 iterations.
+
+Paper: "Dilated Neighborhood Attention Transformer", arXiv 2209.15001.
+Published: mIoU 46.0 (single scale), 47.4 (multi-scale); 60 M parameters, 941 G multiply-adds at 512x2048.
+Parameters: 59,941,862.
+Not repeated from the official code: freezing of stages that reads a missing attribute; no stage is frozen.
+"""
+
+_base_ = "./_base_/upernet_160k.py"
+
+model = dict(
+    backbone=dict(model_name="dinat_s_tiny", feature_norms=(0, 1, 2, 3), dilations="seg_s", drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(
+    type="AmpOptimWrapper",
+    paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}),
+)
