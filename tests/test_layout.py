@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
+HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads"}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 # ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
 PLUMBING = {f"{OPS}.{name}" for name in ("_backend", "_cost", "_halo_kernels", "_neighborhood_kernels", "na2d_av")}
@@ -114,7 +115,7 @@ def refused(path: Path, found: Import) -> str | None:
     if name.startswith("vizoo.heads.mm"):
         return "mm adapters know heads and mm*" if found.within("vizoo.tools", BACKBONES) else None
     if name.startswith("vizoo.heads"):
-        return "heads see features only" if outside({"torch", "torchvision", "timm", "vizoo.heads"}, found) else None
+        return "heads see features only" if outside(HEADS_SEE, found) else None
     return None  # tools may use every public name
 
 

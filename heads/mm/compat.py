@@ -5,29 +5,20 @@ from __future__ import annotations
 import importlib.util
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import config as mm_config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
+from ..checkpoints import mmengine_globals
+
 __all__ = ["allow_checkpoints", "config_path", "find_configs"]
 
 
 def allow_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)``, the default, read training checkpoints of mmengine.
-
-    They hold a ``HistoryBuffer`` and NumPy arrays.  ``getattr``, which every one of them needs, weakens the protection
-    a little: attributes of the listed classes become reachable, no other name does.
-    """
-    core = getattr(np, "_core", None) or np.core
-    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
-    old_names = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]  # files written with NumPy 1
-    dtypes = {type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32, np.bool_)}
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, getattr, *functions, *old_names, *dtypes]
-    torch.serialization.add_safe_globals(allowed)
+    """Let ``torch.load(weights_only=True)``, the default, read training checkpoints of mmengine."""
+    torch.serialization.add_safe_globals(mmengine_globals(HistoryBuffer))
 
 
 def find_configs() -> None:

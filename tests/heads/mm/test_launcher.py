@@ -14,6 +14,7 @@ import torch
 from golden import image, load, weights
 from tolerance import golden_close
 
+from vizoo.heads.checkpoints import convert_checkpoint
 from vizoo.tools import cli
 from vizoo.tools import mm as launcher
 
@@ -162,7 +163,7 @@ def test_missing_extra(monkeypatch, capsys):
 
 def test_bad_record_names_the_data_set(shapes, write_config, tmp_path, capsys, never_started):
     """A class id out of range, a box outside, a mask of another size: in the message before training."""
-    data = json.loads((shapes / "training.json").read_text())
+    data = json.loads((shapes / "annotations" / "instances_training.json").read_text())
     data["annotations"][3]["category_id"] = 12
     data["annotations"][4]["bbox"][0] = 150
     bad = tmp_path / "bad.json"
@@ -275,7 +276,7 @@ def small(write_config, tmp_path_factory):
 
 def test_convert_small(small):
     state = {f"module.{k}": v for k, v in small.state.items()}
-    converted = launcher.convert_checkpoint({"state_dict": state}, small.model)
+    converted = convert_checkpoint({"state_dict": state}, small.model)
     assert converted.keys() == small.model.state_dict().keys()
 
 
@@ -294,7 +295,7 @@ def test_convert_small(small):
 def test_convert_is_strict(drop, add, message, small):
     state = {k: v for k, v in small.state.items() if drop is None or not k.startswith(drop)}
     with pytest.raises(ValueError, match=re.escape(message)):
-        launcher.convert_checkpoint({"state_dict": {**state, **add}}, small.model)
+        convert_checkpoint({"state_dict": {**state, **add}}, small.model)
 
 
 def test_convert_reads_safely(write_config, tmp_path, capsys):
