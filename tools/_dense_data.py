@@ -221,7 +221,8 @@ def segmentation_parts(
         images, masks, stems = _layout(base, root, part)
         suffix = next((s for s in (".jpg", ".png", ".jpeg") if any(images.glob(f"**/*{s}"))), ".jpg")
         if stems is None:
-            stems = sorted(p.relative_to(images).as_posix().removesuffix(suffix) for p in images.rglob(f"*{suffix}"))
+            both = ((images, suffix), (masks, ".png"))  # a mask without an image is an error too
+            stems = sorted({p.relative_to(d).as_posix().removesuffix(s) for d, s in both for p in d.rglob(f"*{s}")})
         if checked:
             _check(check_masks, images, masks, len(names), suffix, ".png", reduce_zero_label, IGNORED, stems)
         pairs[part] = [(images / f"{s}{suffix}", masks / f"{s}.png") for s in stems]
