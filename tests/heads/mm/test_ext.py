@@ -332,6 +332,21 @@ def border_only(offset: Tensor, frame, numbers, size) -> Tensor:
     return outside.repeat_interleave(2, dim=0).repeat(groups, 1, 1).to(offset)
 
 
+def test_deform_with_offsets_of_a_finer_level():
+    """DyHead: the compiled operator reads the first values in memory, whatever their height and width say."""
+    x, weight = torch.randn(2, 2, 4, 3, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    offset, mask = torch.randn(2, 18, 8, 6, dtype=torch.float64), torch.rand(2, 9, 8, 6, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, offset, weight, mask)]
+    out = deform(x, offset, weight, mask, None, padding=1)
+    read = [t.flatten(1)[:, : c * 12].view(2, c, 4, 3) for t, c in ((offset, 18), (mask, 9))]
+    expected = slow_deform(x, read[0], weight, read[1], None, padding=1)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    found, slow = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    for a, b in zip(found, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_deform_border_rule():
     """A sample at exactly -1 gets no offset gradient, one just inside gets one."""
     x, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
