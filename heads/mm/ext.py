@@ -383,7 +383,9 @@ def _first(larger: Tensor, size: Sequence[int]) -> Tensor:
 
 def _fill_first(target: Tensor, values: Tensor) -> None:
     """Copy a gradient of :func:`_first`; what was not read has none."""
-    target.zero_().view(len(target), -1)[:, : values[0].numel()] = values.flatten(1)
+    whole = values.new_zeros(len(target), target[0].numel())
+    whole[:, : values[0].numel()] = values.flatten(1)
+    target.copy_(whole.view(target.shape))
 
 
 def _deform_backward(
