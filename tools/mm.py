@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from vizoo.heads.features import convert_checkpoint
 from vizoo.tools._check_data import check_coco, check_masks
 from vizoo.tools.common import UserError, run_tool
 
@@ -210,7 +210,7 @@ def _check_weights(key: str, init_cfg: Any) -> None:
 
 def _backbone_channels(backbone: Any) -> list[int]:
     """Channels of the backbone's levels, by its config."""
-    from vizoo.heads.mm.backbone import pretrained_arguments
+    from vizoo.heads.features import pretrained_arguments
 
     if "model_name" not in backbone:
         raise UserError("model.backbone.model_name is missing")
@@ -419,53 +419,6 @@ def _replace_sync_bn(node: Any) -> None:
 
 
 # checkpoints of the authors
-
-
-def convert_checkpoint(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Names of a detector or segmentor published by a backbone's authors -> those of ``model``.
-
-    Necks and heads kept their names since mmdet 2 and mmseg 0; the backbone goes through the family's
-    ``checkpoint_filter_fn``.
-
-    Args:
-        checkpoint: Checkpoint or state dict.
-        model: Detector or segmentor with a :class:`vizoo.heads.mm.VizooBackbone` as ``backbone``.
-
-    Returns:
-        The state dict, which fits ``model`` strictly.
-
-    Raises:
-        ValueError: If anything is missing, left over or of another shape; names the first ten of each.
-    """
-    adapter = model.backbone
-    inner: Any = adapter.body.model if hasattr(adapter.body, "model") else None  # type: ignore[union-attr]
-    if inner is None:
-        raise ValueError("got a backbone without official task checkpoints: its features are no 'getter'")
-    state = checkpoint.get("state_dict", checkpoint)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    own = model.state_dict()
-    body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    family = sys.modules[type(inner).__module__]
-    filter_fn = getattr(family, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
-    filtered = filter_fn(dict(body), inner)
-    ours = {t.data_ptr() for t in inner.state_dict().values() if t.numel()}  # filled in by the filter, not in the file
-    filled = {k for k, v in filtered.items() if v.numel() and v.data_ptr() in ours}
-    converted = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-    converted.update({f"backbone.body.model.{k}": v for k, v in filtered.items() if k not in filled})
-    kept = {v.data_ptr() for v in filtered.values()}
-    dropped = [k for k, v in body.items() if not k.endswith("relative_position_index")]
-    if len(filtered) - len(filled) == len(dropped):
-        dropped = []  # renamed or resized, none left out
-    dropped = [f"backbone.{k}" for k in dropped if body[k].data_ptr() not in kept]
-    problems = {
-        "missing": sorted(own.keys() - converted.keys()),
-        "unexpected": sorted({*(converted.keys() - own.keys()), *dropped}),
-        "of another shape": sorted(k for k, v in converted.items() if k in own and v.shape != own[k].shape),
-    }
-    texts = [f"{len(keys)} {what}: {', '.join(keys[:10])}" for what, keys in problems.items() if keys]
-    if texts:
-        raise ValueError(f"the checkpoint does not fit the config; {'; '.join(texts)}")
-    return converted
 
 
 def _convert(cfg: Any, args: argparse.Namespace) -> int:

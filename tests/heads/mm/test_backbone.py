@@ -192,7 +192,7 @@ def test_pretrained_file(name, kind, tmp_path):
 
 
 def test_url_goes_to_timm(monkeypatch):
-    backbone = importlib.import_module("vizoo.heads.mm.backbone")
+    backbone = importlib.import_module("vizoo.heads.features")
     seen = {}
     monkeypatch.setattr(backbone.timm, "create_model", lambda name, **kwargs: seen.update(kwargs) or {}["stop"])
     with pytest.raises(KeyError, match="stop"):
