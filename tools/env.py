@@ -12,8 +12,8 @@ from typing import Any
 
 from vizoo.tools.common import run_tool
 
-MM_PACKAGES = ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
-PACKAGES = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime", *MM_PACKAGES)
+PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
+PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
 EXAMPLES = """\
 examples:
   vizoo env          what to paste into a bug report
