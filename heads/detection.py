@@ -18,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .features import FeatureLevels, FeaturePyramid, create_without_memory
+from .features import FeatureLevels, FeaturePyramid
 
 __all__ = ["detector"]
 
@@ -28,7 +28,7 @@ TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 
 def detector(
     arch: str,
-    backbone: str,
+    backbone: str | nn.Module,
     num_classes: int,
     pretrained: bool | str | Path = False,
     frozen_stages: int = -1,
@@ -50,7 +50,7 @@ def detector(
 
     Args:
         arch: ``"retinanet"``, ``"fcos"``, ``"faster_rcnn"`` or ``"mask_rcnn"``.
-        backbone: Any name of :func:`timm.create_model`.
+        backbone: Any name of :func:`timm.create_model`, or a model made with ``features_only=True``.
         num_classes: Classes and the background, which is class 0 in every architecture: 91 for COCO.
         pretrained: Weights of the backbone, as in :class:`vizoo.heads.features.FeatureLevels`.
         frozen_stages: Stages of the backbone that are not trained: 0 the stem, k the stem and k stages, -1 none.
@@ -82,7 +82,7 @@ def detector(
         norm_eval=norm_eval,
         **(backbone_kwargs or {}),
     )
-    data = resolve_model_data_config(create_without_memory(backbone, **(backbone_kwargs or {})))
+    data = resolve_model_data_config(body.body)
     shared: dict[str, Any] = {
         "num_classes": num_classes,
         "min_size": min_size,

@@ -1,4 +1,7 @@
-"""Features of any timm model by their strides, for necks and heads."""
+"""Features of any timm model, chosen by stride, and a feature pyramid on them.
+
+The level choice, freezing and loading are shared by the heads of this package and the adapter of mmdet and mmseg.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 from timm.layers import LayerNorm2d
@@ -16,21 +19,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-__all__ = ["FeatureLevels", "FeaturePyramid", "feature_levels"]
+__all__ = ["FeatureLevels", "FeaturePyramid", "Levels", "feature_levels"]
 
-STRIDES = (4, 8, 16, 32)
+_Module = TypeVar("_Module", bound="FeatureLevels")
 
 
 class Levels(NamedTuple):
-    """Features of a model: their indices among ``out_indices``, channels and strides."""
+    """Chosen features of a model."""
 
-    indices: list[int]
-    channels: list[int]
-    strides: list[int]
+    indices: tuple[int, ...]
+    """Index of each level among the model's features, for ``out_indices`` of timm."""
+    channels: tuple[int, ...]
+    """Channels of each level."""
+    strides: tuple[int, ...]
+    """Pixels of the image per position of each level."""
 
 
 def create(model_name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` that suggests names."""
+    """``timm.create_model`` that suggests names for an unknown one."""
     name = model_name.partition(".")[0]
     if ":" not in model_name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["see timm.list_models()"]
@@ -46,31 +52,32 @@ def create_without_memory(model_name: str, **kwargs: Any) -> nn.Module:
         return create(model_name, **kwargs)
 
 
-def feature_levels(
-    model_name: str, strides: Sequence[int] = STRIDES, out_indices: Sequence[int] | None = None, **kwargs: Any
-) -> Levels:
-    """Which features of a model have the wanted strides; of several with one stride, the last.
+def feature_levels(model_name: str, strides: Sequence[int] = (4, 8, 16, 32), **kwargs: Any) -> Levels:
+    """Find the features of a timm model that have the given strides, without allocating its weights.
 
     Args:
-        model_name: Any name of :func:`timm.create_model`.
-        strides: Pixels of the image for one of the feature, increasing.
-        out_indices: Indices of the features, instead of ``strides``.
-        **kwargs: Arguments of the model.
+        model_name: Any name of ``timm.create_model``.
+        strides: Strides of the levels in pixels, increasing.  Where several features share one, the last is taken.
+        **kwargs: Arguments of the model; ``out_indices`` replaces ``strides``.
 
     Returns:
-        Indices for timm's ``out_indices``, channels and strides.
+        Indices, channels and strides of the levels.
 
     Raises:
-        ValueError: If the model is unknown or has no feature of one of the strides; names those it has.
+        ValueError: If the model is unknown, or has no feature of one of the strides.
     """
-    if out_indices is None and (list(strides) != sorted(set(strides)) or not strides):
+    if kwargs.get("out_indices") is None:
+        kwargs.pop("out_indices", None)
+    info: Any = create_without_memory(model_name, features_only=True, **kwargs).feature_info
+    if "out_indices" in kwargs:
+        return Levels(tuple(kwargs["out_indices"]), tuple(info.channels()), tuple(info.reduction()))
+    return _choose(info, strides, model_name)
+
+
+def _choose(info: Any, strides: Sequence[int], model_name: str) -> Levels:
+    if not strides or list(strides) != sorted(set(strides)):
         raise ValueError(f"got strides={tuple(strides)}, need increasing numbers")
-    chosen = {} if out_indices is None else {"out_indices": tuple(out_indices)}
-    info: Any = create_without_memory(model_name, features_only=True, **chosen, **kwargs).feature_info
-    channels, reductions = info.channels(), info.reduction()
-    if out_indices is not None:
-        return Levels(list(out_indices), channels, reductions)
-    last = {stride: i for i, stride in enumerate(reductions)}
+    last = {stride: i for i, stride in enumerate(info.reduction())}
     missing = [s for s in strides if s not in last]
     if missing:
         raise ValueError(
@@ -78,44 +85,30 @@ def feature_levels(
             f"it has {', '.join(map(str, sorted(last)))}"
         )
     found = [last[s] for s in strides]
-    return Levels([info.out_indices[i] for i in found], [channels[i] for i in found], list(strides))
-
-
-def pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for weights that are loaded before the model is wrapped."""
-    if isinstance(pretrained, bool):
-        return {"pretrained": pretrained}
-    source = str(pretrained)
-    if source.startswith(("http://", "https://")):
-        return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None, "file": None}}
-    if not Path(source).is_file():
-        raise ValueError(
-            f"got pretrained={source!r}, need True, False, an existing file or a URL; "
-            "a value that a base config sets for another backbone goes away with model.pretrained=None"
-        )
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": source}}
+    return Levels(tuple(info.out_indices[i] for i in found), tuple(info.channels()[i] for i in found), tuple(strides))
 
 
 class FeatureLevels(nn.Module):
     """Features of a timm model, chosen by stride, as a tuple of NCHW maps.
 
-    The per-level norms of the official dense LITv2, NAT and OverLoCK belong to these models: ask for them with
-    ``feature_norms=(0, 1, 2, 3)``, ``dense="det"`` and so on.
+    An image of ``height x width`` gives a map of ``ceil(height / stride) x ceil(width / stride)``, except where a
+    family's official code rounds down (LITv2) or only takes one size (``img_size`` of timm's Swin).
 
     Args:
-        model_name: Any name of :func:`timm.create_model`.
-        strides: Strides of the levels, increasing.  Where several features of the model share one, the last is taken.
-        out_indices: Indices of the model's features, instead of ``strides``.
+        backbone: Any name of ``timm.create_model``, or a model made with ``features_only=True``.
+        strides: Strides of the levels in pixels, increasing.  Where several features share one, the last is taken.
+        out_indices: Indices of the model's features, instead of ``strides``; only with a name.
         pretrained: True for the published weights, or a file (.pth, .safetensors, also a classifier or a whole
             detector or segmentor of the authors) or URL, read through the family's ``checkpoint_filter_fn``.
         frozen_stages: Parts that are not trained: 0 the stem, k the stem and k stages, -1 none.
         norm_eval: Keep batch norms in evaluation mode.
-        with_cp: Recompute activations in the backward pass instead of storing them.
+        grad_checkpointing: Recompute activations in the backward pass instead of storing them.
         feature_cls: Wrapper of timm: ``"getter"`` keeps the model whole, ``"list"``, ...; None for the family's own.
         out_norm: ``"layer"`` for a layer norm of each level, in models that have none of their own.
-        **kwargs: Arguments of the model, such as ``drop_path_rate``.
+        **kwargs: Arguments of the model, such as ``drop_path_rate``; only with a name.
 
     Attributes:
+        body: The model of timm.
         channels: Channels of each level.
         strides: Stride of each level.
         out_indices: Index of each level among the model's features.
@@ -126,13 +119,13 @@ class FeatureLevels(nn.Module):
 
     def __init__(
         self,
-        model_name: str,
-        strides: Sequence[int] = STRIDES,
+        backbone: str | nn.Module,
+        strides: Sequence[int] = (4, 8, 16, 32),
         out_indices: Sequence[int] | None = None,
         pretrained: bool | str | Path = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        with_cp: bool = False,
+        grad_checkpointing: bool = False,
         feature_cls: str | None = None,
         out_norm: str | None = None,
         **kwargs: Any,
@@ -142,26 +135,46 @@ class FeatureLevels(nn.Module):
             raise ValueError(f"got out_norm={out_norm!r}, need 'layer' or None")
         if feature_cls is not None:
             kwargs["feature_cls"] = feature_cls
-        levels = feature_levels(model_name, strides, out_indices, **kwargs)
-        weights = pretrained_arguments(pretrained)
-        self.body = create(model_name, features_only=True, out_indices=tuple(levels.indices), **weights, **kwargs)
-        self.model_name, self._kwargs = model_name, kwargs
-        info: Any = self.body.feature_info
-        self.channels: list[int] = info.channels()
-        self.strides: list[int] = info.reduction()
-        self.out_indices = levels.indices
+        if isinstance(backbone, str):
+            levels = feature_levels(backbone, strides, out_indices=out_indices, **kwargs)
+            weights = pretrained_arguments(pretrained)
+            body = create(backbone, features_only=True, out_indices=levels.indices, **weights, **kwargs)
+            self.model_name, self._taken = backbone, list(range(len(levels.indices)))
+        else:
+            levels = self._levels_of(backbone, strides, out_indices=out_indices, pretrained=pretrained, **kwargs)
+            body, info = backbone, backbone.feature_info
+            cfg: Any = getattr(body, "pretrained_cfg", None) or {}
+            self.model_name = cfg.get("architecture") or type(body).__name__
+            self._taken = [list(info.out_indices).index(i) for i in levels.indices]  # type: ignore[union-attr,arg-type]
+        self.body = body
+        self._kwargs = kwargs
+        self.channels, self.strides, self.out_indices = map(list, (levels.channels, levels.strides, levels.indices))
         self.norm_eval = norm_eval
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
-        if with_cp:
+        if grad_checkpointing:
             self._checkpoint_gradients()
         self._frozen = self._find_frozen(frozen_stages) if frozen_stages >= 0 else set()
         self.train(self.training)
 
+    @staticmethod
+    def _levels_of(body: nn.Module, strides: Sequence[int], **only_named: Any) -> Levels:
+        """Levels of a model that exists already."""
+        given = [k for k, v in only_named.items() if v is not None and v is not False]
+        if given:
+            raise ValueError(f"got {given[0]}= with a module as backbone; it belongs to the call that made the module")
+        info: Any = getattr(body, "feature_info", None)
+        if not hasattr(info, "out_indices"):
+            raise ValueError(
+                f"got backbone of type {type(body).__name__}, need a name or timm.create_model(..., features_only=True)"
+            )
+        return _choose(info, strides, type(body).__name__)
+
     def _checkpoint_gradients(self) -> None:
         able: Any = next((m for m in (self.body, *self.body.children()) if hasattr(m, "set_grad_checkpointing")), None)
-        if able is None:
-            raise ValueError(f"got with_cp=True, but {self.model_name!r} has no gradient checkpointing")
-        able.set_grad_checkpointing(True)
+        if able is not None:
+            able.set_grad_checkpointing(True)
+            return
+        raise ValueError(f"got grad_checkpointing=True, but {self.model_name!r} has no gradient checkpointing")
 
     def layers(self, coarse: bool = False) -> dict[str, int]:
         """Depth of every parameter of the body.
@@ -211,7 +224,7 @@ class FeatureLevels(nn.Module):
             )
         return {name for name, layer in depth.items() if layer <= stages}
 
-    def train(self, mode: bool = True) -> FeatureLevels:
+    def train(self: _Module, mode: bool = True) -> _Module:
         """Training mode, except of frozen stages, and of batch norms with ``norm_eval``."""
         super().train(mode)
         names = {id(p): n for n, p in self.body.named_parameters()}
@@ -230,29 +243,43 @@ class FeatureLevels(nn.Module):
         features = self.body(x)
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             features = [f.permute(0, 3, 1, 2) for f in features]
-        return tuple(norm(f) for norm, f in zip(self.out_norms, features, strict=True))
+        return tuple(norm(features[i]) for norm, i in zip(self.out_norms, self._taken, strict=True))
 
 
 class FeaturePyramid(nn.Module):
-    """Features and torchvision's pyramid on them: a backbone for torchvision's detectors.
+    """Backbone and feature pyramid network (Lin et al., CVPR 2017) in the form that torchvision's detectors take.
 
     Args:
-        body: The features.
-        out_channels: Channels of every level.
-        extra_blocks: Of :class:`torchvision.ops.FeaturePyramidNetwork`: further, coarser levels.
+        backbone: The levels.
+        out_channels: Channels of every map.
+        extra: Makes coarser maps, such as ``LastLevelMaxPool`` or ``LastLevelP6P7`` of torchvision; None for none.
 
     Attributes:
-        out_channels: As given; torchvision reads it.
+        out_channels: As given.
+        strides: Stride of each level of the backbone; extra maps halve the last.
     """
 
-    def __init__(self, body: FeatureLevels, out_channels: int = 256, extra_blocks: ExtraFPNBlock | None = None) -> None:
+    def __init__(self, backbone: FeatureLevels, out_channels: int = 256, extra: ExtraFPNBlock | None = None) -> None:
         super().__init__()
-        self.body = body
-        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks)
-        self.out_channels = out_channels
+        self.backbone = backbone
+        self.fpn = FeaturePyramidNetwork(backbone.channels, out_channels, extra)
+        self.out_channels, self.strides = out_channels, backbone.strides
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Images ``[B, C, height, width]`` to maps named ``"0"``, ``"1"`` and so on, and by the extra blocks."""
-        maps = OrderedDict((str(i), f) for i, f in enumerate(self.body(x)))
-        found: OrderedDict[str, Tensor] = self.fpn(maps)
-        return found
+        """Images ``[B, C, height, width]`` to maps ``[B, out_channels, H, W]`` named "0", "1", ..."""
+        return self.fpn(OrderedDict((str(i), f) for i, f in enumerate(self.backbone(x))))
+
+
+def pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for weights that are loaded before the model is wrapped."""
+    if isinstance(pretrained, bool):
+        return {"pretrained": pretrained}
+    source = str(pretrained)
+    if source.startswith(("http://", "https://")):
+        return {"pretrained": True, "pretrained_cfg_overlay": {"url": source, "hf_hub_id": None, "file": None}}
+    if not Path(source).is_file():
+        raise ValueError(
+            f"got pretrained={source!r}, need True, False, an existing file or a URL; "
+            "a value that a base config sets for another backbone goes away with model.pretrained=None"
+        )
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": source}}

@@ -19,7 +19,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from .checkpoints import convert_checkpoint, read_checkpoint
-from .features import STRIDES, FeatureLevels
+from .features import FeatureLevels
 
 __all__ = ["Segmentor", "load_segmentor", "segmentor"]
 
@@ -257,12 +257,12 @@ class Segmentor(nn.Module):
 
 def segmentor(
     arch: str,
-    backbone: str,
+    backbone: str | nn.Module,
     num_classes: int,
     pretrained: bool | str | Path = False,
     frozen_stages: int = -1,
     norm_eval: bool = False,
-    strides: Sequence[int] = STRIDES,
+    strides: Sequence[int] = (4, 8, 16, 32),
     channels: int | None = None,
     aux: bool = True,
     backbone_kwargs: dict[str, Any] | None = None,
@@ -271,7 +271,7 @@ def segmentor(
 
     Args:
         arch: ``"semantic_fpn"`` or ``"upernet"``.
-        backbone: Any name of :func:`timm.create_model`.
+        backbone: Any name of :func:`timm.create_model`, or a model made with ``features_only=True``.
         num_classes: Classes; there is no background beside them.
         pretrained: Weights of the backbone, as in :class:`vizoo.heads.features.FeatureLevels`.
         frozen_stages: Stages of the backbone that are not trained: 0 the stem, k the stem and k stages, -1 none.

@@ -12,10 +12,8 @@ from typing import Any
 
 from vizoo.tools.common import run_tool
 
-PACKAGES = (
-    *("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime"),
-    *("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation"),
-)
+PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
+PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
 EXAMPLES = """\
 examples:
   vizoo env          what to paste into a bug report

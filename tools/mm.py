@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint
 from vizoo.tools._check_data import check_coco, check_masks
@@ -376,12 +377,37 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
             runner.optim_wrapper = _build(lambda: runner.build_optim_wrapper(runner.optim_wrapper))
             runner.train()
         else:
+            _check_fit(runner.model, cfg.load_from)
             runner.test()
     finally:
         main_module.__spec__ = of_main
         if on_cpus:
             torch.distributed.destroy_process_group()
     return runner
+
+
+def _check_fit(model: nn.Module, file: str) -> None:
+    """Refuse a checkpoint of another model, of which mmengine would load what fits and measure the rest at random."""
+    if _is_remote(file):
+        return
+    state = _read_checkpoint(file)
+    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    own = getattr(model, "module", model).state_dict()
+    problems = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of another shape": {k for k, v in own.items() if k in state and v.shape != state[k].shape},
+    }
+    texts = [f"{len(keys)} {what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
+    if texts:
+        raise UserError(f"--load-from {file!r} does not fit the config; {'; '.join(texts)}")
+
+
+def _read_checkpoint(file: str) -> dict[str, Any]:
+    try:
+        return read_checkpoint(file)
+    except ValueError as e:
+        raise UserError(f"--load-from: {e}") from e
 
 
 def _build(what: Callable[[], Any]) -> Any:
@@ -435,8 +461,8 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
     cfg.model.backbone.pretrained = False
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = _build(lambda: MODELS.build(cfg.model))
+    checkpoint = _read_checkpoint(args.load_from)
     try:
-        checkpoint = read_checkpoint(args.load_from)
         state = convert_checkpoint(checkpoint, model)
     except ValueError as e:
         raise UserError(f"--load-from {args.load_from!r}: {e}") from e

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.data import resolve_model_data_config
 
-from ..features import STRIDES, FeatureLevels, create_without_memory, feature_levels
+from ..features import FeatureLevels, create_without_memory, feature_levels
 
 __all__ = ["VizooBackbone", "channels", "data_preprocessor"]
 
@@ -31,7 +32,7 @@ def channels(model_name: str, strides: Sequence[int] = (4, 8, 16, 32), **kwargs:
     Raises:
         ValueError: If the model is unknown or has no feature of one of the strides.
     """
-    return feature_levels(model_name, strides, **kwargs).channels
+    return list(feature_levels(model_name, strides, **kwargs).channels)
 
 
 def data_preprocessor(model_name: str, task: str, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -60,20 +61,60 @@ def data_preprocessor(model_name: str, task: str, size: tuple[int, int] | None =
 
 @MODELS.register_module(force=True)
 class VizooBackbone(FeatureLevels, BaseModule):
-    """:class:`vizoo.heads.features.FeatureLevels` as a module of mmengine, for ``backbone`` of a config.
+    """Features of a timm model, chosen by stride, as a tuple of NCHW maps.
+
+    The per-level norms of the official dense LITv2, NAT and OverLoCK belong to these models: ask for them with
+    ``feature_norms=(0, 1, 2, 3)``, ``dense="det"`` and so on.
 
     Args:
         model_name: Any name of ``timm.create_model``.
-        strides: Strides of the levels, increasing.
+        strides: Strides of the levels, increasing.  Where several features of the model share one, the last is taken.
+        out_indices: Indices of the model's features, instead of ``strides``.
+        pretrained: True for the published weights, or a file (.pth, .safetensors, also a classifier or a whole
+            detector or segmentor of the authors) or URL, read through the family's ``checkpoint_filter_fn``.
+        frozen_stages: Parts that are not trained: 0 the stem, k the stem and k stages, -1 none.
+        norm_eval: Keep batch norms in evaluation mode.
+        with_cp: Recompute activations in the backward pass instead of storing them.
+        feature_cls: Wrapper of timm: ``"getter"`` keeps the model whole, ``"list"``, ...; None for the family's own.
+        out_norm: ``"layer"`` for a layer norm of each level, in models that have none of their own.
         init_cfg: Initialisation of mmengine; of type ``Pretrained`` with keys relative to this module.
-        **kwargs: Other arguments of ``FeatureLevels``, and of the model.
+        **kwargs: Arguments of the model, such as ``drop_path_rate``.
+
+    Attributes:
+        channels: Channels of each level.
+        strides: Stride of each level.
+        out_indices: Index of each level among the model's features.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
     """
 
-    def __init__(self, model_name: str, strides: Sequence[int] = STRIDES, init_cfg: Any = None, **kwargs: Any) -> None:
-        super().__init__(model_name, strides, **kwargs)
+    def __init__(
+        self,
+        model_name: str,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        out_indices: Sequence[int] | None = None,
+        pretrained: bool | str | Path = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        feature_cls: str | None = None,
+        out_norm: str | None = None,
+        init_cfg: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model_name,
+            strides,
+            out_indices=out_indices,
+            pretrained=pretrained,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            grad_checkpointing=with_cp,
+            feature_cls=feature_cls,
+            out_norm=out_norm,
+            **kwargs,
+        )
         self.init_cfg = copy.deepcopy(init_cfg)
         self._is_init: bool = False
 

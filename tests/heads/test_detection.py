@@ -69,7 +69,7 @@ def test_normalisation_is_the_backbones() -> None:
 
 def test_frozen_stages() -> None:
     model = detector("retinanet", "test_litv2", 3, frozen_stages=1, **SMALL)
-    assert {p.requires_grad for n, p in model.backbone.body.named_parameters() if "stages.0" in n} == {False}
+    assert {p.requires_grad for n, p in model.backbone.backbone.named_parameters() if "stages.0" in n} == {False}
     assert {p.requires_grad for n, p in model.backbone.fpn.named_parameters()} == {True}
 
 

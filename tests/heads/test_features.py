@@ -28,9 +28,9 @@ def test_most_families_are_pyramids() -> None:
     ],
 )
 def test_levels_by_stride(name: str, indices: list[int], channels: list[int]) -> None:
-    assert feature_levels(name) == (indices, channels, [4, 8, 16, 32])
-    assert feature_levels(name, (8, 32)) == (indices[1::2], channels[1::2], [8, 32])
-    assert feature_levels(name, out_indices=indices[:2]) == (indices[:2], channels[:2], [4, 8])
+    assert feature_levels(name) == (tuple(indices), tuple(channels), (4, 8, 16, 32))
+    assert feature_levels(name, (8, 32)) == (tuple(indices[1::2]), tuple(channels[1::2]), (8, 32))
+    assert feature_levels(name, out_indices=indices[:2]) == (tuple(indices[:2]), tuple(channels[:2]), (4, 8))
 
 
 @each_pyramid
@@ -102,7 +102,7 @@ def test_norm_eval() -> None:
 def test_checkpointing_changes_nothing() -> None:
     torch.manual_seed(0)
     plain = FeatureLevels("test_litv2", drop_path_rate=0.0)
-    again = FeatureLevels("test_litv2", drop_path_rate=0.0, with_cp=True)
+    again = FeatureLevels("test_litv2", drop_path_rate=0.0, grad_checkpointing=True)
     again.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 64, 64)
     for net in (plain, again):

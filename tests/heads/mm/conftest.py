@@ -1,4 +1,4 @@
-"""Configs of mmdet and mmseg that train on them in seconds."""
+"""Configs of mmdet and mmseg that train on the tiny pictures in seconds."""
 
 from __future__ import annotations
 

@@ -192,18 +192,18 @@ def test_pretrained_file(name, kind, tmp_path):
 
 
 def test_url_goes_to_timm(monkeypatch):
-    features = importlib.import_module("vizoo.heads.features")
+    backbone = importlib.import_module("vizoo.heads.features")
     seen = {}
-    monkeypatch.setattr(features.timm, "create_model", lambda name, **kwargs: seen.update(kwargs) or {}["stop"])
+    monkeypatch.setattr(backbone.timm, "create_model", lambda name, **kwargs: seen.update(kwargs) or {}["stop"])
     with pytest.raises(KeyError, match="stop"):
         mm.VizooBackbone("resnet18", out_indices=(1,), pretrained="https://example.org/w.pth")
     monkeypatch.undo()
-    assert features.pretrained_arguments("https://example.org/w.pth")["pretrained_cfg_overlay"] == {
+    assert backbone.pretrained_arguments("https://example.org/w.pth")["pretrained_cfg_overlay"] == {
         "url": "https://example.org/w.pth",
         "hf_hub_id": None,
         "file": None,
     }
-    assert features.pretrained_arguments(True) == {"pretrained": True}
+    assert backbone.pretrained_arguments(True) == {"pretrained": True}
 
 
 def test_init_cfg(tmp_path):

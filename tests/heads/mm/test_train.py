@@ -122,6 +122,17 @@ def test_test_command(semantic_fpn, tmp_path, capsys):
     assert measured["mIoU"] == pytest.approx(semantic_fpn.last("val/mIoU"))
 
 
+def test_checkpoint_of_another_model(semantic_fpn, upernet, tmp_path, capsys):
+    """mmengine alone would load what fits and measure random weights."""
+    words = [str(semantic_fpn.config), "--load-from", str(upernet.checkpoint), "--work-dir", str(tmp_path)]
+    assert cli.main(["mm", "test", *words]) == 2
+    message = capsys.readouterr().err
+    assert "does not fit the config" in message
+    assert "missing: backbone.body.model." in message
+    assert "unexpected: auxiliary_head." in message
+    assert "of another shape: " in message
+
+
 # inference
 
 
