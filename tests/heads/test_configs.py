@@ -556,6 +556,10 @@ def test_launcher_takes_the_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     given = []
     monkeypatch.setattr(Runner, "from_cfg", lambda cfg: given.append(cfg) or MagicMock())
+    annotations = tmp_path / "data/coco/annotations/instances_val2017.json"
+    annotations.parent.mkdir(parents=True)
+    annotations.touch()
+    monkeypatch.chdir(tmp_path)
     options = ["--cfg-options", "model.backbone.pretrained=False", "optim_wrapper.type=OptimWrapper"]
     for name in ("dependencyvit_small_mask-rcnn_8xb2-1x_coco", "nat_mini_upernet_8xb2-160k_ade20k-512x512"):
         path = str(FILES[name])
