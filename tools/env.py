@@ -12,7 +12,8 @@ from typing import Any
 
 from vizoo.tools.common import run_tool
 
-PACKAGES = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime", "mmengine", "mmcv")
+MM_PACKAGES = ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime", *MM_PACKAGES)
 EXAMPLES = """\
 examples:
   vizoo env          what to paste into a bug report

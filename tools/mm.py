@@ -306,9 +306,8 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
     with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         dataset = registry.build({**config, "pipeline": [], "lazy_init": True})
     readers = [getattr(type(dataset), name, None) for name in ("load_data_list", "parse_data_info")]
-    if [getattr(r, "__qualname__", "").partition(".")[0] for r in readers] == [
-        "CocoDataset"
-    ] * 2:  # not of another form
+    owners = {getattr(reader, "__qualname__", "").partition(".")[0] for reader in readers}
+    if owners == {"CocoDataset"}:  # no class that reads another form of annotations
         classes = dataset.metainfo.get("classes")
         check_coco(dataset.ann_file, dataset.data_prefix.get("img", ""), classes, labelled=labelled)
     elif hasattr(dataset, "seg_map_suffix") and dataset.data_prefix.get("seg_map_path"):

@@ -370,6 +370,24 @@ def _inside(
     return inside.unsqueeze(4).expand_as(positions).reshape(offset.shape)
 
 
+def _first(larger: Tensor, size: Sequence[int]) -> Tensor:
+    """Offsets or masks ``[N, C, H, W]`` for an output of ``size``: the first values of each sample, in memory order.
+
+    DyHead passes those of a finer level; the compiled operator then reads them so, and trained weights expect it.
+    """
+    if larger.shape[2:] == size:
+        return larger
+    n, c = larger.shape[:2]
+    return larger.flatten(1)[:, : c * size[0] * size[1]].reshape(n, c, *size)
+
+
+def _fill_first(target: Tensor, values: Tensor) -> None:
+    """Copy a gradient of :func:`_first`; what was not read has none."""
+    whole = values.new_zeros(len(target), target[0].numel())
+    whole[:, : values[0].numel()] = values.flatten(1)
+    target.copy_(whole.view(target.shape))
+
+
 def _deform_backward(
     grad: Tensor,
     x: Tensor,
@@ -495,7 +513,7 @@ def modulated_deform_conv_forward(
     with_bias: bool,
 ) -> None:
     """Modulated deformable convolution (Zhu et al., CVPR 2019) into ``output``."""
-    x, w, o, m = _wide(input, weight, offset, mask)
+    x, w, o, m = _wide(input, weight, _first(offset, output.shape[2:]), _first(mask, output.shape[2:]))
     found = torchvision.ops.deform_conv2d(
         x,
         o,
@@ -537,9 +555,12 @@ def modulated_deform_conv_backward(
 ) -> None:
     """All gradients of :func:`modulated_deform_conv_forward`."""
     geometry = ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group)
-    found = _deform_backward(grad_output, input, weight, offset, mask, *geometry)
-    for target, gradient in zip((grad_input, grad_weight, grad_offset, grad_mask), found, strict=False):
-        target.copy_(gradient)
+    size = grad_output.shape[2:]
+    found = _deform_backward(grad_output, input, weight, _first(offset, size), _first(mask, size), *geometry)
+    grad_input.copy_(found[0])
+    grad_weight.copy_(found[1])
+    _fill_first(grad_offset, found[2])
+    _fill_first(grad_mask, found[3])
     if with_bias:
         grad_bias.copy_(found[4])
 

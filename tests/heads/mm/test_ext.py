@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close
 from torch import Tensor
 
 import vizoo
@@ -330,6 +331,36 @@ def border_only(offset: Tensor, frame, numbers, size) -> Tensor:
         outside[k] = out_y[:, None] | out_x
     assert outside.any()
     return outside.repeat_interleave(2, dim=0).repeat(groups, 1, 1).to(offset)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_deform_channels_last(modulated):
+    """The memory format of inputs and offsets changes nothing."""
+    shapes = [(2, 4, 6, 5), (2, 18, 6, 5), (4, 4, 3, 3), *([(2, 9, 6, 5), (4,)] if modulated else [])]
+    leaves = [torch.randn(shape) for shape in shapes]
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        copies = [t.clone(memory_format=memory_format) if t.ndim == 4 else t.clone() for t in leaves]
+        copies = [t.requires_grad_() for t in copies]
+        out = deform(*copies, *([] if modulated else [None, None]), padding=1)
+        results.append([out, *torch.autograd.grad(out.square().sum(), copies)])
+    for a, b in zip(*results, strict=True):
+        close(a, b, "rerun")
+
+
+def test_deform_with_offsets_of_a_finer_level():
+    """DyHead: the compiled operator reads the first values in memory, whatever their height and width say."""
+    x, weight = torch.randn(2, 2, 4, 3, dtype=torch.float64), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    offset, mask = torch.randn(2, 18, 8, 6, dtype=torch.float64), torch.rand(2, 9, 8, 6, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, offset, weight, mask)]
+    out = deform(x, offset, weight, mask, None, padding=1)
+    read = [t.flatten(1)[:, : c * 12].view(2, c, 4, 3) for t, c in ((offset, 18), (mask, 9))]
+    expected = slow_deform(x, read[0], weight, read[1], None, padding=1)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    found, slow = torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    for a, b in zip(found, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_deform_border_rule():
