@@ -358,11 +358,11 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     if not args.no_check_data:
         check_data(cfg, ("train", "val") if training else ("test",))
     if training:
-        randomness = cfg.setdefault("randomness", {})
-        randomness["seed"] = randomness.get("seed") or 0
+        randomness = {**cfg.get("randomness", {})}
+        cfg.randomness = {**randomness, "seed": randomness.get("seed") or 0}
         hooks = cfg.get("custom_hooks") or []
         if not any(hook.get("type") == "SeedByPosition" for hook in hooks):
-            cfg.custom_hooks = [*hooks, {"type": "SeedByPosition", "seed": randomness["seed"]}]
+            cfg.custom_hooks = [*hooks, {"type": "SeedByPosition", "seed": cfg.randomness.seed}]
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
     if on_cpus:
         _join_processes(cfg)

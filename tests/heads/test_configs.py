@@ -544,3 +544,25 @@ def test_configs_of_the_readme(task: str, tmp_path: Path) -> None:
         assert head.num_classes == 2
     for name in re.findall(r"configs/\w+/mm\w+/([\w.-]+)\.py", text):
         assert name in FILES
+
+
+def test_launcher_takes_the_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``vizoo mm train`` accepts a config as it is, which names no seed, and hands a complete one to the runner."""
+    from unittest.mock import MagicMock
+
+    from mmengine.runner import Runner
+
+    from vizoo.tools import mm as launcher
+
+    given = []
+    monkeypatch.setattr(Runner, "from_cfg", lambda cfg: given.append(cfg) or MagicMock())
+    annotations = tmp_path / "data/coco/annotations/instances_val2017.json"
+    annotations.parent.mkdir(parents=True)
+    annotations.touch()
+    monkeypatch.chdir(tmp_path)
+    options = ["--cfg-options", "model.backbone.pretrained=False", "optim_wrapper.type=OptimWrapper"]
+    for name in ("dependencyvit_small_mask-rcnn_8xb2-1x_coco", "nat_mini_upernet_8xb2-160k_ade20k-512x512"):
+        path = str(FILES[name])
+        assert launcher.main(["train", path, "--no-check-data", "--work-dir", str(tmp_path), *options]) == 0
+        assert given[-1].randomness == {"seed": 0}
+        assert given[-1].model.backbone.type == "VizooBackbone"
