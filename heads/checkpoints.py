@@ -58,8 +58,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist")
+    known = torch.serialization.get_safe_globals()  # leaving the context would take these away
+    names = {g[1] for g in known if isinstance(g, tuple)}
+    added = [g for g in mmengine_globals() if g not in known and not (isinstance(g, tuple) and g[1] in names)]
     try:
-        with torch.serialization.safe_globals(mmengine_globals()):
+        with torch.serialization.safe_globals(added):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever an unpickler raises
         raise ValueError(f"{str(path)!r} is not a checkpoint that PyTorch reads safely: {e}") from e

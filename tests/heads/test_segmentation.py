@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from tolerance import close
 from torch import nn
 from zoo import each_pyramid
 
-from vizoo.heads.checkpoints import convert_checkpoint
+from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint
 from vizoo.heads.segmentation import ARCHS, FPN, FCNHead, FPNHead, UPerHead, load_segmentor, segmentor
 
 COUNTS = {  # specification of the stock heads, 150 classes: UPerNet with auxiliary head, Semantic FPN
@@ -112,6 +114,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "mm.pth")
     load_segmentor(other, tmp_path / "mm.pth")
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    assert_reads_twice(tmp_path / "mm.pth")
     missing = {k: v for k, v in state.items() if "conv_seg" not in k}
     torch.save(missing, tmp_path / "less.pth")
     with pytest.raises(ValueError, match=r"2 missing: decode_head\.conv_seg\.bias, decode_head\.conv_seg\.weight"):
@@ -124,6 +127,29 @@ def test_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint that PyTorch reads safely"):
         load_segmentor(other, tmp_path / "text.pth")
+
+
+def assert_reads_twice(path: Path) -> None:
+    """What is allowed while one file is read does not change what others may read."""
+    before = torch.serialization.get_safe_globals()
+    read_checkpoint(path)
+    assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, before))
+
+
+def test_mmengine_checkpoint_without_mmengine(tmp_path: Path) -> None:
+    """A training checkpoint of mmengine, with its logs, reads safely in a process that cannot import mmengine."""
+    pytest.importorskip("mmengine")
+    from mmengine.logging import HistoryBuffer
+
+    logs = HistoryBuffer()
+    logs.update(1.5, 2)
+    torch.save({"state_dict": {"a": torch.ones(2)}, "message_hub": {"loss": logs}}, tmp_path / "mm.pth")
+    code = (
+        "import sys; sys.modules['mmengine'] = None; from vizoo.heads.checkpoints import read_checkpoint; "
+        f"print(read_checkpoint({str(tmp_path / 'mm.pth')!r})['state_dict']['a'].sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "2.0", done.stderr
 
 
 def test_official_segmentor() -> None:
