@@ -59,6 +59,10 @@ PYTHON = [b for b in BLOCKS if b.language == "python"]
 SKIPPED = [b for b in BLOCKS if b.reason is not None]
 COMMANDS = [c for b in BASH if b.reason is None for c in b.commands]
 VIZOO = list(dict.fromkeys(part for c in COMMANDS for part in c.split(" && ") if part.startswith("vizoo ")))
+FIRST = {
+    c: next(b.line for b in BASH if b.reason is None and any(c in x.split(" && ") for x in b.commands)) for c in VIZOO
+}
+CHAINS = [[c for c in VIZOO if FIRST[c] == line] for line in sorted(set(FIRST.values()))]
 OTHERS = [c for c in COMMANDS if not c.startswith("vizoo ")]
 
 
@@ -128,7 +132,7 @@ def test_setup_is_what_ci_runs() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all commands, with the checkout's folders linked; later commands may read earlier results."""
+    """A folder with the checkout's folders linked; later commands of a block may read earlier results."""
     path = tmp_path_factory.mktemp("readme")
     for name in FOLDERS:
         if (ROOT / name).is_dir():
@@ -144,11 +148,16 @@ def run(words: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, marks=pytest.mark.slow) if SLOW.match(c) else c for c in VIZOO])
-def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command does what it says, with exit status 0."""
+@pytest.mark.parametrize(
+    "commands",
+    [pytest.param(c, marks=pytest.mark.slow) if any(map(SLOW.match, c)) else c for c in CHAINS],
+    ids=" + ".join,
+)
+def test_commands(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of a block do what they say, one after the other, with exit status 0."""
     monkeypatch.chdir(folder)
-    assert run(arguments(command)) == 0
+    for command in commands:
+        assert run(arguments(command)) == 0, command
 
 
 def test_python_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +174,9 @@ def check_options(command: str) -> None:
     """The subcommand exists and its help knows every option used."""
     name, *rest = arguments(command)
     assert name in cli.COMMANDS, f"{command}: unknown subcommand"
+    task = rest[(i := rest.index("--task")) : i + 2] if "--task" in rest else []  # has a help of its own
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert run([name, "--help"]) == 0
+        assert run([name, *task, "--help"]) == 0
     known = set(re.findall(r"--[\w-]+|(?<!\w)-\w\b", out.getvalue()))
     used = {w.split("=")[0] for w in rest if re.match(r"--?[A-Za-z]", w)}
     assert not used - known, f"{command}: options {used - known} do not exist"

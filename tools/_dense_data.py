@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,8 +147,10 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Part
         The data.
 
     Raises:
-        UserError: For another layout, bad records, or classes that differ between the two files.
+        UserError: Without pycocotools, for another layout, bad records, or classes that differ between the two files.
     """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError("COCO files need pycocotools: install it with pip install 'vizoo[detection]'")
     files, folders = {}, {}
     for part in PARTS:
         matches = sorted(Path(root).glob(f"annotations/instances_{part}*.json"))

@@ -241,3 +241,30 @@ def test_figures_of_known_answers(shapes: Path) -> None:
     pixels = [(parts.val[i][1] == 3).sum().item() for i in range(len(parts.val))]
     assert found["pixel_accuracy"] == pytest.approx(100 * (1 - sum(pixels) / (6 * 160 * 128)))
     assert found["mIoU"] == pytest.approx((by_hand["background"]["IoU"] + 200) / 4)
+
+
+def test_voc_folder(tmp_path: Path) -> None:
+    """Lists of names, masks with a palette, 255 for no class, with which training crops are padded too."""
+    names = {"train": ["a", "b"], "val": ["c"]}
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for part, stems in names.items():
+        (tmp_path / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(stems) + "\n")
+        for stem in stems:
+            Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "JPEGImages" / f"{stem}.jpg")
+            mask = Image.new("P", (40, 30), 2)
+            mask.putpalette([v for i in range(256) for v in (i, 255 - i, i)])
+            mask.paste(255, (0, 0, 40, 3))
+            mask.save(tmp_path / "SegmentationClass" / f"{stem}.png")
+    options = {"task": "segmentation", "data": str(tmp_path), "num_classes": 3, "reduce_zero_label": False}
+    options |= {"size": [64], "scale": [1, 1], "hflip": 0.0, "check_data": "full"}
+    parts = tool.open_parts(options, ((0.5,) * 3, (0.25,) * 3))
+    assert (len(parts.train), len(parts.val), parts.classes) == (2, 1, ["class 0", "class 1", "class 2"])
+    image, ids = parts.train[0]
+    assert image.shape == (3, 64, 64)
+    counts = {int(v): int((ids == v).sum()) for v in ids.unique()}
+    assert counts == {2: 40 * 27, 255: 64 * 64 - 40 * 27}
+    assert image[0][ids == 2].mean() == pytest.approx((200 / 255 - 0.5) / 0.25, abs=0.05)
+    assert image[:, ids == 255].abs().sum() < image.abs().sum()
+    image, ids = parts.val[0]
+    assert (image.shape, ids.shape) == ((3, 64, 85), (30, 40))
