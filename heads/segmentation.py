@@ -231,7 +231,12 @@ class Segmentor(nn.Module):
 
         Returns:
             ``out`` and, in training and with an auxiliary head, ``aux``: logits ``[B, num_classes, H, W]``.
+
+        Raises:
+            ValueError: For a single image in training of UPerNet, whose batch norms see one value of each channel.
         """
+        if self.training and len(x) == 1 and isinstance(self.decode_head, UPerHead):
+            raise ValueError("got a batch of 1 image in training, need at least 2 for the batch norms of UPerNet")
         maps = self.backbone(x)
         out = {"out": self.decode_head(self.neck(maps) if hasattr(self, "neck") else maps)}
         if self.training and hasattr(self, "auxiliary_head"):

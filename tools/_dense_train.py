@@ -359,6 +359,8 @@ def train_dense(task: str, argv: list[str]) -> int:
     args = build_train_parser(task).parse_args(argv)
     device = _device(args.device)
     options = {**vars(args), "task": task}
+    if args.arch == "upernet" and args.batch_size == 1:
+        raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
     if not 0 < options.get("scale", [1, 1])[0] <= options.get("scale", [1, 1])[1]:
         raise UserError(f"--scale {args.scale}: need LOW <= HIGH")
     folder = Path(args.output) / (

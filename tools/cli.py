@@ -10,8 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
     "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
-    "train": ("train", "train a classifier with the options of timm's training script, or OAT on scanpaths"),
-    "evaluate": ("evaluate", "accuracy, sensitivity, precision and confusion matrix; scanpaths beside people's"),
+    "train": ("train", "train a classifier with the options of timm's script, a detector, a segmentor, or OAT"),
+    "evaluate": ("evaluate", "measure and draw what was trained: classes, boxes, masks, scanpaths beside people's"),
     "show": ("show", "draw what a model attends to in an image"),
     "dependency": ("dependency", "draw the tree, parts and saliency that a dependencyvit_* model sees in an image"),
     "mm": ("mm", "train and test configs of mmdet and mmseg, convert checkpoints for them"),

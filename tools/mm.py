@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("action", choices=["train", "test", "convert", "link", "unlink"])
-    p.add_argument("config", nargs="?", metavar="CONFIG", help="config file (.py)")
+    p.add_argument("config", nargs="?", metavar="CONFIG", help="config file (.py), or the name of one of the zoo's")
     p.add_argument("--work-dir", metavar="DIR", help="where logs and checkpoints go; default work_dirs/NAME")
     p.add_argument(
         "--resume",
@@ -122,10 +122,16 @@ def load_config(args: argparse.Namespace) -> Any:
     """
     from mmengine.config import Config, DictAction
 
-    if not Path(args.config).is_file():
-        raise UserError(f"config {args.config!r} does not exist")
+    file = args.config
+    if not Path(file).is_file():
+        from vizoo.heads.mm import config_path
+
+        try:
+            file = config_path(file)
+        except ValueError as e:
+            raise UserError(f"config {args.config!r} does not exist, and {e}") from None
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(file)
         for option in args.cfg_options or ():
             key, equals, value = option.partition("=")
             if not equals:

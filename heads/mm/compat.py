@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from importlib import metadata, resources
 from pathlib import Path
@@ -68,7 +69,7 @@ def config_path(name: str) -> str:
     ``_base_ = __import__("vizoo.heads.mm", fromlist=["mm"]).config_path("detection/mmdet/NAME.py")``.
 
     Args:
-        name: Path below the ``configs`` folder.
+        name: Path below the ``configs`` folder, or the name of the file alone, with or without its ending.
 
     Returns:
         The path of the installed file.
@@ -77,9 +78,11 @@ def config_path(name: str) -> str:
         ValueError: If there is no such file.
     """
     root = Path(str(resources.files("vizoo.configs")))
-    path = root / name
-    if not path.is_file():
-        known = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.name != "__init__.py")
-        near = [p for p in known if Path(name).name in p] or known
-        raise ValueError(f"got config name={name!r}, known: {', '.join(near[:20]) or 'none'}")
-    return str(path)
+    if (root / name).is_file():
+        return str(root / name)
+    known = {p.stem: p for p in sorted(root.glob("*/mm*/*.py"))}
+    stem = name.removesuffix(".py")
+    if stem not in known:
+        near = difflib.get_close_matches(stem, known, n=3, cutoff=0.3)
+        raise ValueError(f"got config name={name!r}, which vizoo does not have; near: {', '.join(near) or 'none'}")
+    return str(known[stem])

@@ -376,11 +376,12 @@ def test_optimizer(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_path(name: str) -> None:
-    """Users find every config by its path below ``configs``."""
+    """Users find every config by its path below ``configs``, and by its name."""
     from vizoo.heads.mm import config_path
 
     path = FILES[name]
-    assert Path(config_path(path.relative_to(FOLDER).as_posix())).samefile(path)
+    for text in (path.relative_to(FOLDER).as_posix(), name, f"{name}.py"):
+        assert Path(config_path(text)).samefile(path)
 
 
 # really run, with tiny backbones

@@ -166,6 +166,8 @@ def test_official_segmentor() -> None:
 
 
 def test_errors() -> None:
+    with pytest.raises(ValueError, match="batch of 1 image in training, need at least 2"):
+        segmentor("upernet", "test_litv2", 3, channels=8).train()(torch.randn(1, 3, 64, 64))
     with pytest.raises(ValueError, match="arch='unet', need one of semantic_fpn, upernet"):
         segmentor("unet", "test_litv2", 3)
     with pytest.raises(ValueError, match="num_classes=0, need at least 1"):

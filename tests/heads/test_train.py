@@ -172,6 +172,7 @@ def test_bad_options(shapes, tmp_path, capsys) -> None:
     assert "--arch: invalid choice: 'yolo'" in fails(capsys, *det, "--arch", "yolo")
     assert "--lr: '-1' is no number above 0" in fails(capsys, *det, "--lr", "-1")
     assert "--scale" in fails(capsys, *seg, "--scale", "2", "1")
+    assert "--batch-size 1: the batch norms of UPerNet" in fails(capsys, *seg, "-b", "1")
     assert "--num-classes 7: " in fails(capsys, *seg, "--num-classes", "7")
     assert "no feature of stride 8" in fails(capsys, *det, "--arch", "fcos", "--model", "vit_tiny_patch16_224")
     assert "--batch-size 99 exceeds the 16 training images" in fails(capsys, *det, "--model", "test_resnet", "-b", "99")

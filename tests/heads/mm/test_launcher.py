@@ -144,6 +144,11 @@ def test_bad_words(write_config, tmp_path, capsys):
     (tmp_path / "child.py").write_text('_base_ = "missing.py"')
     assert "missing.py" in refuse(capsys, "train", tmp_path / "child.py")
     assert "config '/no.py' does not exist" in refuse(capsys, "train", "/no.py")
+    near = "litv2_s_retinanet_8xb2-1x_coco"
+    assert near in refuse(capsys, "train", "litv2_s_retinanet_8xb2-1x_cocoo")
+    args = launcher.build_parser().parse_args(["train", near])
+    cfg = launcher.load_config(args)
+    assert (cfg.model.backbone.model_name, cfg.work_dir) == ("litv2_s", str(Path("work_dirs", near)))
     assert "--load-from '/no.pth' does not exist" in refuse(capsys, "test", config, "--load-from", "/no.pth")
     assert "--load-from is missing" in refuse(capsys, "test", config)
     assert "--resume '/no.pth' does not exist" in refuse(capsys, "train", config, "--resume", "/no.pth")
