@@ -89,7 +89,7 @@ def test_wrapper_gradients(name: str, wrapper: str | None) -> None:
         close(gradient, found[0][key], "gradient", key)
 
 
-@each_map_kind
+@each_kind
 def test_getter_scripts(name: str) -> None:
     """The getter net scripts for the levels a detector takes, and for the last one alone."""
     state = build(name, scriptable=True).state_dict()

@@ -70,7 +70,7 @@ each_pyramid = pytest.mark.parametrize("name", PYRAMIDS)
 each_map_kind = pytest.mark.parametrize(
     "name", [n for n in KINDS if not isinstance(build(n, device="meta"), VisionTransformer)]
 )
-"""Without timm's plain transformers, which norm every tap, keep their head when pruned and script without taps only."""
+"""Without timm's plain transformers, which norm every tap and keep their head when pruned."""
 other_models = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS and _recorded_params(n) < LARGE],

@@ -19,11 +19,12 @@ import contextlib
 import math
 from collections.abc import Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Final, Optional, Tuple  # noqa: UP035 - TorchScript
+from typing import TYPE_CHECKING, Any, Final, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed, get_device_dtype, is_exporting, register_notrace_module
+from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
@@ -486,6 +487,48 @@ class PromptedVisionTransformer(VisionTransformer):
         for module in self.modules():
             if isinstance(module, TCPA):
                 module.random_match = value
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Optional[Tensor] = None,  # noqa: UP045 - TorchScript
+        is_causal: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:  # noqa: UP006, UP007 - TorchScript
+        """timm's; in TorchScript, which cannot compile that, without prefix tokens, dictionary and early stop."""
+        if not torch.jit.is_scripting():
+            return super().forward_intermediates(  # type: ignore[return-value]
+                x,
+                indices,
+                return_prefix_tokens,
+                norm,
+                stop_early,
+                output_fmt,
+                intermediates_only,
+                output_dict,
+                attn_mask,
+                is_causal,
+            )
+        take_indices, _ = feature_take_indices(len(self.blocks), indices)
+        features: list[Tensor] = []
+        H, W = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in take_indices:
+                feature = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
+                if output_fmt == "NCHW":
+                    feature = feature.reshape(x.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
+                features.append(feature)
+        if intermediates_only:
+            return features
+        return self.norm(x), features
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
