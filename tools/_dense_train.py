@@ -35,11 +35,13 @@ from vizoo.tools._data import seed_everything, seeded_batches
 from vizoo.tools._dense_data import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
 from vizoo.tools._train_output import draw_curves, load_training_checkpoint
 from vizoo.tools.common import (
+    Parser,
     UserError,
     atomic_write,
+    check_outputs,
+    compute_device,
     print_table,
     progress,
-    resolve_device,
     resolve_models,
 )
 
@@ -70,11 +72,6 @@ examples:
       on the held-out part of another folder with the same classes"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
-
-
 def _number(kind: type, low: float, above: bool = False, high: float = math.inf) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -96,7 +93,7 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
     """Command-line options of training a detector or a segmentor."""
     defaults = DEFAULTS[task]
     count, positive, share = _number(int, 1), _number(float, 0, above=True), _number(float, 0, high=1)
-    p = _Parser(
+    p = Parser(
         prog=f"vizoo train --task {task}",
         description=f"Train a {task} model on a backbone of the zoo or of timm.",
         epilog=TRAIN_EXAMPLES,
@@ -163,7 +160,7 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
 
 def build_evaluate_parser(task: str) -> argparse.ArgumentParser:
     """Command-line options of evaluating a detector or a segmentor."""
-    p = _Parser(
+    p = Parser(
         prog="vizoo evaluate",
         description=f"Measure a model of 'vizoo train --task {task}'.",
         epilog=EVALUATE_EXAMPLES,
@@ -180,13 +177,6 @@ def build_evaluate_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="FILE.json", help="write the figures there")
     p.add_argument("--plot", metavar="FILE.png", help=f"draw truth and prediction of {PICTURED} images there")
     return p
-
-
-def _device(name: str | None) -> torch.device:
-    device: torch.device = resolve_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "meta":
-        raise UserError("--device 'meta' holds no values; allowed: cpu, cuda, cuda:N")
-    return device
 
 
 def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
@@ -304,24 +294,28 @@ def _average_precision(model: nn.Module, batches: Iterator[Any], data: Boxes, cl
         metric.update(
             [{k: v.float() if v.is_floating_point() else v for k, v in one.items()} for one in found], targets
         )
-    values = {k: v * 100 for k, v in metric.compute().items()}
+    values = metric.compute()
     result: dict[str, Any] = {}
     for kind, ending in kinds.items():
         prefix = f"{kind}_" if len(kinds) > 1 else ""
         for ours, theirs in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"), ("AP_small", "map_small"),
                              ("AP_medium", "map_medium"), ("AP_large", "map_large")):  # fmt: skip
-            value = values[prefix + theirs].item()
-            result[ours + ending] = None if value < 0 else value
+            result[ours + ending] = _percent(values[prefix + theirs].item())
     prefix = "bbox_" if len(kinds) > 1 else ""
-    each = dict(
-        zip(
-            metric.compute()["classes"].flatten().tolist(),
-            values[prefix + "map_per_class"].flatten().tolist(),
-            strict=True,
-        )
-    )
-    rows: list[dict[str, Any]] = [{"name": name, "AP": each.get(i)} for i, name in enumerate(classes, 1)]
-    return {**result, "classes": [{**r, "AP": None if r["AP"] is None or r["AP"] < 0 else r["AP"]} for r in rows]}
+    shares = values[prefix + "map_per_class"].flatten().tolist()
+    each = dict(zip(values["classes"].flatten().tolist(), map(_percent, shares), strict=True))
+    return {**result, "classes": [{"name": name, "AP": each.get(i)} for i, name in enumerate(classes, 1)]}
+
+
+def _percent(share: float) -> float | None:
+    """Per cent; None for the -1 of a mean over nothing."""
+    return None if share < 0 else share * 100
+
+
+def _segment(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
+    """Class ids ``[H, W]`` of an image ``[3, h, w]`` at another size."""
+    logits = model(image[None])["out"].float()
+    return F.interpolate(logits, (size[0], size[1]), mode="bilinear", align_corners=False).argmax(1)[0].cpu()
 
 
 def _overlap(model: nn.Module, batches: Iterator[Any], classes: Sequence[str]) -> dict[str, Any]:
@@ -331,13 +325,11 @@ def _overlap(model: nn.Module, batches: Iterator[Any], classes: Sequence[str]) -
     counts = torch.zeros(n, n, dtype=torch.float64)
     for images, targets in batches:
         for image, ids in zip(images, targets, strict=True):
-            logits = F.interpolate(
-                model(image[None])["out"].float(), ids.shape[-2:], mode="bilinear", align_corners=False
-            )
-            counts += multiclass_confusion_matrix(logits.argmax(1)[0].cpu(), ids, n, ignore_index=IGNORED)
-    right, truth, called = counts.diag(), counts.sum(1), counts.sum(0)
-    present = truth + called > 0
-    overlap, recall = right / (truth + called - right), right / truth
+            called = _segment(model, image, ids.shape)
+            counts += multiclass_confusion_matrix(called, ids, n, ignore_index=IGNORED)
+    right, truth, claimed = counts.diag(), counts.sum(1), counts.sum(0)
+    present = truth + claimed > 0
+    overlap, recall = right / (truth + claimed - right), right / truth
     rows = [
         {
             "name": name,
@@ -357,7 +349,7 @@ def _overlap(model: nn.Module, batches: Iterator[Any], classes: Sequence[str]) -
 def train_dense(task: str, argv: list[str]) -> int:
     """Train a detector or a segmentor; returns the exit status."""
     args = build_train_parser(task).parse_args(argv)
-    device = _device(args.device)
+    device = compute_device(args.device)
     options = {**vars(args), "task": task}
     if args.arch == "upernet" and args.batch_size == 1:
         raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
@@ -536,11 +528,8 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if options.get("task") != task:
         raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task {task}'")
-    for name, suffix in (("out", ".json"), ("plot", ".png")):
-        path = getattr(args, name)
-        if path and (Path(path).suffix != suffix or not Path(path).resolve().parent.is_dir()):
-            raise UserError(f"--{name} {path!r}: need a file {suffix} in a folder that exists")
-    device = _device(args.device)
+    check_outputs(args)
+    device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")
     options |= {k: getattr(args, k) for k in given if getattr(args, k) is not None}
     parts = open_parts(options, _statistics(options))
@@ -664,9 +653,7 @@ def _draw_masks(
     from vizoo.tools._dense_data import read_image
 
     image, ids = data[index]
-    logits = model(image[None].to(device))["out"].float()
-    called = F.interpolate(logits, ids.shape[-2:], mode="bilinear", align_corners=False).argmax(1)[0].cpu()
-    called = called.masked_fill(ids == IGNORED, IGNORED)
+    called = _segment(model, image.to(device), ids.shape).masked_fill(ids == IGNORED, IGNORED)
     picture = read_image(data.pairs[index][0]).as_subclass(Tensor)
     colours = [_colour(i) for i in range(len(classes))]
     each = [torch.stack([m == i for i in range(len(classes))]) for m in (ids, called)]

@@ -27,12 +27,14 @@ from vizoo.tools._data import seed_everything
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
 from vizoo.tools._train_options import stored_options
 from vizoo.tools.common import (
+    Parser,
     UserError,
     atomic_write,
     build_model,
+    check_outputs,
+    compute_device,
     print_table,
     progress,
-    resolve_device,
     resolve_models,
 )
 from vizoo.tools.scanpaths import Behaviour, average, compare, sim
@@ -54,11 +56,6 @@ examples:
       greedy scanpaths on the test part
   vizoo evaluate output/train/amazon --samples 100 --plot scanpaths.png --out amazon.json
       also 100 drawn scanpaths of each trial, a picture and a file of everything"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
 
 
 def _at_least(low: int) -> Any:
@@ -83,7 +80,7 @@ def _positive(text: str) -> float:
 
 def build_train_parser() -> argparse.ArgumentParser:
     """Command-line options of training."""
-    p = _Parser(
+    p = Parser(
         prog="vizoo train --task scanpath",
         description="Train an oat_* model on human scanpaths.",
         epilog=TRAIN_EXAMPLES,
@@ -112,7 +109,7 @@ def build_train_parser() -> argparse.ArgumentParser:
 
 def build_evaluate_parser() -> argparse.ArgumentParser:
     """Command-line options of evaluation."""
-    p = _Parser(
+    p = Parser(
         prog="vizoo evaluate",
         description="Measure an oat_* model of 'vizoo train --task scanpath' beside the people.",
         epilog=EVALUATE_EXAMPLES,
@@ -131,13 +128,6 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="FILE.json", help="write the figures and every scanpath there")
     p.add_argument("--plot", metavar="FILE.png", help=f"draw predicted and human scanpaths of {SHOWN} trials there")
     return p
-
-
-def _device(name: str | None) -> torch.device:
-    device: torch.device = resolve_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "meta":
-        raise UserError("--device 'meta' holds no values; allowed: cpu, cuda, cuda:N")
-    return device
 
 
 def _load(options: dict[str, Any]) -> Scanpaths:
@@ -259,7 +249,7 @@ def human_agreement(trials: Sequence[Trial], everyone: Sequence[Trial]) -> dict[
 def train_scanpaths(argv: list[str]) -> int:
     """Train; returns the exit status."""
     args = build_train_parser().parse_args(argv)
-    device = _device(args.device)
+    device = compute_device(args.device)
     seed_everything(args.seed)
     options = {k: v for k, v in vars(args).items() if v is not None}
     data = _load(options)
@@ -355,11 +345,8 @@ def evaluate_scanpaths(argv: list[str]) -> int:
     options = stored_options(args.run)
     if options.get("task") != "scanpath":
         raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task scanpath'")
-    for name, suffix in (("out", ".json"), ("plot", ".png")):
-        path = getattr(args, name)
-        if path and (Path(path).suffix != suffix or not Path(path).resolve().parent.is_dir()):
-            raise UserError(f"--{name} {path!r}: need a file {suffix} in a folder that exists")
-    device = _device(args.device)
+    check_outputs(args)
+    device = compute_device(args.device)
     options |= {k: v for k, v in {"data": args.data, "images": args.images}.items() if v is not None}
     data = _load(options)
     trials = (

@@ -16,7 +16,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils import ParseKwargs
 
-from vizoo.tools.common import UserError
+from vizoo.tools.common import Parser, UserError
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
 TUNE_RECIPE = "classification/tune.yaml"
@@ -46,11 +46,6 @@ examples:
 a run leaves in OUTPUT/EXPERIMENT: model_best.pth.tar, last.pth.tar and the best checkpoints (load them with
 timm.create_model(..., checkpoint_path=...)), summary.csv, curves.png and args.yaml.
 Ctrl-C saves and exits with 130."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
 
 
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -105,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     count, positive = _number(int, 0), _number(int, 1)
     real, share = _number(float, 0), _number(float, 0, 1)
     toggle = argparse.BooleanOptionalAction
-    p = _Parser(
+    p = Parser(
         prog="vizoo train",
         usage="vizoo train --data NAME|DIR [--model MODEL] [options]",
         description="Train a classifier on handwritten digits or on folders of images.  Parentheses give defaults; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import fnmatch
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +22,18 @@ stderr = Console(stderr=True, highlight=False)
 
 class UserError(ValueError):
     """Bad input: the message names the argument, the value and what is allowed; tools exit with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line, as all bad input of a tool."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(message)
 
 
 def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name: str) -> int:
@@ -164,6 +177,41 @@ def resolve_device(spec: str) -> Any:
         if (device.index or 0) >= count:
             raise UserError(f"device {spec!r} is not on this machine, which has {count} CUDA devices; {allowed}")
     return device
+
+
+def compute_device(spec: str | None) -> Any:
+    """Check a device that values are computed on.
+
+    Args:
+        spec: ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one, else the CPU.
+
+    Returns:
+        The ``torch.device``.
+
+    Raises:
+        UserError: As :func:`resolve_device`, and for ``meta``.
+    """
+    import torch
+
+    device = resolve_device(spec or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "meta":
+        raise UserError("--device 'meta' holds no values; allowed: cpu, cuda, cuda:N")
+    return device
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Say before anything is computed when ``--out`` or ``--plot`` cannot be written.
+
+    Args:
+        args: ``out``, a .json file or None, and ``plot``, a .png file or None.
+
+    Raises:
+        UserError: For another ending, or a folder that does not exist.
+    """
+    for name, suffix in (("out", ".json"), ("plot", ".png")):
+        path = getattr(args, name)
+        if path and (Path(path).suffix != suffix or not Path(path).resolve().parent.is_dir()):
+            raise UserError(f"--{name} {path!r}: need a file {suffix} in a folder that exists")
 
 
 def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, int]:
