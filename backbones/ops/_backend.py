@@ -1,4 +1,4 @@
-"""Which fast paths this machine can use: the only place that probes for oneDNN, Triton, NATTEN and CUDA."""
+"""Which fast paths this machine and this call can use: the only place that probes for oneDNN, Triton, NATTEN and CUDA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # operators define their kernels only if it is there
@@ -59,11 +60,25 @@ def onednn_missing() -> str:
 _ONEDNN = not onednn_missing()
 
 
+def is_transforming() -> bool:
+    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...) or forward-mode differentiation is at work."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def plain_only() -> bool:
+    """Whether this call must consist of PyTorch's own operators, on one branch whatever the inputs are.
+
+    True in export and ``torch.jit.trace``, whose programs must run without this package, and under transforms, for
+    which operators of ours have no rules and those of oneDNN drop tangents.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_transforming()
+
+
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a oneDNN inference operator may take this call.
 
-    It takes real CPU tensors of one dtype (float32 or bfloat16), outside autograd, autocast, tracing, compilation and
-    export, so that those always see plain PyTorch operators.
+    It takes real CPU tensors of one dtype (float32 or bfloat16), outside autograd, autocast, tracing, compilation,
+    export and transforms, so that those always see plain PyTorch operators.
 
     Args:
         x: Input of any shape.
@@ -91,9 +106,10 @@ def use_compiled_onednn(x: Tensor, weight: Tensor) -> bool:
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _ONEDNN
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
         and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and not torch.jit.is_tracing()
+        and not is_transforming()
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and bool(torch.backends.mkldnn.enabled)
@@ -122,8 +138,8 @@ def choose_backend(backend: str, x: Tensor, unsupported: dict[str, str]) -> str:
     """Which library's kernels take this call.
 
     Args:
-        backend: ``"auto"`` takes the first library that can run, for CUDA tensors outside export; ``"torch"`` takes
-            none; the name of a library insists on it.
+        backend: ``"auto"`` takes the first library that can run, for CUDA tensors outside export, tracing and
+            transforms; ``"torch"`` takes none; the name of a library insists on it.
         x: An input of the operator, on the device where it runs.
         unsupported: For each library that has a kernel, ``"triton"`` or ``"natten"``, in order of preference, what the
             kernel cannot do with these inputs; empty when it can take them.
@@ -142,7 +158,7 @@ def choose_backend(backend: str, x: Tensor, unsupported: dict[str, str]) -> str:
         if reason:
             raise ValueError(f"got backend={backend!r}, but {reason}; use 'auto' or 'torch'")
         return backend
-    if backend == "torch" or x.device.type != "cuda" or torch.compiler.is_exporting():
+    if backend == "torch" or x.device.type != "cuda" or plain_only():
         return "torch"
     return next((name for name, limit in unsupported.items() if not (limit or _missing(name, x))), "torch")
 
