@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -26,7 +27,6 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
-    is_exporting,
     register_notrace_module,
     trunc_normal_,
     use_fused_attn,
@@ -36,8 +36,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import FeatureGetter, HiLo
-from .ops.conv_ffn import conv_ffn, reference_conv_ffn
-from .ops.deform_merge import deform_merge, reference_deform_merge
+from .layers.plain import depthwise, fuses, tensors
+from .ops.conv_ffn import conv_ffn
+from .ops.deform_merge import deform_sample, reference_deform_sample
 
 __all__ = ["LITv2"]
 
@@ -74,11 +75,11 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
-        w1, b1, wd, bd = self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias
-        w2, b2 = self.fc2.weight, self.fc2.bias
-        if self.fused:
-            return conv_ffn(x, w1, b1, wd, bd, w2, b2)
-        return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if self.fused and fuses(x, self.fc1, self.fc2) and depthwise(self.dwconv, 3):
+                return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
+        return self.fc2(F.gelu(x.permute(0, 2, 3, 1)))
 
 
 @register_notrace_module  # the sampling grid follows the size of its input
@@ -129,11 +130,8 @@ class DeformableTokenMerging(nn.Module):
                 "use images of at least 32x32 pixels (29x29 is the smallest that works)"
             )
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H/2, W/2, 8]
-        if self.fused and not is_exporting():
-            x = deform_merge(x, offset, self.conv.weight, self.conv.bias)
-        else:
-            x = reference_deform_merge(x, offset, self.conv.weight, self.conv.bias)
-        return self.act(self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = deform_sample(x, offset) if self.fused else reference_deform_sample(x, offset)  # [B, H or H - 1, ..., C]
+        return self.act(self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):

@@ -38,27 +38,43 @@ from torch import Tensor, nn
 
 from .layers import FeatureGetter
 from .layers.mlp import Mlp
-from .ops.linear import linear
+from .layers.plain import project, tensors
 
 __all__ = ["NiNformer"]
 
-register_notrace_function(linear)  # picks its path by the device of its input
+register_notrace_function(project)  # picks its path by the device of its input
 
 
-def _resize(t: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
-    """Vectors over a grid ``[C, h * w]`` to ``[C, H * W]``, bicubically with antialiasing, in float32 at least."""
-    maps = t.to(torch.promote_types(t.dtype, torch.float32)).reshape(t.shape[0], 1, grid[0], grid[1])
-    return F.interpolate(maps, size=[H, W], mode="bicubic", align_corners=False, antialias=True).reshape(-1, H * W)
+def resizing(grid: tuple[int, int], H: int, W: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes a token-mixing network one for another grid, which sums over the tokens as before.
+
+    Bicubic resizing with antialiasing is a product with a matrix ``R [h * w, H * W]``.  The first layer sums over
+    tokens: its rows are resized, scaled by the ratio of the numbers of tokens, and shifted so that each has its old
+    sum, together the matrix ``P``.  A map that is constant over the tokens therefore has the same hidden activations at
+    every grid.  The second layer has one row for each token: rows and bias are resized alone.
+
+    Args:
+        grid: ``(h, w)``.
+        H: Rows of the other grid.
+        W: Columns of the other grid.
+        like: For device and dtype.
+
+    Returns:
+        ``P`` and ``R``, both ``[h * w, H * W]``, in float32 at least: the weights ``w1 @ P`` and ``R.t() @ w2`` are
+        those for ``H * W`` tokens.
+    """
+    tokens = grid[0] * grid[1]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    maps = torch.eye(tokens, device=like.device, dtype=dtype).reshape(tokens, 1, grid[0], grid[1])
+    R = F.interpolate(maps, size=[H, W], mode="bicubic", align_corners=False, antialias=True).reshape(tokens, H * W)
+    P = R * (tokens / (H * W))
+    return P + (1 - P.sum(1, keepdim=True)) / (H * W), R
 
 
 def resize_token_weights(
     w1: Tensor, w2: Tensor, b2: Tensor, grid: tuple[int, int], H: int, W: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of a token-mixing network for another grid, which sum over the tokens as before.
-
-    The first layer sums over tokens: its weights are resized, scaled by the ratio of the numbers of tokens, and shifted
-    so that each row has its old sum.  A map that is constant over the tokens therefore has the same hidden activations
-    at every grid.  The second layer has one row for each token: rows and bias are resized alone.
+    """Weights of a token-mixing network for another grid, by :func:`resizing`.
 
     Args:
         w1: Weight of the first layer ``[f, h * w]``.
@@ -73,10 +89,9 @@ def resize_token_weights(
     """
     if grid[0] == H and grid[1] == W:
         return w1, w2, b2
-    scaled = _resize(w1, grid, H, W) * (grid[0] * grid[1] / (H * W))
-    scaled = scaled + (w1.sum(1, dtype=scaled.dtype) - scaled.sum(1)).unsqueeze(1) / (H * W)
-    rows = _resize(w2.t(), grid, H, W).t()
-    return scaled.to(w1.dtype), rows.to(w2.dtype).contiguous(), _resize(b2.unsqueeze(0), grid, H, W)[0].to(b2.dtype)
+    P, R = resizing(grid, H, W, w1)
+    wide = P.dtype
+    return (w1.to(wide) @ P).to(w1.dtype), (R.t() @ w2.to(wide)).to(w2.dtype), (b2.to(wide) @ R).to(b2.dtype)
 
 
 @register_notrace_module  # picks its path by the size of its input
@@ -128,20 +143,21 @@ class TokenMixing(nn.Module):
             x = x.reshape(B, rows, h, cols, w, C).permute(0, 1, 3, 5, 2, 4).reshape(B * rows * cols, C, h * w)
             x = self.mlp(x).reshape(B, rows, cols, C, h, w).permute(0, 1, 4, 2, 5, 3)
             return x.reshape(B, rows * h, cols * w, C)[:, :H, :W]
-        mlp = self.mlp
-        w1, w2, b2 = resize_token_weights(mlp.fc1.weight, mlp.fc2.weight, mlp.fc2.bias, self.grid, H, W)
-        hidden = mlp.drop(F.gelu(linear(x.flatten(1, 2).transpose(1, 2), w1, mlp.fc1.bias)))
-        return mlp.drop(linear(hidden, w2, b2)).transpose(1, 2).reshape(B, H, W, C)
+        # the layers stay as they are: what they read and give is resized, the same products in another order
+        P, R = resizing(self.grid, H, W, x)
+        hidden = self.mlp.hidden(x.flatten(1, 2).transpose(1, 2) @ P.t().to(x.dtype))
+        x = self.mlp.fc2(hidden) if torch.jit.is_scripting() else project(self.mlp.fc2, hidden)
+        return self.mlp.drop(x @ R.to(x.dtype)).transpose(1, 2).reshape(B, H, W, C)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resize the weights for another grid, once and for all."""
         if grid == self.grid:
             return
-        mlp, trained = self.mlp, self.mlp.fc1.weight.requires_grad
-        tensors = (mlp.fc1.weight.detach(), mlp.fc2.weight.detach(), mlp.fc2.bias.detach())
-        parameters = [nn.Parameter(t, requires_grad=trained) for t in resize_token_weights(*tensors, self.grid, *grid)]
-        mlp.fc1.weight, mlp.fc2.weight, mlp.fc2.bias = parameters
-        mlp.fc1.in_features = mlp.fc2.out_features = grid[0] * grid[1]
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        w1, _, w2, b2 = tensors(fc1, fc2)
+        resized = resize_token_weights(w1.detach(), w2.detach(), b2.detach(), self.grid, *grid)
+        fc1.weight, fc2.weight, fc2.bias = (nn.Parameter(t, requires_grad=w1.requires_grad) for t in resized)
+        fc1.in_features = fc2.out_features = grid[0] * grid[1]
         self.grid = grid
 
 
@@ -204,7 +220,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
         n = self.norm(x)
-        u = linear(n, self.proj.weight, self.proj.bias)
+        u = self.proj(n) if torch.jit.is_scripting() else project(self.proj, n)
         x = x + self.drop_path1(self.ls1(gated(u, self.gate(n))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm(x))))
 

@@ -11,7 +11,7 @@ before the classifier, as in timm.  Inference in half precision keeps layer scal
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +38,13 @@ from .layers.contmix import (
     FusedSequential,
     GlobalResponseNorm,
     LayerScale,
-    Pointwise,
-    ResDWConv,
     SqueezeExcite,
     enlarge,
     merge_branches,
+    residual_conv,
     shrink,
 )
+from .layers.plain import project
 
 __all__ = ["OverLoCK"]
 
@@ -101,17 +101,17 @@ class RepConvBlock(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_dim = int(dim * mlp_ratio)
         self.res_scale = res_scale
-        self.dwconv = ResDWConv(dim, **dd)
+        self.dwconv = residual_conv(dim, **dd)
         self.proj = FusedSequential(
             LayerNorm2d(dim, **dd),
             DilatedReparamBlock(dim, kernel_size, deploy=deploy, **dd),
             nn.BatchNorm2d(dim, **dd),
             SqueezeExcite(dim, **dd),
-            Pointwise(dim, hidden_dim, **dd),
+            nn.Conv2d(dim, hidden_dim, 1, **dd),
             nn.GELU(),
-            ResDWConv(hidden_dim, **dd),
+            residual_conv(hidden_dim, **dd),
             GlobalResponseNorm(hidden_dim, **dd),
-            Pointwise(hidden_dim, dim, **dd),
+            nn.Conv2d(hidden_dim, dim, 1, **dd),
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.ls = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
@@ -186,10 +186,10 @@ class FocusBlock(DynamicBlock):
             nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim, **dd),
             nn.BatchNorm2d(out_dim, **dd),
             nn.GELU(),
-            Pointwise(out_dim, dim, **dd),
+            nn.Conv2d(out_dim, dim, 1, **dd),
             GlobalResponseNorm(dim, **dd),
         )
-        self.dyconv_proj = FusedSequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.dyconv_proj = FusedSequential(nn.Conv2d(dim, dim, 1, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -286,7 +286,11 @@ class ContextDownsample(nn.Module):
         return torch.cat([self.x_proj(x[:, : self.dim]), self.h_proj(x[:, self.dim :])], dim=1)
 
 
-def _classifier(layer: type[nn.Module], dim: int, num_classes: int, **dd: Any) -> nn.Module:
+def _pointwise(dim: int, out_dim: int, **dd: Any) -> nn.Conv2d:
+    return nn.Conv2d(dim, out_dim, 1, **dd)
+
+
+def _classifier(layer: Callable[..., nn.Module], dim: int, num_classes: int, **dd: Any) -> nn.Module:
     return layer(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
 
@@ -422,7 +426,7 @@ class OverLoCK(nn.Module):
         self.blocks3: nn.Module = base(2)
         self.patch_embed4: nn.Module = _downsample(embed_dims[2], embed_dims[3], **dd)
         self.blocks4: nn.Module = base(3)
-        self.high_level_proj: nn.Module = Pointwise(embed_dims[3], ctx_dim, **dd)
+        self.high_level_proj: nn.Module = nn.Conv2d(embed_dims[3], ctx_dim, 1, **dd)
         self.sub_blocks3: nn.Module | None = focus(2)
         self.patch_embedx: nn.Module = ContextDownsample(embed_dims[2], embed_dims[3], ctx_dim, **dd)
         self.sub_blocks4: nn.Module | None = focus(3)
@@ -433,18 +437,18 @@ class OverLoCK(nn.Module):
         )
         self.h_proj: nn.Module | None = None
         if dense == "det":
-            self.h_proj = nn.Sequential(
-                Pointwise(embed_dims[3], self.num_features, **dd), LayerScale(self.num_features, 1e-5, **dd)
+            self.h_proj = FusedSequential(
+                nn.Conv2d(embed_dims[3], self.num_features, 1, **dd), LayerScale(self.num_features, 1e-5, **dd)
             )
         self.aux_head: nn.Module | None = None
         if aux_head and not dense:
             self.aux_head = nn.Sequential(
                 nn.BatchNorm2d(embed_dims[3], **dd),
                 nn.AdaptiveAvgPool2d(1),
-                _classifier(Pointwise, embed_dims[3], num_classes, **dd),
+                _classifier(_pointwise, embed_dims[3], num_classes, **dd),
             )
         self.head = nn.Sequential(
-            nn.Identity() if dense else Pointwise(self.num_features, projection, bias=False, **dd),
+            nn.Identity() if dense else nn.Conv2d(self.num_features, projection, 1, bias=False, **dd),
             nn.Identity() if dense else nn.BatchNorm2d(projection, **dd),
             nn.Identity() if dense else nn.SiLU(),
             SelectAdaptivePool2d(pool_type=global_pool),
@@ -536,7 +540,7 @@ class OverLoCK(nn.Module):
         self.head[4] = _classifier(nn.Linear, self.head_hidden_size, num_classes, **dd).train(self.training)
         if self.aux_head is not None:
             width = self.aux_head[0].num_features  # type: ignore[index]
-            self.aux_head[2] = _classifier(Pointwise, width, num_classes, **dd).train(self.training)  # type: ignore[operator]
+            self.aux_head[2] = _classifier(_pointwise, width, num_classes, **dd).train(self.training)  # type: ignore[operator]
 
     def _pyramid(self, x: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
         """Features without norms up to a level, and the overview map, which needs a level of at least 2."""
@@ -549,7 +553,9 @@ class OverLoCK(nn.Module):
         if last >= 2:
             base = self.blocks3(self.patch_embed3(x))
             overview = self.blocks4(self.patch_embed4(base))
-            context = self.high_level_proj(overview)
+            context = (
+                self.high_level_proj(overview) if torch.jit.is_scripting() else project(self.high_level_proj, overview)
+            )
             if self.sub_blocks3 is not None:
                 prior = resize_to(context, base)
                 x = self.sub_blocks3(torch.cat([base, prior], dim=1), prior)
@@ -642,7 +648,8 @@ class OverLoCK(nn.Module):
         """Map ``[B, num_features, H, W]`` to logits, or to the pooled features with ``pre_logits``."""
         if self.global_pool == "" and self.num_classes == 0:
             return x
-        x = self.head[3](self.head[2](self.head[1](self.head[0](x))))
+        x = self.head[0](x) if torch.jit.is_scripting() else project(self.head[0], x)
+        x = self.head[3](self.head[2](self.head[1](x)))
         x = x.permute(0, 2, 3, 1) if self.global_pool == "" else x.flatten(1)
         if not pre_logits:
             if self.drop_rate > 0.0:

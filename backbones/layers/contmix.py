@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..ops._backend import use_onednn
+from ..ops._backend import plain_only, use_onednn
 from ..ops.contmix import contmix, contmix_from_logits, working_size
-from ..ops.linear import linear
+from .plain import depthwise, fold, folds, is_plain, is_watched, keeps_size, pointwise, project, tensors
 
 __all__ = ["ContMixBlock"]
 
@@ -24,7 +24,7 @@ BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
     19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
 REGIONS = 7  # side of the pooled grid of context regions
-_ACTIVATIONS = {nn.GELU: ("gelu", "none"), nn.SiLU: ("swish", "")}  # names of oneDNN
+_ACTIVATIONS = (nn.GELU, nn.SiLU)  # that oneDNN knows
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
 
 
@@ -36,61 +36,36 @@ def as_written(x: Tensor) -> bool:
     return x.is_meta or torch.jit.is_tracing()
 
 
+def _infers(x: Tensor) -> bool:
+    """Whether a float32 or half map on a CPU has no derivative to pass on."""
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    if not torch.jit.is_scripting():
+        return not torch.is_grad_enabled() and not plain_only()
+    return not x.requires_grad
+
+
 @register_notrace_module  # picks its path by the device of its input
 class ResDWConv(nn.Conv2d):
-    """Depthwise 3x3 convolution added to its input.
-
-    Args:
-        dim: Channels.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+    """Depthwise convolution added to its input; the arguments are those of a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, self.weight) and x.dtype == torch.float32:
-                return F.conv2d(x, self.residual_weight(), self.bias, padding=1, groups=self.groups)
-        return x + F.conv2d(x, self.weight, self.bias, padding=1, groups=self.groups)
+            if x.dtype == torch.float32 and use_onednn(x, self.weight) and keeps_size(self):
+                weight, padding = self.residual_weight(), self.padding
+                return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups)
+        return x + self._conv_forward(x, self.weight, self.bias)
 
     def residual_weight(self) -> Tensor:
         """Kernel that adds the input itself: one pass over the map less, but only float32 keeps small weights exact."""
         weight = self.weight.detach().clone()
-        weight[:, :, 1, 1] += 1
+        weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
         return weight
 
 
-@register_notrace_module  # picks its path by the device of its input
-class Pointwise(nn.Conv2d):
-    """1x1 convolution.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        bias: Whether there is a bias.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to ``[B, out_dim, H, W]``."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, self.weight):
-                return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias)
+def residual_conv(dim: int, **dd: Any) -> ResDWConv:
+    return ResDWConv(dim, dim, 3, padding=1, groups=dim, **dd)
 
 
 @register_notrace_module  # picks its form by the device of its input
@@ -155,12 +130,11 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        if x.dtype == torch.float64:
-            norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-        elif x.requires_grad or x.device.type != "cpu":  # float32: the norm of a large map overflows float16
-            norm = torch.linalg.vector_norm(x.float(), dim=(2, 3), keepdim=True)
-        else:  # up to 10 times faster on channels-last maps, but without a gradient at zero
-            norm = x.float().square().sum(dim=(2, 3), keepdim=True).sqrt()
+        wide = x if x.dtype == torch.float64 else x.float()  # the norm of a large map overflows float16
+        if _infers(x):  # up to 10 times faster on channels-last maps, but without a gradient at zero
+            norm = wide.square().sum(dim=(2, 3), keepdim=True).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(wide, dim=(2, 3), keepdim=True)
         factor = self.gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
         return torch.addcmul(self.beta.to(x.dtype), x, factor.to(x.dtype))
 
@@ -173,27 +147,38 @@ class FusedSequential(nn.Sequential):
     on a few at a time where the widest map would leave the cache.  Modules with hooks run by themselves.
     """
 
-    def __init__(self, *modules: nn.Module):
-        super().__init__(*modules)
-        self.width = max((m.out_channels for m in modules if isinstance(m, Pointwise)), default=0)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` as the modules do one after the other."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, x) and x.dtype == torch.float32 and not self.training:
-                size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * self.width * x.element_size() + 1) + 1
-                out = [run_fused(list(self), chunk) for chunk in x.split(size)]
+            if use_onednn(x, x) and x.dtype == torch.float32:
+                out = [run_fused(list(self), chunk) for chunk in x.split(self._images(x))]
                 return out[0] if len(out) == 1 else torch.cat(out)
         for module in self:
-            x = module(x)
+            x = module(x) if torch.jit.is_scripting() else project(module, x)
         return x
+
+    @torch.jit.unused
+    def _images(self, x: Tensor) -> int:
+        """How many images to work on at once: all, unless the modules treat each by itself and nobody counts them."""
+        width = max([m.out_channels for m in self if pointwise(m)], default=0)
+        size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * width * x.element_size() + 1) + 1
+        return size if size < x.shape[0] and all(map(_by_image, self.modules())) else x.shape[0]
+
+
+def _by_image(module: nn.Module) -> bool:
+    return folds(module) or (type(module) in _BY_IMAGE and not is_watched(module))
+
+
+def _activation(module: Any) -> tuple[str, str]:
+    """An activation's name and algorithm in oneDNN."""
+    return ("gelu", module.approximate) if isinstance(module, nn.GELU) else ("swish", "")
 
 
 def run_fused(modules: list[Any], x: Tensor) -> Tensor:
-    """Run evaluation-mode modules on a float32 map, each convolution together with the norm and activation after it.
+    """Run modules on a float32 map, each convolution together with the norm and activation after it.
 
     Args:
-        modules: What to run, in order.
+        modules: What to run, in order; those that are not plain run by themselves.
         x: Map ``[B, C, H, W]`` on a CPU, outside autograd.
 
     Returns:
@@ -209,20 +194,19 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         if isinstance(conv, DilatedReparamBlock):
             weight, bias, conv = *conv.kernel(), conv.lk_origin
         else:
-            weight, bias = conv.residual_weight() if isinstance(conv, ResDWConv) else conv.weight, conv.bias
+            weight, bias = tensors(conv)
+            weight = conv.residual_weight() if isinstance(conv, ResDWConv) else weight
         # a norm costs a pass over the map, or over the weights if it is folded into them
-        if i < len(modules) and _plain(modules[i], nn.BatchNorm2d) and weight.numel() < x.numel():
-            norm = modules[i]
+        if i < len(modules) and folds(modules[i]) and weight.numel() < x.numel():
+            scale, shift = fold(modules[i])
             i += 1
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            shift = norm.bias - norm.running_mean * scale
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
             weight = weight * scale.reshape(-1, 1, 1, 1)
         activation, algorithm = "none", ""
-        if i < len(modules) and _plain(modules[i], *_ACTIVATIONS):
-            activation, algorithm = _ACTIVATIONS[type(modules[i])]
+        if i < len(modules) and is_plain(modules[i], *_ACTIVATIONS):
+            activation, algorithm = _activation(modules[i])
             i += 1
-        if isinstance(conv, Pointwise):
+        if pointwise(conv) and conv.stride == (1, 1):
             x, w = x.permute(0, 2, 3, 1), weight.flatten(1)
             x = torch.ops.mkldnn._linear_pointwise(x, w, bias, activation, [], algorithm).permute(0, 3, 1, 2)
         else:
@@ -231,17 +215,12 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
     return x
 
 
-def _plain(module: nn.Module, *types: type) -> bool:
-    """Whether a module is exactly of one of the types, evaluates, and nobody watches it."""
-    return type(module) in types and not (module.training or module._forward_hooks or module._forward_pre_hooks)
-
-
 def _fusible(module: nn.Module) -> bool:
     if isinstance(module, DilatedReparamBlock):
-        return _plain(module, DilatedReparamBlock) and module.mergeable()
-    if not _plain(module, nn.Conv2d, Pointwise, ResDWConv):
-        return False
-    return module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
+        return is_plain(module, DilatedReparamBlock) and module.mergeable()
+    if isinstance(module, ResDWConv):
+        return is_plain(module, ResDWConv) and keeps_size(module)
+    return is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class SqueezeExcite(nn.Module):
@@ -257,11 +236,11 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_dim = max(16, dim // 8)
-        self.proj = nn.Sequential(
+        self.proj = FusedSequential(
             nn.AdaptiveAvgPool2d(1),
-            Pointwise(dim, hidden_dim, **dd),
+            nn.Conv2d(dim, hidden_dim, 1, **dd),
             nn.GELU(),
-            Pointwise(hidden_dim, dim, **dd),
+            nn.Conv2d(hidden_dim, dim, 1, **dd),
             nn.Sigmoid(),
         )
 
@@ -296,7 +275,7 @@ def merge_branches(
 
 
 @register_notrace_module  # picks its path by the device of its input
-class DilatedReparamBlock(nn.Sequential):
+class DilatedReparamBlock(nn.Module):
     """Depthwise large kernel with parallel dilated kernels, each normed; or the one kernel that equals them.
 
     The order of the modules is convolution and norm of the large kernel, then of each branch.
@@ -324,7 +303,6 @@ class DilatedReparamBlock(nn.Sequential):
         if kernel_size not in BRANCHES:
             raise ValueError(f"got kernel_size={kernel_size}, need one of {sorted(BRANCHES)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.kernel_size = kernel_size
         self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy, **dd)
         if not deploy:
             self.origin_bn = nn.BatchNorm2d(dim, **dd)
@@ -334,43 +312,49 @@ class DilatedReparamBlock(nn.Sequential):
                 self.add_module(f"dil_bn_k{k}_{r}", nn.BatchNorm2d(dim, **dd))
 
     def mergeable(self) -> bool:
-        """Whether the merged kernel gives what the modules give: every norm evaluates, and nobody watches a module."""
-        return all(
-            _plain(m, nn.BatchNorm2d if i % 2 else nn.Conv2d) and m.weight.dtype == self.lk_origin.weight.dtype
-            for i, m in enumerate(self)
+        """Whether the merged kernel gives what the modules give: all are plain, and every norm evaluates."""
+        modules: list[Any] = list(self.children())
+        large = modules[0]
+        if not (is_plain(large, nn.Conv2d) and keeps_size(large)):
+            return False
+        if len(modules) == 1:
+            return large.bias is not None
+        kernels = ((large.kernel_size[0], 1), *BRANCHES.get(large.kernel_size[0], ()))
+        return len(modules) == 2 * len(kernels) and all(
+            depthwise(conv, *kernel) and folds(norm) and conv.bias is None and conv.weight.dtype == large.weight.dtype
+            for conv, norm, kernel in zip(modules[::2], modules[1::2], kernels, strict=True)
         )
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """Kernel and bias that equal the branches with the norms' running statistics."""
-        if self.lk_origin.bias is not None:
-            return self.lk_origin.weight, self.lk_origin.bias
         modules: list[Any] = list(self.children())
-        return merge_branches(
-            self.kernel_size,
-            [
-                (conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-                for conv, bn in zip(modules[::2], modules[1::2], strict=True)
-            ],
-        )
+        if len(modules) == 1:
+            weight, bias = tensors(modules[0])
+            return weight, bias
+        branches = [
+            (tensors(conv)[0], *tensors(bn), bn.running_mean, bn.running_var, bn.eps)
+            for conv, bn in zip(modules[::2], modules[1::2], strict=True)
+        ]
+        return merge_branches(modules[0].kernel_size[0], branches)
 
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Replace the branches by the one kernel that equals them with the norms' running statistics."""
-        if self.lk_origin.bias is not None:
+        old: Any = self.lk_origin
+        if len(self._modules) == 1:
             return
         weight, bias = self.kernel()
-        old = self.lk_origin
         conv = nn.Conv2d(
             old.in_channels,
             old.out_channels,
-            self.kernel_size,
-            padding=self.kernel_size // 2,
+            old.kernel_size,
+            padding=old.padding,
             groups=old.groups,
             device=old.weight.device,
             dtype=old.weight.dtype,
         )
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)  # type: ignore[union-attr]
+        for parameter, value in zip(conv.parameters(), (weight, bias), strict=True):
+            parameter.copy_(value)
         for name in list(self._modules):
             delattr(self, name)
         self.lk_origin = conv.train(self.training).requires_grad_(old.weight.requires_grad)
@@ -378,12 +362,13 @@ class DilatedReparamBlock(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, self.lk_origin.weight) and self.mergeable():
+            if use_onednn(x, x) and self.mergeable():
                 weight, bias = self.kernel()
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-                return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=weight.shape[0])
+                padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+                return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
         out, branch = x, x
-        for i, module in enumerate(self):
+        for i, module in enumerate(self.children()):
             branch = module(x) if i % 2 == 0 else module(branch)
             if i <= 1:
                 out = branch
@@ -412,6 +397,44 @@ def shrink(x: Tensor, like: Tensor) -> Tensor:
 
 
 @register_notrace_function
+def affinity(q: Tensor, k: Tensor, groups: int, scale: float) -> Tensor:
+    """Affinity of every query to every context region, a map for each image and group.
+
+    Args:
+        q: Queries ``[B, C / 2, H, W]``.
+        k: Context regions ``[B, C / 2, 7, 7]``.
+        groups: Groups of channels.
+        scale: Scale of the queries.
+
+    Returns:
+        ``[B * groups, 49, H, W]``.
+    """
+    B, C, R = k.shape[0], k.shape[1] // groups, k.shape[2] * k.shape[3]
+    H, W = q.shape[2], q.shape[3]
+    keys = k.reshape(B * groups, C, R) * scale
+    return (keys.transpose(1, 2) @ q.reshape(B * groups, C, H * W)).reshape(B * groups, R, H, W)
+
+
+@register_notrace_function
+def mix_by_logits(logits: Tensor, v: Tensor, rpb1: Tensor, rpb2: Tensor, k1: int, k2: int) -> Tensor:
+    """Weighted sums over two windows whose weights come from the projection of the :func:`affinity`.
+
+    Args:
+        logits: ``[B * groups, k1^2 + k2^2, H, W]``.
+        v: Values ``[B, C, H, W]``.
+        rpb1: Relative position bias of the small kernel ``[groups, 2 k1 - 1, 2 k1 - 1]``.
+        rpb2: The same of the large kernel.
+        k1: Side of the small window.
+        k2: Side of the large window.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    logits = logits.reshape(v.shape[0], rpb1.shape[0], logits.shape[1], v.shape[2] * v.shape[3]).transpose(2, 3)
+    return contmix_from_logits(logits, rpb1, rpb2, v, k1, k2)
+
+
+@register_notrace_function
 def mix(
     q: Tensor,
     k: Tensor,
@@ -424,14 +447,14 @@ def mix(
     k1: int,
     k2: int,
 ) -> Tensor:
-    """Weighted sums over two windows whose weights come from queries and context regions.
+    """:func:`mix_by_logits` of a plain projection, which is joined to the context regions: both are linear.
 
     Args:
         q: Queries ``[B, C / 2, H, W]``.
         k: Context regions ``[B, C / 2, 7, 7]``.
         v: Values ``[B, C, H, W]``.
         weight: Projection from regions to kernel offsets ``[k1^2 + k2^2, 49, 1, 1]``.
-        bias: Its bias.
+        bias: Its bias, or None.
         rpb1: Relative position bias of the small kernel ``[groups, 2 k1 - 1, 2 k1 - 1]``.
         rpb2: The same of the large kernel.
         scale: Scale of the queries.
@@ -441,12 +464,12 @@ def mix(
     Returns:
         ``[B, C, H, W]``.
     """
-    assert bias is not None  # a convolution's bias is optional to TorchScript
     B, G, R = k.shape[0], rpb1.shape[0], k.shape[2] * k.shape[3]
-    keys = k.reshape(B, G, -1, R) * scale
     if as_written(q):
-        affinity = q.reshape(B, G, keys.shape[2], -1).transpose(2, 3) @ keys  # [B, G, H*W, 49]
-        return contmix_from_logits(F.linear(affinity, weight.reshape(-1, R), bias), rpb1, rpb2, v, k1, k2)
+        logits = F.conv2d(affinity(q, k, G, scale), weight, bias)
+        return mix_by_logits(logits, v, rpb1, rpb2, k1, k2)
+    keys = k.reshape(B, G, k.shape[1] // G, R) * scale
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return contmix(q, keys @ weight.reshape(-1, R).t(), bias, rpb1, rpb2, v, k1, k2)
 
 
@@ -504,12 +527,14 @@ class DynamicBlock(nn.Module):
         self.res_scale = res_scale
         self.rpb1 = nn.Parameter(torch.empty(groups, 2 * smk_size - 1, 2 * smk_size - 1, **dd))
         self.rpb2 = nn.Parameter(torch.empty(groups, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
-        self.dwconv1 = ResDWConv(out_dim, **dd)
+        self.dwconv1 = residual_conv(out_dim, **dd)
         self.norm1 = LayerNorm2d(out_dim, **dd)
-        self.weight_query = FusedSequential(Pointwise(dim, dim // 2, bias=False, **dd), nn.BatchNorm2d(dim // 2, **dd))
-        self.weight_key = nn.Sequential(
+        self.weight_query = FusedSequential(
+            nn.Conv2d(dim, dim // 2, 1, bias=False, **dd), nn.BatchNorm2d(dim // 2, **dd)
+        )
+        self.weight_key = FusedSequential(
             nn.AdaptiveAvgPool2d(REGIONS),
-            Pointwise(ctx_dim, dim // 2, bias=False, **dd),
+            nn.Conv2d(ctx_dim, dim // 2, 1, bias=False, **dd),
             nn.BatchNorm2d(dim // 2, **dd),
         )
         self.weight_proj = nn.Conv2d(REGIONS**2, kernel_size**2 + smk_size**2, 1, **dd)
@@ -517,16 +542,16 @@ class DynamicBlock(nn.Module):
             DilatedReparamBlock(dim, kernel_size, deploy=deploy, **dd), nn.BatchNorm2d(dim, **dd)
         )
         self.se_layer = SqueezeExcite(dim, **dd)
-        self.gate = FusedSequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), Pointwise(dim, out_dim, **dd))
-        self.dwconv2 = ResDWConv(out_dim, **dd)
+        self.gate = FusedSequential(nn.Conv2d(dim, dim, 1, bias=False, **dd), nn.BatchNorm2d(dim, **dd), nn.SiLU())
+        self.proj = FusedSequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 1, **dd))
+        self.dwconv2 = residual_conv(out_dim, **dd)
         self.norm2 = LayerNorm2d(out_dim, **dd)
         self.mlp = FusedSequential(
-            Pointwise(out_dim, hidden_dim, **dd),
+            nn.Conv2d(out_dim, hidden_dim, 1, **dd),
             nn.GELU(),
-            ResDWConv(hidden_dim, **dd),
+            residual_conv(hidden_dim, **dd),
             GlobalResponseNorm(hidden_dim, **dd),
-            Pointwise(hidden_dim, out_dim, **dd),
+            nn.Conv2d(hidden_dim, out_dim, 1, **dd),
         )
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value, **dd)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(out_dim, ls_init_value, **dd)
@@ -534,18 +559,13 @@ class DynamicBlock(nn.Module):
 
     def contmix(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
         """ContMix on maps ``[B, C, H, W]`` of at least ``kernel_size``, with ``dim``, ``ctx_dim``, ``dim`` channels."""
-        return mix(
-            self.weight_query(query),
-            self.weight_key(context),
-            value,
-            self.weight_proj.weight,
-            self.weight_proj.bias,
-            self.rpb1,
-            self.rpb2,
-            self.scale,
-            self.smk_size,
-            self.kernel_size,
-        )
+        q, k = self.weight_query(query), self.weight_key(context)
+        k1, k2 = self.smk_size, self.kernel_size
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if pointwise(self.weight_proj):
+                return mix(q, k, value, *tensors(self.weight_proj), self.rpb1, self.rpb2, self.scale, k1, k2)
+        logits = self.weight_proj(affinity(q, k, self.rpb1.shape[0], self.scale))
+        return mix_by_logits(logits, value, self.rpb1, self.rpb2, k1, k2)
 
     def finish(self, skip: Tensor, x: Tensor, gate: Tensor, lepe: Tensor) -> Tensor:
         """Gate the mixed map, add it to ``skip`` and apply the feed-forward network."""
@@ -609,8 +629,8 @@ class ContMixBlock(DynamicBlock):
             deploy=deploy,
             **dd,
         )
-        self.weight_value = FusedSequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
-        self.fusion_proj = FusedSequential(Pointwise(dim, dim, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.weight_value = FusedSequential(nn.Conv2d(dim, dim, 1, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
+        self.fusion_proj = FusedSequential(nn.Conv2d(dim, dim, 1, bias=False, **dd), nn.BatchNorm2d(dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -630,3 +650,19 @@ class ContMixBlock(DynamicBlock):
         large = enlarge(x, self.kernel_size)
         large = self.contmix(large, large, self.weight_value(large))
         return self.finish(skip, self.fusion_proj(shrink(large, x)), gate, lepe)
+
+
+_BY_IMAGE = (
+    nn.AdaptiveAvgPool2d,
+    nn.Conv2d,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.SiLU,
+    LayerNorm2d,
+    DilatedReparamBlock,
+    FusedSequential,
+    GlobalResponseNorm,
+    ResDWConv,
+    SqueezeExcite,
+)
+"""Modules that treat every image by itself."""

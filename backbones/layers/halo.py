@@ -8,7 +8,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 from ..ops.halo import halo_attention, reference_halo_attention
-from ..ops.linear import linear
+from .plain import project
 
 __all__ = ["HaloAttention", "swap_halo"]
 
@@ -39,6 +39,10 @@ class RelativeTables(nn.Module):
         """Truncated normal of the size of a query channel."""
         for table in (self.height_rel, self.width_rel):
             trunc_normal_(table, std=table.shape[1] ** -0.5)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The rows' and the columns' table, each ``[2 * win_size - 1, dim_head]``."""
+        return self.height_rel, self.width_rel
 
 
 @register_notrace_module  # pads by the size of its input
@@ -144,12 +148,15 @@ class HaloAttention(nn.Module):
         The output has the memory format of the input; channels-last needs no copies.
         """
         channels_first = x.is_contiguous()
-        x = x.permute(0, 2, 3, 1).contiguous()
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         s, h = self.query_stride, self.num_heads
-        q = linear(x[:, ::s, ::s], self.q.weight.flatten(1), self.q.bias).unflatten(-1, [h, -1])
-        kv = linear(x, self.kv.weight.flatten(1), self.kv.bias).unflatten(-1, [h, -1])
+        q = self.q(x) if torch.jit.is_scripting() else project(self.q, x)
+        kv = self.kv(x) if torch.jit.is_scripting() else project(self.kv, x)
+        q = q.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head])  # [B, H / s, W / s, h, d]
+        kv = kv.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head + self.dim_out // h])
         k, v = kv[..., : self.dim_head], kv[..., self.dim_head :]
-        rows, cols, b, r = self.pos_embed.height_rel, self.pos_embed.width_rel, self.block_size, self.halo_size
+        rows, cols = self.pos_embed()
+        b, r = self.block_size, self.halo_size
         scaled, pad_mode, rel_index = self.scale_pos_embed, self.pad_mode, self.rel_index
         if self.fused_attn:
             out = halo_attention(q, k, v, rows, cols, b, r, s, None, scaled, pad_mode, rel_index)

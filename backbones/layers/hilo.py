@@ -8,7 +8,7 @@ from timm.layers import is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from ..ops.hilo import hifi_attention, lofi_attention, reference_hifi_attention, reference_lofi_attention
-from ..ops.linear import linear
+from .plain import project
 
 __all__ = ["HiLo"]
 
@@ -80,21 +80,21 @@ class HiLo(nn.Module):
         return f"h_heads={self.h_heads}, l_heads={self.l_heads}, window_size={self.window_size}"
 
     def _hifi(self, x: Tensor) -> Tensor:
-        qkv = linear(x, self.h_qkv.weight, self.h_qkv.bias)
+        qkv = self.h_qkv(x) if torch.jit.is_scripting() else project(self.h_qkv, x)
         if self.fused_attn:
             out = hifi_attention(qkv, self.h_heads, self.window_size)
         else:
             out = reference_hifi_attention(qkv, self.h_heads, self.window_size)
-        return linear(out, self.h_proj.weight, self.h_proj.bias)
+        return self.h_proj(out) if torch.jit.is_scripting() else project(self.h_proj, out)
 
     def _lofi(self, x: Tensor) -> Tensor:
         pooled = x
         if self.window_size > 1:
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        q = linear(x, self.l_q.weight, self.l_q.bias)
-        kv = linear(pooled, self.l_kv.weight, self.l_kv.bias)
+        q = self.l_q(x) if torch.jit.is_scripting() else project(self.l_q, x)
+        kv = self.l_kv(pooled) if torch.jit.is_scripting() else project(self.l_kv, pooled)
         out = lofi_attention(q, kv, self.l_heads) if self.fused_attn else reference_lofi_attention(q, kv, self.l_heads)
-        return linear(out, self.l_proj.weight, self.l_proj.bias)
+        return self.l_proj(out) if torch.jit.is_scripting() else project(self.l_proj, out)
 
     def forward(
         self,

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops._backend import use_onednn
-from ..ops.linear import linear
+from .plain import fuses, project, tensors
 
 
 @register_notrace_module  # picks its path by the device of its input
@@ -39,11 +38,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to the same shape."""
-        return self.drop(linear(self.drop(self._hidden(x)), self.fc2.weight, self.fc2.bias))
+        x = self.hidden(x)
+        return self.drop(self.fc2(x) if torch.jit.is_scripting() else project(self.fc2, x))
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        w, b = self.fc1.weight, self.fc1.bias
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activated and dropped first half: ``[..., C]`` to ``[..., hidden_dim]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, w):  # GELU while the product is written
-                return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "none")
-        return F.gelu(linear(x, w, b))
+            if fuses(x, self.fc1, compiled=False):  # GELU while the product is written
+                return torch.ops.mkldnn._linear_pointwise(x, *tensors(self.fc1), "gelu", [], "none")
+        x = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
+        return self.drop(F.gelu(x))

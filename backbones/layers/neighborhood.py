@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.linear import linear
-from ..ops.neighborhood import neighborhood_attention, reference_neighborhood_attention
+from ..ops.neighborhood import neighborhood_attention, pad_to_window, reference_neighborhood_attention
 from .mlp import Mlp
+from .plain import project
 
 __all__ = ["NeighborhoodAttention", "NeighborhoodBlock", "resize_rpb"]
 
@@ -113,19 +113,17 @@ class NeighborhoodAttention(nn.Module):
                 raise ValueError(f"got {N} tokens for a {H}x{W} map; give size=(H, W), without prefix tokens")
             x = x.reshape(shape[0], H, W, shape[2])
         h, K = self.num_heads, self.kernel_size
-        qkv = linear(x, self.qkv.weight, self.qkv.bias)
-        q, k, v = qkv.reshape(x.shape[0], x.shape[1], x.shape[2], 3, h, -1).unbind(3)  # [B, H, W, h, d]
-        pad_k: Tensor | None = None
-        pad_v: Tensor | None = None
-        if self.qkv.bias is not None:  # the projection of a zero token
-            _, pad_k, pad_v = self.qkv.bias.to(qkv.dtype).reshape(3, h, -1).unbind(0)
+        B, H, W, C = x.shape
+        x = pad_to_window(x, K, self.dilation)  # before the projection, whose bias is then the key of a padded token
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        qkv = qkv.reshape(B, x.shape[1], x.shape[2], 3, h, C // h)
+        q, k, v = qkv.unbind(3)  # [B, H, W, h, d]
         if self.fused_attn:
-            out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v)
+            out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
         else:
-            out = reference_neighborhood_attention(
-                q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v
-            )
-        return linear(out.flatten(3), self.proj.weight, self.proj.bias).reshape(shape)
+            out = reference_neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
+        out = out[:, :H, :W].flatten(3)
+        return (self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)).reshape(shape)
 
 
 class NeighborhoodBlock(nn.Module):

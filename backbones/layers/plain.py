@@ -17,7 +17,33 @@ from torch.nn.modules import module as _module
 from ..ops._backend import use_compiled_onednn, use_onednn
 from ..ops.linear import linear
 
-__all__ = ["fuses", "is_plain", "pointwise", "project", "tensors"]
+__all__ = [
+    "depthwise",
+    "fold",
+    "folds",
+    "fuses",
+    "is_plain",
+    "is_watched",
+    "keeps_size",
+    "pointwise",
+    "project",
+    "tensors",
+]
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody watches a module by a hook, or all modules, or replaced the ``forward`` of this one."""
+    return bool(
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
 
 
 def is_plain(layer: Any, *types: type) -> bool:
@@ -28,18 +54,12 @@ def is_plain(layer: Any, *types: type) -> bool:
         types: Classes that the fast path knows; a subclass is another class.
 
     Returns:
-        True if the layer is exactly of one of the classes, nobody watches it or all modules by a hook, its ``forward``
-        was not replaced, and its parameters are ordinary tensors.
+        True if the layer is exactly of one of the classes, nobody watches it, and its parameters are ordinary tensors:
+        neither sharded nor quantised.
     """
-    if type(layer) not in types or "forward" in layer.__dict__:
+    if type(layer) not in types or is_watched(layer):
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
-        return False
-    if _module._global_backward_hooks or _module._global_backward_pre_hooks:
-        return False
-    # neither sharded nor quantised; under torch.func.functional_call parameters are plain tensors
+    # under torch.func.functional_call parameters are plain tensors
     return all(p is None or type(p) in (nn.Parameter, Tensor) for p in layer._parameters.values())
 
 
@@ -48,24 +68,66 @@ def tensors(*layers: Any) -> list[Any]:
     return [t for layer in layers for t in (layer.weight, layer.bias)]
 
 
-def pointwise(layer: Any, stride: int = 1) -> bool:
-    """Whether a plain convolution is a linear layer over the channels of every ``stride``-th pixel."""
+def pointwise(layer: Any, groups: int = 1) -> bool:
+    """Whether a plain convolution is linear over (a group of) the channels of every pixel, or of every ``s``-th."""
     return (
         is_plain(layer, nn.Conv2d)
         and layer.kernel_size == (1, 1)
-        and layer.stride == (stride, stride)
+        and layer.stride[0] == layer.stride[1]
         and layer.padding == (0, 0)
-        and layer.groups == 1
+        and layer.groups == groups
     )
 
 
-def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,)) -> bool:
-    """Whether an inference operator of oneDNN, or one of ours that runs oneDNN inside, may do the work of the layers.
+def keeps_size(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is depthwise, its kernel odd, its stride 1, and zeros around keep the map's size."""
+    sizes = zip(conv.kernel_size, conv.dilation, strict=True)
+    return (
+        conv.padding == tuple(d * (k - 1) // 2 for k, d in sizes)
+        and conv.padding_mode == "zeros"
+        and conv.stride == (1, 1)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and all(k % 2 for k in conv.kernel_size)
+    )
+
+
+def depthwise(layer: Any, kernel_size: int, dilation: int = 1) -> bool:
+    """Whether a plain convolution is depthwise with this kernel and dilation, and :func:`keeps_size`."""
+    return (
+        is_plain(layer, nn.Conv2d)
+        and layer.kernel_size == (kernel_size, kernel_size)
+        and layer.dilation == (dilation, dilation)
+        and keeps_size(layer)
+    )
+
+
+def folds(norm: Any) -> bool:
+    """Whether a plain batch norm is a fixed factor and summand for each channel: it evaluates, and has both."""
+    return (
+        is_plain(norm, nn.BatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and norm.weight is not None
+    )
+
+
+def fold(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Factor and summand ``[C]`` of a norm that :func:`folds`, in ``dtype`` if given."""
+    found = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    gamma, beta, mean, variance = (t if dtype is None else t.to(dtype) for t in found)  # type: ignore[union-attr]
+    scale = gamma * (variance + norm.eps).rsqrt()
+    return scale, beta - mean * scale
+
+
+def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,), compiled: bool = True) -> bool:
+    """Whether an inference operator of oneDNN may do the work of the layers.
 
     Args:
         x: Input of the first layer.
         layers: The layers; the first has the dtype of all.
         types: Their classes.
+        compiled: Whether there is an operator of ours too that runs oneDNN inside, for ``torch.compile``.
 
     Returns:
         True if it may, which is never while a gradient is recorded.
@@ -73,7 +135,7 @@ def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,)) -> bo
     if torch.is_grad_enabled() or not all(is_plain(layer, *types) for layer in layers):
         return False
     weight = layers[0].weight
-    return use_onednn(x, weight) or use_compiled_onednn(x, weight)
+    return use_onednn(x, weight) or (compiled and use_compiled_onednn(x, weight))
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
@@ -89,7 +151,8 @@ def project(layer: Any, x: Tensor) -> Tensor:
     """
     if fuses(x, layer):
         return linear(x, *tensors(layer))
-    if type(layer) is nn.Conv2d and fuses(x, layer, types=(nn.Conv2d,)) and pointwise(layer, layer.stride[0]):
+    if pointwise(layer) and fuses(x, layer, types=(nn.Conv2d,)):
         s, (weight, bias) = layer.stride[0], tensors(layer)
-        return linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        x = x if s == 1 else x[:, :, ::s, ::s]
+        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return layer(x)

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import get_device_dtype, is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.ulsam import reference_ulsam_logits, ulsam_logits
+from ..ops.ulsam import ulsam_logits
 from .contmix import as_written
+from .plain import fold, folds, pointwise, tensors
 
 __all__ = ["ULSAM", "add_ulsam"]
 
@@ -59,24 +61,36 @@ class ULSAM(nn.Module):
         self.bn_point = nn.BatchNorm2d(num_splits, momentum=bn_momentum, **dd)
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv_point.weight.flatten(1), self.conv_point.bias
-        assert bias is not None  # a convolution's bias is optional to TorchScript
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if self.fused and not as_written(x) and not is_exporting():
-                if not self.training:
+            if self.fused and not (as_written(x) or is_exporting()) and self._reads():
+                if self._folds():
                     return ulsam_logits(x, *self._fold())
-                return self.bn_point(ulsam_logits(self.bn_dws(self.conv_dws(x)), weight, bias))
-        return self.bn_point(reference_ulsam_logits(self.bn_dws(self.conv_dws(x)), weight, bias))
+                weight, bias = tensors(self.conv_point)
+                return self.bn_point(ulsam_logits(self.bn_dws(self.conv_dws(x)), weight.flatten(1), bias))
+        peaks = F.max_pool2d(F.relu(self.bn_dws(self.conv_dws(x))), 3, stride=1, padding=1)
+        return self.bn_point(self.conv_point(peaks))
 
+    @torch.jit.unused
+    def _reads(self) -> bool:
+        """Whether the operator may sum with the weights of the second convolution."""
+        return pointwise(self.conv_point, self.num_splits) and self.conv_point.bias is not None
+
+    @torch.jit.unused
+    def _folds(self) -> bool:
+        """Whether all four layers are one affine map, for inference."""
+        if torch.is_grad_enabled() or not (folds(self.bn_dws) and folds(self.bn_point)):
+            return False
+        return pointwise(self.conv_dws, self.conv_dws.in_channels) and self.conv_dws.bias is not None
+
+    @torch.jit.unused
     def _fold(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, bias, scale and shift of the logits with the norms' running statistics, in float32 at least."""
 
         def affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-            dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-            tensors = (norm.weight, norm.running_var, norm.running_mean, norm.bias, conv.bias)
-            gamma, variance, mean, beta, bias = (t.to(dtype) for t in tensors if t is not None)
-            scale = gamma * (variance + norm.eps).rsqrt()
-            return conv.weight.to(dtype).flatten(1) * scale.unsqueeze(1), (bias - mean) * scale + beta
+            weight, bias = tensors(conv)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            scale, shift = fold(norm, dtype)
+            return weight.to(dtype).flatten(1) * scale.unsqueeze(1), bias.to(dtype) * scale + shift
 
         scale, shift = affine(self.conv_dws, self.bn_dws)
         return *affine(self.conv_point, self.bn_point), scale.flatten(), shift
@@ -88,7 +102,7 @@ class ULSAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        groups = x.unflatten(1, [self.num_splits, -1])  # a view in any memory format
+        groups = x.unflatten(1, [self.num_splits, x.shape[1] // self.num_splits])  # a view in any memory format
         # one rounding: 1 + attention would lose most of the attention in half precision
         return torch.addcmul(groups, groups, self.attention(x).unsqueeze(2)).flatten(1, 2)
 

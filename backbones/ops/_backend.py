@@ -1,4 +1,4 @@
-"""Which fast paths this machine and this call can use: the only place that probes for oneDNN, Triton, NATTEN and CUDA."""
+"""Which fast paths this machine and a call can use: the only place that probes for oneDNN, Triton, NATTEN and CUDA."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not is_transforming()
         and x.dtype == weight.dtype
+        and type(weight) in (Tensor, torch.nn.Parameter)  # neither quantised nor sharded
         and x.dtype in (torch.float32, torch.bfloat16)
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")

@@ -17,12 +17,15 @@ weights and gradients of the logits once, and adds everything up in a fixed orde
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
+from ._derivative import plain_gradients
 from .na2d_av import channel_blocks, check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 
 
@@ -543,6 +546,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, _):
+    if torch.is_grad_enabled():
+        *tensors, _ = ctx.saved_tensors
+        form = functools.partial(_matmul_form, k1=ctx.k1, k2=ctx.k2)
+        return *plain_gradients(form, tensors, dout, ctx.needs_input_grad[:6]), None, None
     return *_contmix_backward(dout, *ctx.saved_tensors, ctx.k1, ctx.k2), None, None
 
 

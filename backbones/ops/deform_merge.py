@@ -1,9 +1,13 @@
 """Deformable 2x2 stride-2 convolution, version 1, channels-last: the token merging of LITv2 (LITv1, Sec. 3.3).
 
-Tap ``t = 2 i + j`` of output ``(oy, ox)`` samples the map bilinearly at ``(2 oy + i + dy, 2 ox + j + dx)``; neighbours
-outside the map are zero.  Each sample is a weighted sum of four rows of the token matrix, so the four taps of all
-outputs are one weighted row gather of ``[M * 4, C]`` and the convolution is one product with the ``[O, 4 C]`` weight.
-With ``M`` output tokens this costs ``4 M C O`` multiply-accumulates plus ``32 M C`` FLOPs of sampling.
+Tap ``(i, j)`` of output ``(oy, ox)`` samples the map bilinearly at ``(2 oy + i + dy, 2 ox + j + dx)``; neighbours
+outside the map are zero, and so is a sample one pixel outside or further, without a gradient of its offset, as in the
+official kernel (mmcv's).  Along an axis, with ``f = d - floor(d)``, the two weights are ``1 - f`` and ``f``: at whole
+offsets, where training starts, the slope is that towards the next pixel.
+
+The samples of all outputs are a map of ``2 (H // 2) x 2 (W // 2)``, over which the convolution is an ordinary one.
+Each sample is a weighted sum of four rows of the token matrix, so all of them are one weighted row gather.  With ``M``
+output tokens this costs ``32 M C`` FLOPs of sampling and the ``4 M C O`` multiply-accumulates of the convolution.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._backend import plain_only
+from ._derivative import differentiable
+
 
 def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Linear weight (0 outside the map) and index (clamped into it) of both neighbours of ``start + d``: ``[..., 2]``.
@@ -19,14 +26,20 @@ def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
     The fraction comes from ``d`` alone, so that it is as exact on a large map as on a small one.
     """
     low = d.floor()
-    low = torch.stack([low, low + 1], dim=-1)
-    c = start.unsqueeze(-1) + low
-    w = (1 - (d.unsqueeze(-1) - low).abs()) * ((c >= 0) & (c <= size - 1))
-    return w, c.long().clamp(0, size - 1)  # in this order NaN stays a valid index
+    f = d - low
+    near = start + low
+    far = near + 1
+    zero = torch.zeros_like(f)
+    # chosen, not multiplied by 0, which would turn infinite offsets into NaN; NaN itself stays
+    w_near = torch.where((near < 0) | (near > size - 1), zero, 1 - f)
+    rim = (far == 0) & (f == 0)  # exactly one pixel outside: the weight is 0, and the slope too
+    w_far = torch.where((far < 0) | (far > size - 1) | rim, zero, f)
+    c = torch.stack([near, far], dim=-1)
+    return torch.stack([w_near, w_far], dim=-1), c.long().clamp(0, size - 1)  # in this order NaN is a valid index
 
 
 def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
-    """Row index in a flattened map and bilinear weight of the four corners of every tap.
+    """Row index in a flattened map and bilinear weight of the four corners of every sample.
 
     Args:
         offset: ``[B, Ho, Wo, 8]``, channel ``2 t`` is ``dy`` and ``2 t + 1`` is ``dx`` of tap ``t``.
@@ -34,33 +47,90 @@ def _corners(offset: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
         W: Columns of the map.
 
     Returns:
-        Index ``[B, Ho, Wo, 4, 4]`` (int64, inside the sample's own map) and weight, same shape, float32 or float64.
+        Index ``[B, 2 Ho, 2 Wo, 4]`` (int64, inside the sample's own map) and weight, same shape, float32 or float64.
     """
     B, Ho, Wo = offset.shape[0], offset.shape[1], offset.shape[2]
     dtype = torch.float64 if offset.dtype == torch.float64 else torch.float32  # half precision cannot hold coordinates
-    d = offset.to(dtype).reshape(B, Ho, Wo, 2, 2, 2)  # [B, Ho, Wo, i, j, (dy, dx)]
-    tap = torch.arange(2, device=offset.device, dtype=dtype)
-    rows = torch.arange(Ho, device=offset.device, dtype=dtype).mul(2).reshape(Ho, 1, 1, 1) + tap.reshape(1, 1, 2, 1)
-    cols = torch.arange(Wo, device=offset.device, dtype=dtype).mul(2).reshape(1, Wo, 1, 1) + tap.reshape(1, 1, 1, 2)
-    wy, cy = _neighbours(rows, d[..., 0], H)  # [B, Ho, Wo, 2, 2, 2]
+    d = offset.to(dtype).reshape(B, Ho, Wo, 2, 2, 2).permute(0, 1, 3, 2, 4, 5)  # [B, Ho, i, Wo, j, (dy, dx)]
+    d = d.reshape(B, 2 * Ho, 2 * Wo, 2)
+    rows = torch.arange(2 * Ho, device=offset.device, dtype=dtype).unsqueeze(1)
+    cols = torch.arange(2 * Wo, device=offset.device, dtype=dtype)
+    wy, cy = _neighbours(rows, d[..., 0], H)  # [B, 2 Ho, 2 Wo, 2]
     wx, cx = _neighbours(cols, d[..., 1], W)
-    index = cy.unsqueeze(-1) * W + cx.unsqueeze(-2)  # [B, Ho, Wo, 2, 2, 2 (y), 2 (x)]
+    index = cy.unsqueeze(-1) * W + cx.unsqueeze(-2)  # [B, 2 Ho, 2 Wo, 2 (y), 2 (x)]
     weight = wy.unsqueeze(-1) * wx.unsqueeze(-2)
-    return index.reshape(B, Ho, Wo, 4, 4), weight.reshape(B, Ho, Wo, 4, 4)
+    return index.flatten(3), weight.flatten(3)
 
 
-def _check(x: Tensor, offset: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, offset: Tensor) -> None:
     if offset.shape[1] != x.shape[1] // 2 or offset.shape[2] != x.shape[2] // 2 or offset.shape[3] != 8:
         raise ValueError(
             f"got offset {list(offset.shape)} for a {x.shape[1]}x{x.shape[2]} map, "
             f"need [B, {x.shape[1] // 2}, {x.shape[2] // 2}, 8]"
         )
+
+
+def _check_weight(x: Tensor, weight: Tensor) -> None:
     if weight.shape[1] != x.shape[3] or weight.shape[2] != 2 or weight.shape[3] != 2:
         raise ValueError(f"got weight {list(weight.shape)} for {x.shape[3]} channels, need [O, {x.shape[3]}, 2, 2]")
 
 
+def _gather_form(x: Tensor, offset: Tensor) -> Tensor:
+    B, H, W, C = x.shape
+    index, corner = _corners(offset, H, W)
+    rows, cols = index.shape[1], index.shape[2]
+    taps = torch.gather(x.reshape(B, H * W, C), 1, index.reshape(B, rows * cols * 4, 1).expand(-1, -1, C))
+    taps = taps.reshape(B, rows, cols, 4, C)
+    return (taps * corner.unsqueeze(-1).to(x.dtype)).sum(dim=3)
+
+
+def reference_deform_sample(x: Tensor, offset: Tensor) -> Tensor:
+    """The samples over which a deformable 2x2 stride-2 convolution is an ordinary one, by one gather of all corners.
+
+    Args:
+        x: Map ``[B, H, W, C]``.
+        offset: Sampling offsets in pixels ``[B, H // 2, W // 2, 8]``; ``dy`` before ``dx``, taps row-major.
+
+    Returns:
+        ``[B, 2 * (H // 2), 2 * (W // 2), C]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: If the shape of ``offset`` does not fit ``x``.
+    """
+    _check(x, offset)
+    return _gather_form(x, offset)
+
+
+def _rows_form(x: Tensor, offset: Tensor) -> Tensor:
+    """One weighted row gather over the tokens of all images, which has no second derivative."""
+    B, H, W, C = x.shape
+    index, corner = _corners(offset, H, W)
+    first = torch.arange(B, device=x.device).mul(H * W).reshape(B, 1, 1, 1)
+    taps = F.embedding_bag(
+        (index + first).reshape(-1, 4),
+        x.reshape(B * H * W, C),
+        mode="sum",
+        per_sample_weights=corner.reshape(-1, 4).to(x.dtype),
+    )
+    return taps.reshape(B, index.shape[1], index.shape[2], C)
+
+
+def deform_sample(x: Tensor, offset: Tensor) -> Tensor:
+    """:func:`reference_deform_sample` with one weighted row gather: same arguments, result and errors."""
+    _check(x, offset)
+    if not torch.jit.is_scripting():
+        if plain_only():
+            return _gather_form(x, offset)
+        return differentiable(_rows_form, _gather_form, x, offset)
+    return _rows_form(x, offset)
+
+
+def _convolve(samples: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(samples.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1)
+
+
 def reference_deform_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Deformable 2x2 stride-2 convolution by one gather for each bilinear corner.
+    """Deformable 2x2 stride-2 convolution: :func:`reference_deform_sample` and a convolution.
 
     Args:
         x: Map ``[B, H, W, C]``.
@@ -74,28 +144,11 @@ def reference_deform_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tens
     Raises:
         ValueError: If the shapes of ``offset`` or ``weight`` do not fit ``x``.
     """
-    _check(x, offset, weight)
-    B, H, W, C = x.shape
-    index, corner = _corners(offset, H, W)
-    Ho, Wo = offset.shape[1], offset.shape[2]
-    rows = x.reshape(B, H * W, C)
-    index = index.reshape(B, Ho * Wo * 16, 1).expand(-1, -1, C)
-    taps = torch.gather(rows, 1, index).reshape(B, Ho, Wo, 4, 4, C)
-    taps = (taps * corner.unsqueeze(-1).to(x.dtype)).sum(dim=4)  # [B, Ho, Wo, tap, C]
-    return F.linear(taps.reshape(B, Ho, Wo, 4 * C), weight.permute(0, 2, 3, 1).reshape(-1, 4 * C), bias)
+    _check_weight(x, weight)
+    return _convolve(reference_deform_sample(x, offset), weight, bias)
 
 
 def deform_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`reference_deform_merge` with one weighted row gather: same arguments, result and errors."""
-    _check(x, offset, weight)
-    B, H, W, C = x.shape
-    index, corner = _corners(offset, H, W)
-    Ho, Wo = offset.shape[1], offset.shape[2]
-    first = torch.arange(B, device=x.device).mul(H * W).reshape(B, 1, 1, 1, 1)
-    taps = F.embedding_bag(
-        (index + first).reshape(-1, 4),
-        x.reshape(B * H * W, C),
-        mode="sum",
-        per_sample_weights=corner.reshape(-1, 4).to(x.dtype),
-    )  # [B*Ho*Wo*4, C]
-    return F.linear(taps.reshape(B, Ho, Wo, 4 * C), weight.permute(0, 2, 3, 1).reshape(-1, 4 * C), bias)
+    """:func:`reference_deform_merge` by :func:`deform_sample`: same arguments, result and errors."""
+    _check_weight(x, weight)
+    return _convolve(deform_sample(x, offset), weight, bias)

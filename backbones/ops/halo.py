@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_triton, without_autocast
+from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
+from ._derivative import plain_gradients
 from ._halo_kernels import kernel_backward, kernel_forward, kernel_limits
 
 CHUNK = 1 << 18  # scores that the chunked form works on at once for each thread: 1 MiB, the cache of a core
@@ -398,6 +399,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout, _):
     *tensors, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        sizes = ctx.sizes[:-1]  # without the choice of kernel
+        grads = plain_gradients(lambda *t: _plain_form(*t, *sizes), tensors, dout, ctx.needs_input_grad[:5])
+        return *grads, *[None] * len(ctx.sizes)
     return *_halo_attention_backward(dout, lse, *tensors, *ctx.sizes), *[None] * len(ctx.sizes)
 
 
@@ -476,7 +481,7 @@ def halo_attention(
     if not torch.jit.is_scripting():
         rows = (block_size // stride - 1) * (stride if pixel else 1) + block_size + 2 * halo_size
         use = use_triton(backend, v, kernel_limits(q, v, rows))
-        if not torch.compiler.is_exporting():
+        if not plain_only():
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             tensors = q.to(common), k.to(common), v.to(common), height_rel, width_rel
             out, _ = _halo_attention(*tensors, block_size, halo_size, stride, scale, rel_scale, mask, pixel, use)

@@ -10,9 +10,9 @@ which stores none of them and needs no copies for Lo-Fi.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .attention import attention, reference_attention
 
 
 def _check_windows(H: int, W: int, window: int) -> None:
@@ -53,8 +53,7 @@ def reference_hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor
     B, H, W, C = qkv.shape
     _check_windows(H, W, window)
     q, k, v = _to_windows(qkv, num_heads, window)  # [B*nW, h, s*s, d]
-    p = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
-    return _from_windows(p @ v, B, H, W, window)
+    return _from_windows(reference_attention(q, k, v), B, H, W, window)
 
 
 def hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
@@ -62,7 +61,7 @@ def hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
     B, H, W, C = qkv.shape
     _check_windows(H, W, window)
     q, k, v = _to_windows(qkv, num_heads, window)
-    return _from_windows(F.scaled_dot_product_attention(q, k, v), B, H, W, window)
+    return _from_windows(attention(q, k, v), B, H, W, window)
 
 
 def _lofi_heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +69,8 @@ def _lofi_heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, 
     d = C // num_heads
     if kv.shape[-1] != 2 * C:
         raise ValueError(f"got kv with {kv.shape[-1]} channels, need 2 * {C}, twice those of q")
-    heads = q.reshape(B, -1, num_heads, d).transpose(1, 2)  # [B, h, N, d]
-    pairs = kv.reshape(B, -1, 2, num_heads, d)
+    heads = q.reshape(B, q.shape[1] * q.shape[2], num_heads, d).transpose(1, 2)  # [B, h, N, d]
+    pairs = kv.reshape(B, kv.shape[1] * kv.shape[2], 2, num_heads, d)
     return heads, pairs[:, :, 0].transpose(1, 2), pairs[:, :, 1].transpose(1, 2)
 
 
@@ -90,11 +89,10 @@ def reference_lofi_attention(q: Tensor, kv: Tensor, num_heads: int) -> Tensor:
         ValueError: If ``kv`` has not twice the channels of ``q``.
     """
     heads, k, v = _lofi_heads(q, kv, num_heads)
-    p = torch.softmax(heads @ k.transpose(-2, -1) * heads.shape[-1] ** -0.5, dim=-1)
-    return (p @ v).transpose(1, 2).reshape(q.shape)
+    return reference_attention(heads, k, v).transpose(1, 2).reshape(q.shape)
 
 
 def lofi_attention(q: Tensor, kv: Tensor, num_heads: int) -> Tensor:
     """:func:`reference_lofi_attention` by fused attention: same arguments, result and errors."""
     heads, k, v = _lofi_heads(q, kv, num_heads)
-    return F.scaled_dot_product_attention(heads, k, v).transpose(1, 2).reshape(q.shape)
+    return attention(heads, k, v).transpose(1, 2).reshape(q.shape)

@@ -16,12 +16,15 @@ The Triton kernels store nothing but the output.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, INTERPRETED, on_device, use_triton, without_autocast
+from ._backend import HAS_TRITON, INTERPRETED, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
+from ._derivative import plain_gradients
 
 MAX_CHANNELS = 64  # of a group, for the Triton kernels: a window tile has to fit into registers
 
@@ -504,6 +507,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad):
+    if torch.is_grad_enabled():
+        form = functools.partial(matmul_na2d_av, kernel_size=ctx.kernel_size)
+        return *plain_gradients(form, ctx.saved_tensors, grad, ctx.needs_input_grad[:2]), None, None
     return *_na2d_av_backward(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.triton_kernel), None, None
 
 
@@ -541,7 +547,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int, backend: str = "auto"
     attn = attn.to(value.dtype)
     if not torch.jit.is_scripting():
         use = use_triton(backend, value, kernel_limits(value, value.shape[4]))
-        if not torch.compiler.is_exporting():
+        if not plain_only():
             return _na2d_av(attn, value, kernel_size, use)
     return matmul_na2d_av(attn, value, kernel_size)
 

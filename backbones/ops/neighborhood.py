@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, choose_backend, load_natten, without_autocast
+from ._backend import HAS_TRITON, choose_backend, is_transforming, load_natten, plain_only, without_autocast
 from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
+from ._derivative import plain_gradients
 
 MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers
 _WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so that they stay in the cache
@@ -99,6 +100,12 @@ def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
     t = t.index_select(1, y.clamp(max=H - 1)).index_select(2, x.clamp(max=W - 1))
     one = t.new_zeros(t.shape[3], t.shape[4]) if fill is None else fill.to(t.dtype)
     return torch.where(outside, one, t)
+
+
+def pad_to_window(x: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """Zero-pad a map ``[B, H, W, C]`` at the bottom and right to a dilated window; itself when it is as large."""
+    window = _Window(_pair(kernel_size), (1, 1), _pair(dilation))
+    return _padded(x.unsqueeze(3), None, window).squeeze(3)
 
 
 def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -564,6 +571,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, _):
+    if torch.is_grad_enabled():
+        *tensors, _ = ctx.saved_tensors
+        kernel_size, stride, dilation, scale, _ = ctx.arguments
+        window = _Window(*map(tuple, (kernel_size, stride, dilation)))
+        form = functools.partial(_gather_form, window=window, scale=scale)
+        return *plain_gradients(form, tensors, dout, ctx.needs_input_grad[:4]), None, None, None, None, None
     dq, dk, dv, drpb = _neighborhood_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
     return dq, dk, dv, drpb if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
@@ -703,8 +716,9 @@ def neighborhood_attention(
         chosen = choose_backend(backend, q, limits)
         if chosen == "natten":
             return _natten_form(q, k, v, rpb, window, factor)
-        if not torch.compiler.is_exporting():
+        if not plain_only():
             return _neighborhood_attention(q, k, v, rpb, *window, factor, chosen == "triton")[0]
+        form = _gather_form if is_transforming() else _index_form
         with without_autocast(q):
-            return _index_form(q, k, v, rpb, window, factor)
+            return form(q, k, v, rpb, window, factor)
     return _index_form(q, k, v, rpb, window, factor)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
+from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
+from ._derivative import plain_gradients
 
 _CHUNK = 1 << 18  # elements of the framed buffer, a few images: it should stay in a core's cache
 
@@ -310,6 +311,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dlogits, _):
     x, weight, scale, shift, place = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        bias = dlogits.new_zeros(weight.shape[0], dtype=ctx.dtypes[1])  # adds nothing to the gradients of the others
+        tensors, needed = (x, weight, bias, scale, shift), ctx.needs_input_grad
+        dx, dweight, _, *affine = plain_gradients(_plain_form, tensors, dlogits, [*needed[:2], False, *needed[3:5]])
+        return dx, dweight, dlogits.sum((0, 2, 3)).to(ctx.dtypes[1]), *affine, None, None
     dx, total, product = _ulsam_logits_backward(dlogits, x, weight, scale, place)
     dbias = dlogits.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtypes[1])
     if scale is None:
@@ -377,7 +383,7 @@ def ulsam_logits(
         save = _needs_grad(x, weight, bias, scale, shift)
         if use_triton(backend, x, kernel_limits(x)):
             return _ulsam_logits(x, weight, bias, scale, shift, save, True)[0]
-        if x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if x.device.type == "cpu" and not (torch.compiler.is_compiling() or plain_only()):
             if type(x) is Tensor and not save and x.numel() > 0:
                 return _ulsam_logits(x, weight, bias, scale, shift, False, False)[0]
             x = x.contiguous(memory_format=torch.channels_last)  # where pooling is 3 to 6 times faster
