@@ -39,6 +39,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .layers import FeatureGetter
+from .layers.layout import to_channels_last
 from .layers.neighborhood import NeighborhoodBlock, resize_rpb
 
 __all__ = ["NAT"]
@@ -365,7 +366,7 @@ class NAT(nn.Module):
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         features: list[Tensor] = []
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(to_channels_last(x))
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice the stages
             stages = self.stages
         else:
@@ -413,7 +414,7 @@ class NAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to the normed last map ``[B, H, W, num_features]``."""
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(to_channels_last(x))
         x = self.stages(x)
         return self.norm(x)
 

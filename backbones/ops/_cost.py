@@ -57,12 +57,17 @@ def register_cost(name: str, op: Any = None) -> Callable[[CostFn], CostFn]:
 
     def decorate(fn: CostFn) -> CostFn:
         COSTS[name] = fn
-        packet = op if op is not None else find_operator(name)
-        if packet is not None and packet not in flop_registry:  # a second registration would raise
-            register_flop_formula(packet)(_formula(name))
+        _tell_flop_counter(name, op)
         return fn
 
     return decorate
+
+
+def _tell_flop_counter(name: str, op: Any = None) -> None:
+    """Give PyTorch's counters, which work by dispatch, the formula of an operator for which they have none."""
+    packet = op if op is not None else find_operator(name)
+    if packet is not None and packet not in flop_registry:  # a second registration would raise
+        register_flop_formula(packet)(_formula(name))
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
@@ -265,3 +270,5 @@ COSTS.update(
         "mkldnn::_convolution_pointwise": _conv_pointwise,
     }
 )
+for _name in COSTS:
+    _tell_flop_counter(_name)
