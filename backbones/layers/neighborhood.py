@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.neighborhood import neighborhood_attention, pad_to_window, reference_neighborhood_attention
+from ..ops.neighborhood import crop_to, neighborhood_attention, pad_to_window, reference_neighborhood_attention
 from .mlp import Mlp
 from .plain import project
 
@@ -112,17 +112,16 @@ class NeighborhoodAttention(nn.Module):
             if H * W != N:
                 raise ValueError(f"got {N} tokens for a {H}x{W} map; give size=(H, W), without prefix tokens")
             x = x.reshape(shape[0], H, W, shape[2])
-        h, K = self.num_heads, self.kernel_size
-        B, H, W, C = x.shape
-        x = pad_to_window(x, K, self.dilation)  # before the projection, whose bias is then the key of a padded token
-        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
-        qkv = qkv.reshape(B, x.shape[1], x.shape[2], 3, h, C // h)
-        q, k, v = qkv.unbind(3)  # [B, H, W, h, d]
+        B, C, h, K = x.shape[0], x.shape[3], self.num_heads, self.kernel_size
+        padded = pad_to_window(x, K, self.dilation)  # before the projection, so a padded token has the bias as its key
+        qkv = self.qkv(padded) if torch.jit.is_scripting() else project(self.qkv, padded)
+        q, k, v = qkv.reshape(B, padded.shape[1], padded.shape[2], 3, h, C // h).unbind(3)  # [B, H, W, h, d]
+        q = crop_to(q, x)
         if self.fused_attn:
             out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
         else:
             out = reference_neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
-        out = out[:, :H, :W].flatten(3)
+        out = out.flatten(3)
         return (self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)).reshape(shape)
 
 

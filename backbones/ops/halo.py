@@ -76,6 +76,11 @@ def _work_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _rest(t: Tensor, n: int) -> Tensor:
+    """``t % n``, which has no ONNX form for a size that the exporter does not know."""
+    return t - t // n * n
+
+
 def _plain_form(
     q: Tensor,
     k: Tensor,
@@ -96,38 +101,34 @@ def _plain_form(
     b, side, w, step = block_size, block_size // stride, block_size + 2 * halo_size, stride if pixel else 1
     nh, nw = (H + b - 1) // b, (W + b - 1) // b
 
-    t = torch.arange(nh * nw * h * side * side, device=device)  # block, head, query
-    block, head, own = t // (h * side * side), t // (side * side) % h, t % (side * side)
-    y, x = block // nw * side + own // side, block % nw * side + own % side
+    # indices have the shape of what they pick: splitting an axis afterwards would bind exported programs to sizes
+    part = torch.arange(nh * nw * h, device=device).unsqueeze(1)  # block, head
+    block, head = part // h, part % h
+    query, key = torch.arange(side * side, device=device), torch.arange(w * w, device=device)
+    up, left = block // nw, _rest(block, nw)
+    y, x = up * side + query // side, left * side + query % side  # [blocks * heads, queries]
     place = (y.clamp(max=QH - 1) * QW + x.clamp(max=QW - 1)) * h + head  # past the map any query will do
-    queries = q.to(dtype).reshape(B, QH * QW * h, d).index_select(1, place)
-    queries = queries.reshape(B, nh * nw * h, side * side, d)
+    queries = q.to(dtype).flatten(1, 3)[:, place]  # [B, blocks * heads, queries, d]
 
-    t = torch.arange(nh * nw * h * w * w, device=device)  # block, head, key
-    block, head, own = t // (h * w * w), t // (w * w) % h, t % (w * w)
-    y, x = block // nw * b - halo_size + own // w, block % nw * b - halo_size + own % w
+    y, x = up * b - halo_size + key // w, left * b - halo_size + key % w  # [blocks * heads, keys]
     off_map = (y < 0) | (y >= H) | (x < 0) | (x >= W)
     place = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)) * h + head
-    keys = k.to(dtype).reshape(B, H * W * h, d).index_select(1, place).masked_fill(off_map.unsqueeze(1), 0.0)
-    keys = keys.reshape(B, nh * nw * h, w * w, d)
-    values = v.to(dtype).reshape(B, H * W * h, v.shape[4]).index_select(1, place)
-    values = values.masked_fill(off_map.unsqueeze(1), 0.0).reshape(B, nh * nw * h, w * w, v.shape[4])
+    keys = k.to(dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
+    values = v.to(dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
 
-    query = torch.arange(side * side, device=device).unsqueeze(1)
-    key = torch.arange(w * w, device=device)
+    query = query.unsqueeze(1)
     row = (key // w - step * (query // side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
     col = (key % w - step * (query % side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
     relative = (queries @ height_rel.to(dtype).t()).gather(3, row) + (queries @ width_rel.to(dtype).t()).gather(3, col)
     logits = scale * (queries @ keys.transpose(2, 3)) + rel_scale * relative
     if mask:
-        logits = logits.masked_fill(off_map.reshape(nh * nw * h, 1, w * w), float("-inf"))
-    out = (logits.softmax(-1) @ values).reshape(B, nh * nw * h * side * side, v.shape[4])
+        logits = logits.masked_fill(off_map.unsqueeze(1), float("-inf"))
+    out = (logits.softmax(-1) @ values).flatten(1, 2)
 
-    t = torch.arange(QH * QW * h, device=device)  # row, column, head
-    y, x, head = t // (QW * h), t // h % QW, t % h
+    y, x = torch.arange(QH, device=device).reshape(-1, 1, 1), torch.arange(QW, device=device).unsqueeze(1)
     block = y // side * nw + x // side
-    place = ((block * h + head) * side + y % side) * side + x % side
-    return out.index_select(1, place).reshape(B, QH, QW, h, v.shape[4]).to(v.dtype)
+    place = (block * h + torch.arange(h, device=device)) * (side * side) + y % side * side + x % side
+    return out[:, place].to(v.dtype)  # [B, QH, QW, h, dv]
 
 
 def reference_halo_attention(
