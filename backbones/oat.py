@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from .layers.build import build
 from .layers.place_code import PlaceCode, step_code
 
 __all__ = ["OAT", "convert_oat"]
@@ -832,7 +833,7 @@ default_cfgs = generate_default_cfgs(
 def _create_oat(variant: str, pretrained: bool = False, **kwargs: Any) -> OAT:
     if kwargs.pop("features_only", False):
         raise RuntimeError(f"features_only: {variant} predicts scanpaths and has no feature maps")
-    return build_model_with_cfg(OAT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build(OAT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model
