@@ -325,7 +325,7 @@ class DependencyViT(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.num_features = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.depth = depth
         self.dynamic_img_size = dynamic_img_size
         self.dense_taps = dense_taps or not prune_blocks

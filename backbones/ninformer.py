@@ -267,7 +267,7 @@ class NiNformer(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.num_features = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.depth = depth
         self.weight_init = weight_init
         self.grad_checkpointing = False

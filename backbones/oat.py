@@ -361,6 +361,10 @@ class OAT(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.init_weights(needs_reset=False)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``."""
+        raise RuntimeError("OAT cannot be scripted: its inputs and caches are optional and nested; use torch.export")
+
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Xavier for every matrix and filter, PyTorch's defaults for the rest; a backbone initialises itself.

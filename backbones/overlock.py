@@ -329,6 +329,10 @@ class OverLoCK(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
+    Attributes:
+        num_features: Channels of :meth:`forward_features`, those of Focus-Net with its context stream.
+        head_hidden_size: Width before the classifier: ``projection``, or a multiple of it with ``catavgmax``.
+
     Raises:
         ValueError: If ``dense`` is unknown, or a block cannot be built from the numbers given.
     """

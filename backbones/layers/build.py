@@ -55,7 +55,7 @@ def build(
             features; the message names the argument.
     """
     if "output_stride" in kwargs and not dilates:  # also for 32, as timm's models without dilation
-        raise ValueError(f"got output_stride={kwargs['output_stride']}, but {variant} has a fixed stride")
+        raise ValueError(f"got output_stride={kwargs['output_stride']}, but {variant} is never dilated: leave it out")
     if kwargs.get("feature_cls") == "getter":
         kwargs["feature_cls"] = FeatureGetter
     if getter_for and kwargs.get("feature_cls", FeatureGetter) is not FeatureGetter:
