@@ -177,7 +177,9 @@ class UPerHead(_Classifier):
         levels: list[Tensor] = []
         for i, conv in enumerate(self.lateral_convs):
             levels.append(conv(maps[i]))
-        levels.append(self.bottleneck(torch.cat([maps[-1]] + self.psp_modules(maps[-1]), 1)))
+        pooled = [maps[-1]]
+        pooled.extend(self.psp_modules(maps[-1]))
+        levels.append(self.bottleneck(torch.cat(pooled, 1)))
         levels = top_down(levels, "bilinear")
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
