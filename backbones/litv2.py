@@ -585,7 +585,7 @@ def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv
             pretrained,
             checkpoint_filter_fn,
             flatten_sequential=True,
-            getter_for="feature_norms" if kwargs.get("feature_norms") else "",
+            getter_for="feature_norms",
             rounds=math.floor,
             **kwargs,
         )

@@ -571,7 +571,7 @@ def _create_nat(variant: str, pretrained: bool, model_args: dict[str, Any], **kw
         checkpoint_filter_fn,
         taps=tuple(depth * i // 4 - 1 for i in range(1, 5)),  # spread over the blocks of isotropic models
         flatten_sequential=True,
-        getter_for="feature_norms" if kwargs.get("feature_norms") else "",
+        getter_for="feature_norms",
         **kwargs,
     )
     update_model_args(model, **{k: kwargs[k] for k in form})

@@ -802,7 +802,7 @@ def _create_overlock(variant: str, pretrained: bool = False, **kwargs: Any) -> O
         variant,
         pretrained,
         checkpoint_filter_fn,
-        getter_for="dense norms" if kwargs.get("dense") else "",
+        getter_for="dense",
         **kwargs,
     )
     update_model_args(model, **{k: kwargs[k] for k in form})

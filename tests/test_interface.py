@@ -91,7 +91,7 @@ def test_img_size_is_a_hint(name: str) -> None:
         assert as_nchw(features, model).shape[2:] == model.pretrained_cfg["pool_size"]
         assert model.state_dict().keys() == plain.state_dict().keys()
         assert build(name, img_size=size, features_only=True).pretrained_cfg["input_size"] == (3, *pair)
-    for bad in (0, (96,), (96, 96, 3), (96.5, 96), "large"):
+    for bad in (0, 96.5, (96,), (96, 96, 3), (96.5, 96), "large"):
         with pytest.raises(ValueError, match=r"got img_size=.*, need a side, or height and width, in pixels"):
             build(name, img_size=bad)
 
@@ -123,7 +123,7 @@ def test_img_size_of_fixed_models(name: str) -> None:
     [
         ("test_litv2", {"feature_norms": (1, 2)}, "feature_norms"),
         ("test_nat", {"feature_norms": (1, 2)}, "feature_norms"),
-        ("test_overlock", {"dense": "det"}, "dense norms"),
+        ("test_overlock", {"dense": "det"}, "dense"),
     ],
 )
 def test_norms_need_the_getter(name: str, kwargs: dict, what: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
@@ -41,7 +42,7 @@ def build(
         taps: Features of a ``features_only`` model that asks for none.
         wrapper: Its wrapper, if it asks for none.
         flatten_sequential: Whether the features are blocks of an ``nn.Sequential``, for the other wrappers of timm.
-        getter_for: What only the getter can give, "" for nothing.
+        getter_for: Argument of the model whose features only the getter can give, "" for none.
         dilates: Whether the model takes ``output_stride``.
         rounds: How the model rounds the side of its last map, if it takes images of any size: ``img_size`` then only
             changes the configuration.  None for a model that has an ``img_size`` of its own.
@@ -58,7 +59,7 @@ def build(
         raise ValueError(f"got output_stride={kwargs['output_stride']}, but {variant} is never dilated: leave it out")
     if kwargs.get("feature_cls") == "getter":
         kwargs["feature_cls"] = FeatureGetter
-    if getter_for and kwargs.get("feature_cls", FeatureGetter) is not FeatureGetter:
+    if kwargs.get(getter_for) and kwargs.get("feature_cls", FeatureGetter) is not FeatureGetter:
         raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with {getter_for}")
     if rounds is not None and "img_size" in kwargs:
         kwargs["pretrained_cfg_overlay"] = _sized(variant, kwargs.pop("img_size"), rounds, kwargs)
@@ -79,12 +80,12 @@ def build(
 
 def _sized(variant: str, img_size: Any, rounds: Callable[[float], int], kwargs: dict[str, Any]) -> dict[str, Any]:
     """``pretrained_cfg_overlay`` for images of another size."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = to_2tuple(img_size)
     if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"got img_size={img_size!r}, need a side, or height and width, in pixels")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-    sized = {"input_size": (cfg.input_size[0], *size), "test_input_size": None}
+    sized: dict[str, Any] = {"input_size": (cfg.input_size[0], *size), "test_input_size": None}
     if cfg.pool_size is not None:
         stride = round(cfg.input_size[1] / cfg.pool_size[0])
         sized["pool_size"] = tuple(rounds(n / stride) for n in size)
