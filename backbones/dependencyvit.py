@@ -39,12 +39,13 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from .layers import Dependency, FeatureGetter, ReversedAttention
+from .layers import Dependency, ReversedAttention
+from .layers.build import build
 from .ops.reversed_attention import dependency_mask
 
 __all__ = ["DependencyViT"]
@@ -324,7 +325,7 @@ class DependencyViT(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.num_features = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.depth = depth
         self.dynamic_img_size = dynamic_img_size
         self.dense_taps = dense_taps or not prune_blocks
@@ -698,14 +699,7 @@ def _create_dependencyvit(variant: str, pretrained: bool = False, **kwargs: Any)
     if kwargs.get("features_only") and kwargs.get("feature_cls", "getter") in ("hook", "fx"):
         kwargs.setdefault("dense_taps", True)
     quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
-    return build_model_with_cfg(
-        DependencyViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": quarters, "feature_cls": FeatureGetter},
-        **kwargs,
-    )
+    return build(DependencyViT, variant, pretrained, checkpoint_filter_fn, taps=quarters, rounds=None, **kwargs)
 
 
 @register_model

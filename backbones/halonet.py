@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, get_device_dtype, register_notrace_module
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, named_apply, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, named_apply, register_model
+from timm.models._features import FeatureListNet
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, interleave_blocks
 from torch import Tensor, nn
 
 from .layers import HaloAttention, to_fast_layout
+from .layers.build import build
 
 __all__ = ["HaloNet", "HaloResNet"]
 
@@ -365,12 +367,15 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(model_cls: type[HaloResNet], variant: str, pretrained: bool, **kwargs: Any) -> HaloResNet:
-    return build_model_with_cfg(
+    return build(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True},
+        checkpoint_filter_fn,
+        taps=(0, 1, 2, 3, 4),
+        wrapper=FeatureListNet,
+        flatten_sequential=True,
+        dilates=model_cls is HaloResNet,
         **kwargs,
     )
 

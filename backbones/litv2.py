@@ -31,11 +31,12 @@ from timm.layers import (
     trunc_normal_,
     use_fused_attn,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import FeatureGetter, HiLo
+from .layers import HiLo
+from .layers.build import build
 from .layers.plain import depthwise, fuses, tensors
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
@@ -574,16 +575,16 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv2:
-    if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
-        raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with feature_norms")
     # the official training code stores its yacs configuration beside the weights: read it as a plain dict
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-        return build_model_with_cfg(
+        return build(
             LITv2,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter, "flatten_sequential": True},
+            checkpoint_filter_fn,
+            flatten_sequential=True,
+            getter_for="feature_norms",
+            rounds=math.floor,
             **kwargs,
         )
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, get_device_dtype, register_notrace_function
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .layers import FeatureGetter
+from .layers.build import build
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
 
@@ -674,14 +674,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_medusa(variant: str, pretrained: bool = False, **kwargs: Any) -> MEDUSA:
-    return build_model_with_cfg(
-        MEDUSA,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter},
-        **kwargs,
-    )
+    return build(MEDUSA, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -32,13 +32,13 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from .layers import FeatureGetter
+from .layers.build import build
 from .layers.layout import to_channels_last
 from .layers.neighborhood import NeighborhoodBlock, resize_rpb
 
@@ -564,19 +564,15 @@ def _create_nat(variant: str, pretrained: bool, model_args: dict[str, Any], **kw
         if variant.startswith("dinat"):
             form["dilations"] = _DENSE_TAGS[tag] + ("_s" if variant.startswith("dinat_s_") else "")
     kwargs = {**model_args, **form, **kwargs}
-    if kwargs.get("feature_norms") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
-        raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with feature_norms")
     depth = len(kwargs["depths"])
-    model = build_model_with_cfg(
+    model = build(
         NAT,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={
-            "out_indices": tuple(depth * i // 4 - 1 for i in range(1, 5)),  # spread over the blocks of isotropic models
-            "feature_cls": FeatureGetter,
-            "flatten_sequential": True,
-        },
+        checkpoint_filter_fn,
+        taps=tuple(depth * i // 4 - 1 for i in range(1, 5)),  # spread over the blocks of isotropic models
+        flatten_sequential=True,
+        getter_for="feature_norms",
         **kwargs,
     )
     update_model_args(model, **{k: kwargs[k] for k in form})

@@ -31,12 +31,12 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from .layers import FeatureGetter
+from .layers.build import build
 from .layers.mlp import Mlp
 from .layers.plain import project, tensors
 
@@ -283,7 +283,7 @@ class NiNformer(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        self.num_features = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.depth = depth
         self.weight_init = weight_init
         self.grad_checkpointing = False
@@ -591,14 +591,7 @@ default_cfgs = generate_default_cfgs(
 def _create_ninformer(variant: str, pretrained: bool = False, **kwargs: Any) -> NiNformer:
     depth = kwargs.get("depth", 12)
     quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
-    return build_model_with_cfg(
-        NiNformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": quarters, "feature_cls": FeatureGetter},
-        **kwargs,
-    )
+    return build(NiNformer, variant, pretrained, checkpoint_filter_fn, taps=quarters, rounds=None, **kwargs)
 
 
 @register_model

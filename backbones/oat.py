@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from .layers.build import build
 from .layers.place_code import PlaceCode, step_code
 
 __all__ = ["OAT", "convert_oat"]
@@ -359,6 +360,10 @@ class OAT(nn.Module):
         self.head = ObjectHead(embed_dim, head_count, head_dim_scale, **dd)
         self.drop = nn.Dropout(drop_rate)
         self.init_weights(needs_reset=False)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``."""
+        raise RuntimeError("OAT cannot be scripted: its inputs and caches are optional and nested; use torch.export")
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -832,7 +837,7 @@ default_cfgs = generate_default_cfgs(
 def _create_oat(variant: str, pretrained: bool = False, **kwargs: Any) -> OAT:
     if kwargs.pop("features_only", False):
         raise RuntimeError(f"features_only: {variant} predicts scanpaths and has no feature maps")
-    return build_model_with_cfg(OAT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build(OAT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

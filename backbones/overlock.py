@@ -25,12 +25,13 @@ from timm.layers import (
     register_notrace_function,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .layers import FeatureGetter, to_fast_layout
+from .layers import to_fast_layout
+from .layers.build import build
 from .layers.contmix import (
     BRANCHES,
     DilatedReparamBlock,
@@ -331,6 +332,10 @@ class OverLoCK(nn.Module):
             norm for every feature, the second of them also in the trunk.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+
+    Attributes:
+        num_features: Channels of :meth:`forward_features`, those of Focus-Net with its context stream.
+        head_hidden_size: Width before the classifier: ``projection``, or a multiple of it with ``catavgmax``.
 
     Raises:
         ValueError: If ``dense`` is unknown, or a block cannot be built from the numbers given.
@@ -799,14 +804,12 @@ def _create_overlock(variant: str, pretrained: bool = False, **kwargs: Any) -> O
     tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", cfg)
     form = _TAG_ARGS.get(tag or "", {})
     kwargs = {**form, **kwargs}
-    if kwargs.get("dense") and kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetter):
-        raise ValueError(f"got feature_cls={kwargs['feature_cls']!r}, need 'getter' for features with dense norms")
-    model = build_model_with_cfg(
+    model = build(
         OverLoCK,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureGetter},
+        checkpoint_filter_fn,
+        getter_for="dense",
         **kwargs,
     )
     update_model_args(model, **{k: kwargs[k] for k in form})

@@ -19,11 +19,10 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from .layers import (
-    FeatureGetter,
     convert_tcpa,
     freeze_backbone,
     load_tcpa_state_dict,
@@ -32,6 +31,7 @@ from .layers import (
     tcpa_state_dict,
     vpt,
 )
+from .layers.build import build
 from .layers.prompt_tuning import checkpoint_filter_fn
 
 __all__ = [
@@ -95,15 +95,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_tcpa(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        _prompted,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": FeatureGetter},
-        **kwargs,
-    )
+    taps = kwargs.pop("out_indices", 3)
+    return build(_prompted, variant, pretrained, checkpoint_filter_fn, taps=taps, rounds=None, **kwargs)
 
 
 @register_model

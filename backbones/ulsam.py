@@ -42,12 +42,13 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from .layers import ULSAM, FeatureGetter
+from .layers import ULSAM
+from .layers.build import build
 
 __all__ = ["MobileNetULSAM"]
 
@@ -253,12 +254,13 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ulsam(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
-    return build_model_with_cfg(
+    return build(
         MobileNetULSAM,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": FeatureGetter},
+        checkpoint_filter_fn,
+        taps=(0, 1, 2, 3, 4),
+        dilates=True,
         **kwargs,
     )
 

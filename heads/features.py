@@ -6,12 +6,12 @@ The level choice, freezing and loading are shared by the heads of this package a
 from __future__ import annotations
 
 import difflib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import timm
+import torch
 from timm.layers import LayerNorm2d
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
@@ -148,6 +148,7 @@ class FeatureLevels(nn.Module):
             self._taken = [list(info.out_indices).index(i) for i in levels.indices]  # type: ignore[union-attr,arg-type]
         self.body = body
         self._kwargs = kwargs
+        self._channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         self.channels, self.strides, self.out_indices = map(list, (levels.channels, levels.strides, levels.indices))
         self.norm_eval = norm_eval
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
@@ -238,12 +239,16 @@ class FeatureLevels(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """Images ``[B, C, height, width]`` to one map ``[B, channels, H, W]`` for each level."""
         features = self.body(x)
-        if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
-            features = [f.permute(0, 3, 1, 2) for f in features]
-        return tuple(norm(features[i]) for norm, i in zip(self.out_norms, self._taken, strict=True))
+        maps: list[Tensor] = []
+        for i, norm in enumerate(self.out_norms):
+            feature = features[self._taken[i]]
+            maps.append(norm(feature.permute(0, 3, 1, 2) if self._channels_last else feature))
+        if torch.jit.is_scripting():  # where a tuple has a fixed length
+            return maps
+        return tuple(maps)  # type: ignore[return-value]
 
 
 class FeaturePyramid(nn.Module):
@@ -265,9 +270,12 @@ class FeaturePyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(backbone.channels, out_channels, extra)
         self.out_channels, self.strides = out_channels, backbone.strides
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images ``[B, C, height, width]`` to maps ``[B, out_channels, H, W]`` named "0", "1", ..."""
-        return self.fpn(OrderedDict((str(i), f) for i, f in enumerate(self.backbone(x))))
+        levels: dict[str, Tensor] = {}
+        for i, level in enumerate(self.backbone(x)):
+            levels[str(i)] = level
+        return self.fpn(levels)
 
 
 def pretrained_arguments(pretrained: bool | str | Path) -> dict[str, Any]:

@@ -37,17 +37,17 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: 
     return layer
 
 
-def resize(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """Resize a map ``[B, C, h, w]``."""
-    corners = None if mode == "nearest" else False
-    return F.interpolate(x, (int(size[0]), int(size[1])), mode=mode, align_corners=corners)
+def resize(x: Tensor, other: Tensor, mode: str = "bilinear") -> Tensor:
+    """Resize a map ``[B, C, h, w]`` to height and width of another."""
+    size = [int(other.shape[2]), int(other.shape[3])]
+    return F.interpolate(x, size, mode=mode, align_corners=None if mode == "nearest" else False)
 
 
-def top_down(maps: Sequence[Tensor], mode: str) -> list[Tensor]:
+def top_down(maps: list[Tensor], mode: str) -> list[Tensor]:
     """Add to every map the coarser ones, resized."""
     out = list(maps)
     for i in range(len(out) - 1, 0, -1):
-        out[i - 1] = out[i - 1] + resize(out[i], out[i - 1].shape[2:], mode)
+        out[i - 1] = out[i - 1] + resize(out[i], out[i - 1], mode)
     return out
 
 
@@ -64,10 +64,15 @@ class FPN(nn.Module):
         self.lateral_convs = nn.ModuleList(conv_norm_relu(c, out_channels, 1, norm=False) for c in in_channels)
         self.fpn_convs = nn.ModuleList(conv_norm_relu(out_channels, out_channels, 3, norm=False) for _ in in_channels)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Maps ``[B, in_channels[i], H_i, W_i]`` to ``[B, out_channels, H_i, W_i]``."""
-        laterals = [conv(m) for conv, m in zip(self.lateral_convs, maps, strict=True)]
-        return [conv(m) for conv, m in zip(self.fpn_convs, top_down(laterals, "nearest"), strict=True)]
+        levels: list[Tensor] = []
+        for i, conv in enumerate(self.lateral_convs):
+            levels.append(conv(maps[i]))
+        levels = top_down(levels, "nearest")
+        for i, conv in enumerate(self.fpn_convs):
+            levels[i] = conv(levels[i])
+        return levels
 
 
 class _Classifier(nn.Module):
@@ -110,12 +115,12 @@ class FPNHead(_Classifier):
                     head.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             self.scale_heads.append(nn.Sequential(*head))
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps of the pyramid to logits ``[B, num_classes, H_0, W_0]``."""
-        first, *rest = (head(m) for head, m in zip(self.scale_heads, maps, strict=True))
-        for m in rest:
-            first = first + resize(m, first.shape[2:])
-        return self.cls_seg(first)
+        x = maps[0]
+        for i, head in enumerate(self.scale_heads):
+            x = head(x) if i == 0 else x + resize(head(maps[i]), x)
+        return self.cls_seg(x)
 
 
 class PPM(nn.ModuleList):
@@ -134,7 +139,10 @@ class PPM(nn.ModuleList):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map ``[B, in_channels, H, W]`` to one ``[B, channels, H, W]`` for each scale."""
-        return [resize(pool(x), x.shape[2:]) for pool in self]
+        maps: list[Tensor] = []
+        for pool in self:
+            maps.append(resize(pool(x), x))
+        return maps
 
 
 class UPerHead(_Classifier):
@@ -164,14 +172,18 @@ class UPerHead(_Classifier):
         self.fpn_convs = nn.ModuleList(conv_norm_relu(channels, channels, 3) for _ in finer)
         self.fpn_bottleneck = conv_norm_relu(len(in_channels) * channels, channels, 3)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps of the backbone to logits ``[B, num_classes, H_0, W_0]``."""
-        *finer, coarsest = maps
-        pooled = self.bottleneck(torch.cat([coarsest, *self.psp_modules(coarsest)], 1))
-        laterals = [conv(m) for conv, m in zip(self.lateral_convs, finer, strict=True)]
-        *finer, coarsest = top_down([*laterals, pooled], "bilinear")
-        levels = [*(conv(m) for conv, m in zip(self.fpn_convs, finer, strict=True)), coarsest]
-        return self.cls_seg(self.fpn_bottleneck(torch.cat([resize(m, maps[0].shape[2:]) for m in levels], 1)))
+        levels: list[Tensor] = []
+        for i, conv in enumerate(self.lateral_convs):
+            levels.append(conv(maps[i]))
+        pooled = [maps[-1]]
+        pooled.extend(self.psp_modules(maps[-1]))
+        levels.append(self.bottleneck(torch.cat(pooled, 1)))
+        levels = top_down(levels, "bilinear")
+        for i, conv in enumerate(self.fpn_convs):
+            levels[i] = conv(levels[i])
+        return self.cls_seg(self.fpn_bottleneck(torch.cat([resize(m, maps[0]) for m in levels], 1)))
 
 
 class FCNHead(_Classifier):
@@ -222,6 +234,7 @@ class Segmentor(nn.Module):
         if auxiliary_head is not None:
             self.auxiliary_head = auxiliary_head
         self.aux_weight, self.ignore_index = aux_weight, ignore_index
+        self._pools = isinstance(decode_head, UPerHead)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Segment images.
@@ -235,13 +248,14 @@ class Segmentor(nn.Module):
         Raises:
             ValueError: For a single image in training of UPerNet, whose batch norms see one value of each channel.
         """
-        if self.training and len(x) == 1 and isinstance(self.decode_head, UPerHead):
+        if self.training and len(x) == 1 and self._pools:
             raise ValueError("got a batch of 1 image in training, need at least 2 for the batch norms of UPerNet")
         maps = self.backbone(x)
-        out = {"out": self.decode_head(self.neck(maps) if hasattr(self, "neck") else maps)}
-        if self.training and hasattr(self, "auxiliary_head"):
-            out["aux"] = self.auxiliary_head(maps[-2])
-        return {name: resize(logits, x.shape[2:]) for name, logits in out.items()}
+        out = {"out": resize(self.decode_head(self.neck(maps) if hasattr(self, "neck") else maps), x)}
+        if hasattr(self, "auxiliary_head"):  # noqa: SIM102 - TorchScript decides this condition before it compiles
+            if self.training:
+                out["aux"] = resize(self.auxiliary_head(maps[-2]), x)
+        return out
 
     def loss(self, out: dict[str, Tensor], target: Tensor) -> Tensor:
         """Cross-entropy of the outputs, that of the auxiliary head weighted; 0 when no pixel counts.

@@ -381,7 +381,7 @@ class DilatedReparamBlock(nn.Module):
 def enlarge(x: Tensor, kernel_size: int) -> Tensor:
     """Resize a map that is smaller than the window to the working size."""
     H, W = x.shape[2], x.shape[3]
-    if H >= kernel_size and W >= kernel_size:  # min() would bind exported programs to one orientation
+    if kernel_size <= H and kernel_size <= W:  # min() would bind exported programs to one orientation
         return x
     h, w = working_size(H, W, kernel_size)
     return F.interpolate(x, size=[h, w], mode="bilinear", align_corners=False)

@@ -44,7 +44,7 @@ def working_size(H: int, W: int, kernel_size: int) -> tuple[int, int]:
     Returns:
         Rows and columns, both at least ``kernel_size``; ``(H, W)`` itself when the window fits.
     """
-    if H >= kernel_size and W >= kernel_size:  # min() would bind exported programs to one orientation
+    if kernel_size <= H and kernel_size <= W:  # min() would bind exported programs to one orientation
         return H, W
     if H < W:
         return kernel_size, max(kernel_size, int(kernel_size / H * W))

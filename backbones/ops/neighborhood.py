@@ -59,10 +59,10 @@ def _other_size(k: Tensor, q: Tensor, window: _Window) -> bool:
     H, W = k.shape[1], k.shape[2]
     if not (isinstance(H, int) and isinstance(W, int)):
         return False  # sizes that the exporter does not know
-    if H == q.shape[1] and W == q.shape[2]:
+    if q.shape[1] == H and q.shape[2] == W:
         return False
     rows, cols = window.kernel[0] * window.dilation[0], window.kernel[1] * window.dilation[1]
-    return H != max(q.shape[1], rows) or W != max(q.shape[2], cols)
+    return max(q.shape[1], rows) != H or max(q.shape[2], cols) != W
 
 
 def _check(
@@ -101,7 +101,7 @@ def _at_least(L: int, least: int) -> int:
 
 
 def _same(a: int, b: int) -> bool:
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
         if not (isinstance(a, int) and isinstance(b, int)):
             return statically_known_true(a == b) if isinstance(a, torch.SymInt) else False
     return a == b

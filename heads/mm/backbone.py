@@ -11,7 +11,7 @@ from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from timm.data import resolve_model_data_config
 
-from ..features import FeatureLevels, create_without_memory, feature_levels
+from ..features import FeatureLevels, create, create_without_memory, feature_levels, pretrained_arguments
 
 __all__ = ["VizooBackbone", "channels", "data_preprocessor"]
 
@@ -71,7 +71,8 @@ class VizooBackbone(FeatureLevels, BaseModule):
         strides: Strides of the levels, increasing.  Where several features of the model share one, the last is taken.
         out_indices: Indices of the model's features, instead of ``strides``.
         pretrained: True for the published weights, or a file (.pth, .safetensors, also a classifier or a whole
-            detector or segmentor of the authors) or URL, read through the family's ``checkpoint_filter_fn``.
+            detector or segmentor of the authors) or URL, read through the family's ``checkpoint_filter_fn``; loaded by
+            :meth:`init_weights`, which mm calls before training only.
         frozen_stages: Parts that are not trained: 0 the stem, k the stem and k stages, -1 none.
         norm_eval: Keep batch norms in evaluation mode.
         with_cp: Recompute activations in the backward pass instead of storing them.
@@ -107,7 +108,6 @@ class VizooBackbone(FeatureLevels, BaseModule):
             model_name,
             strides,
             out_indices=out_indices,
-            pretrained=pretrained,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
             grad_checkpointing=with_cp,
@@ -115,14 +115,20 @@ class VizooBackbone(FeatureLevels, BaseModule):
             out_norm=out_norm,
             **kwargs,
         )
+        self._weights = pretrained_arguments(pretrained)
         self.init_cfg = copy.deepcopy(init_cfg)
         self._is_init: bool = False
 
     def init_weights(self) -> None:
-        """Do what ``init_cfg`` says, and nothing without it.
+        """Load the weights of ``pretrained``, then do what ``init_cfg`` says; the second call does nothing.
 
         mmengine's own method would call ``init_weights`` of the model, which many have, and wipe loaded weights.
         """
-        if self.init_cfg and not self._is_init:
+        if self._is_init:
+            return
+        if self._weights["pretrained"]:
+            options = {"features_only": True, "out_indices": self.out_indices, **self._weights, **self._kwargs}
+            self.body.load_state_dict(create(self.model_name, **options).state_dict())
+        if self.init_cfg:
             initialize(self, self.init_cfg)
         self._is_init = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerance import close
 from zoo import build, each_pyramid, is_fixed
 
 
@@ -20,6 +21,27 @@ def test_smp(name: str) -> None:
         model = arch(f"tu-{name}", encoder_weights=None, classes=3).eval()
         with torch.no_grad():
             assert model(torch.randn(1, 3, side, side)).shape == (1, 3, side, side)
+
+
+@each_pyramid
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_smp_scripts(name: str) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    model = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3).eval()
+    x = torch.randn(1, 3, squares(name), squares(name))
+    with torch.no_grad():
+        close(torch.jit.script(model)(x), model(x), "graph")
+
+
+def test_smp_dilation() -> None:
+    """Decoders that want stride 16 or 8 get it from the families that have it, and hear who has not."""
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    for arch, stride in ((smp.PAN, 16), (smp.DeepLabV3, 8)):
+        with pytest.raises(ValueError, match=f"output_stride={stride}, but test_litv2 is never dilated"):
+            arch("tu-test_litv2", encoder_weights=None)
+        model = arch("tu-test_ulsam", encoder_weights=None, classes=3).eval()
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, 128, 128)).shape == (1, 3, 128, 128)
 
 
 @each_pyramid

@@ -12,7 +12,7 @@ from golden import image, load, weights
 from test_golden import assert_golden, thin
 from tolerance import close
 from torch import nn
-from zoo import each_pyramid
+from zoo import PYRAMIDS, each_pyramid
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint
 from vizoo.heads.segmentation import ARCHS, FPN, FCNHead, FPNHead, UPerHead, load_segmentor, segmentor
@@ -95,6 +95,20 @@ def test_every_family(name: str) -> None:
         missing = [n for n, p in model.named_parameters() if p.grad is None]
         assert not missing
         assert model.eval()(x).keys() == {"out"}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", [*PYRAMIDS, "resnet18"])
+def test_scripts(arch: str, name: str) -> None:
+    model = segmentor(arch, name, 4, channels=8).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        script = torch.jit.script(model)
+        close(script(x)["out"], model(x)["out"], "graph")
+        out = script.train()(x)
+    assert {k: v.shape for k, v in out.items()} == dict.fromkeys(("out", "aux")[: len(out)], (2, 4, 96, 96))
+    assert len(out) == (2 if arch == "upernet" else 1)
 
 
 def test_pixels_without_a_class_do_not_count() -> None:

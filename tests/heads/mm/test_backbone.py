@@ -173,7 +173,7 @@ def test_out_norm():
 @pytest.mark.parametrize("kind", ["pth", "nested", "safetensors", "detector", "path"])
 @pytest.mark.parametrize("name", ["resnet18", "test_nat"])
 def test_pretrained_file(name, kind, tmp_path):
-    """A classifier's weights arrive, and mmengine's initialisation leaves them alone."""
+    """A classifier's weights arrive with mm's call, once, and not before."""
     classifier = timm.create_model(name)
     state = classifier.state_dict()
     file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
@@ -183,12 +183,32 @@ def test_pretrained_file(name, kind, tmp_path):
         torch.save({"state_dict": {f"backbone.{k}": v for k, v in state.items()}, "meta": {}}, file)
     else:
         torch.save({"model": state} if kind == "nested" else state, file)
-    backbone = mm.VizooBackbone(name, pretrained=file if kind == "path" else str(file))
-    backbone.init_weights()
+    backbone = mm.VizooBackbone(name, pretrained=file if kind == "path" else str(file), frozen_stages=1)
     found = {k.removeprefix("model."): v for k, v in backbone.body.state_dict().items()}
-    assert found
+    assert not all(torch.equal(v, state[k]) for k, v in found.items())
+    frozen = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    backbone.init_weights()
     for k, v in found.items():
         assert torch.equal(v, state[k]), k
+    assert frozen == {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    with torch.no_grad():
+        next(backbone.parameters()).zero_()
+    backbone.init_weights()  # once is enough
+    assert not next(backbone.parameters()).any()
+
+
+@pytest.mark.parametrize("source", [True, "https://example.org/w.pth"])
+@pytest.mark.parametrize("name", ["resnet18", "litv2_s"])
+def test_nothing_is_loaded_before_training(name, source, monkeypatch):
+    """Inference builds the backbone too, and has weights of its own."""
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
+    backbone = mm.VizooBackbone(name, pretrained=source)
+    with pytest.raises(OSError, match="no route to host"):
+        backbone.init_weights()
 
 
 def test_url_goes_to_timm(monkeypatch):
@@ -238,6 +258,7 @@ def test_official_dense_backbones(case, tmp_path):
         name, form = "overlock_t", {"dense": "seg"}
         thin = dict(zip([f"feat{i}" for i in range(4)], ((8, 4), (8, 2), (16, 1), (16, 1)), strict=True))
     backbone = mm.VizooBackbone(name, pretrained=str(tmp_path / "task.pth"), **form).eval()
+    backbone.init_weights()
     with torch.no_grad():
         features = backbone(image(shape))
     assert len(features) == len(thin) == 4

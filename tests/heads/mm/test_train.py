@@ -178,6 +178,37 @@ def test_segmentor_api(semantic_fpn, shapes, picture):
     assert np.array_equal(inferencer(picture)["predictions"], found[0].numpy())
 
 
+def test_weights_of_the_backbone(trained, retinanet, semantic_fpn, tmp_path, monkeypatch):
+    """Training loads them; inference, which has all weights in its checkpoint, never asks for them."""
+    import timm
+    from mmdet.apis import DetInferencer, init_detector
+    from mmengine.config import Config
+    from mmseg.apis import MMSegInferencer, init_model
+
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    options = f'frozen_stages=4, norm_eval=True, pretrained="{tmp_path / "resnet18.pth"}"'
+    run = trained("pretrained", "retinanet", "resnet18", NO_VALIDATION, options=options)
+    kept = {k: v for k, v in torch.load(run.checkpoint, weights_only=True)["state_dict"].items() if ".body." in k}
+    assert kept
+    for k, v in kept.items():
+        assert torch.equal(v, state[k.removeprefix("backbone.body.")]), k
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
+    for run, inits in ((retinanet, (init_detector, DetInferencer)), (semantic_fpn, (init_model, MMSegInferencer))):
+        cfg = Config.fromfile(run.config)
+        cfg.model.backbone.pretrained = True
+        cfg.dump(tmp_path / "c.py")
+        model, inferencer = (init(str(tmp_path / "c.py"), str(run.checkpoint), device="cpu") for init in inits)
+        wanted = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+        for found in (model.state_dict(), inferencer.model.state_dict()):
+            for k, v in wanted.items():
+                assert torch.equal(found[k], v), k
+
+
 # resume
 
 
