@@ -249,6 +249,27 @@ class SqueezeExcite(nn.Module):
         return x * self.proj(x)
 
 
+@register_notrace_module  # picks its form by the size of its input
+class RegionPool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling that exports for any size, which PyTorch's does not in ONNX."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to ``[B, C, *output_size]``."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if isinstance(x.shape[2], torch.SymInt) or isinstance(x.shape[3], torch.SymInt):
+                return region_means(x, 2, REGIONS) @ x @ region_means(x, 3, REGIONS).t()
+        return F.adaptive_avg_pool2d(x, self.output_size)
+
+
+def region_means(x: Tensor, axis: int, regions: int) -> Tensor:
+    """Weights ``[regions, L]`` of adaptive average pooling along an axis of length ``L``."""
+    L, region = x.shape[axis], torch.arange(regions, device=x.device).unsqueeze(1)
+    position = torch.arange(L, device=x.device)
+    first, last = region * L // regions, ((region + 1) * L + regions - 1) // regions
+    inside = (position >= first) & (position < last)
+    return (inside / (last - first)).to(x.dtype)
+
+
 def merge_branches(
     kernel_size: int, branches: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]
 ) -> tuple[Tensor, Tensor]:
@@ -533,7 +554,7 @@ class DynamicBlock(nn.Module):
             nn.Conv2d(dim, dim // 2, 1, bias=False, **dd), nn.BatchNorm2d(dim // 2, **dd)
         )
         self.weight_key = FusedSequential(
-            nn.AdaptiveAvgPool2d(REGIONS),
+            RegionPool(REGIONS),
             nn.Conv2d(ctx_dim, dim // 2, 1, bias=False, **dd),
             nn.BatchNorm2d(dim // 2, **dd),
         )
@@ -662,6 +683,7 @@ _BY_IMAGE = (
     DilatedReparamBlock,
     FusedSequential,
     GlobalResponseNorm,
+    RegionPool,
     ResDWConv,
     SqueezeExcite,
 )

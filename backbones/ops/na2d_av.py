@@ -67,8 +67,7 @@ def _gather_form(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     rows = window_starts(H, kernel_size, value.device).unsqueeze(1) + offset  # [H, K]
     cols = window_starts(W, kernel_size, value.device).unsqueeze(1) + offset  # [W, K]
     index = (rows * W).reshape(H, 1, kernel_size, 1) + cols.reshape(1, W, 1, kernel_size)  # [H, W, K, K]
-    windows = value.reshape(B, G, H * W, C).index_select(2, index.reshape(-1))
-    windows = windows.reshape(B, G, H, W, kernel_size * kernel_size, C)
+    windows = value.flatten(2, 3)[:, :, index.flatten(2)]  # [B, G, H, W, K * K, C]
     return (attn.to(value.dtype).unsqueeze(4) @ windows).squeeze(4)
 
 
@@ -254,6 +253,9 @@ def matmul_na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
         ``[B, G, H, W, C]``.
     """
     B, G, H, W, C = value.shape
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):  # tiles would bind a program to its sizes
+            return _gather_form(attn, value, kernel_size)
     th, tw = _tile_size(H, W, kernel_size)
     attn, value = attn.reshape(B * G, H, W, kernel_size * kernel_size), value.reshape(B * G, H, W, C)
     if th == 0:
