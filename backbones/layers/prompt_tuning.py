@@ -29,7 +29,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from ..ops._backend import is_transforming
+from .attention import attend
 
 __all__ = [
     "convert_tcpa",
@@ -91,8 +91,6 @@ def prompt_attention(
     Returns:
         ``[B, h, N, d]``.
     """
-    if False if torch.jit.is_scripting() else is_transforming():  # where fused attention lacks tangents
-        return reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
     batch, heads, n, _ = k.shape
     chosen = chosen.unsqueeze(1)
     logits = ((q * scale) @ k_prompt.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
@@ -101,7 +99,9 @@ def prompt_attention(
     bias = F.pad(torch.cat([left_out, sink], -1), [n, 0])  # 0 for tokens
     k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
     v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
+    return attend(q, k, v, bias, drop, scale)
 
 
 def fourier_prompts(prompts: Tensor) -> Tensor:
