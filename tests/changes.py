@@ -94,7 +94,7 @@ def check_changed_layers(model: nn.Module, run: Callable[[nn.Module], Tensor], x
 
 
 def check_transforms(model: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> None:
-    """Transforms of ``torch.func`` and second derivatives in float64 against autograd and differences.
+    """Transforms of ``torch.func`` against autograd, and second derivatives against differences, in float64.
 
     Args:
         model: Model without randomness; it is changed to float64.
@@ -125,16 +125,18 @@ def check_transforms(model: nn.Module, forward: Callable[..., Tensor], x: Tensor
         for name, g in each.items():
             close(g[i], expected[name], "gradient", f"vmap(grad) {name}")
     close(vmap(lambda one: out(parameters, one[None])[0])(x), out(parameters, x), "rerun", "vmap")
-    shifted = [{n: p + sign * step * along[n] for n, p in parameters.items()} for sign in (1, -1)]
-    ends = [out(p, x + sign * step * direction) for p, sign in zip(shifted, (1, -1), strict=True)]
-    _, tangent = jvp(out, (parameters, x), (along, direction))
-    close(tangent, (ends[0] - ends[1]) / (2 * step), "gradient", "jvp")
+    leaves = [*model.parameters(), x.requires_grad_()]
+    y = forward(model, x)
+    pull = torch.zeros_like(y, requires_grad=True)  # gradients are linear in it, with the tangents as derivatives
+    pulled = torch.autograd.grad(y, leaves, pull, create_graph=True, allow_unused=True, materialize_grads=True)
+    total = sum((g * t).sum() for g, t in zip(pulled, [*along.values(), direction], strict=True))
+    _, tangent = jvp(out, (parameters, x.detach()), (along, direction))
+    close(tangent, torch.autograd.grad(total, pull)[0], "gradient", "jvp")
 
     def slope(x: Tensor, create_graph: bool = False) -> Tensor:
         x = x if x.requires_grad else x.clone().requires_grad_()
         return torch.autograd.grad(forward(model, x).square().sum(), x, create_graph=create_graph)[0].square().sum()
 
-    x = x.requires_grad_()
     second = torch.autograd.grad(slope(x, create_graph=True), x)[0]
     ends = [slope((x + sign * step * direction).detach()) for sign in (1, -1)]
     close((second * direction).sum(), (ends[0] - ends[1]) / (2 * step), "gradient", "second derivative")
