@@ -156,10 +156,7 @@ class CrossAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.drop = num_heads, drop
         joint = nn.Linear(dim, 3 * dim, **dd)
-        for name, rows in (("q", slice(dim)), ("kv", slice(dim, None))):
-            layer = nn.Linear(dim, len(range(3 * dim)[rows]), device="meta", dtype=dtype)
-            layer.weight, layer.bias = (nn.Parameter(t.detach()[rows].clone()) for t in (joint.weight, joint.bias))
-            setattr(self, name, layer)
+        self.q, self.kv = _rows(joint, 0, dim), _rows(joint, dim, 3 * dim)
         self.proj = nn.Linear(dim, dim, **dd)
 
     @torch.no_grad()
@@ -208,6 +205,13 @@ class CrossAttention(nn.Module):
             kept = (k, v)
         out = attend(q, *kept, mask, self.drop if self.training else 0.0)
         return self.proj(out.transpose(1, 2).flatten(2)), kept
+
+
+def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
+    """A linear layer for some outputs of another."""
+    out = nn.Linear(layer.in_features, stop - start, device="meta")
+    out.weight, out.bias = (nn.Parameter(t.detach()[start:stop].clone()) for t in (layer.weight, layer.bias))
+    return out
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

@@ -275,7 +275,7 @@ class TCPA(nn.Module):
 class PromptedAttention(Attention):
     """timm's ``Attention`` whose tokens also read prompts; its constructor is not used."""
 
-    fused: Final[bool]
+    fused: Final[bool]  # type: ignore[misc]
 
     def forward(self, x: Tensor, prompts: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]
         """Attention to tokens and chosen prompts.
@@ -309,7 +309,7 @@ class _TCPABlock(nn.Module):
 
     if TYPE_CHECKING:  # TorchScript takes annotations of modules for interfaces
         norm1: nn.Module
-        attn: PromptedAttention
+        attn: Any
         tcpa: TCPA
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -653,7 +653,8 @@ def tcpa(
         block.tcpa = TCPA(model.embed_dim, prefix, host == "vfpt", **settings, **dd).train(block.training)
         block.__class__ = TCPABlock if type(block) is Block else TCPAResPostBlock
         block.attn.__class__ = PromptedAttention
-        block.attn.fused = fused and not all_chosen  # without an unchosen prompt there is nothing to bring back
+        # without an unchosen prompt there is nothing to bring back
+        block.attn.fused = fused and not all_chosen  # type: ignore[union-attr]
     if pixel_prompt:
         chans = model.in_chans
         model.patch_embed.prompter = nn.Sequential(
