@@ -18,7 +18,8 @@ def attend(
     """``scaled_dot_product_attention``, by its plain products where somebody may differentiate it twice or forward.
 
     PyTorch's fused forms have gradients, but no tangents and no gradients of those gradients.  Not for long sequences:
-    while a gradient is recorded the attention weights are kept, as they are anyway with a mask that has a gradient.
+    on a CPU the attention weights are kept while a gradient is recorded, as they are anyway with dropout or with a mask
+    that has a gradient.  Elsewhere fused forms know both, and second gradients need ``sdpa_kernel(SDPBackend.MATH)``.
 
     Args:
         q: Queries ``[B, h, N, d]``.
@@ -32,8 +33,9 @@ def attend(
         ``[B, h, N, d]``.
     """
     # what records the model itself sees one operator, whatever has a gradient
-    recorded = not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.is_grad_enabled()
-    if is_transforming() or (recorded and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    recorded = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    differentiated = q.device.type == "cpu" and recorded and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if is_transforming() or differentiated:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
