@@ -10,6 +10,7 @@ public, and no weights exist.  Ours, therefore, are: the plain U-Net body and it
 the multiplication as gate, and the training in phases.  The whole ``medusa_resnet50`` with two classes has 29.46 M.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,9 +45,9 @@ def body_image(x: Tensor, size: int, given: Tensor | None = None) -> Tensor:
         return given
     gray = x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     gray = F.interpolate(gray, size=[size, size], mode="bilinear", align_corners=False, antialias=True)
-    mean = gray.mean((2, 3), keepdim=True)
-    deviation = (gray - mean).square().mean((2, 3), keepdim=True).sqrt()
-    return ((gray - mean) / (deviation + 1e-6)).to(x.dtype)
+    gray = gray - gray.mean((2, 3), keepdim=True)
+    deviation = torch.linalg.vector_norm(gray, 2.0, (2, 3), True) / size  # its gradient for a constant image is 0
+    return (gray / (deviation + 1e-6)).to(x.dtype)
 
 
 @register_notrace_function
@@ -431,6 +432,30 @@ class MEDUSA(ResNet):
         return self.forward_head(x)
 
 
+class _Pass:
+    """One pass of an image through a host.
+
+    Args:
+        gates: Gates of the host, or of the copy of it that runs in this thread.
+        whole: Whether the host itself was called, and not only its layers.
+    """
+
+    def __init__(self, gates: "Gates", whole: bool):
+        self.gates, self.whole = gates, whole
+        self.global_map: Tensor | None = None
+        self.gated: list[str] = []
+
+
+class _Passes(threading.local):
+    """The passes under way in a thread, the innermost last; neither copied nor saved with the model."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Pass] = []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Passes, ()
+
+
 class Gates(nn.Module):
     """Body and heads beside a classifier whose stages they gate through hooks; made by :func:`medusa`."""
 
@@ -441,11 +466,47 @@ class Gates(nn.Module):
         self.body_size = body_size
         self.phase = "all"
         self._host = [host]  # in a list: a parent is not a submodule
-        self.global_map: Tensor | None = None
+        self._passes = _Passes()
+
+    def begin(self, host: nn.Module, args: Any) -> None:
+        """Before the host."""
+        self._passes.stack.append(_Pass(host.medusa, whole=True))  # type: ignore[arg-type]
 
     def look(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Before the first convolution: draw the global map of the image."""
-        self.global_map = self.body(body_image(args[0], self.body_size))
+        if getattr(self._host[0], "grad_checkpointing", False):
+            name = type(self._host[0]).__name__
+            raise RuntimeError(f"gradient checkpointing of {name} passes its gated stages by; switch it off")
+        stack = self._passes.stack
+        if not stack or stack[-1].global_map is not None:  # somebody runs the layers one by one
+            if stack and not stack[-1].whole:
+                stack.pop()
+            stack.append(_Pass(stack[-1].gates if stack else self, whole=False))
+        gates = stack[-1].gates
+        stack[-1].global_map = gates.body(body_image(args[0], gates.body_size))
+
+    def gate(self, name: str, x: Tensor) -> Tensor:
+        """After a stage: gate its output ``[B, C, H, W]``."""
+        stack, names = self._passes.stack, list(self.heads)
+        while stack and not stack[-1].whole and stack[-1].gated != names[: names.index(name)]:
+            stack.pop()  # it ended before its last stage
+        if not stack or stack[-1].global_map is None:
+            raise RuntimeError(
+                f"stage {name} was called outside a pass, which starts with the first convolution and calls each stage "
+                "once; gradient checkpointing of whole stages calls them again"
+            )
+        current = stack[-1]
+        current.gated.append(name)
+        x = current.gates.heads[name](x, current.global_map)
+        if not current.whole and name == names[-1]:
+            stack.pop()
+        return x
+
+    def end(self, host: nn.Module, args: Any, out: Tensor | None) -> None:
+        """After the host, also after an error in it, when there is no output."""
+        stack = self._passes.stack
+        while not stack.pop().whole:
+            pass
 
     def attention_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The global map and the map of every gated stage for images, as :meth:`MEDUSA.attention_maps`.
@@ -456,10 +517,10 @@ class Gates(nn.Module):
         Returns:
             ``(global, [local, ...])``.
         """
-        sizes: dict[nn.Module, tuple[int, int]] = {}
+        seen: dict[nn.Module, tuple[Tensor, int, int]] = {}
 
         def keep(head: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sizes[head] = (args[0].shape[2], args[0].shape[3])
+            seen[head] = (args[1], args[0].shape[2], args[0].shape[3])
 
         handles = [head.register_forward_pre_hook(keep) for head in self.heads.values()]
         try:
@@ -467,8 +528,8 @@ class Gates(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        assert self.global_map is not None
-        return self.global_map, [h.attention(self.global_map, *sizes[h]) for h in self.heads.values()]  # type: ignore
+        maps = [head.attention(*seen[head]) for head in self.heads.values()]  # type: ignore[operator]
+        return next(iter(seen.values()))[0], maps
 
     def train(self, mode: bool = True) -> "Gates":
         """Set the mode; the part that :func:`medusa_parameters` froze stays in evaluation mode."""
@@ -485,8 +546,7 @@ class _Gate:
         self.gates, self.name = gates, name
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        assert self.gates.global_map is not None
-        return self.gates.heads[self.name](out, self.gates.global_map)
+        return self.gates.gate(self.name, out)
 
 
 def medusa(
@@ -504,7 +564,8 @@ def medusa(
 
     The model keeps its names, so its checkpoints load with only ``medusa.*`` missing, and its features are the gated
     ones; ``model.medusa.attention_maps(x)`` gives the maps.  Hooks do the work: unlike the registered ``medusa_*``
-    models the result cannot be scripted.
+    models the result cannot be scripted, and gradient checkpointing that takes stages apart or runs them again is
+    refused.
 
     Args:
         model: A timm model with ``feature_info`` whose stages give maps ``[B, C, H, W]``.
@@ -534,7 +595,7 @@ def medusa(
     if not stages or not all(-len(infos) <= i < len(infos) for i in stages):
         raise ValueError(f"got stages={tuple(stages)}, need positions from 0 to {len(infos) - 1}")
     dd = get_device_dtype(model)
-    chosen = {infos[i]["module"]: infos[i] for i in stages}
+    chosen = {infos[i]["module"]: infos[i] for i in sorted(i % len(infos) for i in stages)}
     with torch.no_grad():
         found = _outputs(model, list(chosen), dd)
     for name, info in chosen.items():
@@ -550,6 +611,8 @@ def medusa(
     for head in heads.values():
         head.init_weights()  # type: ignore[operator]
     model.medusa = gates.train(model.training)
+    model.register_forward_pre_hook(gates.begin)
+    model.register_forward_hook(gates.end, always_call=True)
     model.get_submodule(first).register_forward_pre_hook(gates.look)
     for name in chosen:
         model.get_submodule(name).register_forward_hook(_Gate(gates, name.replace(".", "_")))

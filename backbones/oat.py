@@ -26,9 +26,12 @@ from torchvision.ops import roi_align
 
 from .layers.build import build
 from .layers.place_code import PlaceCode, step_code
+from .ops._backend import is_transforming, plain_only
+from .ops.attention import attention
 
 __all__ = ["OAT", "convert_oat"]
 
+Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
 SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
 
@@ -86,7 +89,7 @@ def pyramid_level(x: Tensor, cells: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the weights of ``nn.MultiheadAttention``; keys and values may be kept.
+    """Multi-head self-attention with the weights of ``nn.MultiheadAttention``; keys and values may be kept.
 
     Args:
         dim: Width.
@@ -106,22 +109,115 @@ class Attention(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.num_heads, self.drop = dim, num_heads, drop
+        self.num_heads, self.drop = num_heads, drop
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, heads, L, d]`` of ``[B, L, dim]``."""
-        kv = F.linear(x, self.qkv.weight[self.dim :], self.qkv.bias[self.dim :])
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return k, v
+    def forward(self, x: Tensor, mask: Tensor | None, before: Kept | None = None) -> tuple[Tensor, Kept]:
+        """Attend from tokens to themselves and to those before them.
 
-    def forward(self, x: Tensor, kept: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Attend from ``[B, T, dim]`` to kept keys; ``mask`` ``[B or 1, 1, T or 1, L]`` is True where one is seen."""
-        q = F.linear(x, self.qkv.weight[: self.dim], self.qkv.bias[: self.dim])
-        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, *kept, attn_mask=mask, dropout_p=self.drop if self.training else 0.0)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        Args:
+            x: Tokens ``[B, T, dim]``.
+            mask: ``[B or 1, 1, T or 1, L]``, True for one of the L tokens that is seen; None for all.
+            before: Keys and values ``[B, heads, L - T, d]`` of earlier tokens.
+
+        Returns:
+            ``[B, T, dim]``, and keys and values ``[B, heads, L, d]``.
+        """
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        if before is not None:
+            k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
+        out = attention(q, k, v, mask, self.drop if self.training else 0.0)
+        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to other tokens; keys and values may be kept.
+
+    ``nn.MultiheadAttention`` has one matrix for queries, keys and values.  Here queries are a layer of their own, since
+    their input is another; both are drawn, and loaded from a state dict with ``qkv``, as rows of one matrix.
+
+    Args:
+        dim: Width.
+        num_heads: Heads.
+        drop: Dropout of the attention weights.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.drop = num_heads, drop
+        joint = nn.Linear(dim, 3 * dim, **dd)
+        self.q, self.kv = _rows(joint, 0, dim), _rows(joint, dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """PyTorch's default of one layer for queries, keys and values."""
+        weight = self.kv.weight
+        joint = nn.Linear(weight.shape[1], 3 * weight.shape[1], device=weight.device, dtype=weight.dtype)
+        for kind in ("weight", "bias"):
+            self._copy(kind, joint.get_parameter(kind))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Xavier of one matrix for queries, keys and values."""
+        joint = torch.cat((self.q.weight, self.kv.weight))
+        self._copy("weight", nn.init.xavier_uniform_(joint))
+
+    def _copy(self, kind: str, joint: Tensor) -> None:
+        layers = (self.q.get_parameter(kind), self.kv.get_parameter(kind))
+        for p, rows in zip(layers, joint.split([len(p) for p in layers]), strict=True):
+            p.copy_(rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for kind in ("weight", "bias"):  # names of the official code, and ours before queries had a layer
+            joint = state_dict.pop(f"{prefix}qkv.{kind}", None)
+            if joint is not None:
+                rows = len(joint) // 3
+                state_dict[f"{prefix}q.{kind}"] = joint[:rows].clone()  # assign=True would share its memory
+                state_dict[f"{prefix}kv.{kind}"] = joint[rows:].clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None, kept: Kept | None = None) -> tuple[Tensor, Kept]:
+        """Attend from tokens to others.
+
+        Args:
+            x: Tokens ``[B, T, dim]``.
+            memory: The others ``[B, S, dim]``.
+            mask: ``[B or 1, 1, T or 1, S]``, True for one that is seen; None for all.
+            kept: Keys and values that an earlier call returned for the same ``memory``.
+
+        Returns:
+            ``[B, T, dim]``, and keys and values ``[B, heads, S, d]`` of ``memory``.
+        """
+        (q,) = split_heads(self.q(x), 1, self.num_heads)
+        if kept is None:
+            k, v = split_heads(self.kv(memory), 2, self.num_heads)
+            kept = (k, v)
+        out = attention(q, *kept, mask, self.drop if self.training else 0.0)
+        return self.proj(out.transpose(1, 2).flatten(2)), kept
+
+
+def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
+    """A linear layer for some outputs of another."""
+    out = nn.Linear(layer.in_features, stop - start, device="meta")
+    out.weight, out.bias = (nn.Parameter(t.detach()[start:stop].clone()) for t in (layer.weight, layer.bias))
+    return out
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """``[B, L, parts * heads * d]`` to tensors ``[B, heads, L, d]``."""
+    return x.unflatten(-1, (parts, heads, x.shape[-1] // (parts * heads))).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -167,7 +263,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Map ``[B, S, dim]`` to ``[B, S, dim]``."""
-        x = self.norm1(x + self.drop(self.attn(x, self.attn.keys(x), mask)))
+        x = self.norm1(x + self.drop(self.attn(x, mask)[0]))
         return self.norm2(x + self.drop(self.mlp(x)))
 
 
@@ -187,7 +283,7 @@ class DecoderLayer(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attn = Attention(dim, num_heads, drop, **dd)
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.cross = Attention(dim, num_heads, drop, **dd)
+        self.cross = CrossAttention(dim, num_heads, drop, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, mlp_dim, drop, **dd)
         self.norm3 = nn.LayerNorm(dim, **dd)
@@ -196,27 +292,32 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        kept: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        objects: tuple[Tensor, Tensor],
+        objects: Tensor,
         object_mask: Tensor | None,
-    ) -> Tensor:
+        before: tuple[Kept, Kept] | None = None,
+    ) -> tuple[Tensor, tuple[Kept, Kept]]:
         """Map fixations ``[B * n, T, dim]`` of ``n`` scanpaths in each of B scenes to the same shape.
 
         Args:
             x: The fixations.
-            kept: Keys and values of these fixations and those before.
-            mask: Which of them each fixation sees.
-            objects: Keys and values ``[B, heads, S, d]`` of the scene.
+            mask: Which of these and those before each of them sees.
+            objects: Tokens ``[B, S, dim]`` of the scene.
             object_mask: Which of them are seen.
+            before: What the call for the fixations before returned.
 
         Returns:
-            ``[B * n, T, dim]``.
+            ``[B * n, T, dim]``, and keys and values of the fixations and of the objects.
         """
-        x = self.norm1(x + self.drop(self.attn(x, kept, mask)))
-        scenes = x.reshape(objects[0].shape[0], -1, x.shape[2])  # the scanpaths of a scene share its keys
-        x = self.norm2(x + self.drop(self.cross(scenes, objects, object_mask).view_as(x)))
-        return self.norm3(x + self.drop(self.mlp(x)))
+        fixated, known = before or (None, None)
+        out, fixated = self.attn(x, mask, fixated)
+        x = self.norm1(x + self.drop(out))
+        scenes = x
+        if x.shape[0] != objects.shape[0]:  # the scanpaths of a scene share its keys
+            scenes = x.unflatten(0, (objects.shape[0], -1)).flatten(1, 2)
+        out, known = self.cross(scenes, objects, object_mask, known)
+        x = self.norm2(x + self.drop(out.view_as(x)))
+        return self.norm3(x + self.drop(self.mlp(x))), (fixated, known)
 
 
 class ObjectHead(nn.Module):
@@ -245,23 +346,29 @@ class ObjectHead(nn.Module):
         self.key = nn.Linear(dim, heads * dim, **dd)
         self.readout = nn.Linear(heads, 1, **dd) if heads > 1 else None
 
-    def keys(self, memory: Tensor) -> Tensor:
-        """Keys ``[B, heads, S, dim]`` of the encoder's output ``[B, S, dim]``."""
-        return self.key(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, x: Tensor, memory: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Score the encoder's output after each fixation.
 
-    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Fixations ``[B, T, dim]`` to scores ``[B, T, S + 1]``, the last of them that of padding."""
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        scores = F.pad((q @ keys.transpose(-2, -1)) * self.scale, (0, 1)).movedim(1, -1)  # [B, T, S + 1, heads]
-        return (scores if self.readout is None else self.readout(scores)).squeeze(-1)
+        Args:
+            x: Fixations ``[B, T, dim]``.
+            memory: The encoder's output ``[B, S, dim]``.
+            kept: Keys that an earlier call returned for the same ``memory``.
+
+        Returns:
+            Scores ``[B, T, S + 1]``, the last of them that of padding, and keys ``[B, heads, S, dim]``.
+        """
+        (q,) = split_heads(self.query(x), 1, self.heads)
+        if kept is None:
+            (kept,) = split_heads(self.key(memory), 1, self.heads)
+        scores = F.pad((q @ kept.transpose(-2, -1)) * self.scale, (0, 1)).movedim(1, -1)  # [B, T, S + 1, heads]
+        return (scores if self.readout is None else self.readout(scores)).squeeze(-1), kept
 
 
 class Scene(NamedTuple):
     """What decoding needs of a batch of scenes."""
 
     tokens: Tensor  # [B, N + 3, dim]: decoder tokens of every index, without the step code
-    objects: list[tuple[Tensor, Tensor]]  # keys and values of every decoder layer
-    keys: Tensor  # of the head
+    objects: Tensor  # [B, N + 1, dim]: the encoder's output for the objects and the target token
     mask: Tensor | None  # [B, N + 1], True for real objects and the target token
 
 
@@ -375,7 +482,7 @@ class OAT(nn.Module):
         if needs_reset and self.backbone is not None and hasattr(self.backbone, "init_weights"):
             self.backbone.init_weights()  # type: ignore[operator]
         for name, module in self.named_modules():
-            if name.startswith("backbone"):
+            if name.startswith("backbone") or name.endswith((".cross.q", ".cross.kv")):  # drawn by their parent
                 continue
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
@@ -383,6 +490,8 @@ class OAT(nn.Module):
                 parts = self.head.heads if module in (self.head.query, self.head.key) else 1
                 for weight in module.weight.chunk(parts):  # official: one matrix for each head
                     nn.init.xavier_uniform_(weight)
+            elif isinstance(module, CrossAttention):
+                module.init_weights()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -441,7 +550,7 @@ class OAT(nn.Module):
         index = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
         rois = torch.cat((index[:, None, None].expand(-1, boxes.shape[1], 1), boxes), 2).flatten(0, 1)
         wide = torch.promote_types(source.dtype, torch.float32)  # RoIAlign knows no bfloat16 on a CPU
-        return roi_align(source.to(wide), rois.to(wide), (size[0], size[1]), scale, aligned=True).to(source.dtype)
+        return cut(source.to(wide), rois.to(wide), (size[0], size[1]), scale).to(source.dtype)
 
     def _look(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Appearance ``[B, N + 1, E / 2]`` of boxed objects and of an all-ones crop."""
@@ -488,11 +597,10 @@ class OAT(nn.Module):
         mask = None
         if object_mask is not None:
             mask = F.pad(object_mask, (0, 1), value=True)
-        attend = None if mask is None else mask[:, None, None]
+        visible = None if mask is None else mask[:, None, None]
         for layer in self.encoder:
-            x = checkpoint(layer, x, attend, use_reentrant=False) if self._recompute() else layer(x, attend)
-        objects = [layer.cross.keys(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
-        return Scene(tokens, objects, self.head.keys(x), mask)
+            x = checkpoint(layer, x, visible, use_reentrant=False) if self._recompute() else layer(x, visible)
+        return Scene(tokens, x, mask)
 
     def _recompute(self) -> bool:
         return self.grad_checkpointing and torch.is_grad_enabled()
@@ -507,15 +615,13 @@ class OAT(nn.Module):
         x = pick(scene.tokens, index)
         x = self.drop(x + step_code(T, dim, device=x.device).to(x.dtype))
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & (index != last - 2)[:, None, None]
-        attend = None if scene.mask is None else scene.mask[:, None, None]
-        for layer, objects in zip(self.decoder, scene.objects, strict=True):
-            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
-            args = (x, kept, mask, objects, attend)
-            x = checkpoint(layer, *args, use_reentrant=False) if self._recompute() else layer(*args)
-        return self._score(x, scene)
+        visible = None if scene.mask is None else scene.mask[:, None, None]
+        for layer in self.decoder:
+            args = (x, mask, scene.objects, visible)
+            x, _ = checkpoint(layer, *args, use_reentrant=False) if self._recompute() else layer(*args)
+        return self._mask(self.head(x, scene.objects)[0], scene)
 
-    def _score(self, x: Tensor, scene: Scene) -> Tensor:
-        logits = self.head(x, scene.keys)
+    def _mask(self, logits: Tensor, scene: Scene) -> Tensor:
         if scene.mask is None:
             return logits
         return logits.masked_fill(~F.pad(scene.mask, (0, 1), value=True)[:, None], -torch.inf)
@@ -663,7 +769,7 @@ class OAT(nn.Module):
         B, end = scene.tokens.shape[0], scene.tokens.shape[1] - 3
         index = torch.full((B, num_samples), end + 2, dtype=torch.long, device=scene.tokens.device)
         finished = torch.zeros_like(index, dtype=torch.bool)
-        cache: list[tuple[Tensor, Tensor]] = []
+        cache: dict[nn.Module, Any] = {}
         steps = []
         for step in range(max_len):
             logits = self._step(scene, index, step, cache)[..., : end + (step > 0)].float()
@@ -672,26 +778,21 @@ class OAT(nn.Module):
             else:
                 index = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(B, num_samples)
             finished = finished | (index == end)
+            steps.append(index.masked_fill(finished, -1))
             if finished.all():
                 break
-            steps.append(index.masked_fill(finished, -1))
         paths = torch.stack(steps, -1).flatten(0, 1).tolist()
         return [[i for i in path if i >= 0] for path in paths]
 
-    def _step(self, scene: Scene, index: Tensor, step: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits ``[B, n, N + 2]`` after the tokens ``index`` ``[B, n]``; appends their keys to the cache."""
+    def _step(self, scene: Scene, index: Tensor, step: int, cache: dict[nn.Module, Any]) -> Tensor:
+        """Logits ``[B, n, N + 2]`` after tokens ``index`` ``[B, n]``; the cache holds what each layer returned."""
         x = pick(scene.tokens, index)
         x = self.drop(x + step_code(1, x.shape[2], step, x.device).to(x.dtype)).flatten(0, 1)[:, None]
-        attend = None if scene.mask is None else scene.mask[:, None, None]
-        for i, (layer, objects) in enumerate(zip(self.decoder, scene.objects, strict=True)):
-            kept = layer.attn.keys(x)  # type: ignore[operator, union-attr]
-            if step:
-                kept = (torch.cat((cache[i][0], kept[0]), 2), torch.cat((cache[i][1], kept[1]), 2))
-                cache[i] = kept
-            else:
-                cache.append(kept)
-            x = layer(x, kept, None, objects, attend)
-        return self._score(x.view(*index.shape, -1), scene)
+        visible = None if scene.mask is None else scene.mask[:, None, None]
+        for layer in self.decoder:
+            x, cache[layer] = layer(x, None, scene.objects, visible, cache.get(layer))
+        logits, cache[self.head] = self.head(x.view(*index.shape, x.shape[2]), scene.objects, cache.get(self.head))
+        return self._mask(logits, scene)
 
     def loss(self, logits: Tensor, sequence: Tensor) -> Tensor:
         """Cross-entropy of teacher forcing, over the objects of the sequences and their ends.
@@ -712,6 +813,73 @@ class OAT(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
+class _Cut(torch.autograd.Function):
+    """RoIAlign, a linear map of the image: its tangent is itself, its gradient :class:`_Paste`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, rois: Tensor, size: tuple[int, int], scale: float) -> Tensor:
+        return roi_align(x, rois, size, scale, aligned=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, rois, ctx.size, ctx.scale = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(rois)
+        ctx.save_for_forward(rois)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _Paste.apply(grad, *ctx.saved_tensors, ctx.size, ctx.scale, ctx.shape), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return _Cut.apply(tangent, *ctx.saved_tensors, ctx.size, ctx.scale)
+
+
+class _Paste(torch.autograd.Function):
+    """The adjoint of :class:`_Cut`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, rois: Tensor, size: tuple[int, int], scale: float, shape: tuple[int, ...]) -> Tensor:
+        return torch.ops.torchvision._roi_align_backward(x, rois, scale, *size, *shape, -1, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rois, ctx.size, ctx.scale, ctx.shape = inputs
+        ctx.save_for_backward(rois)
+        ctx.save_for_forward(rois)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _Cut.apply(grad, *ctx.saved_tensors, ctx.size, ctx.scale), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return _Paste.apply(tangent, *ctx.saved_tensors, ctx.size, ctx.scale, ctx.shape)
+
+
+def cut(x: Tensor, rois: Tensor, size: tuple[int, int], scale: float) -> Tensor:
+    """Crops ``[K, C, h, w]`` of ``[B, C, H, W]`` by RoIAlign; torchvision's has no tangents and no second gradients.
+
+    Args:
+        x: Images or features.
+        rois: Image and corners of each crop ``[K, 5]``, which get no gradient.
+        size: Height and width of the crops.
+        scale: Pixels of ``x`` for each pixel of the corners.
+
+    Returns:
+        The crops.
+    """
+    recorded = torch.is_grad_enabled() and x.requires_grad and not torch.are_deterministic_algorithms_enabled()
+    if is_transforming() or (recorded and not (torch.compiler.is_compiling() or torch.jit.is_tracing())):
+        return _Cut.apply(x, rois, size, scale)
+    return roi_align(x, rois, size, scale, aligned=True)
+
+
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``[B, T, C]`` of ``x`` ``[B, S, C]``; unlike ``take_along_dim`` it exports with any batch size."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
@@ -730,7 +898,8 @@ def _check_indices(name: str, x: Tensor | None, shape: tuple[int | None, ...], l
     if not fits or x.dtype != torch.int64:
         need = ", ".join("T" if n is None else str(n) for n in shape)
         raise ValueError(f"got {name} of shape {list(x.shape)} and {x.dtype}, need int64 [{need}]")
-    if not torch.compiler.is_compiling() and not x.is_meta and x.numel() and not (low <= x.min() and x.max() <= high):
+    known = not (torch.compiler.is_compiling() or plain_only() or x.is_meta)
+    if known and x.numel() and not (low <= x.min() and x.max() <= high):
         raise ValueError(f"got {name} from {int(x.min())} to {int(x.max())}, need {low} to {high}")
 
 

@@ -1,13 +1,16 @@
 """MEDUSA: the checks that stand for a golden case (the authors' network is not public)."""
 
 import copy
+import pickle
+import threading
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from changes import check_calls, check_changed_layers, check_trace, check_transforms
 from timm.models.resnet import ResNet
-from tolerance import close
+from tolerance import close, op_close
 from torch import nn
 
 from vizoo.backbones.medusa import AttentionBody, body_image, medusa, medusa_parameters
@@ -18,6 +21,15 @@ WIDTHS = {16: (1_942_289, 3.030), 24: (4_367_641, 6.797), 28: (5_943_869, 9.243)
 
 def small(**kwargs):
     return timm.create_model("test_medusa", **kwargs)
+
+
+def wrapped(name="resnet10t", **kwargs):
+    """A model of timm after ``medusa()``."""
+    return medusa(timm.create_model(name, num_classes=5, **kwargs), body_width=4, body_depth=2, body_size=16)
+
+
+BOTH = {"model": lambda: small(num_classes=5), "medusa()": wrapped}
+both = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 
 
 def awake(model):
@@ -84,6 +96,29 @@ def test_brightness_and_contrast_do_not_matter():
     with torch.no_grad():
         before, after = (model.attention_maps(t)[0] for t in (x, 3.0 * x + 0.7))
     assert (before - after).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_constant_image(value):
+    """A standard deviation of 0 has the gradient 0, as that of ``torch.std``; elsewhere it is the formula's."""
+
+    def formula(x):
+        gray = F.interpolate(x.mean(1, keepdim=True), size=[16, 16], mode="bilinear", antialias=True)
+        return (gray - gray.mean((2, 3), keepdim=True)) / (gray.std((2, 3), correction=0, keepdim=True) + 1e-6)
+
+    x = torch.randn(3, 3, 24, 20, dtype=torch.float64)
+    x[1] = value
+    x.requires_grad_()
+    weight = torch.randn(3, 1, 16, 16, dtype=torch.float64)
+    out, expected = body_image(x, 16), formula(x)
+    op_close(out, expected.detach(), what="image")
+    got, truth = (torch.autograd.grad((t * weight).sum(), x)[0] for t in (out, expected))
+    for i in range(3):
+        op_close(got[i], truth[i], grad=True, what=f"gradient of image {i}")
+    model = awake(small()).eval()
+    model(x.float()).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(torch.func.grad(lambda x: model(x).sum())(torch.full((1, 3, 40, 40), 0.1))).all()
 
 
 def test_own_image_for_the_body():
@@ -155,6 +190,204 @@ def test_any_cnn(name):
             f.shape[2:] for f in plain.forward_intermediates(x, intermediates_only=True)[-len(local) :]
         ]
         assert torch.equal(whole, twin.medusa.body(body_image(x, 16)))
+
+
+# changed, transformed and traced models
+
+
+@both
+def test_layers_are_called(make):
+    found = check_calls(awake(make()), lambda model: model(torch.ones(2, 3, 64, 64)))
+    assert set(found.values()) == {1}
+
+
+@both
+@pytest.mark.filterwarnings("ignore")
+def test_changed_layers(make):
+    x = torch.randn(2, 3, 64, 64)
+    check_changed_layers(awake(make()).eval(), lambda model: model(x), x)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # of PyTorch's own jvp
+def test_transforms(make):
+    check_transforms(awake(make()).eval(), lambda call, x: call(x), torch.randn(2, 3, 64, 48))
+
+
+@both
+@pytest.mark.filterwarnings("ignore")
+def test_trace(make):
+    check_trace(awake(make()).eval(), torch.randn(2, 3, 64, 64))
+
+
+@both
+def test_copies(make):
+    """Copies and pickles after a pass with gradients."""
+    model, x = awake(make()).eval(), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(twin(x), expected, "same")
+
+
+@both
+def test_no_images(make):
+    """An empty batch, and deterministic algorithms."""
+    model, x = make().eval(), torch.randn(2, 3, 64, 64)
+    assert model(x[:0]).shape == (0, 5)
+    model(x[:0]).sum().backward()
+    assert [f.shape[0] for f in model.forward_intermediates(x[:0], intermediates_only=True)][-1] == 0
+    torch.use_deterministic_algorithms(True)
+    try:
+        model.train()(x).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@both
+@pytest.mark.parametrize("without", ["statistics", "weights"])
+def test_norms_of_test_time_adaptation(make, without):
+    """Norms that lost their running statistics use those of the batch in evaluation; others lost weight and bias."""
+    model, x = awake(make()), torch.randn(4, 3, 64, 64)
+    changed = copy.deepcopy(model).eval()
+    for net in (model, changed):
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d) and without == "weights":
+                nn.init.ones_(m.weight)
+                nn.init.zeros_(m.bias)
+                if net is changed:
+                    m.affine, m.weight, m.bias = False, None, None
+            elif isinstance(m, nn.BatchNorm2d) and net is changed:
+                m.track_running_stats, m.running_mean, m.running_var = False, None, None
+    model.train(without == "statistics")
+    close(changed(x), model(x), "same")
+
+
+class Wrapper(nn.Module):
+    """A module around a backbone, as scripted detectors have."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor):
+        """Two maps."""
+        return self.net.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_inside():
+    model, x = awake(small(scriptable=True)).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for got, expected in zip(torch.jit.script(Wrapper(model))(x), Wrapper(model)(x), strict=True):
+            close(got, expected, "graph")
+
+
+# passes through the hooks of medusa()
+
+
+class Once:
+    """A hook that runs something, but not within itself."""
+
+    def __init__(self, action):
+        self.action, self.running = action, False
+
+    def __call__(self, *_):
+        if not self.running:
+            self.running = True
+            self.action()
+            self.running = False
+
+
+def test_passes_do_not_mix():
+    """Errors, passes inside passes, early ends and layers called one by one: each stage reads the map of its image."""
+    model = awake(wrapped()).eval()
+    x, other = torch.randn(2, 1, 3, 64, 64)
+    with torch.no_grad():
+        expected, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
+        for inside in (
+            lambda: model(other),
+            lambda: model.forward_features(other),
+            lambda: model.forward_intermediates(other, indices=[1], stop_early=True),
+            lambda: model.medusa.attention_maps(other),
+        ):
+            handle = model.layer2.register_forward_hook(Once(inside))
+            close(model(x), expected, "same", "a pass in a pass")
+            handle.remove()
+
+        def fail(*_):
+            raise KeyError("stop")
+
+        for fails in (model.layer3, model.conv1, model):
+            handle = fails.register_forward_pre_hook(fail)
+            with pytest.raises(KeyError, match="stop"):
+                model(other)
+            handle.remove()
+            assert not model.medusa._passes.stack
+            close(model(x), expected, "same", "after an error")
+        model.forward_intermediates(other, indices=[1], stop_early=True)
+        close(model(x), expected, "same", "after an early end")
+        for _ in range(3):
+            model.forward_intermediates(other, indices=[1], stop_early=True)
+        assert len(model.medusa._passes.stack) == 1
+        found = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+        for layer, feature in zip((model.layer1, model.layer2, model.layer3, model.layer4), maps[1:], strict=True):
+            found = layer(found)
+            close(found, feature, "same", "layer by layer")
+        assert not model.medusa._passes.stack
+        with pytest.raises(RuntimeError, match="stage layer1 was called outside a pass"):
+            model.layer1(torch.rand(1, 64, 16, 16))
+
+
+def test_parallel_copies():
+    """Copies as ``DataParallel`` makes them, which share the hooks, use their own body and heads."""
+    model, x = awake(wrapped()).eval(), torch.randn(2, 1, 3, 64, 64)
+
+    def replicate(scale):
+        """As ``torch.nn.parallel.replicate``, whose copies would have the same weights."""
+        copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
+        for module, twin in copies.items():
+            for key, child in module._modules.items():
+                twin._modules[key] = None if child is None else copies[child]
+            for key, p in module._parameters.items():
+                setattr(twin, key, None if p is None else p.detach() * scale)
+        return copies[model]
+
+    def run(net, image, out):
+        with torch.no_grad():
+            out.append(net(image))
+
+    found, threads = [[], []], []
+    for i, scale in enumerate((1.0, 0.9)):
+        threads.append(threading.Thread(target=run, args=(replicate(scale), x[i], found[i])))
+        threads[-1].start()
+    for i, scale in enumerate((1.0, 0.9)):
+        threads[i].join()
+        alone = copy.deepcopy(model)
+        for p in alone.parameters():
+            p.data.mul_(scale)
+        close(found[i][0], alone(x[i]).detach(), "same", f"copy {i}")
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "gernet_s"])
+def test_checkpointing_of_stages_is_refused(name):
+    """It runs blocks without their stages, or stages without the image: gates would be lost without a word."""
+    model = wrapped(name).train()
+    model.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match="gradient checkpointing of"):
+        model(torch.randn(2, 3, 64, 64))
+    model.set_grad_checkpointing(False)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+
+
+def test_checkpointing_inside_stages():
+    torch.manual_seed(0)
+    model, x = awake(wrapped("convnext_atto")).train(), torch.randn(2, 3, 64, 64)
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        close(q.grad, p.grad, "gradient", name)
 
 
 def test_errors():

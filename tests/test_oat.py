@@ -10,13 +10,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from changes import calls, check_calls, check_changed_layers, check_trace, check_transforms
 from golden import image, load, weights
 from timm.models import group_parameters, save_for_hf
-from tolerance import close, golden_close
+from tolerance import close, golden_close, op_close
+from torch import nn
+from torchvision.ops import roi_align
 from zoo import build, gradients, overlay
 
 from vizoo.backbones.layers import PlaceCode, step_code
-from vizoo.backbones.oat import checkpoint_filter_fn, next_fixations
+from vizoo.backbones.oat import CrossAttention, checkpoint_filter_fn, cut, next_fixations
 from vizoo.tools.profiler import count
 
 CASES = ("oat_small", "oat_small_spp")
@@ -161,7 +164,7 @@ def test_steps_give_the_logits_of_full_decoding(masked):
     target = target.clamp_max(8)
     prefix = torch.randint(9, (2, 3, 5))  # three scanpaths of each scene
     with torch.no_grad():
-        scene, cache = model._prepare(crops, None, target, mask, None), []
+        scene, cache = model._prepare(crops, None, target, mask, None), {}
         start = torch.full((2, 3, 1), 17)
         steps = [model._step(scene, i, t, cache) for t, i in enumerate(torch.cat((start, prefix), 2).unbind(2))]
         for k in range(3):
@@ -196,7 +199,7 @@ def test_first_fixation_is_an_object():
     model.head.query.weight.data.zero_()
     model.head.key.weight.data.zero_()
     model.head.query.bias.data.fill_(1.0)
-    model._score = lambda x, scene: torch.zeros(*x.shape[:2], 17).index_fill(2, torch.tensor([15]), 9.0)
+    model._mask = lambda logits, scene: torch.zeros_like(logits).index_fill(2, torch.tensor([15]), 9.0)
     assert model.generate(scenes(2)[0], max_len=5) == [[0], [0]]
 
 
@@ -331,6 +334,201 @@ def test_gradients_and_checkpointing(size):
         close(gradient, expected[key], "gradient", key)
 
 
+class Reference(nn.Module):
+    """Encoder, decoder and head in PyTorch's own layers, as the official code has them."""
+
+    def __init__(self, dim, heads, hidden, depths, head_count):
+        super().__init__()
+        layer = {"d_model": dim, "nhead": heads, "dim_feedforward": hidden, "dropout": 0.0, "batch_first": True}
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), depths[0], enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), depths[1])
+        self.query = nn.ModuleList(nn.Linear(dim, dim) for _ in range(head_count))
+        self.key = nn.ModuleList(nn.Linear(dim, dim) for _ in range(head_count))
+        self.readout = nn.Linear(head_count, 1)
+
+    def forward(self, objects, fixations, padding):
+        """Scores of tokens of objects ``[B, S, dim]`` after tokens of fixations ``[B, T, dim]``."""
+        memory = self.encoder(objects)
+        causal = torch.ones(fixations.shape[1], fixations.shape[1], dtype=torch.bool).triu(1)
+        x = self.decoder(fixations, memory, tgt_mask=causal, tgt_key_padding_mask=padding)
+        scores = [
+            F.pad(q(x) @ k(memory).transpose(1, 2) / 48**0.5, (0, 1)) for q, k in zip(self.query, self.key, strict=True)
+        ]
+        return self.readout(torch.stack(scores, -1)).squeeze(-1)
+
+    def take(self, model):
+        """The weights of a model of ours."""
+        pairs = list(zip(self.encoder.layers, model.encoder, strict=True))
+        pairs += zip(self.decoder.layers, model.decoder, strict=True)
+        for theirs, ours in pairs:
+            found = {"self_attn.in_proj_": ours.attn.qkv, "self_attn.out_proj.": ours.attn.proj}
+            found |= {f"linear{i}.": getattr(ours.mlp, f"fc{i}") for i in (1, 2)}
+            found |= {f"norm{i}.": getattr(ours, f"norm{i}") for i in (1, 2, 3) if hasattr(ours, f"norm{i}")}
+            state = {f"{name}{kind}": getattr(m, kind) for name, m in found.items() for kind in ("weight", "bias")}
+            if hasattr(ours, "cross"):
+                for kind in ("weight", "bias"):
+                    joint = torch.cat([getattr(ours.cross.q, kind), getattr(ours.cross.kv, kind)])
+                    state[f"multihead_attn.in_proj_{kind}"] = joint
+                    state[f"multihead_attn.out_proj.{kind}"] = getattr(ours.cross.proj, kind)
+            theirs.load_state_dict(state)
+        for theirs, ours in ((self.query, model.head.query), (self.key, model.head.key)):
+            for kind in ("weight", "bias"):
+                for layer, part in zip(theirs, getattr(ours, kind).chunk(len(theirs)), strict=True):
+                    getattr(layer, kind).data.copy_(part)
+        self.readout.load_state_dict(model.head.readout.state_dict())
+        return self
+
+
+def test_first_step_is_that_of_pytorch():
+    """From our own initialisation, in float64: logits, loss, and every weight after a step of gradient descent."""
+    model = build("test_oat", drop_rate=0.0, dtype=torch.float64).train()
+    reference = Reference(48, 2, 40, (1, 2), 2).double().take(model)
+    tokens = []
+    model.encoder[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    model.decoder[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    crops, target = scenes(2)
+    prefix = torch.tensor([[3, 4, 9], [7, -1, -1]])
+    logits = model.forward_objects(crops.double(), None, target, prefix)
+    expected = reference(tokens[0].detach(), tokens[1].detach(), F.pad(prefix < 0, (1, 0)))
+    op_close(logits, expected, what="logits")
+    for net, out in ((model, logits), (reference, expected)):
+        model.loss(out.double(), prefix).backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.grad is not None:
+                    p.sub_(p.grad)
+    moved = Reference(48, 2, 40, (1, 2), 2).double().take(model)
+    for (name, p), q in zip(reference.named_parameters(), moved.parameters(), strict=True):
+        op_close(q, p, grad=True, what=name)
+
+
+# weights of queries, keys and values
+
+
+def joint(state):
+    """A state dict with the names of before queries of the cross attention were a layer."""
+    out = {}
+    for key, value in state.items():
+        if ".cross.q." in key:
+            out[key.replace(".q.", ".qkv.")] = torch.cat([value, state[key.replace(".q.", ".kv.")]])
+        elif ".cross.kv." not in key:
+            out[key] = value
+    return out
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_older_state_dict(assign):
+    """A state dict with joint rows loads strictly, and the layers do not share memory."""
+    model = lively()
+    state = joint(model.state_dict())
+    assert len(state) == len(model.state_dict()) - 4
+    again = build("test_oat")
+    again.load_state_dict(state, assign=assign)
+    for key, value in model.state_dict().items():
+        close(again.state_dict()[key], value, "same", key)
+    assert [key for key in state if ".cross.qkv." in key], "the caller's state dict was changed"
+    again.load_state_dict(again.state_dict())
+    storages = [p.untyped_storage().data_ptr() for p in again.parameters()]
+    assert len(set(storages)) == len(storages)
+    with pytest.raises(RuntimeError, match=r"Missing key.*cross\.q\.weight"):
+        again.load_state_dict({k: v for k, v in state.items() if k != "decoder.0.cross.qkv.weight"})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build("test_oat", embed_dim=60).load_state_dict(state)
+
+
+def test_drawn_as_one_matrix():
+    """The cross attention draws what ``nn.MultiheadAttention``'s joint matrix draws, and no number more."""
+    torch.manual_seed(3)
+    layer = CrossAttention(48, 2, 0.0)
+    layer.init_weights()
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    expected = nn.Linear(48, 144)
+    nn.Linear(48, 48)
+    nn.init.xavier_uniform_(expected.weight)
+    assert torch.equal(after, torch.rand(3))
+    close(torch.cat([layer.q.weight, layer.kv.weight]), expected.weight, "same")
+    close(torch.cat([layer.q.bias, layer.kv.bias]), expected.bias, "same")
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    close(torch.cat([layer.q.weight, layer.kv.weight]), nn.Linear(48, 144).weight, "same")
+
+
+# changed, transformed and traced models
+
+PREFIX = torch.tensor([[3, 9], [4, -1]])
+
+
+def test_layers_are_called():
+    """Every layer in every mode; the appearance network also sees the blank crop."""
+    x = torch.rand(2, 3, 96, 128)
+    found = check_calls(build("test_oat"), lambda model: model(x, prefix=PREFIX))
+    assert {name for name, times in found.items() if times == 2} == {
+        f"appearance.{layer}" for layer in ("conv1", "conv2", "fc")
+    }
+    assert set(found.values()) == {1, 2}
+    found = calls(lively(), lambda model: model.generate(x, max_len=4))
+    for name, times in found.items():  # what depends on the objects alone is computed once
+        once = name.startswith("encoder") or name.endswith(".cross.kv") or name == "head.key"
+        assert times == (1 if once else 2 if name.startswith("appearance") else 4), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_changed_layers():
+    x = torch.rand(2, 3, 96, 128)
+    check_changed_layers(build("test_oat"), lambda model: model(x, prefix=PREFIX), x)
+
+
+@pytest.mark.parametrize("backbone", [None, "resnet10t"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # of PyTorch's own jvp
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of RoIAlign under vmap
+def test_transforms(backbone):
+    model = build("test_oat", **{} if backbone is None else {"backbone": backbone})
+    check_transforms(model, lambda call, x: call(x, prefix=PREFIX[:1].expand(len(x), -1)), torch.rand(2, 3, 96, 128))
+
+
+def test_cut():
+    """Derivatives of every kind of RoIAlign; values and gradients are torchvision's."""
+    x = torch.rand(2, 2, 9, 11, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 2, 7.5, 8], [1, -1, 0, 5, 3], [1, 4.2, 4.4, 20, 12]], dtype=torch.float64)
+
+    def run(x):
+        return cut(x, rois, (3, 2), 0.5)
+
+    close(run(x), roi_align(x, rois, (3, 2), 0.5, aligned=True), "same")
+    assert torch.autograd.gradcheck(run, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, x, check_fwd_over_rev=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trace():
+    check_trace(build("test_oat"), torch.rand(2, 3, 96, 128))
+
+
+def test_no_scenes():
+    """An empty batch of images or crops, with and without boxes, and deterministic algorithms."""
+    model, empty = build("test_oat"), torch.empty(0, dtype=torch.long)
+    for training in (False, True):
+        model.train(training)
+        out = model(torch.rand(0, 3, 96, 128), target=empty, prefix=torch.empty(0, 2, dtype=torch.long))
+        assert out.shape == (0, 3, 17)
+        out.sum().backward()
+        assert model(torch.rand(0, 3, 96, 128), torch.rand(0, 4, 4)).shape == (0, 1, 6)
+        mask = torch.ones(0, 6, dtype=torch.bool)
+        assert model.forward_objects(torch.rand(0, 6, 3, 24, 20), object_mask=mask).shape == (0, 1, 8)
+    for mode, samples in (("greedy", 1), ("sample", 3)):
+        assert model.eval().generate(torch.rand(0, 3, 96, 128), mode=mode, num_samples=samples) == []
+    backbone = build("test_oat", backbone="resnet10t")
+    assert backbone(torch.rand(0, 3, 96, 128)).shape == (0, 1, 17)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model.train()(torch.rand(2, 3, 96, 128), prefix=PREFIX).sum().backward()
+        assert len(model.eval().generate(torch.rand(2, 3, 96, 128))) == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # the contract of timm, as far as a model without classes and feature maps goes
 
 
@@ -425,6 +623,8 @@ def test_export():
         program = torch.export.export(model, inputs(2, 3, 2), dynamic_shapes=sizes, strict=False).module()
         args = inputs(3, 5, 4)
         close(program(*args), model(*args), "graph")
+        for args in (inputs(1, 3, 2), (torch.rand(2, 3, 96, 128),)):
+            close(torch.export.export(model, args, strict=False).module()(*args), model(*args), "graph")
 
 
 def test_errors():

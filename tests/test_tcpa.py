@@ -1,15 +1,18 @@
-"""TCPA: the official outputs, the fused form against the plain one, hosts, tuning, caching."""
+"""TCPA: the official outputs, the fused form against the plain one, hosts, tuning, changed layers."""
 
 import copy
+import pickle
 
 import pytest
 import timm
 import torch
+from changes import check_calls, check_changed_layers, check_trace, check_transforms
 from golden import image, load, weights
 from sklearn import datasets
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from tolerance import close, golden_close, op_close
 from torch import nn
+from zoo import build
 
 from vizoo.backbones.layers import (
     convert_tcpa,
@@ -24,6 +27,7 @@ from vizoo.backbones.layers import (
 )
 
 CASES = ["tcpa_vfpt_tiny", "tcpa_vfpt_tiny_rtcpa_iprompt", "tcpa_vpt_tiny"]
+NAMES = ["test_vit_tcpa", "test_vit_gap_tcpa"]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 PLAIN = {"fused": True, "plain": False}
 
@@ -60,7 +64,7 @@ def test_golden(name, fused):
     model.load_state_dict(convert_tcpa(weights(case.keys)))
     chosen = []
     for block in model.blocks:
-        block.tcpa.register_forward_hook(lambda _, __, out: chosen.append(out[0]))
+        block.tcpa.register_forward_hook(lambda _, __, out: chosen.append(out[1]))
     x = image(case.input_shape)
     with torch.no_grad():
         golden_close(model.forward_features(x), case.outputs["tokens"], "tokens")
@@ -76,7 +80,6 @@ def test_golden(name, fused):
         else:
             assert model.match_loss is None
         golden_close(model(x), case.outputs["logits"], "logits")
-        golden_close(model(x), case.outputs["logits"], "logits from kept prompts")
 
 
 def test_golden_match():
@@ -181,17 +184,17 @@ def test_random_match():
     """The random phase chooses k prompts for each token, other ones each time, in training only."""
     model = small(settings={"prompt_drop": 0.0})
     layer, x = model.blocks[0].tcpa, torch.randn(2, 17, 32)
-    nearest = layer(x)[0]
+    nearest = layer(x)[1]
     model.random_match = True
-    assert torch.equal(layer(x)[0], nearest)
+    assert torch.equal(layer(x)[1], nearest)
     model.train()
-    first, second = layer(x)[0], layer(x)[0]
+    first, second = layer(x)[1], layer(x)[1]
     assert not torch.equal(first, second)
     assert (first.sum(-1) == 10).all()
     assert not first[:, 0, 18:].any()
     assert not first[:, 1:, :18].any()
     model.random_match = False
-    assert torch.equal(layer(x)[0], nearest)
+    assert torch.equal(layer(x)[1], nearest)
 
 
 def test_prompt_dropout():
@@ -204,37 +207,122 @@ def test_prompt_dropout():
     assert layer.eval().prompts(2).shape == (1, 36, 32)
 
 
-def test_kept_prompts():
-    """Kept keys and values follow every ordinary change of the parameters, and are neither copied nor trained."""
+def test_nothing_is_kept():
+    """A change that bumps no version, such as that of an averaged teacher, is seen by the next pass."""
     model, x = small(), torch.randn(1, 3, 64, 64)
-    block = model.blocks[1]
+    with torch.no_grad():
+        before = model(x)
+        for p in (model.blocks[1].tcpa.image_prompts, model.blocks[1].attn.qkv.weight):
+            p.data.mul_(-2.0)
+            after = model(x)
+            assert not torch.allclose(after, before)
+            close(copy.deepcopy(model)(x), after, "same")
+            before = after
 
-    def check(what):
-        """What is kept now; it equals fresh prompts."""
-        with torch.no_grad():
-            logits = model(x)
-            for got, fresh in zip(block.tcpa.memory.prompts, block.fresh_prompts(1), strict=True):
-                close(got, fresh, "same", what)
-        close(logits, model(x).detach(), "rerun", what)  # with gradients nothing is kept
-        return block.tcpa.memory.prompts
 
-    kept = check("first")
-    assert check("again") is kept, "computed again for nothing"
-    assert copy.deepcopy(model).blocks[1].tcpa.memory.prompts is None
-    for parameter in (block.tcpa.image_prompts, block.attn.qkv.weight, block.norm1.bias):
-        with torch.no_grad():
-            parameter.mul_(-2.0).add_(0.5)
-        before, kept = kept, check("in place")
-        assert not torch.allclose(before[1], kept[1])
-    model.load_state_dict(small(seed=1).state_dict())
-    before, kept = kept, check("loaded")
-    assert not torch.allclose(before[1], kept[1])
-    with torch.inference_mode():
-        inside = model(x)
-    close(inside, model(x).detach(), "rerun")
-    block.tcpa.image_prompts.data.mul_(-2.0)
-    model.eval()
-    check("through data")
+# changed, transformed and traced models
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_called(name):
+    """Every layer in every mode; norm and qkv read tokens and prompts."""
+    found = check_calls(build(name), lambda model: model(torch.ones(2, 3, 96, 96)))
+    twice = {n for n, times in found.items() if times == 2}
+    assert twice == {f"blocks.{i}.{layer}" for i in range(3) for layer in ("norm1", "attn.qkv")}
+    assert set(found.values()) == {1, 2}
+    attended = []
+    model = build(name)
+    model.blocks[0].attn.register_forward_hook(lambda _, __, out: attended.append(out.shape))
+    model(torch.ones(2, 3, 96, 96))
+    assert attended == [(2, 36 + model.num_prefix_tokens, 64)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_changed_layers(name):
+    x = torch.randn(2, 3, 96, 96)
+    check_changed_layers(build(name, num_classes=7, init_values=None), lambda model: model(x), x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # of PyTorch's own jvp
+def test_transforms(name):
+    check_transforms(build(name, num_classes=7), lambda call, x: call(x), torch.randn(2, 3, 96, 96))
+
+
+def test_attention_transforms():
+    """The attention alone, for every argument: jvp, second derivatives, and its two forms."""
+    shapes = [(2, 3, 7, 8)] * 3 + [(1, 3, 5, 8)] * 2
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    chosen = torch.rand(2, 7, 5).argsort(-1) < 2
+
+    def run(*args):
+        return prompt_attention(*args, chosen, 0.4)
+
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    q, k, v, kp, vp = (t.detach() for t in inputs)
+
+    def one(q, k, v, chosen):
+        return prompt_attention(q[None], k[None], v[None], kp, vp, chosen[None], 0.4)[0]
+
+    op_close(torch.vmap(one)(q, k, v, chosen), run(q, k, v, kp, vp))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_trace(name):
+    check_trace(build(name, num_classes=7), torch.randn(2, 3, 96, 96))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies(name):
+    """Copies and pickles after a pass, whose matching loss has a graph."""
+    model, x = build(name, num_classes=7), torch.randn(1, 3, 96, 96)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.match_loss is None
+        close(twin(x), expected, "same")
+        close(twin.match_loss, model.match_loss, "same")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_images(name):
+    """An empty batch in every mode, and deterministic algorithms."""
+    model, x = build(name, num_classes=7), torch.randn(2, 3, 96, 96)
+    for training in (False, True):
+        out = model.train(training)(x[:0])
+        assert out.shape == (0, 7)
+        out.sum().backward()
+    with torch.no_grad():
+        assert model.eval()(x[:0]).shape == (0, 7)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model.train()(x).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Wrapper(nn.Module):
+    """A module around a backbone, as scripted detectors have."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor):
+        """Two maps."""
+        return self.net.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_script_inside(name):
+    model, x = build(name, scriptable=True), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        for got, expected in zip(torch.jit.script(Wrapper(model))(x), Wrapper(model)(x), strict=True):
+            close(got, expected, "graph")
+        assert torch.jit.script(Wrapper(model))(x[:0])[1].shape == (0, 64, 6, 6)
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])

@@ -29,6 +29,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from ..ops.attention import attention
+
 __all__ = [
     "convert_tcpa",
     "freeze_backbone",
@@ -66,7 +68,8 @@ def reference_prompt_attention(
     n = k.shape[2]
     q = q * scale
     weight = torch.cat([q @ k.transpose(-2, -1), q @ k_prompt.transpose(-2, -1)], -1).softmax(-1)
-    weight = F.dropout(weight, drop)
+    if drop > 0.0:  # even a rate of 0 draws, which vmap refuses
+        weight = F.dropout(weight, drop)
     return weight[..., :n] @ v + (weight[..., n:] * chosen.unsqueeze(1)) @ v_prompt
 
 
@@ -91,13 +94,14 @@ def prompt_attention(
     batch, heads, n, _ = k.shape
     chosen = chosen.unsqueeze(1)
     logits = ((q * scale) @ k_prompt.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    bias = q.new_empty(batch, heads, n, n + k_prompt.shape[2] + 1)  # filled in place: it is the largest tensor here
-    bias[..., :n] = 0.0
-    bias[..., n:-1] = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf)
-    bias[..., -1] = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1).to(q.dtype)
+    sink = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1, keepdim=True).to(q.dtype)
+    left_out = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf).expand(-1, heads, -1, -1)
+    bias = F.pad(torch.cat([left_out, sink], -1), [n, 0])  # 0 for tokens
     k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
     v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
+    return attention(q, k, v, bias, drop, scale)
 
 
 def fourier_prompts(prompts: Tensor) -> Tensor:
@@ -116,8 +120,6 @@ class _Memory:
 
     def __init__(self) -> None:
         self.match_loss: Tensor | None = None
-        self.sources: tuple[Any, ...] = ()
-        self.prompts: tuple[Tensor, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Memory, ()
@@ -138,12 +140,10 @@ class TCPA(nn.Module):
         image_len: Positions of one image prompt.
         prompt_drop: Dropout rate of the prompts.
         role_only: Whether every token takes all prompts of its kind.
-        fused: Whether attention runs on :func:`prompt_attention`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
 
-    fused: Final[bool]
     cls_keys: Optional[Tensor]  # noqa: UP045 - TorchScript
     cls_prompts: Optional[Tensor]  # noqa: UP045 - TorchScript
 
@@ -160,7 +160,6 @@ class TCPA(nn.Module):
         image_len: int,
         prompt_drop: float,
         role_only: bool,
-        fused: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -177,8 +176,6 @@ class TCPA(nn.Module):
             self.register_parameter("cls_prompts", None)
         self.image_keys = nn.Parameter(torch.empty(image_pool, dim, **dd))
         self.image_prompts = nn.Parameter(torch.empty(image_pool, image_len, dim, **dd))
-        all_chosen = not num_prefix and (role_only or image_topk == image_pool)
-        self.fused = fused and not all_chosen  # without an unchosen prompt there is nothing to bring back
         self.memory = _Memory()
         self.reset_parameters()
 
@@ -201,8 +198,7 @@ class TCPA(nn.Module):
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        if torch.is_grad_enabled():
-            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
+        out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
         out = out.unsqueeze(0)
         if self.training and self.prompt_drop > 0.0:
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
@@ -256,19 +252,56 @@ class TCPA(nn.Module):
         cls = cls.repeat_interleave(prompts.shape[1], -1)
         return torch.cat([F.pad(cls, [0, image.shape[2]]), F.pad(image, [cls.shape[2], 0])], 1) > 0, loss
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """:meth:`choose` in at least float32."""
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006 - TorchScript
+        """:meth:`prompts`, and :meth:`choose` in at least float32.
+
+        Args:
+            x: Input of the block ``[B, N, D]``, prefix tokens first.
+
+        Returns:
+            Prompts ``[B or 1, P, D]``, choice ``[B, N, P]`` and matching loss.
+        """
+        prompts = self.prompts(x.shape[0])
         if torch.jit.is_scripting():
-            return self.choose(x)
+            chosen, loss = self.choose(x)
+            return prompts, chosen, loss
         with _full_precision(x):
             chosen, loss = self.choose(x)
         if not is_exporting():
             self.memory.match_loss = None if self.role_only else loss
-        return chosen, loss
+        return prompts, chosen, loss
 
 
-def _forget(memory: _Memory) -> None:
-    memory.sources, memory.prompts = (), None
+class PromptedAttention(Attention):
+    """timm's ``Attention`` whose tokens also read prompts; its constructor is not used."""
+
+    fused: Final[bool]  # type: ignore[misc]
+
+    def forward(self, x: Tensor, prompts: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]
+        """Attention to tokens and chosen prompts.
+
+        Args:
+            x: Tokens ``[B, N, D]``.
+            prompts: Prompts ``[B or 1, P, D]``, normed as the tokens are.
+            chosen: ``[B, N, P]``, True where a token keeps a prompt.
+
+        Returns:
+            ``[B, N, D]``.
+        """
+        batch, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        own = self.qkv(prompts).reshape(prompts.shape[0], prompts.shape[1], 3, self.num_heads, self.head_dim)
+        _, k_prompt, v_prompt = own.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, k_prompt = self.q_norm(q), self.k_norm(k), self.k_norm(k_prompt)
+        drop = self.attn_drop.p if self.training else 0.0
+        if self.fused:
+            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, self.scale, drop)
+        else:
+            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, self.scale, drop)
+        out = self.norm(out.transpose(1, 2).reshape(batch, n, self.attn_dim))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
 
 
 class _TCPABlock(nn.Module):
@@ -283,66 +316,10 @@ class _TCPABlock(nn.Module):
         """What attention reads of tokens or prompts ``[B, N, D]``."""
         return self.norm1(x)
 
-    def fresh_prompts(self, batch: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """Keys and values of the prompts, each ``[batch or 1, h, P, d]``."""
-        y = self.attn.qkv(self.inputs(self.tcpa.prompts(batch)))
-        y = y.reshape(y.shape[0], y.shape[1], 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4)
-        return self.attn.k_norm(y[1]), y[2]
-
-    @torch.jit.unused
-    def kept_prompts(self) -> tuple[Tensor, Tensor]:
-        """:meth:`fresh_prompts` in evaluation, computed again when a parameter it depends on has changed."""
-        read = [*self.tcpa.parameters(), *self.attn.qkv.parameters(), *self.attn.k_norm.parameters()]
-        read += self.norm1.parameters()
-        kind = read[0].device.type
-        if torch.amp.is_autocast_available(kind):
-            read.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-        if any(isinstance(p, Tensor) and p.is_inference() for p in read):
-            return self.fresh_prompts(1)  # no version to compare
-        sources = tuple((p, p._version if isinstance(p, Tensor) else 0) for p in read)
-        memory, kept = self.tcpa.memory, self.tcpa.memory.prompts
-        same = len(sources) == len(memory.sources) and all(
-            a is b and i == j for (a, i), (b, j) in zip(sources, memory.sources, strict=True)
-        )
-        if kept is None or not same:
-            kept = self.fresh_prompts(1)
-            memory.sources, memory.prompts = sources, kept
-        return kept
-
-    def read_prompts(self, batch: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """Kept prompts where nothing but the parameters decides them, else fresh ones."""
-        if not torch.jit.is_scripting():
-            recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()
-            if not (recorded or self.tcpa.training or torch.is_grad_enabled()):
-                return self.kept_prompts()
-        return self.fresh_prompts(batch)
-
     def attend(self, x: Tensor) -> Tensor:
         """Attention to tokens and chosen prompts, ``[B, N, D]`` to ``[B, N, D]``."""
-        batch, n, _ = x.shape
-        y = self.inputs(x)
-        qkv = self.attn.qkv(y).reshape(batch, n, 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = self.attn.q_norm(qkv[0]), self.attn.k_norm(qkv[1]), qkv[2]
-        k_prompt, v_prompt = self.read_prompts(batch)
-        chosen = self.tcpa(x)[0]
-        scale, drop = self.attn.scale, self.attn.attn_drop.p if self.attn.training else 0.0
-        if self.tcpa.fused:
-            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
-        else:
-            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
-        out = self.attn.norm(out.transpose(1, 2).reshape(batch, n, self.attn.attn_dim))
-        if self.attn.gate is not None:
-            out = out * self.attn.gate(y).sigmoid()
-        return self.attn.proj_drop(self.attn.proj(out))
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode; what was kept for evaluation is computed again."""
-        _forget(self.tcpa.memory)
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        _forget(self.tcpa.memory)
-        return super()._apply(*args, **kwargs)
+        prompts, chosen, _ = self.tcpa(x)
+        return self.attn(self.inputs(x), self.inputs(prompts), chosen)
 
 
 def _no_mask(attn_mask: Optional[Tensor], is_causal: bool) -> None:  # noqa: UP045 - TorchScript
@@ -524,7 +501,7 @@ class PromptedVisionTransformer(VisionTransformer):
             if i in take_indices:
                 feature = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
-                    feature = feature.reshape(x.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
+                    feature = feature.reshape(x.shape[0], H, W, x.shape[2]).permute(0, 3, 1, 2).contiguous()
                 features.append(feature)
         if intermediates_only:
             return features
@@ -628,9 +605,7 @@ def tcpa(
     """Give a vision transformer TCPA prompts, in place; all its parameter names stay.
 
     Register tokens choose among the class prompts, as the class token does.  A model without class token has image
-    prompts only, which all its tokens read; settings of class prompts are ignored then.  In evaluation without
-    gradients, keys and values of the prompts are kept until a parameter changes in place or is replaced; after writing
-    to ``parameter.data`` call ``model.eval()``.
+    prompts only, which all its tokens read; settings of class prompts are ignored then.
 
     Args:
         model: timm's ``VisionTransformer``.
@@ -669,14 +644,17 @@ def tcpa(
         "image_len": image_len,
         "prompt_drop": prompt_drop,
         "role_only": role_only,
-        "fused": fused,
     }
+    all_chosen = not prefix and (role_only or settings["image_topk"] == image_pool)
     if pixel_prompt and type(model.patch_embed) is not PatchEmbed:
         raise NotImplementedError(f"pixel_prompt needs PatchEmbed, the model has {type(model.patch_embed).__name__}")
     dd = get_device_dtype(model)
     for block in model.blocks:
         block.tcpa = TCPA(model.embed_dim, prefix, host == "vfpt", **settings, **dd).train(block.training)
         block.__class__ = TCPABlock if type(block) is Block else TCPAResPostBlock
+        block.attn.__class__ = PromptedAttention
+        # without an unchosen prompt there is nothing to bring back
+        block.attn.fused = fused and not all_chosen  # type: ignore[union-attr]
     if pixel_prompt:
         chans = model.in_chans
         model.patch_embed.prompter = nn.Sequential(
