@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..ops._backend import use_compiled_onednn, use_onednn
+from ..ops._backend import plain_only, use_compiled_onednn, use_onednn, without_autocast
 from ..ops.linear import linear
 
-__all__ = ["fuses", "is_plain", "pointwise", "project", "tensors"]
+__all__ = ["fuses", "is_plain", "pointwise", "project", "project_wide", "tensors"]
 
 
 def is_plain(layer: Any, *types: type) -> bool:
@@ -93,3 +94,27 @@ def project(layer: Any, x: Tensor) -> Tensor:
         s, (weight, bias) = layer.stride[0], tensors(layer)
         return linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return layer(x)
+
+
+def project_wide(layer: Any, x: Tensor) -> Tensor:
+    """``layer(x)`` in float32 at least, also under autocast and where the layer holds half precision.
+
+    Weights of half precision are widened if the layer is plain and no gradient is recorded; otherwise the layer is
+    called in its own dtype, and its output widened.
+
+    Args:
+        layer: Any module that maps ``[..., C]`` to ``[..., O]``.
+        x: Its input.
+
+    Returns:
+        Its output in float32, or float64 if the input is float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), wide)
+    with without_autocast(x):
+        if own not in (torch.float16, torch.bfloat16):
+            return layer(x.to(wide))
+        if is_plain(layer, nn.Linear) and (plain_only() or not torch.is_grad_enabled()):
+            weight, bias = tensors(layer)
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return layer(x.to(own)).to(wide)

@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from ..ops.reversed_attention import reference_reversed_attention, reversed_attention
+from .plain import project_wide
 
 __all__ = ["MessageController", "ReversedAttention"]
 
@@ -53,7 +54,9 @@ class MessageController(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[B, N, C]`` to the logarithm of their gates ``[B, N]``, in float32 at least."""
-        return F.logsigmoid(_precise(self.fc2(self.act(self.fc1(x))).squeeze(-1)))
+        hidden = self.act(self.fc1(x) if torch.jit.is_scripting() else project_wide(self.fc1, x))
+        gate = self.fc2(hidden) if torch.jit.is_scripting() else project_wide(self.fc2, hidden)
+        return F.logsigmoid(_precise(gate.squeeze(-1)))
 
 
 @register_notrace_module  # picks its path by size and device of its input
@@ -145,5 +148,5 @@ class ReversedAttention(nn.Module):
         out = self._attend(q, k, v, weight).transpose(1, 2).reshape(B, N, C)
         score = log_message
         if self.receives:
-            score = _precise(self._attend(q, k, torch.ones_like(v), weight)[..., 0]).sum(1)
+            score = self._attend(q, k, torch.ones_like(_precise(v)), weight)[..., 0].sum(1)
         return self.proj(out), log_message, score
