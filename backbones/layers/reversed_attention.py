@@ -120,7 +120,8 @@ class ReversedAttention(nn.Module):
 
     def select(self, x: Tensor) -> Tensor:
         """Tokens ``[B, N, C]`` to the logarithm of their shares of the heads ``[B, N, h]``, in float32 at least."""
-        return F.log_softmax(_precise(self.head_selector(x)) / self.tau, dim=-1)
+        logits = self.head_selector(x) if torch.jit.is_scripting() else project_wide(self.head_selector, x)
+        return F.log_softmax(_precise(logits) / self.tau, dim=-1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         if self.fused_attn:
