@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..ops._backend import plain_only, use_compiled_onednn, use_onednn, without_autocast
+from ..ops._backend import use_compiled_onednn, use_onednn, without_autocast
 from ..ops.linear import linear
 
 __all__ = ["fuses", "is_plain", "pointwise", "project", "project_wide", "tensors"]
@@ -99,8 +99,8 @@ def project(layer: Any, x: Tensor) -> Tensor:
 def project_wide(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)`` in float32 at least, also under autocast and where the layer holds half precision.
 
-    Weights of half precision are widened if the layer is plain and no gradient is recorded; otherwise the layer is
-    called in its own dtype, and its output widened.
+    Weights of half precision are widened if the layer is plain, also while a gradient is recorded, so that training and
+    inference decide alike; otherwise the layer is called in its own dtype, and its output widened.
 
     Args:
         layer: Any module that maps ``[..., C]`` to ``[..., O]``.
@@ -114,7 +114,7 @@ def project_wide(layer: Any, x: Tensor) -> Tensor:
     with without_autocast(x):
         if own not in (torch.float16, torch.bfloat16):
             return layer(x.to(wide))
-        if is_plain(layer, nn.Linear) and (plain_only() or not torch.is_grad_enabled()):
+        if is_plain(layer, nn.Linear):
             weight, bias = tensors(layer)
             return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
         return layer(x.to(own)).to(wide)
