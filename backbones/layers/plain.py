@@ -3,7 +3,7 @@
 People change models: adapters wrap a layer, hooks watch it, pruning and parametrizations make its weight anew in every
 pass, quantisation gives it another class, sharding another kind of tensor.  A fast path that computes with
 ``layer.weight`` would pass all of that by without a word.  It may therefore run only on *plain* layers, and otherwise,
-as whenever a gradient is recorded, the layer itself is called.
+as whenever a gradient is recorded, the layer itself is called; :func:`project_wide` tells how it differs.
 """
 
 from __future__ import annotations
