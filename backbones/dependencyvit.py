@@ -18,8 +18,9 @@ the tree parser in ``layers/dependency.py``.  Attention dropout, which the re-im
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, Optional, Tuple  # noqa: UP035 - TorchScript
 
 import torch
 from timm.layers import (
@@ -43,6 +44,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, ReversedAttention
 from .layers.build import build
@@ -57,7 +59,11 @@ _norm_layer = partial(LayerNorm, eps=1e-6)
 @register_notrace_function
 def position_map(pos_embed: Tensor, H: int, W: int) -> Tensor:
     """Position embedding ``[1, h, w, C]`` at ``H x W`` tokens."""
-    if pos_embed.shape[1] == H and pos_embed.shape[2] == W:
+    if torch.jit.is_scripting() or not is_exporting():
+        same = pos_embed.shape[1] == H and pos_embed.shape[2] == W
+    else:  # a size that is free in the exported program is resampled to, which changes nothing at the table's own
+        same = statically_known_true(pos_embed.shape[1] == H) and statically_known_true(pos_embed.shape[2] == W)
+    if same:
         return pos_embed
     return resample_abs_pos_embed_nhwc(pos_embed, [H, W])
 
@@ -74,7 +80,7 @@ def put_back(x: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
 class DenseMap(nn.Module):
     """The map of all tokens: those that are left, and every pruned one in its last state."""
 
-    def forward(self, x: Tensor, log_message: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
+    def forward(self, x: Tensor, log_message: Tensor | None, index: Tensor | None, dense: Tensor) -> Tensor:
         """Tokens ``[B, K, C]``, messages and positions ``[B, K]``, earlier states ``[B, H, W, C]`` -> the last."""
         return put_back(x, index, dense)
 
@@ -121,11 +127,12 @@ class TokenPruning(nn.Module):
 
     def __init__(self, pruned: float):
         super().__init__()
-        self.kept = 1.0 - pruned
+        # a fraction: whole numbers round alike everywhere, in exported programs too
+        self.parts, self.whole = Fraction(1 - pruned).limit_denominator(10**6).as_integer_ratio()
 
     def extra_repr(self) -> str:
         """Share that is kept for ``print(model)``."""
-        return f"kept={self.kept:g}"
+        return f"kept={self.parts / self.whole:g}"
 
     def forward(
         self,
@@ -148,16 +155,74 @@ class TokenPruning(nn.Module):
             Tokens ``[B, k, C]``, logarithm of messages and positions ``[B, k]`` of those that stay; the map with the
             states of all that came in.
         """
-        count = max(1, int(dense.shape[1] * dense.shape[2] * self.kept + 1e-9))
-        if is_exporting():  # ONNX has no stable sort, but its own puts the lower of equals first
-            order = torch.sort(score.detach(), dim=1, descending=True)[1]
-        else:
+        count = dense.shape[1] * dense.shape[2] * self.parts // self.whole
+        if torch.jit.is_scripting() or not is_exporting():
+            count = max(1, count)
             order = torch.sort(score.detach(), stable=True, dim=1, descending=True)[1]
+        else:  # the size is free; ONNX has no stable sort, but its own puts the lower of equals first
+            count = torch.sym_max(1, count)  # type: ignore[assignment]
+            order = torch.sort(score.detach(), dim=1, descending=True)[1]
         order = order[:, :count].sort(dim=1)[0]
         dense = put_back(x, index, dense)
         index = order if index is None else index.gather(1, order)
         x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         return x, log_message.gather(1, order), index, dense
+
+
+class Messages:
+    """What travels beside the tokens from block to block, so that a block takes tokens and returns tokens.
+
+    A block reads the first three and leaves the same three, as they are after it, in ``after``.  It overwrites nothing
+    that it reads: run again, as by activation checkpointing, it computes the same.  This is neither a tuple nor a
+    dataclass, of which sharding tools would hand a copy to the block.
+
+    Args:
+        log_message: Logarithm of the messages of the tokens ``[B, K]``; None in front of the first block.
+        index: Positions of the tokens ``[B, K]``; None when all are there.
+        dense: Map of the states of pruned tokens ``[B, H, W, C]``; elsewhere its values mean nothing.
+    """
+
+    def __init__(
+        self,
+        log_message: Optional[Tensor],  # noqa: UP045 - TorchScript
+        index: Optional[Tensor],  # noqa: UP045 - TorchScript
+        dense: Tensor,
+    ):
+        self.log_message = log_message
+        self.index = index
+        self.dense = dense
+        after: Optional[Tuple[Tensor, Optional[Tensor], Tensor]] = None  # noqa: UP006, UP045 - TorchScript
+        self.after = after
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Messages":
+        """Move to the device of the next block: what tools that spread a model over devices call on its inputs."""
+        log_message, index = self.log_message, self.index
+        if log_message is not None:
+            self.log_message = log_message.to(device, non_blocking=non_blocking)
+        if index is not None:
+            self.index = index.to(device, non_blocking=non_blocking)
+        self.dense = self.dense.to(device, non_blocking=non_blocking)
+        return self
+
+
+def following(state: Messages) -> Messages:
+    """What goes into the block after the one that got ``state``."""
+    after = state.after
+    assert after is not None
+    return Messages(after[0], after[1], after[2])
+
+
+def recompute(block: nn.Module, x: Tensor, state: Messages) -> tuple[Tensor, Messages]:
+    """Run a block whose activations are computed again in the backward pass, as a function of tensors alone."""
+
+    def run(x: Tensor, log_message: Tensor | None, index: Tensor | None, dense: Tensor) -> tuple[Tensor | None, ...]:
+        inner = Messages(log_message, index, dense)
+        out = block(x, inner)
+        assert inner.after is not None
+        return out, *inner.after
+
+    out, *after = checkpoint(run, x, state.log_message, state.index, state.dense)
+    return out, Messages(*after)
 
 
 class Block(nn.Module):
@@ -217,32 +282,25 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.recorded: tuple[Tensor, Tensor | None, tuple[int, int]] | None = None  # messages, positions, map size
 
-    def forward(
-        self,
-        x: Tensor,
-        log_message: Tensor | None,
-        index: Tensor | None,
-        dense: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def forward(self, x: Tensor, state: Messages) -> Tensor:
         """Run the block.
 
         Args:
             x: Tokens ``[B, K, C]``.
-            log_message: Logarithm of their messages ``[B, K]``; None in the first block.
-            index: Their positions ``[B, K]``; None when all are there.
-            dense: Map of the states of pruned tokens ``[B, H, W, C]``; elsewhere its values mean nothing.
+            state: Their messages and positions; ``after`` is set.
 
         Returns:
-            The same four after the block.
+            Tokens ``[B, k, C]``, fewer if the block prunes.
         """
-        out, message, score = self.attn(self.norm1(x), log_message)
+        index, dense = state.index, state.dense
+        out, message, score = self.attn(self.norm1(x), state.log_message)
         x = x + self.drop_path1(self.ls1(out))
         if self.attn.record and not torch.jit.is_scripting():
             self.recorded = (message.detach(), index, (dense.shape[1], dense.shape[2]))
         if self.prune is not None:
             x, message, index, dense = self.prune(x, score, message, index, dense)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, message, index, dense
+        state.after = (message, index, dense)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class DependencyViT(nn.Module):
@@ -518,20 +576,24 @@ class DependencyViT(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the blocks as maps, pruned tokens in their last state.
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+        """Outputs of the blocks as maps, pruned tokens in their last state; arguments as for timm's plain transformer.
 
         Args:
             x: Images ``[B, in_chans, height, width]``.
             indices: Blocks: all for None, the last ``k`` for a number ``k``, else those listed, in network order.
+            return_prefix_tokens: Changes nothing, for there are none.
             norm: Apply the final norm to the feature of the last block.
             stop_early: Leave out the blocks after the last one listed.
             output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
             intermediates_only: Return the features alone.
+            output_dict: Return a dictionary with ``image_intermediates`` and ``image_features``; not in TorchScript.
 
         Returns:
             The features; unless ``intermediates_only``, also the final map in front of them.
@@ -545,8 +607,7 @@ class DependencyViT(nn.Module):
         features: list[Tensor] = []
         dense = self._embed(x)
         x = dense.flatten(1, 2)
-        log_message: Tensor | None = None
-        index: Tensor | None = None
+        state = Messages(None, None, dense)
         last = 0
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript would compile both sides
             blocks = self.blocks
@@ -555,11 +616,12 @@ class DependencyViT(nn.Module):
         for i, block in enumerate(blocks):
             last = i
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, log_message, index, dense = checkpoint(block, x, log_message, index, dense)
+                x, state = recompute(block, x, state)
             else:
-                x, log_message, index, dense = block(x, log_message, index, dense)
+                x = block(x, state)
+                state = following(state)
             if i in take_indices:
-                feature = put_back(x, index, dense)
+                feature = put_back(x, state.index, state.dense)
                 if norm and i == self.depth - 1:
                     feature = self.norm(feature)
                 if output_fmt == "NCHW":
@@ -568,20 +630,18 @@ class DependencyViT(nn.Module):
                     feature = feature.flatten(1, 2)
                 features.append(feature)
         if intermediates_only:
+            if not torch.jit.is_scripting() and output_dict:
+                return {"image_intermediates": features}
             return features
-        if last == self.depth - 1:
-            return self._finish(x, log_message, index, dense), features
-        return put_back(x, index, dense), features
+        final = self._finish(x, state) if last == self.depth - 1 else put_back(x, state.index, state.dense)
+        if not torch.jit.is_scripting() and output_dict:
+            return {"image_intermediates": features, "image_features": final}
+        return final, features
 
-    def _finish(
-        self,
-        x: Tensor,
-        log_message: Tensor | None,
-        index: Tensor | None,
-        dense: Tensor,
-    ) -> Tensor:
+    def _finish(self, x: Tensor, state: Messages) -> Tensor:
+        log_message = state.log_message
         assert log_message is not None
-        return self.to_map(self.norm(x), log_message, index, dense)
+        return self.to_map(self.norm(x), log_message, state.index, state.dense)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -611,16 +671,16 @@ class DependencyViT(nn.Module):
         """Images ``[B, in_chans, height, width]`` to the normed, weighted map ``[B, H, W, num_features]``."""
         dense = self._embed(x)
         x = dense.flatten(1, 2)
-        log_message: Tensor | None = None
-        index: Tensor | None = None
+        state = Messages(None, None, dense)
         for block, tap in zip(self.blocks, self.taps):  # noqa: B905 - TorchScript knows no strict
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, log_message, index, dense = checkpoint(block, x, log_message, index, dense)
+                x, state = recompute(block, x, state)
             else:
-                x, log_message, index, dense = block(x, log_message, index, dense)
+                x = block(x, state)
+                state = following(state)
             if self.dense_taps:
-                tap(x, log_message, index, dense)
-        return self._finish(x, log_message, index, dense)
+                tap(x, state.log_message, state.index, state.dense)
+        return self._finish(x, state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map ``[B, H, W, num_features]`` to logits, or to the pooled features with ``pre_logits``."""

@@ -1,19 +1,40 @@
 """DependencyViT: recorded layer, pruning against a token-by-token loop, masks, trees, parts and saliency."""
 
+import collections
+import copy
+import inspect
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 from golden import image, load, weights
+from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
+from timm.models.vision_transformer import VisionTransformer
 from tolerance import close, golden_close, op_close
 from torch import nn
+from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from zoo import build
 
-from vizoo.backbones.dependencyvit import DependencyViT, TokenPruning, WeightedMap, checkpoint_filter_fn
+from vizoo.backbones.dependencyvit import (
+    Block,
+    DependencyViT,
+    Messages,
+    TokenPruning,
+    WeightedMap,
+    checkpoint_filter_fn,
+)
 from vizoo.backbones.layers import Dependency, ReversedAttention, dependency_tree, saliency, subtrees
 from vizoo.backbones.layers.dependency import Tree
+from vizoo.backbones.layers.reversed_attention import MessageController
 from vizoo.backbones.ops.reversed_attention import dependency_mask
 
 PATHS = {"fused": True, "plain": False}
@@ -242,6 +263,408 @@ def test_checkpoint_of_another_image_and_patch_size():
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_dependencyvit", **arguments)
+
+
+# blocks as modules
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_hooks_get_the_tokens(name):
+    """What a hook of Grad-CAM gets of a block is one tensor with a gradient, on the Lite model of the tokens left."""
+    model, kept = spread(build(name)), []
+    model.blocks[1].register_forward_hook(lambda _, inputs, out: out.retain_grad() or kept.append(out))
+    passed = []
+    model.blocks[2].register_full_backward_hook(lambda _, inputs, outputs: passed.append((inputs[0], outputs[0])))
+    model(image((2, 3, 96, 64)))[:, 3].sum().backward()
+    (tokens,) = kept
+    assert tokens.shape == (2, 20 if "lite" in name else 24, 40)
+    assert tokens.grad.abs().sum(2).gt(0).all()
+    # of the messages, too, and those do not go through the tokens
+    torch.testing.assert_close(passed[0][0], tokens.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_can_be_run_again(name):
+    """A block overwrites nothing that it reads: wrapped for activation checkpointing by others, it learns the same."""
+    model, x = spread(build(name, num_classes=5, gate_init=0.0)).train(), image((2, 3, 96, 64))
+    twin = copy.deepcopy(model)
+    apply_activation_checkpointing(twin, check_fn=lambda module: isinstance(module, Block))
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(q.grad, p.grad, "gradient")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_the_gradient_of_the_messages(reentrant):
+    model, x = spread(build("test_dependencyvit_lite", num_classes=5, gate_init=0.0)).train(), image((2, 3, 96, 64))
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    before = use_reentrant_ckpt()
+    set_reentrant_ckpt(reentrant)
+    try:
+        for net in (model, twin):
+            net(x.clone().requires_grad_()).square().sum().backward()
+    finally:
+        set_reentrant_ckpt(before)
+    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad.any(), key
+        close(q.grad, p.grad, "gradient", key)
+
+
+def test_messages_follow_the_tokens_to_another_device():
+    """accelerate moves the inputs of a block that have a method ``to``."""
+    state = Messages(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, 2, 4))
+    moved = state.to("meta", non_blocking=True)
+    assert moved is state
+    assert {t.device.type for t in (state.log_message, state.index, state.dense)} == {"meta"}
+    first = Messages(None, None, torch.zeros(2, 2, 2, 4)).to("meta")
+    assert first.dense.device.type == "meta"
+    assert first.log_message is first.index is None
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", KINDS)
+def test_each_block_compiles(name, grad):
+    torch._dynamo.reset()
+    model, x = build(name, num_classes=5), image((2, 3, 96, 64))
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        out, expected = twin(x), model(x)
+        close(out, expected, "layout")
+    if grad:
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(q.grad, p.grad, "gradient")
+
+
+def sharded(rank, rendezvous):
+    """One of two processes: every block is sharded, and the gradients are those of the whole batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = spread(build("test_dependencyvit_lite", num_classes=5, gate_init=0.0)).train()
+        twin = copy.deepcopy(model)
+        model.set_grad_checkpointing(checkpointing)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        x = image((4, 3, 96, 64))
+        out, expected = model(x[2 * rank : 2 * rank + 2]), twin(x)
+        close(out, expected[2 * rank : 2 * rank + 2], "rerun")
+        out.square().sum().backward()
+        (expected.square().sum() / 2).backward()  # sharding averages over the processes
+        for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            close(p.grad.full_tensor(), q.grad, "gradient", key)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_blocks(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    code = "import sys; from test_dependencyvit import sharded; sharded(int(sys.argv[1]), sys.argv[2])"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), tmp_path / "rendezvous"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in processes:
+            printed, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, printed
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# layers that people change
+
+
+def calls(model):
+    """A counter of the calls of every leaf with parameters, in passes to come."""
+    counter = collections.Counter()
+    for key, layer in model.named_modules():
+        if any(True for _ in layer.parameters()) and not any(True for _ in layer.children()):
+            counter[key] = 0
+            layer.register_forward_hook(lambda *_, key=key: counter.update([key]))
+    return counter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score", ["message", "received"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_layer_is_called_once(name, score, dtype):
+    model, x = build(name, prune_score=score, dtype=dtype), image((2, 3, 96, 64)).to(dtype)
+    counter = calls(model)
+    assert len(counter) > 40
+    for passes, (training, grad) in enumerate(((True, True), (False, True), (False, False)), 1):
+        with torch.set_grad_enabled(grad):
+            model.train(training)(x)
+        assert set(counter.values()) == {passes}, counter
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_pruning_and_weight_norm(name):
+    """What is done to a layer is seen by the model, with and without gradients."""
+    model, x = build(name, num_classes=5, init_values=1.0), image((2, 3, 96, 64))
+    linear = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    pruned, normed, expected, scaled = (copy.deepcopy(model) for _ in range(4))
+    for key in linear:
+        prune.l1_unstructured(pruned.get_submodule(key), "weight", 0.5)
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(normed.get_submodule(key))
+        with torch.no_grad():
+            expected.get_submodule(key).weight.copy_(pruned.get_submodule(key).weight)
+            scaled.get_submodule(key).weight.mul_(1.5)
+            normed.get_submodule(key).weight_g.mul_(1.5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            close(pruned(x), expected(x), "same")
+            close(normed(x), scaled(x), "rerun")
+    peft = pytest.importorskip("peft")
+    targets = [key for key in linear if key.startswith("blocks.")]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
+    adapted(x).square().sum().backward()
+    trained = {k: p.grad for k, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(targets)
+    assert all(g.any() for g in trained.values())
+    with torch.no_grad():
+        out = adapted.eval()(x)
+        close(adapted.merge_and_unload()(x), out, "rerun")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_dynamic_quantization():
+    """Its layers take float32, compute in int8, and are called."""
+    model, x = build("test_dependencyvit", init_values=1.0), image((2, 3, 96, 64))
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.blocks[0].attn.message_controller.fc1) is torch.ao.nn.quantized.dynamic.Linear
+    with torch.no_grad():
+        out, expected = quantized(x), model(x)
+    assert 0 < (out - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_deterministic_algorithms(name):
+    model, x, found = build(name, num_classes=5), image((2, 3, 80, 64)), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for training in (False, True, True):
+            model.zero_grad()
+            out = model.train(training)(x)
+            out.square().sum().backward()
+            found.append(torch.cat([out.detach().flatten(), *(p.grad.flatten() for p in model.parameters())]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_images(name):
+    model, x = build(name), torch.zeros(0, 3, 96, 64)
+    for training in (True, False):
+        out = model.train(training)(x)
+        assert out.shape == (0, 1000)
+        out.sum().backward()
+        with torch.no_grad():
+            assert model(x).shape == (0, 1000)
+            final, features = model.forward_intermediates(x)
+        assert final.shape == (0, 6, 4, 40)
+        assert [f.shape for f in features] == [(0, 40, 6, 4)] * 4
+
+
+def test_intermediates_as_of_timms_plain_transformer():
+    """Arguments in timm's order, and without prefix tokens nothing to return for them."""
+    wanted = inspect.signature(VisionTransformer.forward_intermediates).parameters
+    offered = inspect.signature(DependencyViT.forward_intermediates).parameters
+    assert [(k, p.default) for k, p in offered.items()] == [(k, wanted[k].default) for k in offered]
+    assert list(offered) == list(wanted)[: len(offered)]
+    model, x = build("test_dependencyvit_lite"), image((1, 3, 96, 64))
+    with torch.no_grad():
+        final, features = model.forward_intermediates(x)
+        for flag in (False, True):
+            only = model.forward_intermediates(x, [1, 3], flag, intermediates_only=True)
+            for actual, expected in zip(only, features[1::2], strict=True):
+                close(actual, expected, "same")
+        found = model.forward_intermediates(x, output_dict=True)
+        assert found.keys() == {"image_intermediates", "image_features"}
+        close(found["image_features"], final, "same")
+        assert len(found["image_intermediates"]) == 4
+        only = model.forward_intermediates(x, output_dict=True, intermediates_only=True)
+        assert only.keys() == {"image_intermediates"}
+
+
+# half precision
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gates_are_computed_in_float32(dtype, grad):
+    layer = spread(MessageController(48, init=0.0))
+    x = image((2, 19, 48))
+    with torch.set_grad_enabled(grad):
+        expected = layer(x)
+        with torch.autocast("cpu", dtype=dtype):
+            close(layer(x), expected, "same")
+        half, x = copy.deepcopy(layer).to(dtype), x.to(dtype)
+        wide = copy.deepcopy(half).float()
+        out, expected = half(x), wide(x.float())
+        close(out, expected, "same")
+    if grad:
+        for p, gradient in zip(half.parameters(), torch.autograd.grad(expected.sum(), wide.parameters()), strict=True):
+            (found,) = torch.autograd.grad(out.sum(), p, retain_graph=True)
+            close(found, gradient.to(dtype), "same")
+    calls(half)
+    off = (half(x) - wide(x.float())).abs().max()  # watched layers are called, in their own dtype
+    assert 1e-6 < off < 0.1
+
+
+def chosen(model, x):
+    """Positions that are left in the end."""
+    left = []
+    last = [block.prune for block in model.blocks if block.prune is not None][-1]
+    with torch.no_grad(), last.register_forward_hook(lambda _, inputs, out: left.append(out[2])):
+        model(x)
+    return left[0]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["half", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_chooses_the_same_tokens(dtype, mixed):
+    """99 % of the tokens left are those that float32 leaves; gates in half precision leave 81 % (bf16) or 97 % (fp16)
+    of them."""
+    model, x = build("test_dependencyvit_lite"), image((8, 3, 224, 224))
+    half = model if mixed else copy.deepcopy(model).to(dtype)
+    wide = model if mixed else copy.deepcopy(half).float()
+    expected = chosen(wide, x if mixed else x.to(dtype).float())
+    with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+        found = chosen(half, x if mixed else x.to(dtype))
+    common = sum(len(set(a).intersection(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
+    assert found.shape == expected.shape == (8, 133)
+    assert common / expected.numel() >= 0.99
+
+
+# programs and transforms
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_trace_runs_without_the_package(name, tmp_path):
+    """As everybody traces: outside of ``no_grad``, with the default check."""
+    model, x = build(name), image((2, 3, 96, 64))
+    traced = torch.jit.trace(model, x)
+    assert {node.kind().partition("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    with torch.no_grad():
+        close(traced(x), model(x), "same")
+        torch.jit.save(traced, tmp_path / "model.pt")
+        torch.save((x, model(x)), tmp_path / "run.pt")
+    code = (
+        "import sys, torch\n"
+        "x, expected = torch.load('run.pt')\n"
+        "assert torch.equal(torch.jit.load('model.pt')(x), expected)\n"
+        "assert 'vizoo' not in sys.modules and 'timm' not in sys.modules\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SIZES = [(2, 3, 96, 128), (1, 3, 96, 96), (3, 3, 64, 160), (2, 3, 101, 135), (2, 3, 224, 224), (1, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_exports_any_size(name):
+    """One program for every batch, height and width: positions are resampled and tokens counted in it."""
+    model = spread(build(name, num_classes=5, gate_init=0.0))
+    nn.init.normal_(model.pos_embed)
+    sizes = {i: torch.export.Dim(n, min=low, max=512) for i, n, low in ((0, "b", 1), (2, "h", 32), (3, "w", 32))}
+    with torch.no_grad():
+        program = torch.export.export(model, (image(SIZES[0]),), dynamic_shapes=(sizes,), strict=False)
+        assert "vizoo" not in str(program.graph)
+        program = program.module()
+        for size in SIZES:
+            close(program(image(size)), model(image(size)), "graph", str(size))
+        # at a fixed size nothing is resampled
+        fixed = torch.export.export(model, (image((1, 3, 96, 96)),), strict=False)
+        assert "bicubic" not in str(fixed.graph)
+
+
+@pytest.mark.slow
+def test_onnx_of_any_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = spread(build("test_dependencyvit_lite", num_classes=5, gate_init=0.0, exportable=True))
+    path = tmp_path / "model.onnx"
+    nn.init.normal_(model.pos_embed)
+    sizes = ({0: "batch", 2: "height", 3: "width"},)
+    with torch.no_grad():
+        torch.onnx.export(model, (image(SIZES[0]),), path, dynamo=True, input_names=["x"], dynamic_shapes=sizes)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for size in SIZES:
+            (got,) = session.run(None, {"x": image(size).numpy()})
+            close(torch.from_numpy(got), model(image(size)), "graph", str(size))
+
+
+def test_counts_are_those_of_the_decimal_shares():
+    """Whole numbers round as the decimal numbers that were meant."""
+    for share in (0.16, 0.32, 0.48, 0.64, 0.1, 0.3, 1 / 3, 2 / 3, 0.999):
+        pruning = TokenPruning(share)
+        for N in range(1, 2000, 7):
+            assert N * pruning.parts // pruning.whole == math.floor(N * (1 - share) + 1e-9), (share, N)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # PyTorch scripts its own decompositions for jvp
+@pytest.mark.parametrize("score", ["message", "received"])
+@pytest.mark.parametrize("name", KINDS)
+def test_transforms(name, score):
+    """Gradients per sample, directional and second derivatives, also of the models that sort and gather."""
+    model = spread(build(name, num_classes=3, gate_init=0.0, prune_score=score)).double()
+    x, labels, v = image((3, 3, 64, 80)).double(), torch.tensor([0, 2, 1]), image((3, 3, 64, 80), 1).double()
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+
+    def loss(parameters, x, label):
+        out = torch.func.functional_call(model, parameters, (x[None],))
+        return nn.functional.cross_entropy(out, label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, labels)
+    for i in range(3):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]).backward()
+        for key, p in model.named_parameters():
+            op_close(each[key][i], p.grad, grad=True, what=key)
+
+    with torch.no_grad():
+        difference = (model(x + 1e-6 * v) - model(x - 1e-6 * v)) / 2e-6
+    _, tangent = torch.func.jvp(model, (x,), (v,))
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-8)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v)))
+            op_close(dual.tangent, tangent)
+    jacobian = torch.func.jacrev(model)(x[:1])[0, :, 0]
+    op_close((jacobian * v[0]).sum((1, 2, 3)), tangent[0])
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return x, g
+
+    at, g = slope(x)
+    (curvature,) = torch.autograd.grad((g * v).sum(), at)
+    difference = (slope(x + 1e-5 * v)[1] - slope(x - 1e-5 * v)[1]).detach() / 2e-5
+    torch.testing.assert_close(curvature, difference, rtol=1e-5, atol=1e-7)
 
 
 # what is recorded

@@ -3,7 +3,7 @@
 People change models: adapters wrap a layer, hooks watch it, pruning and parametrizations make its weight anew in every
 pass, quantisation gives it another class, sharding another kind of tensor.  A fast path that computes with
 ``layer.weight`` would pass all of that by without a word.  It may therefore run only on *plain* layers, and otherwise,
-as whenever a gradient is recorded, the layer itself is called.
+as whenever a gradient is recorded, the layer itself is called; :func:`project_wide` tells how it differs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..ops._backend import use_compiled_onednn, use_onednn
+from ..ops._backend import use_compiled_onednn, use_onednn, without_autocast
 from ..ops.linear import linear
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "keeps_size",
     "pointwise",
     "project",
+    "project_wide",
     "tensors",
 ]
 
@@ -156,3 +158,27 @@ def project(layer: Any, x: Tensor) -> Tensor:
         x = x if s == 1 else x[:, :, ::s, ::s]
         return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return layer(x)
+
+
+def project_wide(layer: Any, x: Tensor) -> Tensor:
+    """``layer(x)`` in float32 at least, also under autocast and where the layer holds half precision.
+
+    Weights of half precision are widened if the layer is plain, also while a gradient is recorded, so that training and
+    inference decide alike; otherwise the layer is called in its own dtype, and its output widened.
+
+    Args:
+        layer: Any module that maps ``[..., C]`` to ``[..., O]``.
+        x: Its input.
+
+    Returns:
+        Its output in float32, or float64 if the input is float64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), wide)
+    with without_autocast(x):
+        if own not in (torch.float16, torch.bfloat16):
+            return layer(x.to(wide))
+        if is_plain(layer, nn.Linear):
+            weight, bias = tensors(layer)
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return layer(x.to(own)).to(wide)

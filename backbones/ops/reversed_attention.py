@@ -16,17 +16,20 @@ fit a CPU's cache.  ``sdpa`` is exact on every backend of PyTorch: attention ``F
 cotangent ``u`` back to ``F^T u``, so the forward pass is that pull-back, and the backward pass is attention over
 ``dout`` and its own pull-back of ``u``.  The Triton kernels hold whole rows of scores in registers up to 256 tokens,
 with no second pass; above, tiles, with the log-sum of each sender from a pass of its own.  All sums run in a fixed
-order.  There is no second derivative.
+order.  Second derivatives, and all under transforms of ``torch.func``, are those of the folded eager form.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, INTERPRETED, on_device, use_triton, without_autocast
+from ._backend import HAS_TRITON, INTERPRETED, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
+from ._derivative import plain_gradients
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
 EAGER_SCORES = 2**19  # up to here inference is as fast in plain operators, without the call of an operator
@@ -577,6 +580,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, _):
+    if torch.is_grad_enabled():  # create_graph=True
+        *tensors, _ = ctx.saved_tensors
+        with without_autocast(dout):
+            gradients = plain_gradients(partial(_folded_form, scale=ctx.scale), tensors, dout, ctx.needs_input_grad[:3])
+        return *gradients, None, None
     return *_reversed_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.form), None, None
 
 
@@ -605,7 +613,8 @@ def reversed_attention(
 ) -> Tensor:
     """:func:`reference_reversed_attention` without its ``N x N`` matrices: same result and errors.
 
-    Exported and scripted graphs, and small inference on a CPU, see plain operators: ``softmax(S)^T @ (weight * v)``.
+    Exported, traced and scripted graphs, transforms of ``torch.func``, and small inference on a CPU see plain
+    operators: ``softmax(S)^T @ (weight * v)``.
 
     Args:
         q: Queries of the senders ``[B, h, N, d]``.
@@ -641,7 +650,7 @@ def _choose(backend: str, q: Tensor, u: Tensor) -> str:
     if backend not in ("auto", "torch", "sdpa", "triton"):
         raise ValueError(f"got backend={backend!r}, need 'auto', 'torch', 'sdpa' or 'triton'")
     triton_kernel = backend != "sdpa" and use_triton(backend, u, _kernel_limits(q, u))
-    if torch.compiler.is_exporting():
+    if plain_only() or u.numel() == 0:
         return "eager"
     if triton_kernel:
         return "triton"

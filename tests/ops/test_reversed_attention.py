@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import image, load
 from tolerance import golden_close, op_close
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,6 +84,70 @@ def test_is_the_definition(f, case):
 @pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention, through("sdpa")])
 def test_gradcheck(f):
     assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs(1, 2, 5, 3)])
+
+
+@pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention, through("sdpa")])
+def test_second_derivatives(f):
+    assert torch.autograd.gradgradcheck(f, [t.requires_grad_() for t in inputs(1, 2, 5, 3)])
+
+
+def test_second_derivatives_under_autocast():
+    """Products keep their dtype in the gradient of the gradient, too."""
+    tensors = [t.float().requires_grad_() for t in inputs(1, 2, 5, 3)]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            first = torch.autograd.grad(reversed_attention(*tensors).square().sum(), tensors, create_graph=True)
+        found.append(torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), tensors))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        op_close(actual, expected.double(), grad=True)
+
+
+@pytest.mark.parametrize("f", [reversed_attention, through("torch"), through("sdpa")])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # PyTorch scripts its own decompositions for jvp
+def test_transforms(f):
+    """Under ``torch.func`` and in forward mode, with and without gradients, the operator is its plain form."""
+    tensors, tangents = inputs(3, 2, 5, 4), tuple(t.flip(0) for t in inputs(3, 2, 5, 4))
+    expected, tangent = torch.func.jvp(reference_reversed_attention, tensors, tangents)
+
+    def loss(*one):
+        return f(*(t[None] for t in one)).square().sum()
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for actual, wanted in zip(torch.func.jvp(f, tensors, tangents), (expected, tangent), strict=True):
+                op_close(actual, wanted)
+            with forward_ad.dual_level():
+                duals = [forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
+                op_close(forward_ad.unpack_dual(f(*duals)).tangent, tangent)
+            op_close(torch.func.vmap(lambda *one: f(*(t[None] for t in one))[0])(*tensors), expected)
+            each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*tensors)
+            jacobian = torch.func.jacrev(f, argnums=3)(*(t[:1] for t in tensors))
+        whole = [t.clone().requires_grad_() for t in tensors]
+        for actual, wanted in zip(each, torch.autograd.grad(f(*whole).square().sum(), whole), strict=True):
+            op_close(actual, wanted, grad=True)
+        rows = torch.einsum("bhndBHN,BHN->bhnd", jacobian, tangents[3][:1])
+        op_close(rows, reference_reversed_attention(*(t[:1] for t in tensors[:3]), tangents[3][:1]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+def test_traces_plain_operators(grad):
+    tensors = [t.float() for t in inputs(1, 2, 700, 4)]  # more than inference leaves to plain operators
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(reversed_attention, tensors)
+    assert "vizoo::" not in str(traced.inlined_graph)
+    op_close(traced(*tensors), reference_reversed_attention(*(t.double() for t in tensors)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "sdpa"])
+def test_no_images(backend):
+    tensors = [t[:0].requires_grad_() for t in inputs(1, 2, 5, 3)]
+    out = reversed_attention(*tensors, backend=backend)
+    assert out.shape == (0, 2, 5, 3)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), tensors)] == [t.shape for t in tensors]
+    with torch.no_grad():
+        assert reversed_attention(*tensors, backend=backend).shape == (0, 2, 5, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
