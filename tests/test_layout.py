@@ -19,7 +19,8 @@ OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo
 HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads"}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 # ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
-PLUMBING = {f"{OPS}.{name}" for name in ("_backend", "_cost", "_halo_kernels", "_neighborhood_kernels", "na2d_av")}
+_PLUMBING = ("_backend", "_cost", "_derivative", "_halo_kernels", "_neighborhood_kernels", "attention", "na2d_av")
+PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
@@ -167,6 +168,48 @@ def test_import_rules_bite() -> None:
         ("tools/bench.py", f"{BACKBONES}.family", True),
     ]
     assert [case for case in good if reason(*case) is not None] == []
+
+
+PARAMETERS = {"weight", "bias"}
+SET_UP = re.compile(r"init|reset_parameters|open_gate|_from_timm|reparameterize|set_grid|load_from_state")  # outside every pass
+
+
+def readings(source: str) -> list[int]:
+    """Lines on which a method that may run in a pass reads the parameters of a module other than its own."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef) or SET_UP.search(function.name):
+            continue
+        for node in ast.walk(function):
+            read = isinstance(node, ast.Attribute) and node.attr in PARAMETERS and not isinstance(node.ctx, ast.Store)
+            if read and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                found.append(node.lineno)
+    return found
+
+
+def test_layers_are_called_not_read() -> None:
+    """Only ``layers/plain.py`` decides when a fast path may read the parameters of a layer instead of calling it."""
+    broken = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in files("backbones")
+        if path.name != "plain.py"
+        for line in readings(path.read_text(encoding="utf-8"))
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def test_reading_rule_bites() -> None:
+    bad = (
+        "F.linear(x, self.fc.weight)",
+        "linear(x, self.qkv.bias)",
+        "self.mlp.fc1.weight.t()",
+        "a = self.fc; a.weight",
+    )
+    good = ("F.conv2d(x, self.weight, self.bias)", "self.fc(x)", "project(self.fc, x)")
+    for lines, expected in ((bad, [2]), (good, [])):
+        for line in lines:
+            assert readings(f"def forward(self, x):\n    {line}\n") == expected, line
+    assert readings("def init_weights(self):\n    zeros_(self.fc.weight)\n") == []
 
 
 def test_nobody_imports_tools() -> None:

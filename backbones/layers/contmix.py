@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._backend import plain_only, use_onednn
 from ..ops.contmix import contmix, contmix_from_logits, working_size
-from .plain import depthwise, fold, folds, is_plain, is_watched, keeps_size, pointwise, project, tensors
+from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
 
 __all__ = ["ContMixBlock"]
 
@@ -335,15 +335,15 @@ class DilatedReparamBlock(nn.Module):
     def mergeable(self) -> bool:
         """Whether the merged kernel gives what the modules give: all are plain, and every norm evaluates."""
         modules: list[Any] = list(self.children())
-        large = modules[0]
-        if not (is_plain(large, nn.Conv2d) and keeps_size(large)):
-            return False
-        if len(modules) == 1:
-            return large.bias is not None
-        kernels = ((large.kernel_size[0], 1), *BRANCHES.get(large.kernel_size[0], ()))
-        return len(modules) == 2 * len(kernels) and all(
-            depthwise(conv, *kernel) and folds(norm) and conv.bias is None and conv.weight.dtype == large.weight.dtype
-            for conv, norm, kernel in zip(modules[::2], modules[1::2], kernels, strict=True)
+        convs, norms = modules[::2], modules[1::2]
+        size = convs[0].kernel_size[0] if is_plain(convs[0], nn.Conv2d) else 0
+        kernels = ((size, 1), *BRANCHES.get(size, ())) if norms else ((size, 1),)
+        return (
+            len(convs) == len(kernels)
+            and all(depthwise(conv, *kernel) for conv, kernel in zip(convs, kernels, strict=True))
+            and all(has_bias(conv) != bool(norms) for conv in convs)
+            and all(map(folds, norms))
+            and len({t.dtype for t in tensors(*convs) if t is not None}) == 1
         )
 
     def kernel(self) -> tuple[Tensor, Tensor]:

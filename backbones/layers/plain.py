@@ -23,6 +23,7 @@ __all__ = [
     "fold",
     "folds",
     "fuses",
+    "has_bias",
     "is_plain",
     "is_watched",
     "keeps_size",
@@ -68,6 +69,11 @@ def is_plain(layer: Any, *types: type) -> bool:
 def tensors(*layers: Any) -> list[Any]:
     """Weight and bias of every layer, one after the other; only for layers that :func:`is_plain` has found plain."""
     return [t for layer in layers for t in (layer.weight, layer.bias)]
+
+
+def has_bias(layer: Any) -> bool:
+    """Whether a layer adds a bias."""
+    return getattr(layer, "bias", None) is not None
 
 
 def pointwise(layer: Any, groups: int = 1) -> bool:

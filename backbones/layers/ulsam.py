@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.ulsam import ulsam_logits
 from .contmix import as_written
-from .plain import fold, folds, pointwise, tensors
+from .plain import fold, folds, has_bias, pointwise, tensors
 
 __all__ = ["ULSAM", "add_ulsam"]
 
@@ -73,14 +73,14 @@ class ULSAM(nn.Module):
     @torch.jit.unused
     def _reads(self) -> bool:
         """Whether the operator may sum with the weights of the second convolution."""
-        return pointwise(self.conv_point, self.num_splits) and self.conv_point.bias is not None
+        return pointwise(self.conv_point, self.num_splits) and has_bias(self.conv_point)
 
     @torch.jit.unused
     def _folds(self) -> bool:
         """Whether all four layers are one affine map, for inference."""
         if torch.is_grad_enabled() or not (folds(self.bn_dws) and folds(self.bn_point)):
             return False
-        return pointwise(self.conv_dws, self.conv_dws.in_channels) and self.conv_dws.bias is not None
+        return pointwise(self.conv_dws, self.conv_dws.in_channels) and has_bias(self.conv_dws)
 
     @torch.jit.unused
     def _fold(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
