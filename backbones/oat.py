@@ -26,6 +26,7 @@ from torchvision.ops import roi_align
 
 from .layers.build import build
 from .layers.place_code import PlaceCode, step_code
+from .layers.plain import tensors
 from .ops._backend import is_transforming, plain_only
 from .ops.attention import attention
 
@@ -211,7 +212,7 @@ class CrossAttention(nn.Module):
 def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
     """A linear layer for some outputs of another."""
     out = nn.Linear(layer.in_features, stop - start, device="meta")
-    out.weight, out.bias = (nn.Parameter(t.detach()[start:stop].clone()) for t in (layer.weight, layer.bias))
+    out.weight, out.bias = (nn.Parameter(t.detach()[start:stop].clone()) for t in tensors(layer))
     return out
 
 

@@ -69,7 +69,7 @@ def check_changed_layers(model: nn.Module, run: Callable[[nn.Module], Tensor], x
                     original, mask = target.get_parameter(f"{kind}_orig"), target.get_buffer(f"{kind}_mask")
                     by_hand.get_submodule(name).get_parameter(kind).copy_(original.mul_(0.9) * mask)
     with torch.no_grad():
-        close(run(pruned), run(by_hand), "same", "pruned")
+        close(run(pruned), run(by_hand), "rerun", "pruned")
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
     linear = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     assert not [n for n in linear if type(quantised.get_submodule(n)) is nn.Linear]
@@ -79,7 +79,7 @@ def check_changed_layers(model: nn.Module, run: Callable[[nn.Module], Tensor], x
     accelerate = pytest.importorskip("accelerate")
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"))
     with torch.no_grad():
-        close(run(offloaded), plain, "same", "offloaded")
+        close(run(offloaded), plain, "rerun", "offloaded")
     peft = pytest.importorskip("peft")
     adapted = peft.inject_adapter_in_model(
         peft.LoraConfig(target_modules=linear, init_lora_weights=False), copy.deepcopy(model)
@@ -148,4 +148,4 @@ def check_trace(model: nn.Module, *inputs: Tensor) -> None:
     assert kinds <= {"aten", "prim", "torchvision"}, kinds
     with torch.no_grad():
         for args in (inputs, tuple(x.flip(0) for x in inputs)):
-            close(traced(*args), model(*args), "same")
+            close(traced(*args), model(*args), "graph")
