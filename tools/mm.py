@@ -381,6 +381,9 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         if training:
             _build(lambda: (runner.train_loop, runner.val_loop))
             runner.optim_wrapper = _build(lambda: runner.build_optim_wrapper(runner.optim_wrapper))
+            backbone = getattr(getattr(runner.model, "module", runner.model), "backbone", None)
+            if isinstance(backbone, mm.VizooBackbone):  # weights that cannot be had end it here, with a message
+                _build(backbone.init_weights)
             runner.train()
         else:
             _check_fit(runner.model, cfg.load_from)

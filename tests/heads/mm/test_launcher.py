@@ -161,6 +161,14 @@ def test_bad_words(write_config, tmp_path, capsys):
         assert "--amp" in refuse(capsys, "train", config, "--amp")
 
 
+def test_weights_out_of_reach(write_config, tmp_path, capsys):
+    """One message before the first step: nobody answers at that address."""
+    extra = BACKBONE.format('pretrained="http://127.0.0.1:9/none.pth"')
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
+    words = ["train", config, "--no-check-data", "--work-dir", tmp_path / "out"]
+    assert "refused" in refuse(capsys, *words)
+
+
 def test_missing_extra(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "MISSING", "install vizoo[mm]")
     assert "vizoo[mm]" in refuse(capsys, "train", "x.py")
