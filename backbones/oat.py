@@ -475,7 +475,9 @@ class OAT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Xavier for every matrix and filter, PyTorch's defaults for the rest; a backbone initialises itself.
+        """Xavier for every matrix and filter, no biases in attention, PyTorch's defaults for the rest.
+
+        A backbone initialises itself.
 
         Args:
             needs_reset: First give every layer PyTorch's default, as after ``to_empty()``.
@@ -493,6 +495,10 @@ class OAT(nn.Module):
                     nn.init.xavier_uniform_(weight)
             elif isinstance(module, CrossAttention):
                 module.init_weights()
+        for module in self.modules():
+            if isinstance(module, (Attention, CrossAttention)):  # as nn.MultiheadAttention starts
+                for layer in module.children():
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

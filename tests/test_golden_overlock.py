@@ -8,11 +8,11 @@ import timm
 import torch
 from golden import image, load, weights
 from timm.utils.model import reparameterize_model
-from tolerance import close, golden_close
+from tolerance import close, golden_close, op_close
 
 import vizoo  # noqa: F401
 from vizoo.backbones.layers import ContMixBlock
-from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock
+from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock, GlobalResponseNorm
 from vizoo.backbones.overlock import FocusBlock, checkpoint_filter_fn
 from vizoo.tools.profiler import count
 
@@ -228,6 +228,28 @@ def test_kernel_merge(kernel_size, grad):
         golden_close(block.lk_origin.weight, case.outputs[f"weight_k{kernel_size}"], "kernel")
         golden_close(block.lk_origin.bias, case.outputs[f"bias_k{kernel_size}"], "bias")
         golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "merged")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_response_norm_of_zeros(layout):
+    """A channel, or a whole image, of zeros has no slope of the norm, as in ``torch.norm``; values in both modes."""
+    layer = GlobalResponseNorm(6).double()
+    with torch.no_grad():
+        layer.gamma.copy_(torch.randn(1, 6, 1, 1))
+        layer.beta.copy_(torch.randn(1, 6, 1, 1))
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    x[0, 2] = x[1] = 0
+    leaves = [x.contiguous(memory_format=layout).requires_grad_(), *layer.parameters()]
+    norm = torch.norm(leaves[0], p=2, dim=(-1, -2), keepdim=True)
+    expected = (layer.gamma * norm / (norm.mean(dim=1, keepdim=True) + 1e-6) + 1) * leaves[0] + layer.beta
+    grad, out = torch.randn_like(x), layer(leaves[0])
+    op_close(out.detach(), expected.detach(), what="out")
+    found, truth = (torch.autograd.grad(t, leaves, grad) for t in (out, expected))
+    for name, a, t in zip(("dx", "dgamma", "dbeta"), found, truth, strict=True):
+        assert torch.isfinite(a).all()
+        op_close(a, t, grad=True, what=name)
+    with torch.inference_mode():
+        op_close(layer(x.contiguous(memory_format=layout)), expected.detach(), what="inference")
 
 
 def test_auxiliary_head():

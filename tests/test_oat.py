@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 
 import pytest
@@ -19,7 +20,7 @@ from torchvision.ops import roi_align
 from zoo import build, gradients, overlay
 
 from vizoo.backbones.layers import PlaceCode, step_code
-from vizoo.backbones.oat import CrossAttention, checkpoint_filter_fn, cut, next_fixations
+from vizoo.backbones.oat import CrossAttention, checkpoint_filter_fn, cut, next_fixations, pyramid_level
 from vizoo.tools.profiler import count
 
 CASES = ("oat_small", "oat_small_spp")
@@ -400,6 +401,48 @@ def test_first_step_is_that_of_pytorch():
     moved = Reference(48, 2, 40, (1, 2), 2).double().take(model)
     for (name, p), q in zip(reference.named_parameters(), moved.parameters(), strict=True):
         op_close(q, p, grad=True, what=name)
+
+
+def test_starts_as_pytorch():
+    """The official initialisation: xavier for matrices, zero biases where ``nn.MultiheadAttention`` has them."""
+    for needs_reset in (False, True):
+        model = build("test_oat")
+        if needs_reset:
+            for p in model.parameters():
+                p.data.fill_(torch.nan)
+            model.init_weights()
+        found = Reference(48, 2, 40, (1, 2), 2).take(model)
+        official = Reference(48, 2, 40, (1, 2), 2)
+        for p in official.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+        for (name, p), q in zip(found.named_parameters(), official.parameters(), strict=True):
+            assert p.any() == q.any(), name
+            spread = pytest.approx(q.std(correction=0).item(), rel=0.3)
+            assert p.numel() < 20 or p.std(correction=0).item() == spread, name
+            bound = q.abs().max().item()  # of a uniform distribution: a joint matrix has its own fan
+            assert p.numel() < 2000 or p.abs().max().item() == pytest.approx(bound, rel=0.01), name
+
+
+def test_pooling_of_ties():
+    """Of equal maxima of a cell the first gets the gradient, also if it lies in the frame of zeros."""
+    x = torch.randint(0, 3, (2, 3, 5, 7)).double().requires_grad_()
+    for cells in (1, 2, 4):
+        out = pyramid_level(x, cells)
+        grad = torch.randn_like(out)
+        h, w = -(-5 // cells), -(-7 // cells)
+        top, left = (h * cells - 5) // 2, (w * cells - 7) // 2
+        values, slope = [], torch.zeros_like(x)
+        cell_grads = grad.view(2, 3, cells, cells)
+        for b, c, i, j in itertools.product(range(2), range(3), range(cells), range(cells)):
+            cell = [(y - top, z - left) for y in range(i * h, i * h + h) for z in range(j * w, j * w + w)]
+            seen = [x[b, c, y, z].item() if 0 <= y < 5 and 0 <= z < 7 else 0.0 for y, z in cell]
+            values.append(max(seen))
+            y, z = cell[seen.index(max(seen))]
+            if 0 <= y < 5 and 0 <= z < 7:
+                slope[b, c, y, z] += cell_grads[b, c, i, j]
+        close(out.detach().flatten(), torch.tensor(values, dtype=torch.float64), "same")
+        op_close(torch.autograd.grad(out, x, grad)[0], slope, grad=True, what=f"{cells} cells")
 
 
 # weights of queries, keys and values

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from changes import check_calls, check_changed_layers, check_trace, check_transforms
 from golden import image, load, weights
 from sklearn import datasets
@@ -175,6 +176,67 @@ def test_reference_by_the_loop():
             total = sum(weights_[j] * v[0, h, j] for j in range(3))
             total = total + sum(weights_[3 + j] * vp[0, h, j] for j in range(5) if chosen[0, i, j])
             op_close(out[0, h, i], total, what=f"head {h}, query {i}")
+
+
+def official_match(x, keys, topk):
+    """Matching as the official code has it: the chosen prompts and the mean of ``1 - cosine`` over them."""
+    cosine = F.normalize(x, dim=-1) @ F.normalize(keys, dim=-1).t()
+    value, index = cosine.topk(topk, dim=-1)
+    return torch.zeros_like(cosine).scatter(-1, index, 1.0), (1 - value).mean()
+
+
+def test_match_of_ties_and_zeros():
+    """Equal keys, keys of one direction, zero keys, zero tokens: choice, loss and both gradients are the official."""
+    keys = torch.eye(6, dtype=torch.float64)[[0, 1, 1, 0, 2, 3, 5, 4]]  # cosines without rounding
+    keys[3] *= 2
+    keys[5] = 0
+    layer = small().double().blocks[0].tcpa
+    x = torch.randint(-2, 3, (2, 7, 6)).double()
+    x[0, 2] = x[1] = 0
+    for topk in (1, 3, 8):
+        leaves = [x.clone().requires_grad_(), keys.clone().requires_grad_()]
+        (chosen, loss), (truth, expected) = layer.nearest(*leaves, topk), official_match(*leaves, topk)
+        assert torch.equal(chosen, truth)
+        op_close(loss.detach(), expected.detach(), what="loss")
+        found, wanted = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
+        for name, a, t in zip(("tokens", "keys"), found, wanted, strict=True):
+            assert torch.isfinite(a).all()
+            zero = (leaves[name == "keys"] == 0).all(-1)  # divided by 1e-12: a scale of their own
+            for rows in (zero, ~zero):
+                if t[rows].any():
+                    op_close(a[rows], t[rows], grad=True, what=f"{name}, top {topk}")
+                else:
+                    assert not a[rows].any()
+
+
+@pytest.mark.parametrize("fused", PLAIN.values(), ids=PLAIN)
+def test_first_step_with_ties(fused):
+    """A model with equal keys and zero tokens, whose choice by index is that of the official code: all gradients."""
+
+    def run(model, x):
+        logits = model(x)
+        (logits.square().sum() + model.match_loss).backward()
+        return logits.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+    model = small(settings={"fused": fused, "prompt_drop": 0.0, "image_topk": 3, "cls_topk": 3}).double().train()
+    with torch.no_grad():
+        model.patch_embed.proj.weight.zero_()  # every patch is its position, the first of them zero
+        model.patch_embed.proj.bias.zero_()
+        model.pos_embed[:, 1:3].zero_()
+        for block in model.blocks:
+            for keys in (block.tcpa.image_keys, block.tcpa.cls_keys):
+                keys.copy_(torch.eye(keys.shape[1])[torch.arange(len(keys)) // 2])  # pairs, cosines without rounding
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.tcpa.nearest = official_match
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    (logits, found), (expected, truth) = run(model, x), run(twin, x)
+    op_close(logits, expected, what="logits")
+    for key, gradient in truth.items():
+        if gradient.abs().max() > 1e-9:
+            op_close(found[key], gradient, grad=True, what=key)
+        else:
+            assert found[key].abs().max() <= 1e-9, key
 
 
 # training, hosts, state

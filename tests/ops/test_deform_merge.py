@@ -1,10 +1,14 @@
 import math
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from tolerance import op_close
 from torchvision.ops import deform_conv2d
+from zoo import gradients
 
+from vizoo.backbones.litv2 import DeformableTokenMerging
 from vizoo.backbones.ops.deform_merge import deform_merge, reference_deform_merge
 
 SIZES = [(1, 2, 2, 1, 1), (2, 5, 4, 3, 7), (1, 7, 11, 5, 2), (3, 6, 3, 8, 4)]  # B, H, W, C, O
@@ -85,6 +89,123 @@ def test_rim_and_outside(f):
         assert f(x, offset, weight).item() == pytest.approx(expected), dy
     offset[0, 0, 0, 0] = math.nan
     assert f(x, offset, weight).isnan().all()
+
+
+def places(x, offset):
+    """Rows and columns ``[..., 8]`` that the taps sample, and how many of each the map has."""
+    B, H, W, _ = x.shape
+    start = torch.zeros(H // 2, W // 2, 8, dtype=x.dtype)
+    start[..., 0::2] = 2 * torch.arange(H // 2).reshape(-1, 1, 1) + torch.tensor([0, 0, 1, 1])
+    start[..., 1::2] = 2 * torch.arange(W // 2).reshape(-1, 1) + torch.tensor([0, 1, 0, 1])
+    return start + offset, torch.tensor([H, W] * 4)
+
+
+def official(x, offset, weight, bias, grad):
+    """Output and gradients of torchvision's operator, offsets with mmcv's rule: none a pixel outside or further."""
+    out = deform_conv2d(x.permute(0, 3, 1, 2), offset.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1)
+    dx, doffset, *others = torch.autograd.grad(out, (x, offset, weight, bias), grad)
+    place, size = places(x.detach(), offset.detach())
+    inside = ((place > -1) & (place < size)).unflatten(3, (4, 2)).all(4, keepdim=True)  # both coordinates of a tap
+    return out.detach(), dx, doffset.where(inside.expand(-1, -1, -1, -1, 2).flatten(3), 0.0), *others
+
+
+def kinks(kind, x, offset):
+    """Offsets at which the operator has a kink, for offsets of any size."""
+    if kind == "zero":
+        return torch.zeros_like(offset)
+    if kind == "whole":
+        return offset.round()
+    if kind == "half":
+        return offset.floor() + 0.5
+    place, size = places(x, torch.zeros_like(offset))
+    rim = torch.where(torch.rand(offset.shape) < 0.5, -1.0, size) - place  # the pixel before the first, after the last
+    chosen = torch.rand(offset.shape) < 0.4
+    if kind == "rim":
+        return torch.where(chosen, rim, offset.round())
+    return torch.where(chosen, rim.sign() * math.inf, offset)
+
+
+@pytest.mark.parametrize("kind", ["zero", "whole", "half", "rim", "infinite"])
+@pytest.mark.parametrize("f", [reference_deform_merge, deform_merge])
+def test_kinks_are_official(f, kind):
+    """One slope of two at whole offsets, none a pixel outside, nothing at all at infinity: value and all gradients."""
+    for size in SIZES:
+        x, offset, weight, bias = tensors(*size)
+        args = [t.requires_grad_() for t in (x, kinks(kind, x, offset), weight, bias)]
+        out = f(*args)
+        grad = torch.randn(out.shape, dtype=out.dtype)
+        found = (out.detach(), *torch.autograd.grad(out, args, grad))
+        truth = official(*args, grad)
+        for name, a, t in zip(("out", "dx", "doffset", "dweight", "dbias"), found, truth, strict=True):
+            op_close(a, t, grad=name != "out", what=f"{name} of {size}")
+        place, limit = places(x, args[1].detach())
+        outside = ~((place > -1) & (place < limit))
+        assert (found[2][outside] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("f", [reference_deform_merge, deform_merge])
+def test_constant_map_has_no_slope(f, dtype):
+    """Exactly none where a whole offset has its next pixel on the map: on a plain area nothing drifts in training.
+
+    Widths are those of models: a product of 3 channels may round by where its row lies in memory.
+    """
+    for size in [(2, 5, 4, 16, 7), (1, 7, 11, 32, 2), (3, 6, 3, 96, 4)]:
+        x, offset, weight, bias = (t.to(dtype) for t in tensors(*size))
+        x, offset = torch.full_like(x, 0.7), offset.round().requires_grad_()
+        slope = torch.autograd.grad(f(x, offset, weight, bias).square().sum(), offset)[0]
+        place, limit = places(x, offset.detach())
+        inner = ((place >= 0) & (place <= limit - 2)).unflatten(3, (4, 2)).all(4)
+        assert inner.any()
+        assert (slope.unflatten(3, (4, 2))[inner] == 0).all()
+        assert slope.any(), "on the last pixel the next one is outside"
+
+
+@pytest.mark.parametrize("f", [reference_deform_merge, deform_merge])
+def test_nan_stays_where_it_is(f):
+    """An offset that is NaN makes its own output NaN, and no gradient of another place."""
+    x, offset, weight, bias = (t.requires_grad_() for t in tensors(*SIZES[1]))
+    broken = offset.detach().clone()
+    broken[1, 1, 0, 3] = math.nan
+    out = f(x, broken.requires_grad_(), weight, bias)
+    lost = torch.zeros(out.shape[:3], dtype=torch.bool)
+    lost[1, 1, 0] = True
+    assert torch.equal(out.isnan().all(3), lost)
+    assert torch.equal(out.isnan().any(3), lost)
+    dx, doffset = torch.autograd.grad(out, (x, broken), torch.ones_like(out))
+    assert torch.isfinite(dx[0]).all()
+    assert torch.isfinite(doffset[~lost]).all()
+
+
+def torchvisions(self, x):
+    """``DeformableTokenMerging.forward`` by torchvision's operator."""
+    x = x.permute(0, 3, 1, 2)
+    x = deform_conv2d(x, self.offset(x), self.conv.weight, self.conv.bias, stride=2)
+    return self.act(self.norm(x)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_first_step_is_that_of_torchvision(fused, monkeypatch):
+    """A model as it starts, with every offset zero, in float64: loss and the gradient of every parameter and image."""
+    timm.layers.set_fused_attn(fused)
+    try:
+        model = timm.create_model("test_litv2", num_classes=5).double().train()
+    finally:
+        timm.layers.set_fused_attn(True)
+    x, labels, found = torch.randn(3, 3, 75, 101, dtype=torch.float64, requires_grad=True), torch.arange(3), []
+    for forward in (DeformableTokenMerging.forward, torchvisions):
+        monkeypatch.setattr(DeformableTokenMerging, "forward", forward)
+        model.zero_grad()
+        x.grad = None
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        found.append({"loss": loss.detach(), "image": x.grad, **gradients(model)})
+    largest = max(gradient.abs().max() for gradient in found[1].values())
+    for key, truth in found[1].items():
+        if truth.abs().max() > 1e-12 * largest:  # of a bias before a batch norm it is rounding
+            op_close(found[0][key], truth, grad=key != "loss", what=key)
+        else:
+            assert key.endswith(("conv.bias", "fc2.bias")), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

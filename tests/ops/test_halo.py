@@ -130,6 +130,18 @@ def test_is_the_definition(f, case, options):
 
 @pytest.mark.parametrize("f", [reference_halo_attention, halo_attention])
 @pytest.mark.parametrize("options", [PLAIN, OTHER], ids=str)
+def test_gradients_at_the_border(f, options):
+    """Every gradient of the definition: partial blocks, windows over every side of the map, larger than the map."""
+    for case in [(1, 5, 3, 1, 2, 3, 2, 1, 1), (1, 4, 6, 1, 2, 1, 2, 2, 2), (1, 2, 3, 2, 2, 2, 4, 1, 1)]:
+        tensors = inputs(*case)
+        grad = torch.randn(*tensors[0].shape[:4], case[5], dtype=torch.float64)
+        found, truth = (run(lambda *t, g=g: g(*t, *case[-3:], *options), tensors, grad) for g in (f, loop))  # noqa: B023
+        for name, a, t in zip(NAMES, found, truth, strict=True):
+            op_close(a, t, grad=name != "out", what=f"{name} of {case}")
+
+
+@pytest.mark.parametrize("f", [reference_halo_attention, halo_attention])
+@pytest.mark.parametrize("options", [PLAIN, OTHER], ids=str)
 def test_gradcheck(f, options):
     case = (1, 3, 5, 2, 2, 1, 2, 1, 2)
     tensors = [t.requires_grad_() for t in inputs(*case)]

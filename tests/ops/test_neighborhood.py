@@ -131,6 +131,19 @@ def test_is_the_definition(f, case):
     op_close(call(f, tensors, case, 0.7), loop(*tensors, *case[-3:], 0.7))
 
 
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("case", [*CASES[1:6], CASES[7]], ids=ids)
+def test_gradients_at_the_border(f, case):
+    """Every gradient of the definition, on maps of which most positions lie at a border or in the padding."""
+    tensors, grad = inputs(*case), torch.randn(*case[:4], case[5], dtype=torch.float64)
+    found = run(lambda t: call(f, t, case), tensors, grad)
+    truth = run(lambda t: loop(*t, *case[-3:]), tensors, grad)
+    for name, a, t in zip(NAMES, found, truth, strict=True):
+        assert (a is None) == (t is None), name  # the padding of a map that needs none
+        if t is not None:
+            op_close(a, t, grad=name != "out", what=name)
+
+
 def test_window_of_the_map_is_attention():
     q, k, v = (torch.randn(2, 6, 5, 3, 4, dtype=torch.float64) for _ in range(3))
     tokens = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))

@@ -122,6 +122,37 @@ def test_folded_norms_stay_in_float32(dtype):
         op_close(f(x, *others), truth, what=f.__name__)
 
 
+@pytest.mark.parametrize("f", [reference_ulsam_logits, ulsam_logits, pytest.param(triton, marks=needs_triton)])
+@pytest.mark.parametrize("affine", AFFINE)
+def test_gradients_of_ties(f, affine):
+    """Of equal neighbours the first gets the gradient, and none where the largest is 0 or less."""
+    x = torch.randint(-2, 3, (2, 6, 4, 5)).double()
+    weight, bias = inputs(1, 3, 2, 1, 1)[1:3]
+    others = [torch.tensor([1.0, -1, 2, 0.5, 0, 1]), torch.tensor([0.0, 1, -2, -1, 0, 2])] if affine else []
+    tensors = [x, weight, bias, *(t.double() for t in others)]
+    scale, shift = tensors[3:] or (torch.ones(6).double(), torch.zeros(6).double())
+    grad = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    expected = [torch.zeros_like(t) for t in (x, weight, bias, scale, shift)]
+    for b, c, i, j in itertools.product(*map(range, x.shape)):
+        n, k = divmod(c, 2)
+        around = [(y, z) for y in range(max(i - 1, 0), min(i + 2, 4)) for z in range(max(j - 1, 0), min(j + 2, 5))]
+        values = [(x[b, c, y, z] * scale[c] + shift[c]).item() for y, z in around]
+        peak = max(values)  # the first of several
+        if peak > 0:
+            y, z = around[values.index(peak)]
+            slope = grad[b, n, i, j] * weight[n, k]
+            expected[0][b, c, y, z] += slope * scale[c]
+            expected[1][n, k] += grad[b, n, i, j] * peak
+            expected[3][c] += slope * x[b, c, y, z]
+            expected[4][c] += slope
+    expected[2] = grad.sum((0, 2, 3))
+    dtype, device = (torch.float32, DEVICE) if f is triton else (torch.float64, "cpu")
+    found = run(f, [t.to(device, dtype) for t in tensors], grad.to(device, dtype))[1:]
+    for name, a, t in zip(("d_x", "d_weight", "d_bias", "d_scale", "d_shift"), found, expected):  # noqa: B905
+        op_close(a.cpu(), t, grad=True, what=name)
+    assert torch.equal(found[0].cpu() == 0, expected[0] == 0)
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids)
