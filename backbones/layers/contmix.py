@@ -160,7 +160,8 @@ class FusedSequential(nn.Sequential):
     @torch.jit.unused
     def _images(self, x: Tensor) -> int:
         """How many images to work on at once: all, unless the modules treat each by itself and nobody counts them."""
-        width = max([m.out_channels for m in self if pointwise(m)], default=0)
+        modules: list[Any] = list(self)
+        width = max((m.out_channels for m in modules if pointwise(m)), default=0)
         size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * width * x.element_size() + 1) + 1
         return size if size < x.shape[0] and all(map(_by_image, self.modules())) else x.shape[0]
 

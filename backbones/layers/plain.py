@@ -122,8 +122,8 @@ def folds(norm: Any) -> bool:
 
 def fold(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Factor and summand ``[C]`` of a norm that :func:`folds`, in ``dtype`` if given."""
-    found = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    gamma, beta, mean, variance = (t if dtype is None else t.to(dtype) for t in found)  # type: ignore[union-attr]
+    found: list[Any] = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    gamma, beta, mean, variance = (t if dtype is None else t.to(dtype) for t in found)
     scale = gamma * (variance + norm.eps).rsqrt()
     return scale, beta - mean * scale
 
