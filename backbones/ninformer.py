@@ -42,8 +42,6 @@ from .layers.plain import project, tensors
 
 __all__ = ["NiNformer"]
 
-register_notrace_function(project)  # picks its path by the device of its input
-
 
 def resizing(grid: tuple[int, int], H: int, W: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """What makes a token-mixing network one for another grid, which sums over the tokens as before.
@@ -94,6 +92,14 @@ def resize_token_weights(
     return (w1.to(wide) @ P).to(w1.dtype), (R.t() @ w2.to(wide)).to(w2.dtype), (b2.to(wide) @ R).to(b2.dtype)
 
 
+def is_known(side: int, own: int) -> bool:
+    """Whether a side is that of the grid, and not one that the exporter does not know and only has an example of."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if isinstance(side, torch.SymInt):
+            return False
+    return side == own
+
+
 @register_notrace_module  # picks its path by the size of its input
 class TokenMixing(nn.Module):
     """Feed-forward network over the tokens of a grid, the same for every channel.
@@ -128,14 +134,14 @@ class TokenMixing(nn.Module):
 
     def _windowed(self, H: int, W: int) -> bool:
         if self.window is None:
-            return min(H / self.grid[0], W / self.grid[1]) > 1.5
+            return 3 * self.grid[0] < 2 * H and 3 * self.grid[1] < 2 * W
         return bool(self.window)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
         B, H, W, C = x.shape
         h, w = self.grid
-        if (h, w) == (H, W):
+        if is_known(H, h) and is_known(W, w):
             return self.mlp(x.flatten(1, 2).transpose(1, 2)).transpose(1, 2).reshape(B, H, W, C)
         if self._windowed(H, W):
             rows, cols = (H + h - 1) // h, (W + w - 1) // w

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vizoo.backbones.ops._backend import whole_operators
 from vizoo.backbones.ops._cost import COSTS, Cost, find_operator, flop_formulas
 
 
@@ -262,7 +263,10 @@ def _nothing(*args: Any, **kwargs: Any) -> int:
 def _mapping() -> dict[Any, Callable[..., int]]:
     """Formulas for ``FlopCounterMode``; whatever has a price gets one, so that it is not taken apart."""
     priced = {packet: _nothing for name in _PRICES if (packet := find_operator(name)) is not None}
-    return {op: f for op, f in {**priced, **flop_formulas()}.items() if f is not _nothing or op not in flop_registry}
+    formulas = {**priced, **flop_formulas()}
+    # some releases of PyTorch look for the overload, when they decide whether to take it apart, others for the packet
+    overloads = {getattr(packet, name): f for packet, f in formulas.items() for name in packet.overloads()}
+    return {op: f for op, f in {**formulas, **overloads}.items() if f is not _nothing or op not in flop_registry}
 
 
 class _Recorder(TorchDispatchMode):
@@ -564,7 +568,8 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
         # fvcore ignores a handler of None where it has a default
         for name in _NO_CONTRACTION.split() if contractions else ():
             analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
-        return {path: int(n) for path, n in analysis.by_module().items()}
+        with whole_operators():
+            return {path: int(n) for path, n in analysis.by_module().items()}
 
 
 def differences(first: Count, second: dict[str, int]) -> list[str]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.neighborhood import crop_to, neighborhood_attention, pad_to_window, reference_neighborhood_attention
+from ..ops.neighborhood import is_padded, neighborhood_attention, reference_neighborhood_attention
 from .mlp import Mlp
 from .plain import project
 
@@ -112,15 +112,24 @@ class NeighborhoodAttention(nn.Module):
             if H * W != N:
                 raise ValueError(f"got {N} tokens for a {H}x{W} map; give size=(H, W), without prefix tokens")
             x = x.reshape(shape[0], H, W, shape[2])
-        B, C, h, K = x.shape[0], x.shape[3], self.num_heads, self.kernel_size
-        padded = pad_to_window(x, K, self.dilation)  # before the projection, so a padded token has the bias as its key
-        qkv = self.qkv(padded) if torch.jit.is_scripting() else project(self.qkv, padded)
-        q, k, v = qkv.reshape(B, padded.shape[1], padded.shape[2], 3, h, C // h).unbind(3)  # [B, H, W, h, d]
-        q = crop_to(q, x)
-        if self.fused_attn:
-            out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
+        B, H, W, C = x.shape
+        h, K = self.num_heads, self.kernel_size
+        pad_k: Tensor | None = None
+        pad_v: Tensor | None = None
+        if is_padded(H, W, K, self.dilation):  # what is the key and the value of a token of zeros?
+            rows = torch.cat([x.reshape(B * H * W, C), x.new_zeros(1, C)])
+            rows = self.qkv(rows) if torch.jit.is_scripting() else project(self.qkv, rows)
+            qkv = rows[: B * H * W]
+            _, pad_k, pad_v = rows[B * H * W].reshape(3, h, C // h).unbind(0)
         else:
-            out = reference_neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb)
+            qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        q, k, v = qkv.reshape(B, H, W, 3, h, C // h).unbind(3)  # [B, H, W, h, d]
+        if self.fused_attn:
+            out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v)
+        else:
+            out = reference_neighborhood_attention(
+                q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v
+            )
         out = out.flatten(3)
         return (self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)).reshape(shape)
 

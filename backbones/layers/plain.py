@@ -138,9 +138,9 @@ def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,), compi
         compiled: Whether there is an operator of ours too that runs oneDNN inside, for ``torch.compile``.
 
     Returns:
-        True if it may, which is never while a gradient is recorded.
+        True if it may, which is never while a gradient or an fx graph is recorded.
     """
-    if torch.is_grad_enabled() or not all(is_plain(layer, *types) for layer in layers):
+    if torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy) or not all(is_plain(layer, *types) for layer in layers):
         return False
     weight = layers[0].weight
     return use_onednn(x, weight) or (compiled and use_compiled_onednn(x, weight))

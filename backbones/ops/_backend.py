@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 _ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # operators define their kernels only if it is there
 _NATTEN = (0, 21, 7)  # the first release whose CUTLASS backward pass gives no NaN on partial tiles
+_whole = False  # see whole_operators
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # kernels run in Python, also on CPU tensors
 
 
@@ -71,7 +73,19 @@ def plain_only() -> bool:
     True in export and ``torch.jit.trace``, whose programs must run without this package, and under transforms, for
     which operators of ours have no rules and those of oneDNN drop tangents.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_transforming()
+    tracing = torch.jit.is_tracing() and not _whole
+    return torch.compiler.is_exporting() or tracing or is_transforming()
+
+
+@contextlib.contextmanager
+def whole_operators() -> Iterator[None]:
+    """Context in which ``torch.jit.trace`` sees our operators as one each, for counters that price them by name."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
 
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:

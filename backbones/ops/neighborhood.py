@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._backend import HAS_TRITON, choose_backend, is_transforming, load_natten, plain_only, without_autocast
 from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
@@ -54,27 +53,16 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value[0], value[1])
 
 
-def _other_size(k: Tensor, q: Tensor, window: _Window) -> bool:
-    """Whether the map of the keys is neither as large as that of the queries nor padded to a dilated window."""
-    H, W = k.shape[1], k.shape[2]
-    if not (isinstance(H, int) and isinstance(W, int)):
-        return False  # sizes that the exporter does not know
-    if q.shape[1] == H and q.shape[2] == W:
-        return False
-    rows, cols = window.kernel[0] * window.dilation[0], window.kernel[1] * window.dilation[1]
-    return max(q.shape[1], rows) != H or max(q.shape[2], cols) != W
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, window: _Window, rpb: Tensor | None, pad_k: Tensor | None, pad_v: Tensor | None
 ) -> None:
     kernel, stride, dilation = window.kernel, window.stride, window.dilation
     if q.dim() != 5:
         raise ValueError(f"got q of shape {list(q.shape)}, need [B, H, W, h, d]")
-    if k.dim() != 5 or _other_size(k, q, window) or k.shape[0] != q.shape[0] or k.shape[3:] != q.shape[3:]:
+    if k.shape != q.shape:
         raise ValueError(f"got k of shape {list(k.shape)}, need that of q, {list(q.shape)}")
-    if v.dim() != 5 or v.shape[:4] != k.shape[:4]:
-        raise ValueError(f"got v of shape {list(v.shape)}, need {list(k.shape[:4])} and one more dimension")
+    if v.dim() != 5 or v.shape[:4] != q.shape[:4]:
+        raise ValueError(f"got v of shape {list(v.shape)}, need {list(q.shape[:4])} and one more dimension")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"got q, k and v in {q.dtype}, {k.dtype} and {v.dtype}, need one dtype")
     if kernel[0] < 1 or kernel[1] < 1:
@@ -100,19 +88,12 @@ def _at_least(L: int, least: int) -> int:
     return max(L, least)
 
 
-def _same(a: int, b: int) -> bool:
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-        if not (isinstance(a, int) and isinstance(b, int)):
-            return statically_known_true(a == b) if isinstance(a, torch.SymInt) else False
-    return a == b
-
-
 def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
     """Fill a map ``[B, H, W, h, C]`` at the bottom and right up to the size of a dilated window."""
     H, W = t.shape[1], t.shape[2]
     rows = _at_least(H, window.kernel[0] * window.dilation[0])
     cols = _at_least(W, window.kernel[1] * window.dilation[1])
-    if _same(rows, H) and _same(cols, W):
+    if isinstance(H, int) and isinstance(W, int) and rows == H and cols == W:
         return t
     y, x = torch.arange(rows, device=t.device), torch.arange(cols, device=t.device)
     outside = ((y >= H).unsqueeze(1) | (x >= W)).reshape(1, rows, cols, 1, 1)
@@ -121,19 +102,12 @@ def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
     return torch.where(outside, one, t)
 
 
-def pad_to_window(x: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """Zero-pad a map ``[B, H, W, C]`` at the bottom and right to a dilated window; itself when it is as large."""
-    window = _Window(_pair(kernel_size), (1, 1), _pair(dilation))
-    return _padded(x.unsqueeze(3), None, window).squeeze(3)
-
-
-def crop_to(t: Tensor, like: Tensor) -> Tensor:
-    """The top left of a map ``[B, H, W, h, d]`` that is as large as another."""
-    H, W = like.shape[1], like.shape[2]
-    if _same(H, t.shape[1]) and _same(W, t.shape[2]):
-        return t
-    rows, cols = torch.arange(H, device=t.device), torch.arange(W, device=t.device)
-    return t.index_select(1, rows).index_select(2, cols)  # slices would bind an exported program to its size
+def is_padded(H: int, W: int, kernel_size: int, dilation: int) -> bool:
+    """Whether a map is, or to the exporter's knowledge may be, smaller than a dilated window."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):
+            return True
+    return min(H, W) < kernel_size * dilation
 
 
 def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,8 +166,8 @@ def reference_neighborhood_attention(
 
     Args:
         q: Queries ``[B, H, W, h, d]``.
-        k: Keys, same shape and dtype; or of a map already padded, as below.
-        v: Values ``[B, H, W, h, dv]``, same dtype, of the same map.
+        k: Keys, same shape and dtype.
+        v: Values ``[B, H, W, h, dv]``, same dtype.
         kernel_size: Side of the window, or its rows and columns ``(Kh, Kw)``: at least 1; an even side has one key more
             before the query than after it.
         stride: Queries that share a window, 1 to ``kernel_size``; the latter is attention in separate blocks.
