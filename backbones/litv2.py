@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from .layers import HiLo
 from .layers.build import build
-from .layers.plain import depthwise, fuses, tensors
+from .layers.plain import depthwise, fuses, project, tensors
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
 
@@ -132,7 +132,9 @@ class DeformableTokenMerging(nn.Module):
             )
         offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H/2, W/2, 8]
         x = deform_sample(x, offset) if self.fused else reference_deform_sample(x, offset)  # [B, H or H - 1, ..., C]
-        return self.act(self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        x = self.conv(x) if torch.jit.is_scripting() else project(self.conv, x)
+        return self.act(self.norm(x).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
 from tolerance import close
-from zoo import BACKWARD, build, each_kind, gradients, sample
+from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample
 
 # timm still promises TorchScript, which torch announces to retire
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -109,21 +109,43 @@ def test_export(name: str) -> None:
             close(exported(larger), model(larger), "graph")
 
 
+FREE = torch.export.Dim.AUTO
+
+
+def free_sized(name: str) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """A model that takes images of any size, and batches of several sizes, the first as the example."""
+    fixed = is_fixed(build(name, device="meta"))
+    model = build(name, exportable=True, **({"dynamic_img_size": True} if fixed else {}))
+    sizes = [(2, 224, 256), (3, 288, 224), (1, 231, 299)] if "overlock" in name else [(2, 96, 96), (3, 64, 128)]
+    return model, [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
+
+
+@each_kind
+def test_export_any_size(name: str) -> None:
+    """One program for every batch, height and width; OverLoCK's from the size of its windows on."""
+    model, images = free_sized(name)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (images[0],), dynamic_shapes=({0: FREE, 2: FREE, 3: FREE},), strict=False
+        ).module()
+        for x in images:
+            close(program(x), model(x), "graph")
+
+
 @pytest.mark.slow
 @each_kind
-def test_onnx(name: str, tmp_path: Path) -> None:
-    """ONNX Runtime agrees, at the exported batch size and at another."""
+def test_onnx_any_size(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime agrees at the exported size and at others."""
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, path = build(name, exportable=True), tmp_path / "model.onnx"
-    x, larger = sample(model, batch=2), sample(model, batch=3)
+    (model, images), path = free_sized(name), tmp_path / "model.onnx"
+    free = ({0: "batch", 2: "height", 3: "width"},)
     with torch.no_grad():
         torch.onnx.export(
-            model, (x,), path, dynamo=True, input_names=["x"], output_names=["y"], dynamic_shapes=({0: "batch"},)
+            model, (images[0],), path, dynamo=True, input_names=["x"], output_names=["y"], dynamic_shapes=free
         )
-    onnx.checker.check_model(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        for images in (x, larger):
-            (got,) = session.run(None, {"x": images.numpy()})
-            close(torch.from_numpy(got), model(images), "runtime")
+        onnx.checker.check_model(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for x in images:
+            (got,) = session.run(None, {"x": x.numpy()})
+            close(torch.from_numpy(got), model(x), "runtime")

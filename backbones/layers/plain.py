@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..ops._backend import use_compiled_onednn, use_onednn, without_autocast
-from ..ops.linear import linear
+from ..ops.linear import onednn_linear
 
 __all__ = [
     "depthwise",
@@ -27,6 +27,7 @@ __all__ = [
     "is_plain",
     "is_watched",
     "keeps_size",
+    "patchwise",
     "pointwise",
     "project",
     "project_wide",
@@ -78,11 +79,17 @@ def has_bias(layer: Any) -> bool:
 
 def pointwise(layer: Any, groups: int = 1) -> bool:
     """Whether a plain convolution is linear over (a group of) the channels of every pixel, or of every ``s``-th."""
+    return patchwise(layer, groups) and layer.kernel_size == (1, 1)
+
+
+def patchwise(layer: Any, groups: int = 1) -> bool:
+    """Whether a plain convolution is linear over (a group of) the channels of patches that do not overlap."""
     return (
         is_plain(layer, nn.Conv2d)
-        and layer.kernel_size == (1, 1)
         and layer.stride[0] == layer.stride[1]
+        and layer.kernel_size in ((1, 1), layer.stride)
         and layer.padding == (0, 0)
+        and layer.dilation == (1, 1)
         and layer.groups == groups
     )
 
@@ -147,10 +154,10 @@ def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,), compi
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """``layer(x)``, by oneDNN where a plain linear layer or 1x1 convolution runs for inference on a CPU.
+    """``layer(x)``, by oneDNN where a plain linear layer, or a convolution of pixels or patches, infers on a CPU.
 
     Args:
-        layer: Any module that maps ``[..., C]`` to ``[..., O]``, or ``[B, C, H, W]`` to ``[B, O, H, W]`` if it is a
+        layer: Any module that maps ``[..., C]`` to ``[..., O]``, or ``[B, C, H, W]`` to ``[B, O, H', W']`` if it is a
             convolution.
         x: Its input.
 
@@ -158,11 +165,16 @@ def project(layer: Any, x: Tensor) -> Tensor:
         Its output.
     """
     if fuses(x, layer):
-        return linear(x, *tensors(layer))
-    if pointwise(layer) and fuses(x, layer, types=(nn.Conv2d,)):
-        s, (weight, bias) = layer.stride[0], tensors(layer)
-        x = x if s == 1 else x[:, :, ::s, ::s]
-        return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return onednn_linear(x, *tensors(layer))
+    if patchwise(layer) and fuses(x, layer, types=(nn.Conv2d,), compiled=False):
+        (weight, bias), s, k = tensors(layer), layer.stride[0], layer.kernel_size[0]
+        x = x.permute(0, 2, 3, 1)
+        if k > 1:
+            x = x[:, : x.shape[1] // k * k, : x.shape[2] // k * k]
+            x = x.unflatten(1, (-1, k)).unflatten(3, (-1, k)).transpose(2, 3).flatten(3)  # [B, H / k, W / k, k * k * C]
+        elif s > 1:
+            x = x[:, ::s, ::s]
+        return onednn_linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
     return layer(x)
 
 

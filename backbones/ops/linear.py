@@ -24,12 +24,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., O]``.
     """
-    if not torch.jit.is_scripting():
-        if use_onednn(x, weight):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if use_compiled_onednn(x, weight):
-            return torch.ops.vizoo.linear(x, weight, bias)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if use_onednn(x, weight) or use_compiled_onednn(x, weight):
+            return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` for a call that ``use_onednn`` or ``use_compiled_onednn`` has found to fit."""
+    if torch.compiler.is_compiling():
+        return torch.ops.vizoo.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @torch.library.custom_op("vizoo::linear", mutates_args=())
