@@ -106,6 +106,20 @@ def test_wrapped_layers(name: str) -> None:
 
 
 @each_kind
+def test_one_wrapped_layer(name: str) -> None:
+    """Among plain ones, with nothing but a ``forward`` of its own: no attribute of the layer inside is needed."""
+    model = build(name)
+    x = sample(model, side=64)
+    with torch.no_grad():
+        expected = model(x)
+        for path, layer in layers(model).items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Sequential(layer))
+            close(model(x), expected, "rerun", path)
+            setattr(model.get_submodule(parent), leaf, layer)
+
+
+@each_kind
 def test_patched_layers(name: str) -> None:
     """A ``forward`` put on one layer is what runs."""
     model = build(name)

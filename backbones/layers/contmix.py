@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, register_notrace_function, register_notrace_module, trunc_normal_
+from timm.layers import (
+    DropPath,
+    LayerNorm2d,
+    register_notrace_function,
+    register_notrace_module,
+    to_2tuple,
+    trunc_normal_,
+)
 from torch import Tensor, nn
 
 from ..ops._backend import plain_only, use_onednn
@@ -65,6 +72,7 @@ class ResDWConv(nn.Conv2d):
 
 
 def residual_conv(dim: int, **dd: Any) -> ResDWConv:
+    """The 3x3 one of OverLoCK for ``dim`` channels; ``dd`` are device and dtype."""
     return ResDWConv(dim, dim, 3, padding=1, groups=dim, **dd)
 
 
@@ -258,7 +266,8 @@ class RegionPool(nn.AdaptiveAvgPool2d):
         """Map ``[B, C, H, W]`` to ``[B, C, *output_size]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
             if isinstance(x.shape[2], torch.SymInt) or isinstance(x.shape[3], torch.SymInt):
-                return region_means(x, 2, REGIONS) @ x @ region_means(x, 3, REGIONS).t()
+                rows, cols = to_2tuple(self.output_size)
+                return region_means(x, 2, rows) @ x @ region_means(x, 3, cols).t()
         return F.adaptive_avg_pool2d(x, self.output_size)
 
 

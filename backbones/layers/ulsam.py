@@ -80,7 +80,7 @@ class ULSAM(nn.Module):
         """Whether all four layers are one affine map, for inference."""
         if torch.is_grad_enabled() or not (folds(self.bn_dws) and folds(self.bn_point)):
             return False
-        return pointwise(self.conv_dws, self.conv_dws.in_channels) and has_bias(self.conv_dws)
+        return pointwise(self.conv_dws, self.bn_dws.num_features) and has_bias(self.conv_dws)
 
     @torch.jit.unused
     def _fold(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
