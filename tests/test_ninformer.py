@@ -176,3 +176,12 @@ def test_dropout_only_trains():
     assert not torch.equal(model.train()(x), model(x))
     model.eval()
     close(model(x), model(x), "same")
+
+
+def test_dropout_without_gradients():
+    """Training mode drops, whether or not a gradient is recorded."""
+    mlp = TokenMixing((3, 4), 64, drop=0.5).train().mlp
+    x = torch.randn(4, 6, 12)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            assert 0.4 < (mlp.hidden(x) == 0).float().mean() < 0.6

@@ -45,6 +45,6 @@ class Mlp(nn.Module):
         """The activated and dropped first half: ``[..., C]`` to ``[..., hidden_dim]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
             if fuses(x, self.fc1, compiled=False):  # GELU while the product is written
-                return torch.ops.mkldnn._linear_pointwise(x, *tensors(self.fc1), "gelu", [], "none")
+                return self.drop(torch.ops.mkldnn._linear_pointwise(x, *tensors(self.fc1), "gelu", [], "none"))
         x = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
         return self.drop(F.gelu(x))
