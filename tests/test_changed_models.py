@@ -230,6 +230,20 @@ def test_nothing_outlives_its_weights(name: str) -> None:
 
 
 @each_kind
+def test_training_without_gradients(name: str) -> None:
+    """Training mode is training mode: outputs, what is dropped and running statistics."""
+    model = build(name, drop_path_rate=0.3).train()
+    twin, x = copy.deepcopy(model), sample(model, batch=4)
+    torch.manual_seed(1)
+    expected = model(x).detach()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        close(twin(x), expected, "rerun")
+    for (key, found), buffer in zip(twin.named_buffers(), model.buffers(), strict=True):
+        close(found, buffer, "rerun", key)
+
+
+@each_kind
 def test_transforms(name: str) -> None:
     """``torch.func``, forward mode and second derivatives."""
     model = build(name)
