@@ -149,3 +149,25 @@ def check_trace(model: nn.Module, *inputs: Tensor) -> None:
     with torch.no_grad():
         for args in (inputs, tuple(x.flip(0) for x in inputs)):
             close(traced(*args), model(*args), "graph")
+
+
+class Wrapper(nn.Module):
+    """A module around a backbone, as scripted detectors have."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor):
+        """Two maps."""
+        return self.net.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+
+
+def check_script_inside(model: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
+    """The features of a model script as part of another module, which is returned."""
+    wrapper = Wrapper(model)
+    scripted = torch.jit.script(wrapper)
+    with torch.no_grad():
+        for got, expected in zip(scripted(x), wrapper(x), strict=True):
+            close(got, expected, "graph")
+    return scripted

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from changes import check_calls, check_changed_layers, check_trace, check_transforms
+from changes import check_calls, check_changed_layers, check_script_inside, check_trace, check_transforms
 from timm.models.resnet import ResNet
 from tolerance import close, op_close
 from torch import nn
@@ -262,24 +262,10 @@ def test_norms_of_test_time_adaptation(make, without):
     close(changed(x), model(x), "same")
 
 
-class Wrapper(nn.Module):
-    """A module around a backbone, as scripted detectors have."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: torch.Tensor):
-        """Two maps."""
-        return self.net.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_script_inside():
     model, x = awake(small(scriptable=True)).eval(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        for got, expected in zip(torch.jit.script(Wrapper(model))(x), Wrapper(model)(x), strict=True):
-            close(got, expected, "graph")
+    check_script_inside(model, x)
 
 
 # passes through the hooks of medusa()

@@ -99,8 +99,6 @@ def prompt_attention(
     bias = F.pad(torch.cat([left_out, sink], -1), [n, 0])  # 0 for tokens
     k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
     v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
-    if torch.jit.is_scripting():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=scale)
     return attention(q, k, v, bias, drop, scale)
 
 
