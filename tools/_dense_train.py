@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +37,13 @@ from vizoo.tools.common import (
     Parser,
     UserError,
     atomic_write,
-    check_outputs,
+    check_output,
     compute_device,
     print_table,
     progress,
     resolve_models,
+    save_figure,
+    write_json,
 )
 
 ARCHS = {
@@ -528,7 +529,8 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if options.get("task") != task:
         raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task {task}'")
-    check_outputs(args)
+    check_output(args.out, "--out", ".json")
+    check_output(args.plot, "--plot", ".png")
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")
     options |= {k: getattr(args, k) for k in given if getattr(args, k) is not None}
@@ -550,8 +552,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     result = {k: options[k] for k in ("task", "arch", "model", "data")} | {"images": len(parts.val), **found}  # type: ignore[arg-type]
     _report(result)
     if args.out:
-        with atomic_write(args.out) as f:
-            json.dump(result, f, indent=2)
+        write_json(args.out, result)
     if args.plot:
         draw_predictions(model, parts.val, parts.classes, device, Path(args.plot))  # type: ignore[arg-type]
     return 0
@@ -596,8 +597,7 @@ def draw_predictions(
 
         handles = [Patch(color=_fraction(_colour(i)), label=name) for i, name in enumerate(classes[:20])]
         figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def _colour(index: int) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -31,11 +30,13 @@ from vizoo.tools.common import (
     UserError,
     atomic_write,
     build_model,
-    check_outputs,
+    check_output,
     compute_device,
     print_table,
     progress,
     resolve_models,
+    save_figure,
+    write_json,
 )
 from vizoo.tools.scanpaths import Behaviour, average, compare, sim
 
@@ -345,7 +346,8 @@ def evaluate_scanpaths(argv: list[str]) -> int:
     options = stored_options(args.run)
     if options.get("task") != "scanpath":
         raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task scanpath'")
-    check_outputs(args)
+    check_output(args.out, "--out", ".json")
+    check_output(args.plot, "--plot", ".png")
     device = compute_device(args.device)
     options |= {k: v for k, v in {"data": args.data, "images": args.images}.items() if v is not None}
     data = _load(options)
@@ -369,8 +371,7 @@ def evaluate_scanpaths(argv: list[str]) -> int:
             {"layout": t.scene.name, "viewer": t.viewer, "target": t.target, "human": t.sequence, "greedy": g[0]}
             for t, g in zip(trials, greedy, strict=True)
         ]
-        with atomic_write(args.out) as f:
-            json.dump({**result, "scanpaths": rows}, f, indent=2)
+        write_json(args.out, {**result, "scanpaths": rows})
     if args.plot:
         chosen = range(0, len(trials), -(-len(trials) // SHOWN))  # of different scenes
         columns = {f"{result['model']}, greedy": [greedy[i][0] for i in chosen]}
@@ -445,8 +446,7 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
             axes.set_title(f"{name}, {scene.name}: {len(sequence)} fixations", fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def _repeats(sequence: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from vizoo.tools.common import UserError, atomic_write
+from vizoo.tools.common import UserError, save_figure
 
 
 class Saver(CheckpointSaver):
@@ -113,8 +113,7 @@ def draw_curves(
     panels[0].legend(frameon=False)
     panels[1].axhline(best[held_out], color="tab:blue", linewidth=0.8, linestyle=":")
     panels[1].set_title(f"best {best[held_out]:.2f} % in epoch {int(best['epoch']) + 1}", fontsize=10)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:

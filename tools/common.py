@@ -1,4 +1,4 @@
-"""What all tools share: one-line errors, model names, devices, progress bars, safe file writing."""
+"""What all tools share: one-line errors, numbers, model names, devices, progress bars, reading and writing of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import difflib
 import fnmatch
+import json
+import math
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +27,10 @@ class UserError(ValueError):
     """Bad input: the message names the argument, the value and what is allowed; tools exit with status 2."""
 
 
+class Failure(Exception):
+    """Something went wrong while running: the message says what, where, and what helps; tools exit with status 1."""
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line, as all bad input of a tool."""
 
@@ -36,8 +43,48 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """Argument type: a finite number between two bounds.
+
+    Args:
+        kind: ``int`` or ``float``.
+        low: Smallest value.
+        high: Largest value.
+        above: ``low`` itself is not allowed.
+        below: ``high`` itself is not allowed.
+
+    Returns:
+        Parser of a text; it raises ``argparse.ArgumentTypeError`` with what is allowed.
+    """
+    need = "a whole number" if kind is int else "a finite number"
+    bounds = [f"above {low:g}" if above else f"at least {low:g}"] * (low > -math.inf)
+    bounds += [f"below {high:g}" if below else f"at most {high:g}"] * (high < math.inf)
+    need = f"{need} of {' and '.join(bounds)}".replace(" of above", " above").replace(" of below", " below")
+    need = need.removesuffix(" of ")
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            fits = math.isfinite(value)  # OverflowError for an int of over 308 digits
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits or not (low < value if above else low <= value) or not (value < high if below else value <= high):
+            raise argparse.ArgumentTypeError(f"got {short(text)}, need {need}")
+        return value
+
+    return parse
+
+
+def short(value: Any, length: int = 120) -> str:
+    """A value of unknown size as the message of an error shows it."""
+    text = repr(value[: length + 1] if isinstance(value, str) else value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name: str) -> int:
-    """Run the body of a tool and turn bad input into one line and exit status 2.
+    """Run the body of a tool and turn whatever is no fault of ours into one line and an exit status.
 
     Args:
         tool: Function of the argument list that returns the exit status.
@@ -45,18 +92,14 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
         name: Subcommand name for the message.
 
     Returns:
-        The exit status: that of ``tool``, 2 for a :class:`UserError`, 130 after Ctrl-C.
+        The exit status: that of ``tool``, 2 for bad input, 1 for what went wrong while running (a :class:`Failure`, a
+        full disk, too little memory, a worker process that was killed), 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     try:
         return tool(args)
-    except UserError as e:
-        if debug:
-            raise
-        print(f"vizoo {name}: error: {e}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         if debug:
             raise
@@ -65,6 +108,51 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
     except BrokenPipeError:  # the reader (head, less) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as e:
+        known = None if debug else explain(e)
+        if known is None:
+            raise
+        status, text = known
+        print(f"vizoo {name}: error: {text}", file=sys.stderr)
+        return status
+
+
+# beginnings of messages that libraries give a bare RuntimeError, and what helps
+LIBRARY_FAILURES = {
+    "can't allocate memory": "out of memory; lower --batch-size, the image size or --workers",
+    "out of memory": "out of memory; lower --batch-size, the image size or --workers",
+    "can't start new thread": "the system starts no further thread; lower --workers",
+    "DataLoader worker": "a data worker died, killed perhaps because memory ran out; lower --workers or --batch-size",
+    "unable to open shared memory": "no shared memory is left for data workers; lower --workers",
+    "unable to write to file": "no shared memory is left for data workers; lower --workers",
+}
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and one line for an error that is no fault of this package.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        None for anything else: that is a fault to report, with its traceback.
+    """
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, Failure):
+        return 1, str(error)
+    if isinstance(error, MemoryError):
+        return 1, LIBRARY_FAILURES["out of memory"]
+    if isinstance(error, OSError):
+        file = f" {short(str(error.filename))}" if error.filename is not None else ""
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        return 1, f"the system refuses{file}: {reason[:400]}"
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        return next(
+            ((1, f"{why} ({_first_line(error)[:200]})") for k, why in LIBRARY_FAILURES.items() if k in text), None
+        )
+    return None
 
 
 def resolve_models(patterns: Sequence[str]) -> list[str]:
@@ -199,19 +287,173 @@ def compute_device(spec: str | None) -> Any:
     return device
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Say before anything is computed when ``--out`` or ``--plot`` cannot be written.
+def check_file(path: str | Path, name: str) -> Path:
+    """Say what is wrong with a file that is to be read, before it is opened: opening a pipe would wait for ever.
 
     Args:
-        args: ``out``, a .json file or None, and ``plot``, a .png file or None.
+        path: The file.
+        name: Argument name for the message.
+
+    Returns:
+        Its path.
 
     Raises:
-        UserError: For another ending, or a folder that does not exist.
+        UserError: If it does not exist, is a folder, a pipe or a device, or cannot be reached or read.
     """
-    for name, suffix in (("out", ".json"), ("plot", ".png")):
-        path = getattr(args, name)
-        if path and (Path(path).suffix != suffix or not Path(path).resolve().parent.is_dir()):
-            raise UserError(f"--{name} {path!r}: need a file {suffix} in a folder that exists")
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as e:
+        missing = isinstance(e, FileNotFoundError | NotADirectoryError)
+        reason = "does not exist" if missing else getattr(e, "strerror", None) or str(e)
+        raise UserError(f"{name} {short(str(path))}: {'no such file' if missing else reason}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise UserError(f"{name} {short(str(path))} is {kind}, need a file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{name} {short(str(path))}: no permission to read it")
+    return Path(path)
+
+
+def read_text(path: str | Path, name: str) -> str:
+    """Read a text file in UTF-8, with or without byte order mark.
+
+    Args:
+        path: The file.
+        name: Argument name for the message.
+
+    Returns:
+        Its text.
+
+    Raises:
+        UserError: As :func:`check_file`, and for another encoding.
+    """
+    file = check_file(path, name)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{name} {short(str(path))} is no text in UTF-8: byte {e.start} is {e.object[e.start]:#x}"
+        ) from None
+    except OSError as e:
+        raise UserError(f"{name} {short(str(path))}: {e.strerror}") from None
+
+
+def read_json(path: str | Path, name: str) -> Any:
+    """Read a JSON file of finite numbers.
+
+    Args:
+        path: The file.
+        name: Argument name for the message.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        UserError: As :func:`read_text`; for what is no JSON, NaN and infinite numbers, and nesting without end.
+    """
+
+    def refuse(token: str) -> NoReturn:
+        raise ValueError(f"{token} is no number of JSON")
+
+    try:
+        return json.loads(read_text(path, name), parse_constant=refuse)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{name} {short(str(path))} is nested too deeply") from None
+    except ValueError as e:
+        raise UserError(f"{name} {short(str(path))} is no JSON: {_first_line(e).partition(': ')[2]}") from None
+
+
+MOST_VALUES = 1_000_000  # of a YAML file; aliases of aliases make billions of a few lines
+
+
+def read_yaml(path: str | Path, name: str) -> dict[str, Any]:
+    """Read a YAML file of options: text, numbers, lists and mappings.
+
+    Args:
+        path: The file.
+        name: Argument name for the message.
+
+    Returns:
+        The options by name.
+
+    Raises:
+        UserError: As :func:`read_text`; for what is no YAML, asks for Python objects, or holds anything but options.
+    """
+    import yaml
+
+    what = f"{name} {short(str(path))}"
+    try:
+        options = yaml.safe_load(read_text(path, name))
+        left = MOST_VALUES
+        unseen = [options]
+        while unseen:
+            value = unseen.pop()
+            left -= 1
+            if left < 0:
+                raise UserError(f"{what} holds over {MOST_VALUES:,} values")
+            if isinstance(value, dict | list | tuple | set):
+                unseen += [*value, *value.values()] if isinstance(value, dict) else list(value)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{what} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError) as e:  # ValueError: a date or a number that is none
+        raise UserError(f"{what} is no YAML: {' '.join(str(e).split())[:200]}") from None
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise UserError(f"{what}: expected lines 'option: value'")
+    return options
+
+
+MARK = b"vizoo"  # every file that a tool writes to a path of the user's choice says so in its beginning
+
+
+def _mode(file: Path) -> int | None:
+    try:
+        return file.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def check_output(path: str | Path | None, name: str, *suffixes: str) -> None:
+    """Say before any work starts that a file cannot be written, or that it holds something that is not ours.
+
+    Args:
+        path: File to write; None is nothing to check.
+        name: Argument name for the message.
+        *suffixes: Endings that are allowed; none allows all.
+
+    Raises:
+        UserError: For another ending, a folder that is missing or cannot be written, a path that is no file or is
+            read-only, or a file that another program wrote.
+    """
+    if path is None:
+        return
+    what, file = f"{name} {short(str(path))}", Path(path)
+    if suffixes and file.suffix not in suffixes:
+        raise UserError(f"{what}: the ending must be {' or '.join(suffixes)}")
+    try:
+        folder = file.resolve().parent
+        if not folder.is_dir():
+            raise UserError(f"{what}: no such folder")
+        if not os.access(folder, os.W_OK) or not folder.stat().st_mode & 0o222:
+            raise UserError(f"{what}: its folder is read-only")
+        mode = _mode(file)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a loop of links
+        raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
+    if mode is None:
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{what} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, need a file")
+    if not os.access(file, os.W_OK) or not mode & 0o222:
+        raise UserError(f"{what}: the file is read-only")
+    with file.open("rb") as f:
+        head = f.read(1 << 16)
+    if head and MARK not in head:
+        raise UserError(f"{what}: holds something that vizoo did not write; remove it or choose another name")
 
 
 def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, int]:
@@ -279,7 +521,7 @@ def progress(**kwargs: Any) -> Progress:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` that replaces it when the block ends without error.
+    """Open a temporary file beside ``path`` that replaces it, on the disk, when the block ends without error.
 
     Args:
         path: File to write.
@@ -289,22 +531,70 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         The open temporary file.
 
     Raises:
-        UserError: If the folder does not exist or cannot be written.
+        Failure: If it cannot be written; what ``path`` held is still there.
+        UserError: If its folder does not exist.
     """
     path = Path(path)
+    temp = ""
     try:
-        fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    except OSError as e:
-        raise UserError(f"cannot write {str(path)!r}: {e.strerror}") from None
-    try:
+        fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
         binary = "b" in mode
         with os.fdopen(fd, mode, encoding=None if binary else "utf-8", newline=None if binary else "") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temp, 0o666 & ~umask)
         os.replace(temp, path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temp)
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it behind an error of its own
+        if isinstance(e, OSError | RuntimeError) and isinstance(cause, OSError):
+            kind = UserError if isinstance(cause, FileNotFoundError) else Failure  # the folder is an argument too
+            raise kind(f"cannot write {short(str(path))}: {cause.strerror or cause}") from None
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a renaming on the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_json(path: str | Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON that says who wrote it.
+
+    Args:
+        path: File to write.
+        result: Plain values.
+
+    Raises:
+        Failure: As :func:`atomic_write`.
+    """
+    import vizoo
+
+    with atomic_write(path) as f:
+        json.dump({"vizoo": vizoo.__version__, **result}, f, indent=2)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure of matplotlib as PNG that says who wrote it.
+
+    Args:
+        figure: The figure.
+        path: PNG file to write.
+
+    Raises:
+        Failure: As :func:`atomic_write`.
+    """
+    import vizoo
+
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png", metadata={"Software": f"vizoo {vizoo.__version__} with Matplotlib"})

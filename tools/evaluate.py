@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from vizoo.tools._train_options import asked_task, model_config, parse_options
 from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     UserError,
-    atomic_write,
     build_model,
+    check_output,
+    compute_device,
     print_table,
     progress,
-    resolve_device,
     resolve_models,
     run_tool,
+    save_figure,
+    write_json,
 )
 
 LARGEST_MATRIX = 20  # classes of a confusion matrix that is printed
@@ -185,15 +186,9 @@ def _evaluate(argv: list[str]) -> int:
     names = resolve_models([options.model])
     if len(names) != 1:
         raise UserError(f"--model {options.model!r} matches {len(names)} models; name one")
-    for name, suffix in (("out", ".json"), ("plot", ".png")):
-        path = getattr(args, name)
-        if path and Path(path).suffix != suffix:
-            raise UserError(f"--{name} {path!r}: the ending must be {suffix}")
-        if path and not Path(path).resolve().parent.is_dir():
-            raise UserError(f"--{name} {path!r}: no such folder")
-    device = resolve_device(options.device)
-    if device.type == "meta":
-        raise UserError("--device 'meta' holds no values to evaluate; allowed: cpu, cuda, cuda:N")
+    check_output(args.out, "--out", ".json")
+    check_output(args.plot, "--plot", ".png")
+    device = compute_device(options.device)
     checkpoint = args.checkpoint or (str(Path(args.run) / "model_best.pth.tar") if args.run and not args.model else "")
     if not checkpoint and not args.pretrained:
         raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
@@ -217,8 +212,7 @@ def _evaluate(argv: list[str]) -> int:
     result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}
     _report(result)
     if args.out:
-        with atomic_write(args.out) as f:
-            json.dump(result, f, indent=2)
+        write_json(args.out, result)
     if args.plot:
         draw_confusion(result, Path(args.plot))
     return 0
@@ -317,8 +311,7 @@ def draw_confusion(result: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"{result['model']} on {Path(result['data']).name}: accuracy {result['top1']:.2f} %", fontsize=10)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
