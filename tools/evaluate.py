@@ -26,7 +26,6 @@ from vizoo.tools.common import (
     Parser,
     UserError,
     build_model,
-    check_file,
     check_output,
     compute_device,
     print_table,
@@ -213,17 +212,15 @@ def _evaluate(argv: list[str]) -> int:
     outputs = options.num_classes or len(classes)
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
-    where = f"--data {options.data!r}"
-    if args.pretrained:
-        order = match_classes(published_classes(names[0], classes, outputs), classes, where, f"--pretrained {names[0]}")
-    else:
-        check_file(checkpoint, "checkpoint file")
-        order = match_classes(stored_classes(checkpoint, args.run), classes, where, f"checkpoint {checkpoint!r}")
-    reorder_classes(dataset, order)
-    classes = [name for _, name in sorted(zip(order, classes, strict=True))]
+    trained = published_classes(names[0], classes, outputs) if args.pretrained else None
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
     model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)
+    who = f"--pretrained {names[0]}" if args.pretrained else f"checkpoint {checkpoint!r}"
+    trained = trained if args.pretrained else stored_classes(checkpoint, args.run)
+    order = match_classes(trained, classes, f"--data {options.data!r}", who)
+    reorder_classes(dataset, order)
+    classes = [name for _, name in sorted(zip(order, classes, strict=True))]
     result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
     result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}
