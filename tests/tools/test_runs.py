@@ -21,7 +21,7 @@ from PIL import Image
 from runs import TASKS, start
 
 from vizoo.tools import _dense_train, _scanpath_train, cli, common, train
-from vizoo.tools._train_output import Saver, locked, match_classes, newest_checkpoint
+from vizoo.tools._train_output import Saver, locked, match_classes, newest_checkpoint, say_unnamed
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -269,6 +269,9 @@ def test_crafted_checkpoints(change, folders, run, capsys) -> None:
 def test_match_classes(capsys) -> None:
     assert match_classes(["a", "b", "c"], ["c", "a", "b"], "data", "run") == [2, 0, 1]
     assert match_classes(None, ["x", "y"], "data", "run") == [0, 1]
+    say_unnamed(["x", "y"], "run")
+    assert capsys.readouterr().err == ""
+    say_unnamed(None, "run")
     assert "by their number only" in capsys.readouterr().err
     for found in (["a", "b"], ["a", "b", "d"], ["a", "b", "c", "d"]):
         with pytest.raises(common.UserError, match=rf"data has classes {', '.join(found)}; run was trained on a, b, c"):
