@@ -225,7 +225,7 @@ class Trainer:
             )
         except UserError:
             raise
-        except (TypeError, ValueError, AssertionError, ImportError) as e:
+        except (TypeError, ValueError, IndexError, AssertionError, ImportError) as e:
             raise UserError(f"--opt {args.opt!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
         try:
             scheduler, epochs = timm.scheduler.create_scheduler_v2(
