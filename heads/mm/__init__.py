@@ -4,7 +4,7 @@
 or mmseg in a script, does the following, once:
 
 * ``mmcv._ext``, the compiled operators of mmcv, is answered by :mod:`vizoo.heads.mm.ext` where mmcv has none;
-* checkpoints of mmengine load with PyTorch's safe loader, and ``mmdet::`` and ``mmseg::`` bases are found;
+* checkpoints of mmengine load, and run no code in them; and ``mmdet::`` and ``mmseg::`` bases are found;
 * ``VizooBackbone``, ``TimmLayerDecay`` and ``SeedByPosition`` are registered in mmengine's root registries, which mmdet
   and mmseg ask too, so no ``_scope_`` is needed;
 * the models of the zoo are registered in timm.
@@ -24,7 +24,7 @@ import vizoo as _vizoo  # noqa: F401 - registers the zoo
 from . import compat, ext
 
 ext.install()
-compat.allow_checkpoints()
+compat.load_safely()
 compat.find_configs()
 
 from .backbone import VizooBackbone, channels, data_preprocessor  # noqa: E402 - after the steps above
