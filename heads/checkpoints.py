@@ -47,7 +47,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """Stands for ``numpy.ndarray``: an array that only :func:`_reconstruct` makes, and that is written as a plain one."""
+    """Stands for ``numpy.ndarray``: only :func:`_reconstruct` makes one, and it is written as a plain array."""
 
     def __new__(cls, *args: Any) -> _Array:
         raise UnpicklingError("a NumPy array that NumPy did not write")
@@ -60,7 +60,7 @@ class _Array(np.ndarray):
         expected = list if dtype.hasobject else bytes
         if type(data) is not expected or len(data) != size * (1 if dtype.hasobject else dtype.itemsize):
             raise UnpicklingError(f"a NumPy array of shape {shape} and type {dtype} with other contents")
-        super().__setstate__((1, shape, dtype, bool(fortran), data))
+        super().__setstate__((1, shape, dtype, bool(fortran), data))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return np.asarray(self).__reduce_ex__(protocol)

@@ -47,8 +47,9 @@ examples:
 LINK_MARK = "Written by 'vizoo mm link'"
 LINK = f'''"""{LINK_MARK}; 'vizoo mm unlink' removes it."""
 
-from vizoo.heads.mm.ext import *
-from vizoo.heads.mm.ext import missing as __getattr__
+from vizoo.heads.mm.ext import fill
+
+fill(globals())
 '''
 ADAPTER = "VizooBackbone"
 PYRAMIDS = ("FPN", "PAFPN", "FPN_CARAFE", "NASFPN", "HRFPN", "ChannelMapper", "MultiLevelNeck")  # one level in, one out
