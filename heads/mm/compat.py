@@ -24,7 +24,8 @@ def load_safely() -> None:
     """Let mmengine read its training checkpoints, from wherever they come, and run nothing in them.
 
     Files, addresses and registered schemes all pass ``CheckpointLoader.load_checkpoint``; PyTorch's own list of allowed
-    names is untouched outside of it.
+    names is untouched outside of it.  A config in ``meta``, a program of which a resumed run reads ``gpu_ids``, is left
+    out.
     """
     theirs = CheckpointLoader.load_checkpoint.__func__
     if hasattr(theirs, "__wrapped__"):
@@ -33,7 +34,11 @@ def load_safely() -> None:
     @functools.wraps(theirs)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         with mmengine_checkpoints(HistoryBuffer):
-            return theirs(*args, **kwargs)
+            found = theirs(*args, **kwargs)
+        meta = found.get("meta") if isinstance(found, dict) else None
+        if isinstance(meta, dict):
+            meta.pop("config", None)
+        return found
 
     CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
 
