@@ -480,18 +480,9 @@ def _build(what: Callable[[], Any]) -> Any:
     """Build or check a part of the config; what mmengine raises for a bad one is one message."""
     try:
         return what()
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as e:
+    except Exception as e:  # whatever a constructor raises
         raise UserError(f"the config cannot be built: {_one_line(e)}") from e
 
 
