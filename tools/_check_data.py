@@ -5,7 +5,6 @@ A COCO file has one parser, :func:`read_coco`; whoever gets a record from it nee
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,13 +163,14 @@ def _are_numbers(values: Any, low: float, high: float) -> bool:
 
 
 def _picture(record: dict[str, Any]) -> Picture:
-    name, *sides = (record.get(k) for k in ("file_name", "width", "height"))
+    name, sides = record.get("file_name"), [record.get(k) for k in ("width", "height")]
     if type(name) is not str or not name:
         raise ValueError(f"file_name={short(name)}: need a name")
-    if {*map(type, sides)} != {int} or min(sides) < 1 or math.prod(sides) > MOST_PIXELS:
+    width, height = (side if type(side) is int else 0 for side in sides)
+    if min(width, height) < 1 or width * height > MOST_PIXELS:
         need = f"whole numbers above 0 of at most {MOST_PIXELS:,} pixels"
         raise ValueError(f"width={short(sides[0])}, height={short(sides[1])}: need {need}")
-    return Picture(record["id"], name, *sides)
+    return Picture(record["id"], name, width, height)
 
 
 def _category(record: dict[str, Any]) -> tuple[int | str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vizoo.tools.common import UserError, check_file, short
 
@@ -239,7 +239,7 @@ def _reading(path: str | Path, what: str) -> Iterator[Path]:
     except (UserError, MemoryError):
         raise
     except Exception as e:  # decoders raise what they like; the message is all there is
-        text = e.strerror if isinstance(e, OSError) and e.strerror else str(e).replace(repr(str(path)), "")
+        text = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         reason = " ".join(text.split())[:200] or type(e).__name__
         raise UnreadableImage(f"cannot read {what} {short(str(path), 500)}: {reason}") from None
 
@@ -250,7 +250,11 @@ def _is_dicom(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[Image.Image]:
-    with Image.open(file) as opened:
+    with contextlib.ExitStack() as stack:
+        try:  # by its handle: by its name, Pillow maps plain TIFF files into memory and turns them wrongly
+            opened = stack.enter_context(Image.open(stack.enter_context(file.open("rb"))))
+        except UnidentifiedImageError:
+            raise ValueError("cannot identify image file") from None
         frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
         if frames > 1:
             raise ValueError(f"{frames} frames in one {opened.format} file; need one image in each file")
@@ -288,10 +292,8 @@ def _as_stored(
     if upright != size:
         also = "" if upright == stored else f" ({_text(upright)} upright by its EXIF orientation {tag})"
         raise ImageError(f"image {name} is {_text(stored)} pixels{also}, its labels are for {_text(size)}")
-    raise ImageError(
-        f"image {name} has the EXIF orientation {tag} and {_text(size)} pixels turned or not, so nobody knows which way "
-        f"its labels were drawn; store it upright, without the tag"
-    )
+    both = f"{_text(size)} pixels turned by its EXIF orientation {tag} or not"
+    raise ImageError(f"image {name} is {both}, so nobody knows how its labels were drawn; store it upright")
 
 
 def _text(size: tuple[int, int]) -> str:
