@@ -71,7 +71,8 @@ def read_image(
     Args:
         path: PNG, JPEG or any other format of Pillow; DICOM by the suffix ``.dcm`` or ``.dicom``.
         mode: Pillow mode of the result, ``"L"`` or ``"RGB"``.
-        window: Centre and width of the values that 16-bit gray, float and DICOM files show, instead of their own.
+        window: Centre and width of the values that 16-bit gray, float and DICOM files show, instead of their own; as
+            DICOM's function LINEAR, for floats LINEAR_EXACT.
         size: Width and height that the image's labels were drawn for.  If only the pixels as they are stored have it,
             they are not turned.
         turned: Whether the labels were drawn on the upright image; None if only ``size`` tells.
@@ -317,9 +318,9 @@ def _to_gray(values: np.ndarray) -> Image.Image:
 def _deep(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
+    kind, top, function = ("float", 1, "LINEAR_EXACT") if values.dtype.kind == "f" else ("32-bit", 65535, "LINEAR")
     if window:
-        return _windowed(values, *window)
-    kind, top = ("float", 1) if values.dtype.kind == "f" else ("32-bit", 65535)
+        return _windowed(values, *window, function)
     if values.min() < 0 or values.max() > top:
         raise ValueError(f"{kind} values from {values.min():g} to {values.max():g}; give a --window")
     return values / top
@@ -352,9 +353,9 @@ def _open_dicom(file: Path, header_only: bool = False) -> Any:
     frames = _dicom_number(data, "NumberOfFrames")
     if frames is not None and frames > 1:
         raise ValueError(f"{frames:g} frames in one DICOM file; need one image in each file")
-    sides = [_dicom_number(data, name) for name in ("Columns", "Rows")]
-    if None in sides or not 0 < math.prod(s or 0 for s in sides) <= MOST_PIXELS:
-        raise ValueError(f"Columns and Rows {sides[0]} and {sides[1]}: need 1 to {MOST_PIXELS:,} pixels")
+    columns, rows = (_dicom_number(data, name) or 0 for name in ("Columns", "Rows"))
+    if not 0 < columns * rows <= MOST_PIXELS:
+        raise ValueError(f"Columns and Rows {columns:g} and {rows:g}: need 1 to {MOST_PIXELS:,} pixels")
     kind = str(data.get("PhotometricInterpretation"))
     if kind not in ("MONOCHROME1", "MONOCHROME2", "RGB") and not kind.startswith("YBR_"):
         raise ValueError(f"photometric interpretation {kind}; allowed: MONOCHROME1, MONOCHROME2, RGB, YBR_*")
