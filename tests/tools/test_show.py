@@ -66,7 +66,7 @@ def test_channel_maps_and_gray(tmp_path):
         (["{photo}", "--model", "medusa_x", "--checkpoint", "{weights}"], "unknown model 'medusa_x'"),
         (["{photo}", "--model", "medusa_*", "--checkpoint", "{weights}"], "matches 5 models; name one"),
         (["{photo}", "--model", "test_resnet", "--checkpoint", "{weights}"], "does not fit 'test_resnet'"),
-        (["/nowhere.png", "--model", "test_medusa", "--checkpoint", "{weights}"], "'/nowhere.png': No such file"),
+        (["/nowhere.png", "--model", "test_medusa", "--checkpoint", "{weights}"], "image '/nowhere.png': no such file"),
         (["{weights}", "--model", "test_medusa", "--checkpoint", "{weights}"], "cannot identify image file"),
         (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--out", "a.txt"], "ending must be .png"),
         (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--out", "/no/a.png"], "no such folder"),
