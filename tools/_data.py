@@ -210,6 +210,21 @@ def _open_split(root: str, split: str, mode: str, window: tuple[float, float] | 
     return dataset
 
 
+def reorder_classes(dataset: Any, order: Sequence[int]) -> None:
+    """Give class ``i`` of a data set the index ``order[i]``, as a model knows it that was trained with another order.
+
+    Args:
+        dataset: Of :func:`digits_splits` or :func:`open_split`.
+        order: New index of each class.
+    """
+    if isinstance(dataset, Digits):
+        dataset.targets = np.array(order)[dataset.targets]
+        return
+    reader = dataset.reader
+    reader.samples = [(file, order[target]) for file, target in reader.samples]
+    reader.class_to_idx = {name: order[target] for name, target in reader.class_to_idx.items()}
+
+
 def _split_folder(root: Path, split: str) -> Path:
     names = next((names for names in SPLIT_FOLDERS.values() if split in names), (split,))
     for name in dict.fromkeys((split, *names)):

@@ -40,9 +40,16 @@ FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}  # of i
 class Parts:
     """Training and held-out data, and the names of the classes in the order of their ids."""
 
-    train: Dataset
-    val: Dataset
+    train: Any
+    val: Any
     classes: list[str]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``, as a model knows it that was trained with another order."""
+        names = dict(zip(order, self.classes, strict=True))
+        self.classes = [names[i] for i in range(len(names))]
+        self.train.reorder(order)
+        self.val.reorder(order)
 
 
 class Boxes(Dataset):
@@ -74,6 +81,10 @@ class Boxes(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``."""
+        self.label = {key: order[label - 1] + 1 for key, label in self.label.items()}
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """Image ``[3, H, W]``; boxes ``[n, 4]``, labels ``[n]``, iscrowd ``[n]`` and masks ``[n, H, W]``.
@@ -124,9 +135,14 @@ class Masks(Dataset):
     ) -> None:
         self.pairs, self.classes, self.reduce_zero_label = list(pairs), classes, reduce_zero_label
         self.transform, self.skipped = transform, skipped
+        self.order: np.ndarray | None = None  # of the ids, where it is another one than that of the files
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``."""
+        self.order = np.array(order)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image ``[3, h, w]`` and class ids ``[H, W]``, 255 where there is none; the same size in training.
@@ -145,6 +161,8 @@ class Masks(Dataset):
         """
         image_file, mask_file = self.pairs[index]
         ids, turned = class_ids(mask_file, self.classes, self.reduce_zero_label, IGNORED)
+        if self.order is not None:
+            ids = np.where(ids == IGNORED, IGNORED, self.order[np.minimum(ids, len(self.order) - 1)])
         image = read_image(image_file, size=ids.shape[::-1], turned=turned or None)  # type: ignore[arg-type]
         return _tensor(image), tv_tensors.Mask(torch.from_numpy(ids))
 
