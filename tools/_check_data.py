@@ -78,13 +78,17 @@ class Coco:
     categories: dict[int | str, str]
 
 
-def read_coco(file: str | Path, labelled: bool = True) -> Coco:
+def read_coco(
+    file: str | Path, labelled: bool = True, folder: str | Path | None = None, as_stored: bool = True
+) -> Coco:
     """Read a COCO annotation file and check every record of it.
 
     Args:
         file: JSON with ``images``, ``annotations`` and ``categories``.  Ids are whole numbers, or text; polygons may
             reach beyond their image by no more than its size, boxes by no more than a pixel.
         labelled: Whether there must be annotations.
+        folder: Look also at the images in this folder: by their headers; over 20,000 are only looked for.
+        as_stored: Whether the reader takes an image as it is stored if its labels were drawn so.
 
     Returns:
         Its records.
@@ -116,6 +120,8 @@ def read_coco(file: str | Path, labelled: bool = True) -> Coco:
         picture = pictures.get(record["image_id"])
         return None if picture is None else _annotation(record, picture)
 
+    if folder is not None:
+        bad += _picture_problems(list(pictures.values()), folder, as_stored)
     annotations = [a for a in _records("annotation", data.get("annotations") or [], annotation, bad) if a]
     empty = [
         (f"annotation {a.id}", "the segmentation is empty" if not a.empty else f"bbox {list(a.bbox)} is below a pixel")
@@ -289,7 +295,7 @@ def check_coco(
         UserError: As :func:`read_coco`; for classes that the file does not have; and for images that are missing or
             have another size than their record, upright.
     """
-    data = read_coco(annotation_file, labelled)
+    data = read_coco(annotation_file, labelled, image_folder, as_stored=False)
     names = list(data.categories.values())
     absent = [c for c in classes or () if c not in names]
     if absent:
@@ -298,28 +304,19 @@ def check_coco(
             f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, which the classes ask for; "
             f"it has {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
         )
-    check_pictures(data, image_folder, as_stored=False)
 
 
-def check_pictures(data: Coco, folder: str | Path, as_stored: bool = True) -> None:
-    """Check the images of a COCO file by their headers; over 20,000 are only looked for.
-
-    Args:
-        data: The file.
-        folder: Folder that the names are relative to.
-        as_stored: Whether the reader takes an image as it is stored if its labels were drawn so.
-
-    Raises:
-        UserError: If the folder is missing; or names the first ten bad images and how many there are.
-    """
+def _picture_problems(pictures: Sequence[Picture], folder: str | Path, as_stored: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with images by their headers; over 20,000 are only looked for."""
     _need_folder("image", folder)
-    opened = len(data.images) <= FULL_CHECK_LIMIT
+    opened = len(pictures) <= FULL_CHECK_LIMIT
 
     def problem(image: Picture) -> str | None:
         return _image_problem(Path(folder, image.file_name), image.size if opened else None, None, as_stored)
 
-    found = zip(data.images, _map(problem, data.images), strict=True)
-    _refuse(f"annotation file {short(data.file)}", [(f"image {i.id}", reason) for i, reason in found if reason])
+    for image, reason in zip(pictures, _map(problem, pictures), strict=True):
+        if reason:
+            yield f"image {image.id}", reason
 
 
 def _image_problem(path: Path, size: tuple[int, int] | None, turned: bool | None, as_stored: bool) -> str | None:

@@ -22,7 +22,6 @@ from vizoo.tools._check_data import (
     Coco,
     Picture,
     check_masks,
-    check_pictures,
     class_ids,
     list_names,
     read_coco,
@@ -220,7 +219,8 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool, skip_un
         folders[part] = next(
             (d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name)
         )
-        cocos[part] = coco = read_coco(files[part])
+        looked_at = folders[part] if checked and not skip_unreadable else None
+        cocos[part] = coco = read_coco(files[part], folder=looked_at)
         total = len(coco.images)
         if skip_unreadable:
             coco.images = _readable(
@@ -229,8 +229,6 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool, skip_un
                 [functools.partial(_read_picture, folders[part], i) for i in coco.images],
             )
         skipped[part] = total - len(coco.images)
-        if checked:
-            check_pictures(coco, folders[part])
     flip: list[Any] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
     train, val = v2.Compose([*flip, *_TO_FLOAT]), v2.Compose(_TO_FLOAT)
     first = Boxes(cocos["train"], folders["train"], masks, train, True, skipped["train"])

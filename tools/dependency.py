@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 
 from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
 from vizoo.tools._images import add_window
 from vizoo.tools.common import (
+    KeyValues,
     Parser,
     UserError,
     build_model,
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="dependencyvit_tiny", metavar="MODEL", help="(dependencyvit_tiny)")
     p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
     p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
     p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
     add_window(p)
     p.add_argument("--method", choices=["greedy", "edmonds"], default="greedy", help="parser of the tree (greedy)")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from vizoo.tools._images import add_window, read_image
 from vizoo.tools.common import (
     Failure,
+    KeyValues,
     Parser,
     UserError,
     build_model,
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
     p.add_argument("--pretrained", action="store_true", help="or its published weights")
     p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
     p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
     add_window(p)
     p.add_argument("--out", default="attention.png", metavar="FILE.png", help="(attention.png)")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vizoo.tools._check_data import check_coco, check_masks, check_pictures, read_coco
+from vizoo.tools._check_data import check_coco, check_masks, read_coco
 from vizoo.tools._dense_data import Boxes, Masks, detection_parts, outline, segmentation_parts
 from vizoo.tools._images import ImageError
 from vizoo.tools.common import UserError
@@ -77,7 +77,7 @@ def test_good_coco(images, tmp_path):
         ("annotations", [], "has no 'annotations'"),
         ("categories", None, "has no 'categories'"),
         ("images.2.file_name", "gone.png", "image 2: image '"),
-        ("images.2.file_name", "gone.png", "gone.png': no such file"),
+        ("images.2.file_name", "gone.png", "gone.png' does not exist"),
         ("images.2.width", 21, "is 20x12 pixels, its labels are for 21x12"),
         ("images.2.height", None, "height=None"),
         ("images.2.id", 1, "image 1: its id is used twice"),
@@ -105,7 +105,7 @@ def test_bad_coco(path, value, message, images, tmp_path):
 
 
 def test_bad_coco_files(images, tmp_path):
-    with pytest.raises(ValueError, match=r"none\.json': no such file"):
+    with pytest.raises(ValueError, match=r"none\.json' does not exist"):
         check_coco(tmp_path / "none.json", images)
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
@@ -188,8 +188,8 @@ def test_good_masks(pairs):
         (np.full((12, 20), 255), {}, "y.png' holds no class at all"),
         (np.zeros((12, 20)), {"reduce_zero_label": True}, "y.png' holds no class at all"),
         (np.zeros((12, 20, 3)), {}, "y.png': it has several channels (RGB), need one channel"),
-        (None, {}, "y.png': no such file"),
-        (None, {"names": ["w"]}, "w.jpg': no such file"),
+        (None, {}, "y.png' does not exist"),
+        (None, {"names": ["w"]}, "w.jpg' does not exist"),
         (None, {"image_suffix": ".tif"}, "holds no image that ends in '.tif'"),
     ],
 )
@@ -442,7 +442,7 @@ def test_mm_wants_labels_for_upright_images(tag, tmp_path):
     with pytest.raises(UserError, match="nobody knows how" if tag < 5 else "its labels are for its stored pixels"):
         check_coco(file, root / "train")
     if tag >= 5:
-        check_pictures(read_coco(file), root / "train")
+        read_coco(file, folder=root / "train")
         check_coco(
             coco_folder(tmp_path / "b", tag, 12, 20) / "annotations" / "instances_train.json", tmp_path / "b/train"
         )
