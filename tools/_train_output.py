@@ -384,12 +384,17 @@ def match_classes(trained: Sequence[str] | None, found: Sequence[str], where: st
     if twice is not None:
         raise UserError(f"{where} has two classes named {short(twice)}")
     if not isinstance(trained, (list, tuple)):
-        print(f"{who} does not say its classes: they are compared by their number only", file=sys.stderr)
         return list(range(len(found)))
     trained = [str(name) for name in trained]
     if sorted(trained) != sorted(found):
         raise UserError(f"{where} has classes {_names(found)}; {who} was trained on {_names(trained)}")
     return [trained.index(name) for name in found]
+
+
+def say_unnamed(trained: Sequence[str] | None, who: str) -> None:
+    """Say on standard error that classes could not be compared by name; arguments as for :func:`match_classes`."""
+    if not isinstance(trained, (list, tuple)):
+        print(f"{who} does not say its classes: they are compared by their number only", file=sys.stderr)
 
 
 def _names(classes: Sequence[str]) -> str:

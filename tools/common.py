@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import fnmatch
 import json
 import math
@@ -164,6 +165,9 @@ LIBRARY_FAILURES = {
 }
 
 
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # bad input wherever they are noticed
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that is no fault of this package.
 
@@ -182,7 +186,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError):
         file = f" {short(str(error.filename))}" if error.filename is not None else ""
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        return 1, f"the system refuses{file}: {reason[:400]}"
+        return 2 if error.errno in WRONG_PATHS else 1, f"the system refuses{file}: {reason[:400]}"
     if isinstance(error, RuntimeError):
         text = str(error)
         return next(
