@@ -291,6 +291,8 @@ def segmentation_parts(
         UserError: For another layout, an unknown number of classes, more classes than masks can hold, or bad masks.
     """
     base = Path(root)
+    if not base.is_dir():
+        raise UserError(f"--data {root!r} is no folder")
     listed = base / "classes.txt"
     names = read_text(listed, "classes").split("\n") if listed.exists() else []
     names = [n.strip() for n in names if n.strip()]

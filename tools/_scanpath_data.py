@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vizoo.tools._images import MOST_PIXELS, check_header, read_image
+from vizoo.tools._images import MOST_PIXELS, read_image
 from vizoo.tools.common import UserError, check_file, read_json, short
 
 AMAZON_GRID = (6, 14)
@@ -137,12 +137,12 @@ def load_scanpaths(path: str, images: str | None = None, grid: tuple[int, int] |
     content = _read_pickle(path) if pickled else read_json(path, "--data")
     if isinstance(content, dict):
         return _read_sti(content, path, images, grid or AMAZON_GRID)
-    if images:
-        raise UserError(f"--images {images!r}: the samples of {path!r} bring their crops along")
     if not isinstance(content, list) or not content:
         raise UserError(
             f"--data {path!r}: holds {type(content).__name__}, need an object of images or a list of samples"
         )
+    if images:
+        raise UserError(f"--images {images!r}: the samples of {path!r} bring their crops along")
     return _read_samples(content, path, grid)
 
 
@@ -268,7 +268,7 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
         image = Path(images) / name if images else None
         if image:
             try:
-                check_header(image)
+                read_image(image)  # now, as the first epoch that needs it may be hours away
             except UserError as e:
                 raise UserError(f"{where}: {e}") from None
         scene = Scene(name, boxes, coords, (round(width), round(height)), image)

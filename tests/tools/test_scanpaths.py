@@ -373,9 +373,10 @@ def test_scenes_are_turned_as_viewers_show_them(tmp_path):
     assert row["x"].mean((2, 3))[16].tolist() == pytest.approx([1, 0, 0], abs=0.06)
     assert Batches(trials, None, (120, 280))[0]["x"].mul(255).permute(1, 2, 0).numpy() == pytest.approx(upright)
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:90])
-    trials = load_scanpaths(write(tmp_path, sti()), images=str(tmp_path)).trials
     with pytest.raises(UserError, match=r"cannot read image '.*a\.jpg'"):
-        Batches(trials, (24, 20))[0]
+        Batches(trials, None)[0]
+    with pytest.raises(UserError, match=r"record 'a\.jpg': cannot read image '.*a\.jpg'"):
+        load_scanpaths(write(tmp_path, sti()), images=str(tmp_path))
 
 
 def test_unreadable_files(tmp_path):
