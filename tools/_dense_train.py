@@ -665,11 +665,9 @@ def _draw_masks(
 ) -> list[Tensor]:
     from torchvision.utils import draw_segmentation_masks
 
-    from vizoo.tools._dense_data import read_image
-
     image, ids = data[index]
     called = _segment(model, image.to(device), ids.shape).masked_fill(ids == IGNORED, IGNORED)
-    picture = read_image(data.pairs[index][0]).as_subclass(Tensor)
+    picture = data.read(index)[0].as_subclass(Tensor)
     colours = [_colour(i) for i in range(len(classes))]
     each = [torch.stack([m == i for i in range(len(classes))]) for m in (ids, called)]
     return [draw_segmentation_masks(picture, m, alpha=0.6, colors=colours) for m in each]  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy, reduce_tensor
 from torch import nn
 
-from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split, reorder_classes
+from vizoo.tools._data import digits_splits, held_out_loader, open_split, reorder_classes
 from vizoo.tools._scanpath_train import evaluate_scanpaths
 from vizoo.tools._train_options import asked_task, model_config, options_file, parse_options, stored_options
 from vizoo.tools._train_output import load_training_checkpoint, match_classes, say_unnamed
@@ -205,10 +205,9 @@ def _evaluate(argv: list[str]) -> int:
         dataset: Any = (splits := digits_splits(mode)).held_out
         classes = splits.classes
     else:
-        dataset = open_split(options.data, options.val_split, mode, options.window)
+        dataset = open_split(options.data, options.val_split, mode, options.check_images, options.window)
         index = dataset.reader.class_to_idx
         classes = sorted(index, key=index.__getitem__)
-        check_images([f for f, _ in dataset.reader.samples], options.check_images, options.window)
     outputs = options.num_classes or len(classes)
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
