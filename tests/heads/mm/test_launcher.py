@@ -246,9 +246,7 @@ CHECKPOINTS = {  # contents, and what is said
 
 
 @pytest.mark.usefixtures("never_started")
-@pytest.mark.parametrize(
-    "words", [("test", "--load-from"), ("train", "--load-from"), ("train", "--resume"), ("convert",)]
-)
+@pytest.mark.parametrize("words", ["test --load-from", "train --load-from", "train --resume", "convert --load-from"])
 @pytest.mark.parametrize("kind", list(CHECKPOINTS))
 def test_files_that_are_no_checkpoint(kind, words, write_config, tmp_path, capsys):
     config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
@@ -257,13 +255,14 @@ def test_files_that_are_no_checkpoint(kind, words, write_config, tmp_path, capsy
     if isinstance(contents, bytes):
         file.write_bytes(contents)
     else:
-        torch.save(contents or {"state_dict": {"a": torch.ones(9999)}}, file)
+        torch.save({"state_dict": {"a": torch.ones(9999)}} if contents is None else contents, file)
         if contents is None:
             file.write_bytes(file.read_bytes()[:-2000])
-    words = ("convert", "--out", tmp_path / "x.pth", "--load-from") if words == ("convert",) else words
-    found = refuse(capsys, words[0], config, "--work-dir", tmp_path / "work", *words[1:], file)
+    action, option = words.split()
+    out = ["--out", tmp_path / "x.pth"] if action == "convert" else []
+    found = refuse(capsys, action, config, "--work-dir", tmp_path / "work", *out, option, file)
     assert message in found
-    assert f"{words[-1]} {str(file)!r}" in found
+    assert f"{option} {str(file)!r}" in found
     assert {p.name for p in tmp_path.iterdir()} == {"config.py", "bad.pth"}
 
 
