@@ -534,15 +534,15 @@ def test_empty_batches(dtype):
 
     labels = torch.zeros(0, dtype=torch.long)
     calls = {
-        "sigmoid": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, None, "none"), [(0, 3)]),
-        "softmax": (lambda x: ops.softmax_focal_loss(x * 1, labels, 2.0, 0.25, None, "none"), [(0, 3)]),
+        "sigmoid": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, None, "sum"), [(0, 3)]),
+        "softmax": (lambda x: ops.softmax_focal_loss(x * 1, labels, 2.0, 0.25, None, "sum"), [(0, 3)]),
         "carafe": (lambda x, masks: ops.carafe(x, masks, 3, 1, 2), [(0, 2, 4, 4), (0, 9, 8, 8)]),
     }
     for call, shapes in calls.values():
         leaves = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-        out = call(*leaves)
-        assert len(out) == 0
-        out.sum().backward()
+        out = call(*leaves).sum()
+        assert out.item() == 0
+        out.backward()
         assert [leaf.grad.shape for leaf in leaves] == shapes
     levels = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
     for n, queries in ((0, 3), (1, 0)):
