@@ -443,7 +443,9 @@ def _checkpoint_of(cfg: Any) -> dict[str, Any] | None:
     if not file or _is_remote(file):
         return None
     checkpoint = _read_checkpoint(file, name)
-    if cfg.get("resume") and not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
+    meta, *states = (checkpoint.get(key) for key in ("meta", "message_hub", "optimizer"))
+    whole = isinstance(meta, dict) and {"epoch", "iter"} <= meta.keys() and all(isinstance(s, dict) for s in states)
+    if cfg.get("resume") and not whole:
         raise UserError(f"--resume {file!r} holds weights only, no training: start from it with --load-from")
     return checkpoint
 

@@ -269,9 +269,14 @@ def test_files_that_are_no_checkpoint(kind, words, write_config, tmp_path, capsy
 @pytest.mark.usefixtures("never_started")
 def test_resume_from_weights(write_config, tmp_path, capsys):
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
-    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "a.pth")
     words = ["train", config, "--work-dir", tmp_path / "work", "--resume"]
-    assert "holds weights only, no training" in refuse(capsys, *words, tmp_path / "a.pth")
+    for rest in (
+        {},
+        {"meta": {}, "message_hub": {}, "optimizer": {}},
+        {"meta": {"epoch": 1, "iter": 1}, "optimizer": 3},
+    ):
+        torch.save({"state_dict": {"a": torch.ones(1)}, **rest}, tmp_path / "a.pth")
+        assert "holds weights only, no training" in refuse(capsys, *words, tmp_path / "a.pth")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "gone.pth"))
     assert f"--resume {str(tmp_path / 'gone.pth')!r}" in refuse(capsys, *words)
