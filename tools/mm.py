@@ -144,7 +144,7 @@ def load_config(args: argparse.Namespace) -> Any:
         cfg = Config.fromfile(file)
         for option in args.cfg_options or ():
             key, equals, value = option.partition("=")
-            if not equals:
+            if not equals or not all(key.split(".")):
                 raise UserError(f"--cfg-options {option!r}: write KEY=VALUE")
             cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
     except UserError:
@@ -277,8 +277,11 @@ def _heads(model: Any) -> Iterator[tuple[str, Any]]:
     for key in ("rpn_head", "bbox_head", "mask_head", *roi_heads, "decode_head", "auxiliary_head"):
         found = _get(model, key)
         for i, head in enumerate(found if isinstance(found, list | tuple) else [found]):
+            name = f"model.{key}[{i}]" if isinstance(found, list | tuple) else f"model.{key}"
             if hasattr(head, "get"):
-                yield f"model.{key}[{i}]" if isinstance(found, list | tuple) else f"model.{key}", head
+                yield name, head
+            elif head is not None:
+                raise UserError(f"{name}={head!r}: need a dictionary, the head's config")
 
 
 # data
@@ -310,8 +313,10 @@ def check_data(cfg: Any, splits: Sequence[str]) -> None:
 
 def _datasets(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
     """The data sets inside wrappers."""
-    if not hasattr(dataset, "get"):
+    if dataset is None:
         return
+    if not hasattr(dataset, "get"):
+        raise UserError(f"{key}={dataset!r}: need a dictionary, the data set's config")
     if "dataset" in dataset:
         yield from _datasets(f"{key}.dataset", dataset.dataset)
     elif "datasets" in dataset:
@@ -436,7 +441,9 @@ def _checkpoint_of(cfg: Any) -> dict[str, Any] | None:
     if not file or _is_remote(file):
         return None
     checkpoint = _read_checkpoint(file, name)
-    if cfg.get("resume") and not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
+    meta, *states = (checkpoint.get(key) for key in ("meta", "message_hub", "optimizer"))
+    whole = isinstance(meta, dict) and {"epoch", "iter"} <= meta.keys() and all(isinstance(s, dict) for s in states)
+    if cfg.get("resume") and not whole:
         raise UserError(f"--resume {file!r} holds weights only, no training: start from it with --load-from")
     return checkpoint
 

@@ -447,7 +447,7 @@ def test_resume_in_mmengine(runner: Any, tmp_path: Path) -> None:
     assert type(losses) is HistoryBuffer
     assert len(losses.data[0]) == 4
     assert losses.statistics("mean") == pytest.approx(losses.data[0].mean())
-    assert second.message_hub.get_info("epoch") == 2
+    assert second.epoch == 2
     assert not (tmp_path / "ran").exists()
     torch.save({"logs": losses}, tmp_path / "again.pth")
     with mmengine_checkpoints(HistoryBuffer):

@@ -525,3 +525,32 @@ def test_psamask(n, size, mask, psa_type, dtype):
         x.detach(), raw, psa_type=psa_type, **numbers_, half_h_mask=(mh - 1) // 2, half_w_mask=(mw - 1) // 2
     )
     assert torch.equal(raw, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batches(dtype):
+    """No rows, images or queries: empty results and gradients; mmcv itself refuses them in deformable convolution."""
+    from mmcv import ops
+
+    labels = torch.zeros(0, dtype=torch.long)
+    calls = {
+        "sigmoid": (lambda x: ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, None, "sum"), [(0, 3)]),
+        "softmax": (lambda x: ops.softmax_focal_loss(x * 1, labels, 2.0, 0.25, None, "sum"), [(0, 3)]),
+        "carafe": (lambda x, masks: ops.carafe(x, masks, 3, 1, 2), [(0, 2, 4, 4), (0, 9, 8, 8)]),
+    }
+    for call, shapes in calls.values():
+        leaves = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        out = call(*leaves).sum()
+        assert out.item() == 0
+        out.backward()
+        assert [leaf.grad.shape for leaf in leaves] == shapes
+    levels = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
+    for n, queries in ((0, 3), (1, 0)):
+        places, weights = (
+            torch.zeros(n, queries, 2, 2, 2, 2, dtype=dtype),
+            torch.zeros(n, queries, 2, 2, 2, dtype=dtype),
+        )
+        value = torch.zeros(n, 26, 2, 4, dtype=dtype)
+        assert ext.ms_deform_attn_forward(value, *levels, places, weights, 64).shape == (n, queries, 8)
+    dets, kept = ops.soft_nms(torch.zeros(0, 4, dtype=dtype), torch.zeros(0, dtype=dtype))
+    assert (dets.shape, kept.shape) == ((0, 5), (0,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -31,11 +32,12 @@ def never_started(monkeypatch):
     monkeypatch.setattr(Runner, "from_cfg", lambda cfg: pytest.fail("it started"))
 
 
-def refuse(capsys, *words) -> str:
-    """The message of a command that ends with status 2."""
-    assert cli.main(["mm", *map(str, words)]) == 2
+def refuse(capsys, *words, status: int = 2) -> str:
+    """The message, one line, of a command that ends with this status."""
+    assert cli.main(["mm", *map(str, words)]) == status
     message = capsys.readouterr().err
     assert message.startswith("vizoo mm: error: ")
+    assert len(message.splitlines()) == 1, message
     return message
 
 
@@ -159,6 +161,133 @@ def test_bad_words(write_config, tmp_path, capsys):
     assert "torchrun" in refuse(capsys, "train", config, "--launcher", "pytorch", "--no-check-data")
     if not torch.cuda.is_available():
         assert "--amp" in refuse(capsys, "train", config, "--amp")
+
+
+CONFIGS = {  # file -> contents, and what is said
+    "syntax.py": (b"model = dict(", "'was never closed'"),
+    "binary.py": (b"\x00\xff\xfe\x01" * 9, "cannot be read"),
+    "binary.json": (b"\x00\xff\xfe\x01" * 9, "cannot be read"),
+    "empty.py": (b"", "model=None: need a dictionary"),
+    "raises.py": (b"raise RuntimeError('one' + chr(10) * 2 + 'two')", "RuntimeError: one two"),
+    "leaves.py": (b"raise SystemExit(0)", "SystemExit"),
+    "text.txt": (b"model = 3", "cannot be read"),
+    "number.py": (b"model = 3", "model=3: need a dictionary"),
+    "backbone.py": (b"model = dict(backbone=3)", "model.backbone=3: need a dictionary"),
+    "work_dir.py": (b"work_dir = 5\nmodel = dict(type='X')", "work_dir=5 is no path"),
+    "list.json": (b"[1, 2]", "cannot be read"),
+}
+
+
+@pytest.mark.usefixtures("never_started")
+@pytest.mark.parametrize("action", ["train", "convert"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_files_that_are_no_config(name, action, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contents, message = CONFIGS[name]
+    Path(name).write_bytes(contents)
+    torch.save({"a": torch.ones(1)}, "a.pth")
+    words = ["--load-from", "a.pth", "--out", "x.pth"] if action == "convert" else []
+    assert message.strip("'") in refuse(capsys, action, name, *words)
+    assert {p.name for p in tmp_path.iterdir()} == {name, "a.pth"}
+
+
+OPTIONS = [
+    "=3",
+    "x",
+    "model=3",
+    "model.backbone=3",
+    "model.backbone.strides=abc",
+    "model.neck=7",
+    "model.neck.in_channels=7",
+    "model.bbox_head=x",
+    "train_dataloader=5",
+    "train_dataloader.dataset=5",
+    "val_dataloader.dataset.type=Nothing",
+    "load_from=/no.pth",
+    "work_dir=7",
+]
+
+
+@pytest.mark.usefixtures("never_started")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_make_no_sense(option, write_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    refuse(capsys, "train", config, "--cfg-options", option)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.py"]
+
+
+@pytest.mark.usefixtures("never_started")
+def test_work_dir(write_config, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below" / "it", "/proc/version/x"):
+        for action in (["train"], ["test", "--load-from", tmp_path / "file"]):
+            assert "is no folder that can be written" in refuse(
+                capsys, action[0], config, *action[1:], "--work-dir", folder
+            )
+    assert (tmp_path / "file").read_text() == "x"
+    assert "is a folder" in refuse(capsys, "train", tmp_path)
+    assert "invalid choice" in refuse(capsys, "fly", config)
+    assert "unrecognized arguments: --fly" in refuse(capsys, "train", config, "--fly")
+    assert "only 'vizoo mm convert'" in refuse(capsys, "train", config, "--out", tmp_path / "x.pth")
+
+
+CHECKPOINTS = {  # contents, and what is said
+    "text": (b"no checkpoint", "is not a checkpoint that PyTorch reads safely"),
+    "nothing": (b"", "is not a checkpoint that PyTorch reads safely"),
+    "a list": ([1, 2], "holds a list, need a dictionary"),
+    "no weights": ({}, "holds no weights"),
+    "a state that is a number": ({"state_dict": 3}, "holds no weights"),
+    "numbers for tensors": ({"state_dict": {"a": 3}}, "holds int under 'a', need tensors"),
+    "no names": ({"state_dict": {3: torch.ones(1)}}, "under 3, need tensors"),
+    "truncated": (None, "is not a checkpoint that PyTorch reads safely"),
+}
+
+
+@pytest.mark.usefixtures("never_started")
+@pytest.mark.parametrize("words", ["test --load-from", "train --load-from", "train --resume", "convert --load-from"])
+@pytest.mark.parametrize("kind", list(CHECKPOINTS))
+def test_files_that_are_no_checkpoint(kind, words, write_config, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
+    contents, message = CHECKPOINTS[kind]
+    file = tmp_path / "bad.pth"
+    if isinstance(contents, bytes):
+        file.write_bytes(contents)
+    else:
+        torch.save({"state_dict": {"a": torch.ones(9999)}} if contents is None else contents, file)
+        if contents is None:
+            file.write_bytes(file.read_bytes()[:-2000])
+    action, option = words.split()
+    out = ["--out", tmp_path / "x.pth"] if action == "convert" else []
+    found = refuse(capsys, action, config, "--work-dir", tmp_path / "work", *out, option, file)
+    assert message in found
+    assert f"{option} {str(file)!r}" in found
+    assert {p.name for p in tmp_path.iterdir()} == {"config.py", "bad.pth"}
+
+
+@pytest.mark.usefixtures("never_started")
+def test_resume_from_weights(write_config, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    words = ["train", config, "--work-dir", tmp_path / "work", "--resume"]
+    for rest in (
+        {},
+        {"meta": {}, "message_hub": {}, "optimizer": {}},
+        {"meta": {"epoch": 1, "iter": 1}, "optimizer": 3},
+    ):
+        torch.save({"state_dict": {"a": torch.ones(1)}, **rest}, tmp_path / "a.pth")
+        assert "holds weights only, no training" in refuse(capsys, *words, tmp_path / "a.pth")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "gone.pth"))
+    assert f"--resume {str(tmp_path / 'gone.pth')!r}" in refuse(capsys, *words)
+
+
+@pytest.mark.usefixtures("never_started")
+def test_weights_that_are_no_numbers(write_config, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
+    torch.save({"state_dict": {"a": torch.ones(1), "b.c": torch.tensor([1.0, float("nan")])}}, tmp_path / "a.pth")
+    words = ["test", config, "--load-from", tmp_path / "a.pth", "--work-dir", tmp_path / "work"]
+    assert "holds weights that are no finite numbers: b.c" in refuse(capsys, *words, status=1)
 
 
 def test_weights_out_of_reach(write_config, tmp_path, capsys):
@@ -311,6 +440,52 @@ def test_convert_is_strict(drop, add, message, small):
         convert_checkpoint({"state_dict": {**state, **add}}, small.model)
 
 
+def test_convert_keeps_what_is_there(write_config, tmp_path, capsys, small, monkeypatch):
+    """Only what an earlier ``convert`` wrote is replaced, and a place that cannot be written is refused at once."""
+    config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
+    source = tmp_path / "official.pth"
+    torch.save({"state_dict": small.state}, source)
+    before = source.read_bytes()
+    words = ["convert", config, "--load-from", source, "--out"]
+    out = tmp_path / "ours.pth"
+    assert cli.main(["mm", *map(str, words), str(out)]) == 0
+    assert cli.main(["mm", *map(str, words), str(out)]) == 0
+    capsys.readouterr()
+    torch.save({"state_dict": {}, "meta": {"writer": "me"}}, tmp_path / "mine.pth")
+    (tmp_path / "notes.pth").write_text("notes")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.pth").symlink_to(source)
+    monkeypatch.setattr(launcher, "convert_checkpoint", lambda *args: pytest.fail("it started"))
+    for place, message in {
+        tmp_path: "is no file",
+        tmp_path / "pipe": "is no file",
+        source: "is the file of --load-from",
+        tmp_path / "link.pth": "is the file of --load-from",
+        tmp_path / "mine.pth": "exists and was not written by 'vizoo mm convert'",
+        tmp_path / "notes.pth": "exists and was not written by 'vizoo mm convert'",
+        Path("/proc/x.pth"): "cannot write in its folder",
+        Path("/no/x.pth"): "no such folder",
+        source / "x.pth": "no such folder",
+    }.items():
+        assert message in refuse(capsys, *words, place)
+    assert source.read_bytes() == before
+    assert (tmp_path / "notes.pth").read_text() == "notes"
+
+
+def test_convert_writes_all_or_nothing(write_config, tmp_path, capsys, small, monkeypatch):
+    config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
+    torch.save({"state_dict": small.state}, tmp_path / "official.pth")
+
+    def full(what, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", full)
+    words = ["convert", config, "--load-from", tmp_path / "official.pth", "--out", tmp_path / "ours.pth"]
+    assert cli.main(["mm", *map(str, words)]) == 130
+    assert {p.name for p in tmp_path.iterdir()} == {"config.py", "official.pth"}
+
+
 def test_convert_reads_safely(write_config, tmp_path, capsys):
     """A file that would run code is refused."""
     config = write_config(tmp_path / "config.py", "semantic_fpn", "test_nat", options="feature_norms=(0, 1, 2, 3)")
@@ -343,6 +518,13 @@ def test_link(tmp_path, monkeypatch, capsys):
     (package / "_ext.py").write_text("nms = 3\n")
     assert "stays as it is" in refuse(capsys, "link")
     assert "stays as it is" in refuse(capsys, "unlink")
+    (package / "_ext.py").write_bytes(b"\xff\xfe\x00")
+    assert "stays as it is" in refuse(capsys, "link")
+    (package / "_ext.py").unlink()
+    (package / "_ext.py").mkdir()
+    assert "stays as it is" in refuse(capsys, "unlink")
+    spec.submodule_search_locations = ["/proc"]
+    assert "cannot write '/proc/_ext.py'" in refuse(capsys, "link")
     shutil.rmtree(package)
     spec.submodule_search_locations = []
     assert "mmcv is not installed" in refuse(capsys, "link")
