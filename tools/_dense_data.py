@@ -43,6 +43,11 @@ class Parts:
     val: Any
     classes: list[str]
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Images left out of each part because they cannot be read."""
+        return {"train": self.train.skipped, "val": self.val.skipped}
+
     def reorder(self, order: Sequence[int]) -> None:
         """Give class ``i`` the id ``order[i]``, as a model knows it that was trained with another order."""
         names = dict(zip(order, self.classes, strict=True))

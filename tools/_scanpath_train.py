@@ -133,6 +133,8 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
 def _load(options: dict[str, Any]) -> Scanpaths:
     grid = tuple(options["grid"]) if options.get("grid") else None
     if options["data"] == "search":
+        if options.get("images"):
+            raise UserError(f"--images {options['images']!r}: 'search' has no images")
         return search_task(options["trials"], grid or (3, 5), seed=options["seed"])  # type: ignore[arg-type]
     return load_scanpaths(options["data"], options.get("images"), grid)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from vizoo.tools.common import Failure, UserError, atomic_write, check_file, save_figure, short
+from vizoo.tools.common import Failure, UserError, atomic_write, check_file, replace, save_figure, short
 
 try:
     import fcntl
@@ -73,7 +73,7 @@ class Saver(CheckpointSaver):
         save_checkpoint(save_path, {**self.contents(), "epoch": epoch, "version": 2, "metric": metric, "saver": saver})
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
+        replace(src, dst)
 
     @staticmethod
     def _copy(src: str, dst: str) -> None:
@@ -86,7 +86,7 @@ class Saver(CheckpointSaver):
             Path(temp).unlink(missing_ok=True)
             try:
                 os.link(src, temp)
-                os.replace(temp, dst)
+                replace(temp, dst)
                 Path(temp).unlink(missing_ok=True)  # replacing a file by a link to itself leaves both
                 return
             except OSError:
@@ -425,6 +425,11 @@ def check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequen
             option = f"--{key.replace('_', '-')}" if key not in RECORDED else key.replace("_", " ")
             raise UserError(f"{who}: {option} was {before.get(key)!r} and is {options[key]!r}; it must not change")
     return before
+
+
+def skipped_text(count: int) -> str:
+    """What stands beside a figure of data of which some images could not be read."""
+    return f" ({count:,} unreadable ones left out)" if count else ""
 
 
 def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
