@@ -8,8 +8,9 @@ import math
 import pickle
 import pickletools
 import random
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +166,57 @@ def _read_pickle(path: str) -> Any:
         raise UserError(f"--data {path!r}: cannot read it: {reason}") from None
 
 
-def _new_array(*args: Any) -> np.ndarray:
-    """The empty array that a pickle fills; one of a size of its own choice could take all memory."""
-    return np.empty(0)
+class _Kind:
+    """Stands for a type of numbers while a pickle is read: the states that NumPy's own takes can crash it."""
+
+    def __init__(self, kind: Any = None, *_: Any) -> None:
+        if type(kind) is not str or not re.fullmatch(r"[biuf][1248]|O8|U\d{1,3}", kind):
+            raise pickle.UnpicklingError(f"an array of type {short(kind)}; only numbers are loaded")
+        self.dtype = np.dtype(kind)
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        if order not in ("<", ">", "|"):
+            raise pickle.UnpicklingError(f"bytes in order {short(order)}")
+        self.dtype = self.dtype.newbyteorder(order)
+
+    def array(self, data: Any, shape: Any, order: Any) -> np.ndarray:
+        """The array of some bytes, or of a list of objects.
+
+        Raises:
+            pickle.UnpicklingError: If they do not fill it.
+        """
+        kind: Any = list if self.dtype.hasobject else (bytes, bytearray)
+        if type(shape) is not tuple or {*map(type, shape)} - {int} or not isinstance(data, kind):
+            raise pickle.UnpicklingError("an array without a shape or without contents")
+        if not self.dtype.hasobject:
+            return np.frombuffer(data, self.dtype).reshape(shape, order=order)
+        objects = np.empty(len(data), object)
+        for i, value in enumerate(data):  # at once, NumPy would look into arrays among them
+            objects[i] = value
+        return objects.reshape(shape, order=order)
 
 
-def _dtype(kind: str, *args: Any) -> np.dtype:
-    if type(kind) is not str or np.dtype(kind).kind not in "biufUO":
-        raise pickle.UnpicklingError(f"an array of type {short(kind)}; only numbers are loaded")
-    return np.dtype(kind, *args)
+class _Array(np.ndarray):
+    """An array that a pickle fills by its state, of which NumPy gets only what :class:`_Kind` understood."""
+
+    def __setstate__(self, state: Any) -> None:
+        *_, shape, kind, fortran, data = state
+        found = kind.array(data, shape, "F" if fortran else "C")
+        filled: Any = found.ravel().tolist() if found.dtype.hasobject else found.tobytes()
+        super().__setstate__((1, found.shape, found.dtype, False, filled))  # type: ignore[arg-type]
 
 
-def _buffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
+def _new_array(*_: Any) -> np.ndarray:
+    return np.empty(0).view(_Array)  # and never of a size that the file asks for
+
+
+def _no_array(*_: Any) -> Any:
+    raise pickle.UnpicklingError("an array of a size of its own choice")
+
+
+def _buffer(data: Any, kind: _Kind, shape: Any, order: Any) -> np.ndarray:
+    return kind.array(data, shape, order)
 
 
 def _latin(text: str, encoding: str = "") -> bytes:
@@ -186,13 +225,13 @@ def _latin(text: str, encoding: str = "") -> bytes:
     return text.encode("latin-1")
 
 
-def _scalar(dtype: np.dtype, value: bytes) -> Any:
-    return np.frombuffer(value, dtype, 1)[0]
+def _scalar(kind: _Kind, value: bytes) -> Any:
+    return kind.array(value, (1,), "C")[0].item()
 
 
-PICKLED: dict[tuple[str, str], Any] = {
-    ("numpy", "dtype"): _dtype,
-    ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
+PICKLED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): _Kind,
+    ("numpy", "ndarray"): _no_array,  # a mere argument of _reconstruct
     ("numpy.core.multiarray", "_reconstruct"): _new_array,  # NumPy 1
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _buffer,
@@ -209,7 +248,8 @@ class _NumbersOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in PICKLED:
             raise pickle.UnpicklingError(f"it wants to import {module}.{name}; only NumPy arrays are loaded")
-        return PICKLED[module, name]
+        found = PICKLED[module, name]
+        return lambda *args: found(*args)  # a new one: a pickle can set attributes of what it is given
 
 
 def _members(value: Any) -> Sequence[Any] | None:

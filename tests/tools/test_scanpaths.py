@@ -311,12 +311,21 @@ def nested(depth):
     return value
 
 
+def spoilt_type():
+    """An array of floats whose type says that it holds objects: NumPy would follow the numbers as addresses."""
+    state = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
+    kind = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR" + state
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+    return b"\x80\x02" + array + b"(K\x01(K\x01t" + kind + b"\x89C\x08AAAAAAAAtb."
+
+
 PICKLES = {
+    "type that lies": (spoilt_type, "need an object of images or a list"),
     "code": (lambda: pickle.dumps(Calls(eval, "1/0")), "it wants to import builtins.eval"),
     "module of numpy": (lambda: b"cnumpy.testing\nrundocs\n.", "it wants to import numpy.testing.rundocs"),
     "name of numpy": (lambda: b"cnumpy\nload\n.", "it wants to import numpy.load"),
     "dotted name": (lambda: pickle.dumps(Calls(np.ndarray.dump, 1)), "it wants to import"),
-    "array of a terabyte": (lambda: pickle.dumps(Calls(np.ndarray, (10**12,))), "not callable"),
+    "array of a terabyte": (lambda: pickle.dumps(Calls(np.ndarray, (10**12,))), "an array of a size of its own choice"),
     "type of a terabyte": (lambda: pickle.dumps(Calls(np.dtype, "V1000000000")), "only numbers are loaded"),
     "codec": (lambda: b"c_codecs\nencode\n(Vabc\nVrot13\ntR.", "bytes written as 'rot13'"),
     "memo": (lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "it keeps a value number 2147483647"),
@@ -352,12 +361,21 @@ def test_pickles_run_nothing_and_take_no_memory(case, tmp_path):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_every_protocol_are_read(protocol, tmp_path):
     """Also fields that are scalars or arrays of NumPy, and arrays in Fortran's order."""
-    more = {"package_target": np.int64(3), "package_seq": np.array([1, 2, 2, 3]), "X": np.array([5.0, 6, 7, 8])}
+    more = {
+        "package_target": np.int64(3),
+        "layout_id": np.str_("Q1_a"),
+        "package_seq": np.array([1, 2, 2, 3]),
+        "X": np.array([5.0, 6, 7, 8]),
+    }
     crops = np.asfortranarray(np.stack(CROPS))
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps([sample(**more, question_img_feature=crops)], protocol))
-    (trial,) = load_scanpaths(str(tmp_path / "a.pkl")).trials
-    assert (trial.target, trial.sequence) == (2, [0, 1, 1, 2])
-    assert trial.scene.crops.permute(0, 2, 3, 1).numpy() == pytest.approx(np.stack(CROPS))
+    boxed = np.empty(len(CROPS), object)
+    for i, crop in enumerate(CROPS):
+        boxed[i] = crop.astype(">f4")
+    for value in (crops, boxed, CROPS):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps([sample(**more, question_img_feature=value)], protocol))
+        (trial,) = load_scanpaths(str(tmp_path / "a.pkl")).trials
+        assert (trial.target, trial.sequence, trial.scene.name) == (2, [0, 1, 1, 2], "Q1_a")
+        assert trial.scene.crops.permute(0, 2, 3, 1).numpy() == pytest.approx(np.stack(CROPS))
 
 
 def test_scenes_are_turned_as_viewers_show_them(tmp_path):

@@ -469,7 +469,10 @@ def test_check_images_can_be_limited(tmp_path, capsys) -> None:
     options = [*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]
     assert tool.main([*options, "--check-images", "full"]) == 2
     assert "0.png" in capsys.readouterr().err
-    assert tool.main([*options, "--check-images", "header"]) == 0
+    for how in ("header", "none"):
+        assert tool.main([*options, "--check-images", how, "--experiment", how]) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last == f"vizoo train: error: cannot read image {str(file)!r}: image file is truncated"
 
 
 def test_options_come_from_recipe_then_config_then_command_line(tmp_path) -> None:
