@@ -215,13 +215,14 @@ def _position(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = "--experiment") -> Iterator[None]:
     """Hold the folder of a run, so that no second process writes into it.
 
     The lock ends with the process, however it ends, and is not inherited by data workers.
 
     Args:
         folder: Of the run.
+        name: Argument name for the message.
 
     Raises:
         UserError: If another process holds it; names host and process id.
@@ -239,7 +240,7 @@ def locked(folder: Path) -> Iterator[None]:
             holder = " ".join(file.read(200).split()) or "another process"
             file.close()
             raise UserError(
-                f"--experiment: {str(folder)!r} is in use by {holder}; wait for it, stop it, or choose another"
+                f"{name}: {str(folder)!r} is in use by {holder}; wait for it, stop it, or choose another"
             ) from None
         except OSError:  # a file system without locks
             break

@@ -179,7 +179,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     """
     if isinstance(error, UserError):
         return 2, str(error)
-    if isinstance(error, Failure):
+    if isinstance(error, Failure | FloatingPointError):  # the latter from heads, which know nothing of tools
         return 1, str(error)
     if isinstance(error, MemoryError):
         return 1, LIBRARY_FAILURES["out of memory"]
@@ -477,13 +477,14 @@ def _mode(file: Path) -> int | None:
         return None
 
 
-def check_output(path: str | Path | None, name: str, *suffixes: str) -> None:
+def check_output(path: str | Path | None, name: str, *suffixes: str, mark: bytes | None = MARK) -> None:
     """Say before any work starts that a file cannot be written, or that it holds something that is not ours.
 
     Args:
         path: File to write; None is nothing to check.
         name: Argument name for the message.
         *suffixes: Endings that are allowed; none allows all.
+        mark: What an older file must have in its beginning to be replaced; None looks at no contents.
 
     Raises:
         UserError: For another ending, a folder that is missing or cannot be written, a path that is no file or is
@@ -511,9 +512,11 @@ def check_output(path: str | Path | None, name: str, *suffixes: str) -> None:
         raise UserError(f"{what} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, need a file")
     if not os.access(file, os.W_OK) or not mode & 0o222:
         raise UserError(f"{what}: the file is read-only")
+    if mark is None:
+        return
     with file.open("rb") as f:
         head = f.read(1 << 16)
-    if head and MARK not in head:
+    if head and mark not in head:
         raise UserError(f"{what}: holds something that vizoo did not write; remove it or choose another name")
 
 

@@ -8,10 +8,10 @@ repeats an uninterrupted one, see :class:`vizoo.heads.mm.SeedByPosition`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
 from vizoo.tools._check_data import check_coco, check_masks
-from vizoo.tools.common import Parser, UserError, atomic_write, run_tool
+from vizoo.tools._train_output import locked, match_classes
+from vizoo.tools.common import Parser, UserError, atomic_write, check_output, run_tool
 
 try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
     from vizoo.heads import mm
@@ -105,11 +106,7 @@ def _main(argv: list[str]) -> int:
     cfg = load_config(args)
     if args.action == "convert":
         return _convert(cfg, args)
-    try:
-        run(cfg, args)
-    except FloatingPointError as e:
-        print(f"vizoo mm: error: {e}", file=sys.stderr)
-        return 1
+    run(cfg, args)
     return 0
 
 
@@ -401,7 +398,11 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     of_main = main_module.__spec__
     if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
         main_module.__spec__ = importlib.util.find_spec(__name__)
+    held = contextlib.ExitStack()
     try:
+        if training and int(os.environ.get("RANK", "0")) == 0:
+            Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(Path(cfg.work_dir), "--work-dir"))
         runner = _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
         if training:
             _build(lambda: (runner.train_loop, runner.val_loop))
@@ -411,12 +412,17 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
                 _build(backbone.init_weights)
             if checkpoint and cfg.get("resume"):
                 _check_fit(runner.model, checkpoint, "--resume")
+                _check_optimizer(runner.optim_wrapper, checkpoint)
+                _check_classes(runner.train_loop.dataloader.dataset, checkpoint, "--resume")
             runner.train()
         else:
             if checkpoint:
-                _check_fit(runner.model, checkpoint, f"--load-from {cfg.load_from!r}")
+                name = f"--load-from {cfg.load_from!r}"
+                _check_fit(runner.model, checkpoint, name)
+                _check_classes(_build(lambda: runner.test_loop).dataloader.dataset, checkpoint, name)
             runner.test()
     finally:
+        held.close()
         main_module.__spec__ = of_main
         if on_cpus:
             torch.distributed.destroy_process_group()
@@ -470,6 +476,30 @@ def _check_fit(model: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
     texts = [f"{len(keys)} {what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
     if texts:
         raise UserError(f"{name} does not fit the config; {'; '.join(texts)}")
+
+
+def _check_classes(dataset: Any, checkpoint: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint that was trained on other classes than those of the data, or on another order of them."""
+    meta = checkpoint.get("meta") or {}
+    described = meta.get("dataset_meta") or meta
+    trained = described.get("classes") or described.get("CLASSES") if isinstance(described, dict) else None
+    found = getattr(dataset, "metainfo", {}).get("classes")
+    if not isinstance(trained, list | tuple) or not isinstance(found, list | tuple):
+        return  # one of them does not say
+    before, now = ([str(name).strip() for name in names] for names in (trained, found))
+    if match_classes(before, now, "the config's data", name) != list(range(len(now))):
+        raise UserError(f"{name} was trained on the classes of the config's data in another order")
+
+
+def _check_optimizer(wrapper: Any, checkpoint: dict[str, Any]) -> None:
+    """Refuse to resume with the state of another kind of optimizer, or of other parameter groups."""
+    ours, theirs = wrapper.state_dict().get("param_groups"), checkpoint["optimizer"].get("param_groups")
+    if not isinstance(ours, list) or not isinstance(theirs, list):
+        return  # a wrapper of several optimizers
+    missing = sorted({k for a, b in zip(ours, theirs, strict=False) for k in a.keys() - b.keys()})
+    if len(ours) != len(theirs) or missing:
+        why = f"it has no {missing[0]!r}" if missing else f"it has {len(theirs)} parameter groups, need {len(ours)}"
+        raise UserError(f"--resume: its optimizer state does not fit optim_wrapper ({why}); start with --load-from")
 
 
 def _read_checkpoint(file: str, name: str = "--load-from") -> dict[str, Any]:
@@ -557,12 +587,9 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
 
 def _check_converted(out: str, source: str) -> None:
     """Refuse a place for the converted checkpoint before any work, and any file there that is not an older one."""
+    check_output(out, "--out", mark=None)
     path = Path(out)
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--out {out!r}: no such folder")
     if path.exists():
-        if not path.is_file():
-            raise UserError(f"--out {out!r} is no file")
         if path.samefile(source):
             raise UserError(f"--out {out!r} is the file of --load-from")
         try:
@@ -571,11 +598,6 @@ def _check_converted(out: str, source: str) -> None:
             meta = None
         if not isinstance(meta, dict) or meta.get("writer") != CONVERTED:
             raise UserError(f"--out {out!r} exists and was not written by {CONVERTED!r}; it stays as it is")
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
-            pass
-    except OSError as e:
-        raise UserError(f"--out {out!r}: cannot write in its folder: {e.strerror}") from None
 
 
 # scripts of others

@@ -457,13 +457,13 @@ def test_convert_keeps_what_is_there(write_config, tmp_path, capsys, small, monk
     (tmp_path / "link.pth").symlink_to(source)
     monkeypatch.setattr(launcher, "convert_checkpoint", lambda *args: pytest.fail("it started"))
     for place, message in {
-        tmp_path: "is no file",
-        tmp_path / "pipe": "is no file",
+        tmp_path: "is a folder, need a file",
+        tmp_path / "pipe": "is no regular file, need a file",
         source: "is the file of --load-from",
         tmp_path / "link.pth": "is the file of --load-from",
         tmp_path / "mine.pth": "exists and was not written by 'vizoo mm convert'",
         tmp_path / "notes.pth": "exists and was not written by 'vizoo mm convert'",
-        Path("/proc/x.pth"): "cannot write in its folder",
+        Path("/proc/x.pth"): "its folder is read-only",
         Path("/no/x.pth"): "no such folder",
         source / "x.pth": "no such folder",
     }.items():
