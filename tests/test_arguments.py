@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from zoo import KINDS, build
+from zoo import KINDS, build, module_of
 
 from vizoo.backbones import layers
 from vizoo.backbones.layers import checks
@@ -336,8 +336,19 @@ def test_limits_are_taken() -> None:
     for frozen in (-1, 0, 4):
         assert segmentor("upernet", "test_litv2", 1, frozen_stages=frozen)
         assert detector("fcos", "test_litv2", 2, frozen_stages=frozen, min_size=(64, 96))
+    for name in ("test_halonet", "test_halonet_hybrid", "test_vit_tcpa"):
+        assert build(name, device="meta", act_layer=nn.SiLU)
     for pool in ("fast", "fastavg", "fastcatavgmax"):
         assert build("test_ulsam", device="meta", global_pool=pool)
+
+
+def test_every_public_constructor_is_checked() -> None:
+    """Those of all families and layers, of new ones too."""
+    modules = [layers, *{module_of(name) for name in MODELS}]
+    public = {getattr(module, name) for module in modules for name in module.__all__} - {layers.FeatureGetter}
+    classes = [c for c in public if isinstance(c, type) and issubclass(c, nn.Module)]
+    assert len(classes) > 15
+    assert [c.__name__ for c in classes if not hasattr(c.__init__, "__wrapped__")] == []
 
 
 def test_words() -> None:
