@@ -72,7 +72,7 @@ def nonsense(name: str, hint: Any) -> Iterator[Any]:
     if bool in plain:
         yield from ("no", 2, -1, 0.5, (True,))
     elif int in plain:
-        yield from (-1, 1.5, math.inf, "x", b"1", True, *(() if name in ZERO else (0,)))
+        yield from (-1, 1.5, math.inf, 10**400, "x", b"1", True, *(() if name in ZERO else (0,)))
         if not sequences:
             yield from ((1,), [2, 2], ())
     elif "drop" in name:
@@ -374,10 +374,17 @@ def test_words() -> None:
         ({"size": 1}, "got size=1, need a whole number from 2 to 5 or 2 whole numbers from 2 to 5"),
         ({"name": "c"}, "got name='c', need 'a' or 'b' or None"),
         ({"drop": 1}, "got drop=1, need a number from 0 to below 1"),
-        ({"rates": (NAN,)}, "got rates=(nan,), need finite numbers"),
+        ({"rates": (NAN,)}, "got rates=(nan,), need a list of finite numbers"),
+        (
+            {"size": 2**63},
+            "got size=9223372036854775808, need a whole number from 2 to 5 or 2 whole numbers from 2 to 5 and",
+        ),
         ({"low": 4}, "got low=4, need a whole number of at most 3"),
         ({"on": "no"}, "got on='no', need True or False"),
-        ({"nested": ()}, "got nested=(), need whole numbers of at least 1 or sequences of whole numbers of at least 1"),
+        (
+            {"nested": ()},
+            "got nested=(), need a list of whole numbers of at least 1 or lists of whole numbers of at least 1",
+        ),
         ({"made": 3}, "got made=3, need a callable"),
         ({"made": torch.zeros(99, 9)}, "got made=tensor("),
     ):

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 WRAPPERS = ("getter", "list", "dict", "hook", "hooks", "fx")  # timm's wrappers of features, by their names
+TOO_LARGE = 2**63  # for PyTorch's sizes
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -153,7 +154,8 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
         hint, default = hints[name]
         bounds = ranges.get(name) or RANGES.get(name)
         if not _fits(value, hint, name, bounds, empty=default == ()):
-            need(False, _words(hint, name, bounds), **{name: value})
+            huge = _number(value, operator.index) is not None and abs(value) >= TOO_LARGE
+            need(False, _words(hint, name, bounds) + (" and below 2**63" if huge else ""), **{name: value})
         if isinstance(value, str) and name in _LAYERS:
             _check_layer(name, value)
 
@@ -214,7 +216,7 @@ def _fits(value: Any, hint: Any, name: str, bounds: Bounds | None, empty: bool =
         return type(value).__name__ in ("bool", "bool_") or _number(value, operator.index) in (0, 1)
     if hint is int:
         whole = _number(value, operator.index)
-        return whole is not None and whole in _range(hint, name, bounds)
+        return whole is not None and abs(whole) < TOO_LARGE and whole in _range(hint, name, bounds)
     if hint is float:
         number = _number(value, float)
         return number is not None and math.isfinite(number) and number in _range(hint, name, bounds)
@@ -253,7 +255,7 @@ def _words(hint: Any, name: str, bounds: Bounds | None, many: bool = False) -> s
     if origin is tuple and ... not in parts:
         return f"{len(parts)} {_words(parts[0], name, bounds, many=True)}"
     if isinstance(origin, type) and issubclass(origin, (Sequence, tuple)):
-        return ("sequences of " if many else "") + _words(parts[0], name, bounds, many=True)
+        return f"{'lists' if many else 'a list'} of {_words(parts[0], name, bounds, many=True)}"
     kind = hint if isinstance(hint, type) else origin
     return f"a {kind.__name__}" if isinstance(kind, type) and kind not in (type, Callable) else "a callable"
 
