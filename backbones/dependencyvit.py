@@ -16,7 +16,6 @@ rounding does not add up; kept tokens stay in order; maps show a pruned token in
 the tree parser in ``layers/dependency.py``.  Attention dropout, which the re-implementation offers, is left out.
 """
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
@@ -48,6 +47,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, ReversedAttention
 from .layers.build import build
+from .layers.checks import Range, check_multiple, check_patches, checked, need, scaled
+from .layers.reversed_attention import SCORES
 from .ops.reversed_attention import dependency_mask
 
 __all__ = ["DependencyViT"]
@@ -98,10 +99,9 @@ class WeightedMap(nn.Module):
 
     message_pool: torch.jit.Final[str]
 
+    @checked(message_pool=MESSAGE_POOLS)
     def __init__(self, message_pool: str = "message"):
         super().__init__()
-        if message_pool not in MESSAGE_POOLS:
-            raise ValueError(f"got message_pool={message_pool!r}, need one of {', '.join(map(repr, MESSAGE_POOLS))}")
         self.message_pool = message_pool
 
     def forward(self, x: Tensor, log_message: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.prune: nn.Module | None = TokenPruning(pruned) if pruned else None
         self.norm2 = _norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = Mlp(dim, scaled(dim, mlp_ratio=mlp_ratio), **dd)
         self.ls2 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.recorded: tuple[Tensor, Tensor | None, tuple[int, int]] | None = None  # messages, positions, map size
@@ -343,6 +343,7 @@ class DependencyViT(nn.Module):
     dynamic_img_size: torch.jit.Final[bool]
     dense_taps: torch.jit.Final[bool]
 
+    @checked(embed_dim=Range(2), message_pool=MESSAGE_POOLS, prune_score=SCORES)
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -371,13 +372,13 @@ class DependencyViT(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if list(prune_blocks) != sorted(set(prune_blocks).intersection(range(1, depth + 1))):
-            raise ValueError(f"got prune_blocks={tuple(prune_blocks)}, need rising numbers from 1 to depth={depth}")
-        if prune_blocks and not 0 < prune_ratio * len(prune_blocks) < 1:
-            raise ValueError(
-                f"got prune_ratio={prune_ratio} for {len(prune_blocks)} prunings, need above 0 and below "
-                f"1/{len(prune_blocks)}, so that tokens are left"
-            )
+        check_multiple(embed_dim=embed_dim, num_heads=num_heads)
+        check_patches(img_size, patch_size)
+        rising = list(prune_blocks) == sorted(set(prune_blocks).intersection(range(1, depth + 1)))
+        need(rising, f"rising numbers from 1 to depth={depth}", prune_blocks=tuple(prune_blocks))
+        count = len(prune_blocks)
+        left = not count or 0 < prune_ratio * count < 1
+        need(left, f"a number above 0 and below 1/{count}, so that tokens are left", prune_ratio=prune_ratio)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -464,6 +465,7 @@ class DependencyViT(nn.Module):
         }
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
@@ -473,6 +475,7 @@ class DependencyViT(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -485,6 +488,7 @@ class DependencyViT(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore
+    @checked()
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -501,8 +505,7 @@ class DependencyViT(nn.Module):
         """
         size = to_2tuple(img_size or self.patch_embed.img_size)
         patch = to_2tuple(patch_size or self.patch_embed.patch_size)
-        if min(patch) < 1 or size[0] < patch[0] or size[1] < patch[1]:
-            raise ValueError(f"got img_size={img_size} and patch_size={patch_size}, need images of at least one patch")
+        check_patches(size, patch)
         self.patch_embed.set_input_size(img_size=size, patch_size=patch)
         if self.pos_embed.shape[1:3] != self.patch_embed.grid_size:
             resampled = position_map(self.pos_embed.detach(), *self.patch_embed.grid_size)
@@ -755,11 +758,9 @@ _TEST: dict[str, Any] = {"img_size": 96, "embed_dim": 40, "depth": 4, "num_heads
 
 
 def _create_dependencyvit(variant: str, pretrained: bool = False, **kwargs: Any) -> DependencyViT:
-    depth = kwargs.get("depth", 12)
     if kwargs.get("features_only") and kwargs.get("feature_cls", "getter") in ("hook", "fx"):
         kwargs.setdefault("dense_taps", True)
-    quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
-    return build(DependencyViT, variant, pretrained, checkpoint_filter_fn, taps=quarters, rounds=None, **kwargs)
+    return build(DependencyViT, variant, pretrained, checkpoint_filter_fn, taps=None, rounds=None, **kwargs)
 
 
 @register_model

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .layers import HaloAttention, to_fast_layout
 from .layers.build import build
+from .layers.checks import check_arguments, check_heads, check_lengths, check_stages, checked, is_sequence, need
 
 __all__ = ["HaloNet", "HaloResNet"]
 
@@ -116,9 +117,14 @@ class HaloResNet(ByobNet):
         zero_init_last: Start the last norm of every block at zero.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        output_stride: 8, 16 or 32; below 32 the last stages are dilated.
         **kwargs: Other arguments of timm's network, or fields of ``cfg`` to replace.
+
+    Raises:
+        ValueError: If an argument is outside its range.
     """
 
+    @checked()
     def __init__(
         self,
         cfg: ByoModelCfg,
@@ -128,22 +134,29 @@ class HaloResNet(ByobNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = True,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            cfg,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            zero_init_last=zero_init_last,
-            device=device,
-            dtype=dtype,
-            **kwargs,
-        )
+        for declared in (ByobNet, ByoModelCfg):
+            check_arguments(declared, kwargs)
+        try:
+            super().__init__(
+                cfg,
+                num_classes=num_classes,
+                in_chans=in_chans,
+                global_pool=global_pool,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                zero_init_last=zero_init_last,
+                output_stride=output_stride,
+                device=device,
+                dtype=dtype,
+                **kwargs,
+            )
+        except AssertionError as e:
+            need(False, f"what timm's ByobNet takes{f': {e}' if str(e) else ''}", **kwargs)
         self.zero_init_last = zero_init_last
         first: nn.Module = next(m for m in self.stem.modules() if isinstance(m, nn.Conv2d))
         first.__class__ = StemConv
@@ -165,6 +178,7 @@ class HaloResNet(ByobNet):
         """Parameters that weight decay leaves out: the tables of relative positions."""
         return {name for name, _ in self.named_parameters() if ".pos_embed." in name}
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the classifier.
 
@@ -211,9 +225,10 @@ class HaloNet(HaloResNet):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If the numbers do not fit each other.
+        ValueError: If an argument is outside its range, or the numbers do not fit each other.
     """
 
+    @checked()
     def __init__(
         self,
         in_chans: int = 3,
@@ -238,21 +253,20 @@ class HaloNet(HaloResNet):
         dtype: torch.dtype | None = None,
     ):
         stages = len(depths)
-        heads = (num_heads,) * stages if isinstance(num_heads, int) else tuple(num_heads)
-        if len(heads) != stages:
-            raise ValueError(f"got num_heads={num_heads}, need one number or {stages}")
-        if any(i not in range(stages) for i in conv_stages):
-            raise ValueError(f"got conv_stages={tuple(conv_stages)}, need stages from 0 to {stages - 1}")
-        if rb * embed_dim % 8:
-            raise ValueError(f"got embed_dim={embed_dim} and rb={rb}, need a product that is a multiple of 8")
+        heads: Any = num_heads if is_sequence(num_heads) else (num_heads,) * stages
+        widths = [embed_dim * 2**i for i in range(stages)]
+        values = [round(rv * width) for width in widths]
+        check_lengths(depths=depths, num_heads=heads)
+        check_stages(stages, conv_stages=conv_stages)
+        need(rb * embed_dim % 8 == 0, "a product that is a multiple of 8", embed_dim=embed_dim, rb=rb)
+        check_heads(widths, heads, embed_dim=embed_dim, num_heads=num_heads)
+        need(min(values) > 0, "a ratio that leaves at least one channel", embed_dim=embed_dim, rv=rv)
+        check_heads(values, heads, embed_dim=embed_dim, rv=rv, num_heads=num_heads)
         blocks = []
-        for i, depth in enumerate(depths):
-            width = embed_dim * 2**i
-            if width % heads[i]:
-                raise ValueError(f"got num_heads={num_heads}, need divisors of the base width {width} in stage {i}")
+        for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             attention: Any = HaloAttention
             arguments = {
-                "dim_out": round(rv * width),
+                "dim_out": values[i],
                 "dim_head": width // heads[i],
                 "num_heads": heads[i],
                 "block_size": block_size,

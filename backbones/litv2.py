@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from .layers import HiLo
 from .layers.build import build
+from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
@@ -174,7 +175,7 @@ class Block(nn.Module):
             self.attn = HiLo(dim, num_heads, qkv_bias=qkv_bias, window_size=window_size, alpha=alpha, **dd)
             self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = _norm_layer(dim, **dd)
-        self.mlp = ConvFFN(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = ConvFFN(dim, scaled(dim, mlp_ratio=mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,9 +269,10 @@ class LITv2(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``window_size``, ``alpha`` or ``feature_norms`` is out of range.
+        ValueError: If an argument is outside its range.
     """
 
+    @checked()
     def __init__(
         self,
         in_chans: int = 3,
@@ -290,11 +292,13 @@ class LITv2(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        windows = (0, 0, window_size, 1) if isinstance(window_size, int) else tuple(window_size)
-        if len(windows) != len(depths) or min(windows) < 0:
-            raise ValueError(f"got window_size={window_size}, need one number >= 1 or {len(depths)} numbers >= 0")
-        if any(i not in range(len(depths)) for i in feature_norms):
-            raise ValueError(f"got feature_norms={tuple(feature_norms)}, need stages from 0 to {len(depths) - 1}")
+        windows: Any = window_size if is_sequence(window_size) else (0, 0, window_size, 1)
+        fits = len(windows) == len(depths) and (is_sequence(window_size) or windows[2] > 0)
+        need(fits, f"one number >= 1 or {len(depths)} numbers >= 0", window_size=window_size, depths=depths)
+        check_lengths(depths=depths, num_heads=num_heads)
+        check_stages(len(depths), feature_norms=feature_norms)
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        check_heads(dims, num_heads, embed_dim=embed_dim, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -317,8 +321,7 @@ class LITv2(nn.Module):
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         in_dim = embed_dim
-        for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             stages.append(
                 Stage(
                     in_dim,
@@ -339,7 +342,7 @@ class LITv2(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.num_features = in_dim
         self.feature_norms = nn.ModuleList(
-            _norm_layer(embed_dim * 2**i, **dd) if i in feature_norms else nn.Identity() for i in range(len(depths))
+            _norm_layer(dim, **dd) if i in feature_norms else nn.Identity() for i, dim in enumerate(dims)
         )
         self.norm = nn.Identity() if feature_norms else _norm_layer(in_dim, **dd)
         self.head = ClassifierHead(
@@ -385,6 +388,7 @@ class LITv2(nn.Module):
         }
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         for stage in self.stages:
@@ -395,6 +399,7 @@ class LITv2(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 

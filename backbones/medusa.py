@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, get_device_dtype, register_notrace_function
+from timm.layers import get_device_dtype, register_notrace_function
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .layers.build import build
+from .layers.checks import check_counts, check_positions, checked, need
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
-
-PHASES = ("body", "backbone", "all")
 
 
 @register_notrace_function
@@ -156,15 +155,8 @@ class AttentionHead(nn.Module):
         return x * (1 + local) if self.residual else x * local
 
 
-def _check(body_width: int, body_depth: int, body_size: int, head_out: str, gate: str) -> None:
-    if body_width < 1 or body_depth < 1:
-        raise ValueError(f"got body_width={body_width} and body_depth={body_depth}, need at least 1")
-    if body_size < 1 or body_size % 2**body_depth:
-        raise ValueError(f"got body_size={body_size}, need a multiple of 2**body_depth={2**body_depth}")
-    if head_out not in ("spatial", "channel"):
-        raise ValueError(f"got head_out={head_out!r}, need 'spatial' or 'channel'")
-    if gate not in ("mul", "residual"):
-        raise ValueError(f"got gate={gate!r}, need 'mul' or 'residual'")
+def _check(body_size: int, body_depth: int) -> None:
+    need(body_size % 2**body_depth == 0, f"a multiple of 2**body_depth={2**body_depth}", body_size=body_size)
 
 
 class Stage(nn.Sequential):
@@ -211,9 +203,10 @@ class MEDUSA(ResNet):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If an argument of the body or the heads is outside its range.
+        ValueError: If an argument is outside its range.
     """
 
+    @checked()
     def __init__(
         self,
         block: type[nn.Module] = Bottleneck,
@@ -234,7 +227,8 @@ class MEDUSA(ResNet):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        _check(body_width, body_depth, body_size, head_out, gate)
+        _check(body_size, body_depth)
+        check_counts(4, layers=layers, channels=channels)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             block,  # type: ignore[arg-type]
@@ -285,6 +279,7 @@ class MEDUSA(ResNet):
         self._init_attention()
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         for module in self.modules():
@@ -298,6 +293,7 @@ class MEDUSA(ResNet):
             part.eval()
         return self
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -305,8 +301,6 @@ class MEDUSA(ResNet):
             num_classes: Classes; 0 removes it.
             global_pool: Pooling as in the constructor; None keeps the current one.
         """
-        if global_pool is not None:
-            SelectAdaptivePool2d(pool_type=global_pool)  # raises before anything has changed
         super().reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
@@ -549,6 +543,7 @@ class _Gate:
         return self.gates.gate(self.name, out)
 
 
+@checked()
 def medusa(
     model: nn.Module,
     *,
@@ -583,7 +578,7 @@ def medusa(
     Raises:
         ValueError: If an argument is outside its range, or the model has no such stages or gives other than maps.
     """
-    _check(body_width, body_depth, body_size, head_out, gate)
+    _check(body_size, body_depth)
     if hasattr(model, "medusa"):
         raise ValueError("got a model that medusa() has already changed")
     infos = list(getattr(model, "feature_info", ()))
@@ -592,8 +587,7 @@ def medusa(
         raise ValueError(f"got {type(model).__name__} without feature_info or one first_conv, need a timm CNN")
     if stages is None:
         stages = [i for i, info in enumerate(infos) if info["reduction"] >= 4]
-    if not stages or not all(-len(infos) <= i < len(infos) for i in stages):
-        raise ValueError(f"got stages={tuple(stages)}, need positions from 0 to {len(infos) - 1}")
+    check_positions(len(infos), stages=stages)
     dd = get_device_dtype(model)
     chosen = {infos[i]["module"]: infos[i] for i in sorted(i % len(infos) for i in stages)}
     with torch.no_grad():
@@ -652,6 +646,7 @@ def _frozen(model: nn.Module) -> list[nn.Module]:
     return []
 
 
+@checked(phase=("body", "backbone", "all"))
 def medusa_parameters(model: nn.Module, phase: str) -> list[nn.Parameter]:
     """Choose what learns: the rest is frozen and stays in evaluation mode, whatever ``train()`` says.
 
@@ -669,8 +664,6 @@ def medusa_parameters(model: nn.Module, phase: str) -> list[nn.Parameter]:
     gates = getattr(model, "medusa", model)
     if not isinstance(gates, (MEDUSA, Gates)):
         raise ValueError(f"got {type(model).__name__}, need a medusa_* model or one changed by medusa()")
-    if phase not in PHASES:
-        raise ValueError(f"got phase={phase!r}, need one of {', '.join(PHASES)}")
     gates.phase = phase
     in_body = "medusa.body." if gates is not model else "body."
     for name, parameter in model.named_parameters():

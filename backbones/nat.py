@@ -39,6 +39,15 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .layers.build import build
+from .layers.checks import (
+    Range,
+    check_heads,
+    check_lengths,
+    check_stages,
+    checked,
+    is_sequence,
+    need,
+)
 from .layers.layout import to_channels_last
 from .layers.neighborhood import NeighborhoodBlock, resize_rpb
 
@@ -161,14 +170,12 @@ def _block_dilations(dilations: str | int | Sequence[Any], depths: Sequence[int]
     """Dilation of every block of every stage."""
     stages: Any = dilations
     if isinstance(dilations, str):
-        if dilations not in DILATIONS:
-            raise ValueError(f"got dilations={dilations!r}, need one of {', '.join(DILATIONS)}, or numbers")
+        need(dilations in DILATIONS, f"one of {', '.join(DILATIONS)}, or numbers", dilations=dilations)
         stages = DILATIONS[dilations]
-    elif isinstance(dilations, int):
+    elif not is_sequence(dilations):
         stages = [dilations] * len(depths)
-    patterns = [[s] if isinstance(s, int) else list(s) for s in stages]
-    if len(patterns) != len(depths) or any(not p or min(p) < 1 for p in patterns):
-        raise ValueError(f"got dilations={dilations}, need numbers >= 1 for each of {len(depths)} stages")
+    patterns = [list(s) if is_sequence(s) else [s] for s in stages]
+    check_lengths(depths=depths, dilations=stages)
     return [[pattern[i % len(pattern)] for i in range(depth)] for pattern, depth in zip(patterns, depths, strict=True)]
 
 
@@ -199,9 +206,10 @@ class NAT(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``layout``, ``dilations`` or ``feature_norms`` is out of range.
+        ValueError: If an argument is outside its range.
     """
 
+    @checked(embed_dim=Range(2), kernel_size=Range(2), layout=("conv", "patch", "flat"))
     def __init__(
         self,
         in_chans: int = 3,
@@ -223,14 +231,14 @@ class NAT(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if layout not in ("conv", "patch", "flat"):
-            raise ValueError(f"got layout={layout!r}, need 'conv', 'patch' or 'flat'")
-        if any(i not in range(len(depths)) for i in feature_norms):
-            raise ValueError(f"got feature_norms={tuple(feature_norms)}, need stages from 0 to {len(depths) - 1}")
+        check_stages(len(depths), feature_norms=feature_norms)
         block_dilations = _block_dilations(dilations, depths)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         flat = layout == "flat"
         dims = [embed_dim * (1 if flat else 2**i) for i in range(len(depths))]
+        heads = [dim // 32 for dim in dims] if num_heads is None else num_heads
+        check_lengths(depths=depths, num_heads=heads)
+        check_heads(dims, heads, embed_dim=embed_dim, num_heads=num_heads)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -261,7 +269,7 @@ class NAT(nn.Module):
                 Stage(
                     nn.Identity() if i == 0 or flat else downsampler(dims[i - 1], **dd),
                     dim,
-                    dim // 32 if num_heads is None else num_heads[i],
+                    heads[i],
                     dilations=block_dilations[i],
                     drop_path=rates[i],
                     kernel_size=kernel_size,
@@ -320,6 +328,7 @@ class NAT(nn.Module):
         }
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         for stage in self.stages:
@@ -330,6 +339,7 @@ class NAT(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -564,13 +574,12 @@ def _create_nat(variant: str, pretrained: bool, model_args: dict[str, Any], **kw
         if variant.startswith("dinat"):
             form["dilations"] = _DENSE_TAGS[tag] + ("_s" if variant.startswith("dinat_s_") else "")
     kwargs = {**model_args, **form, **kwargs}
-    depth = len(kwargs["depths"])
     model = build(
         NAT,
         variant,
         pretrained,
         checkpoint_filter_fn,
-        taps=tuple(depth * i // 4 - 1 for i in range(1, 5)),  # spread over the blocks of isotropic models
+        taps=None,
         flatten_sequential=True,
         getter_for="feature_norms",
         **kwargs,

@@ -37,6 +37,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from .layers.build import build
+from .layers.checks import check_patches, checked, scaled
 from .layers.mlp import Mlp
 from .layers.plain import project, tensors
 
@@ -257,9 +258,10 @@ class NiNformer(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``weight_init`` is unknown.
+        ValueError: If an argument is outside its range.
     """
 
+    @checked(weight_init=("reset", "vit"))
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -282,8 +284,8 @@ class NiNformer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if weight_init not in ("reset", "vit"):
-            raise ValueError(f"got weight_init={weight_init!r}, need 'reset' or 'vit'")
+        check_patches(img_size, patch_size)
+        hidden_dim = scaled(embed_dim, mlp_ratio=mlp_ratio)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -310,7 +312,7 @@ class NiNformer(nn.Module):
             *(
                 Block(
                     embed_dim,
-                    int(embed_dim * mlp_ratio),
+                    hidden_dim,
                     grid,
                     window=window,
                     proj_drop=proj_drop_rate,
@@ -358,6 +360,7 @@ class NiNformer(nn.Module):
         return {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
@@ -367,6 +370,7 @@ class NiNformer(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -379,6 +383,7 @@ class NiNformer(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore
+    @checked()
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -395,8 +400,7 @@ class NiNformer(nn.Module):
         """
         size = to_2tuple(img_size or self.patch_embed.img_size)
         patch = to_2tuple(patch_size or self.patch_embed.patch_size)
-        if min(patch) < 1 or size[0] < patch[0] or size[1] < patch[1]:
-            raise ValueError(f"got img_size={img_size} and patch_size={patch_size}, need images of at least one patch")
+        check_patches(size, patch)
         self.patch_embed.set_input_size(img_size=size, patch_size=patch)
         for block in self.blocks:
             block.token_mixing.set_grid(self.patch_embed.grid_size)  # type: ignore[union-attr, operator]
@@ -595,9 +599,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ninformer(variant: str, pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    depth = kwargs.get("depth", 12)
-    quarters = tuple(dict.fromkeys(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4)))
-    return build(NiNformer, variant, pretrained, checkpoint_filter_fn, taps=quarters, rounds=None, **kwargs)
+    return build(NiNformer, variant, pretrained, checkpoint_filter_fn, taps=None, rounds=None, **kwargs)
 
 
 @register_model

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from .layers.build import build
-from .layers.place_code import PlaceCode, step_code
+from .layers.checks import check_model_name, check_multiple, checked, need
+from .layers.place_code import PLACE_CODES, PlaceCode, step_code
 from .layers.plain import tensors
 from .ops._backend import is_transforming, plain_only
 from .ops.attention import attention
@@ -373,17 +374,8 @@ class Scene(NamedTuple):
     mask: Tensor | None  # [B, N + 1], True for real objects and the target token
 
 
-def _check(embed_dim: int, num_heads: int, head_count: int, spp: int, crop_size: tuple[int, ...], grid: Any) -> None:
-    if embed_dim < 2 or embed_dim % 2 or embed_dim % num_heads:
-        raise ValueError(f"got embed_dim={embed_dim} with num_heads={num_heads}, need an even multiple of the heads")
-    if head_count < 1:
-        raise ValueError(f"got head_count={head_count}, need at least 1")
-    if not 0 <= spp <= 4:
-        raise ValueError(f"got spp={spp}, need 0 to 4")
-    smallest = SMALLEST_CROP if spp else SMALLEST_POOLED
-    for name, value, least in (("crop_size", crop_size, smallest), ("grid", grid, 1)):
-        if len(value) != 2 or min(value) < least:
-            raise ValueError(f"got {name}={value}, need two numbers of at least {least}")
+def _no_classes(num_classes: int) -> None:
+    need(num_classes == 0, "0: the classes of an OAT are the scene's objects", num_classes=num_classes)
 
 
 class OAT(nn.Module):
@@ -417,6 +409,7 @@ class OAT(nn.Module):
         ValueError: If an argument is outside its range or the backbone has no features of stride 16.
     """
 
+    @checked(pe=PLACE_CODES)
     def __init__(
         self,
         in_chans: int = 3,
@@ -443,9 +436,11 @@ class OAT(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_classes:
-            raise ValueError(f"got num_classes={num_classes}, need 0: the classes of an OAT are the scene's objects")
-        _check(embed_dim, num_heads, head_count, spp, crop_size, grid)
+        _no_classes(num_classes=num_classes)
+        need(embed_dim % 2 == 0, "an even number", embed_dim=embed_dim)
+        check_multiple(embed_dim=embed_dim, num_heads=num_heads)
+        smallest = SMALLEST_CROP if spp else SMALLEST_POOLED
+        need(min(crop_size) >= smallest, f"2 numbers of at least {smallest}", crop_size=crop_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -501,6 +496,7 @@ class OAT(nn.Module):
                     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the layers in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
@@ -520,16 +516,15 @@ class OAT(nn.Module):
         """The head that scores the objects."""
         return self.head
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Not possible: the classes are the objects of each scene.
 
         Raises:
             ValueError: Always, unless nothing is asked for.
         """
-        if num_classes or global_pool:
-            raise ValueError(
-                f"got num_classes={num_classes}: the classes of an OAT are the scene's objects, 0 is allowed"
-            )
+        _no_classes(num_classes=num_classes)
+        need(not global_pool, "'' or None: an OAT pools nothing", global_pool=global_pool)
 
     def _grid_boxes(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes ``[N, 4]`` of a uniform grid over an image, and its rows and columns ``[N, 2]``."""
@@ -732,6 +727,7 @@ class OAT(nn.Module):
         return self._decode(self._prepare(crops, None, target, object_mask, coords, prefix), prefix)
 
     @torch.no_grad()
+    @checked(mode=("greedy", "sample"))
     def generate(
         self,
         x: Tensor,
@@ -765,13 +761,7 @@ class OAT(nn.Module):
         Raises:
             ValueError: If an argument does not fit.
         """
-        if mode not in ("greedy", "sample"):
-            raise ValueError(f"got mode={mode!r}, need 'greedy' or 'sample'")
-        if max_len < 1 or num_samples < 1 or (mode == "greedy" and num_samples > 1):
-            raise ValueError(
-                f"got max_len={max_len} and num_samples={num_samples} with mode={mode!r}, need at least 1, and one "
-                "sample with 'greedy'"
-            )
+        need(mode == "sample" or num_samples == 1, "one sample with 'greedy'", num_samples=num_samples, mode=mode)
         scene = self._prepare(x, boxes, target, object_mask, coords)
         B, end = scene.tokens.shape[0], scene.tokens.shape[1] - 3
         index = torch.full((B, num_samples), end + 2, dtype=torch.long, device=scene.tokens.device)
@@ -912,10 +902,10 @@ def _check_indices(name: str, x: Tensor | None, shape: tuple[int | None, ...], l
 
 def _stride_16(name: str, pretrained: bool, in_chans: int, dd: dict[str, Any]) -> nn.Module:
     """A features-only backbone that gives its last map of stride 16."""
+    check_model_name(backbone=name)
     info: Any = timm.create_model(name, features_only=True, device="meta").feature_info
     strides = info.reduction()
-    if 16 not in strides:
-        raise ValueError(f"got backbone={name!r} with features of strides {strides}, need one of 16")
+    need(16 in strides, f"a model with features of stride 16, not {', '.join(map(str, strides))}", backbone=name)
     index = len(strides) - 1 - strides[::-1].index(16)
     return timm.create_model(
         name, pretrained=pretrained, features_only=True, out_indices=(index,), in_chans=in_chans, **dd

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .layers import to_fast_layout
 from .layers.build import build
+from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
 from .layers.contmix import (
     BRANCHES,
     DilatedReparamBlock,
@@ -100,7 +101,7 @@ class RepConvBlock(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        hidden_dim = int(dim * mlp_ratio)
+        hidden_dim = scaled(dim, mlp_ratio=mlp_ratio)
         self.res_scale = res_scale
         self.dwconv = residual_conv(dim, **dd)
         self.proj = FusedSequential(
@@ -338,9 +339,10 @@ class OverLoCK(nn.Module):
         head_hidden_size: Width before the classifier: ``projection``, or a multiple of it with ``catavgmax``.
 
     Raises:
-        ValueError: If ``dense`` is unknown, or a block cannot be built from the numbers given.
+        ValueError: If an argument is outside its range.
     """
 
+    @checked(embed_dims=Range(4), smk_size=Range(3), dense=("det", "seg"))
     def __init__(
         self,
         in_chans: int = 3,
@@ -366,8 +368,14 @@ class OverLoCK(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if dense not in (None, "det", "seg"):
-            raise ValueError(f"got dense={dense!r}, need 'det', 'seg' or None")
+        check_counts(4, depths=depths, embed_dims=embed_dims, kernel_sizes=kernel_sizes, ls_init_values=ls_init_values)
+        check_counts(2, sub_depths=sub_depths, sub_num_heads=sub_num_heads)
+        sizes = f"numbers out of {', '.join(map(str, BRANCHES))}"
+        need(all(size in BRANCHES for size in kernel_sizes), sizes, kernel_sizes=kernel_sizes)
+        odd = smk_size % 2 == 1 and smk_size <= min(kernel_sizes[2:])
+        need(odd, f"an odd number from 3 to {min(kernel_sizes[2:])}, as large as kernel_sizes", smk_size=smk_size)
+        groups = [4 * count for count in sub_num_heads]
+        check_heads(embed_dims[2:], groups, embed_dims=embed_dims, sub_num_heads=sub_num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         ctx_dim = embed_dims[3] // 4
         self.num_classes = 0 if dense else num_classes
@@ -505,6 +513,7 @@ class OverLoCK(nn.Module):
         return groups
 
     @torch.jit.ignore
+    @checked()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         for module in self.modules():
@@ -524,6 +533,7 @@ class OverLoCK(nn.Module):
         """The last linear layer."""
         return self.head[4]
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the classifier, and that of the auxiliary head.
 
@@ -533,7 +543,7 @@ class OverLoCK(nn.Module):
             reset_other: Remove the head's convolution before the pooling too.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
-        pool = SelectAdaptivePool2d(pool_type=global_pool)  # refuses an unknown one before anything changes
+        pool = SelectAdaptivePool2d(pool_type=global_pool)
         dd: dict[str, Any] = get_device_dtype(self)
         self.global_pool = global_pool
         self.head[3] = pool.train(self.training)

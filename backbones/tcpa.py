@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 
 from .layers import (
     convert_tcpa,
@@ -32,6 +32,7 @@ from .layers import (
     vpt,
 )
 from .layers.build import build
+from .layers.checks import check_arguments, check_multiple, check_patches, need, scaled
 from .layers.prompt_tuning import checkpoint_filter_fn
 
 __all__ = [
@@ -48,9 +49,22 @@ PREFIX = "tcpa_"
 SETTINGS = {PREFIX + name for name in list(inspect.signature(tcpa).parameters)[1:]}
 
 
+DEFAULTS = {name: p.default for name, p in inspect.signature(VisionTransformer).parameters.items()}
+
+
 def _prompted(**kwargs: Any) -> VisionTransformer:
     settings = {k.removeprefix(PREFIX): kwargs.pop(k) for k in sorted(SETTINGS & kwargs.keys())}
-    return tcpa(VisionTransformer(**kwargs), **settings)
+    check_arguments(VisionTransformer, kwargs, attn_layer=tuple(ATTN_LAYERS))
+    given = {**DEFAULTS, **kwargs}
+    check_multiple(embed_dim=given["embed_dim"], num_heads=given["num_heads"])
+    check_patches(given["img_size"], given["patch_size"])
+    scaled(given["embed_dim"], mlp_ratio=given["mlp_ratio"])
+    pooled = {name: given[name] for name in ("global_pool", "class_token")}
+    need(pooled["global_pool"] != "token" or pooled["class_token"], "a class token for token pooling", **pooled)
+    try:
+        return tcpa(VisionTransformer(**kwargs), **settings)
+    except ValueError as e:
+        raise ValueError(str(e).replace("got ", f"got {PREFIX}", 1)) from e
 
 
 def _cfgs(*backbones: str) -> dict[str, Any]:

@@ -41,7 +41,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights, round_channels
 from timm.models.efficientnet import EfficientNet
@@ -49,6 +48,7 @@ from torch import Tensor, nn
 
 from .layers import ULSAM
 from .layers.build import build
+from .layers.checks import checked, need
 
 __all__ = ["MobileNetULSAM"]
 
@@ -62,6 +62,19 @@ _V2 = (
     "ir_r3_k3_s2_e6_c160",
     "ir_r1_k3_s1_e6_c320",
 )
+
+
+def _decode(stages: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Arguments of the blocks of each stage."""
+    try:
+        found = decode_arch_def([[stage] for stage in stages])
+        blocks = [block for stage in found for block in stage]
+        ok = all(found) and all(b["block_type"] in ("ds", "dsa", "ir") and b["out_chs"] > 0 for b in blocks)
+        ok = ok and all(b["stride"] in (1, 2) for b in blocks)
+    except (AssertionError, IndexError, KeyError, ValueError):
+        ok = False
+    need(ok, "blocks in timm's notation, such as 'ir_r2_k3_s2_e6_c24'", stages=stages)
+    return found
 
 
 class MobileNetULSAM(EfficientNet):
@@ -89,9 +102,11 @@ class MobileNetULSAM(EfficientNet):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If a layer does not exist or cannot be replaced, or its channels do not split.
+        ValueError: If an argument is outside its range, a layer does not exist or cannot be replaced, or its channels
+            do not split.
     """
 
+    @checked()
     def __init__(
         self,
         stages: Sequence[str] = _V2,
@@ -111,7 +126,7 @@ class MobileNetULSAM(EfficientNet):
         dtype: torch.dtype | None = None,
     ):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        block_args = decode_arch_def([[stage] for stage in stages])
+        block_args = _decode(stages)
         blocks = sum(len(stage) for stage in block_args)
         super().__init__(
             block_args,
@@ -138,12 +153,9 @@ class MobileNetULSAM(EfficientNet):
                 dims[layer] = dim
                 if in_dim == dim and block.conv_dw.stride == (1, 1):
                     replaceable.append(layer)
-        if not set(replace) <= set(replaceable):
-            raise ValueError(
-                f"got ulsam_replace={tuple(replace)}, need layers with one shape in and out: {replaceable}"
-            )
-        if not set(insert) <= set(dims):
-            raise ValueError(f"got ulsam_insert={tuple(insert)}, need layers from 2 to {layer}")
+        known = f"layers with one shape in and out: {replaceable}"
+        need(set(replace) <= set(replaceable), known, ulsam_replace=tuple(replace))
+        need(set(insert) <= set(dims), f"layers from 2 to {layer}", ulsam_insert=tuple(insert))
         layer = 1
         for s, stage in enumerate(self.blocks):
             children: OrderedDict[str, nn.Module] = OrderedDict()
@@ -180,6 +192,7 @@ class MobileNetULSAM(EfficientNet):
             ],
         }
 
+    @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -187,8 +200,6 @@ class MobileNetULSAM(EfficientNet):
             num_classes: Classes; 0 removes it.
             global_pool: Pooling as in the constructor; None keeps the current one.
         """
-        if global_pool is not None:
-            SelectAdaptivePool2d(pool_type=global_pool)  # refuses an unknown pooling before anything changes
         super().reset_classifier(num_classes, global_pool)
 
 

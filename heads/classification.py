@@ -17,6 +17,8 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from vizoo.backbones.layers.checks import COUNT, checked, need
+
 __all__ = ["AttentiveProbe", "Features", "extract_features", "knn_probe", "linear_probe"]
 
 
@@ -56,6 +58,7 @@ def extract_features(
     return Features(np.concatenate(xs), np.concatenate(ys))
 
 
+@checked()
 def linear_probe(C: float = 1.0, max_iter: int = 1000) -> Any:
     """Logistic regression on standardised features.
 
@@ -73,12 +76,10 @@ def linear_probe(C: float = 1.0, max_iter: int = 1000) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    for name, value in (("C", C), ("max_iter", max_iter)):
-        if not value > 0:
-            raise ValueError(f"got {name}={value}, need a number above 0")
     return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=max_iter))
 
 
+@checked()
 def knn_probe(k: int = 20, temperature: float = 0.07) -> Any:
     """Vote of the nearest training images by cosine, each with the weight ``exp(cosine / temperature)``.
 
@@ -93,10 +94,6 @@ def knn_probe(k: int = 20, temperature: float = 0.07) -> Any:
         ValueError: If an argument is out of range.
     """
     from sklearn.neighbors import KNeighborsClassifier
-
-    for name, value in (("k", k), ("temperature", temperature)):
-        if not value > 0:
-            raise ValueError(f"got {name}={value}, need a number above 0")
 
     def weights(distances: np.ndarray) -> np.ndarray:
         """Of ``1 - cosine``; the factor that all voters share is left out."""
@@ -116,14 +113,14 @@ class AttentiveProbe(nn.Module):
         mlp_ratio: Hidden units of the pooling's feed-forward network, over its channels.
 
     Raises:
-        ValueError: If ``num_heads`` does not divide the channels.
+        ValueError: If an argument is out of range, or ``num_heads`` does not divide the channels.
     """
 
+    @checked(num_classes=COUNT)
     def __init__(self, model: nn.Module, num_classes: int, num_heads: int = 8, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         dim: int = model.num_features  # type: ignore[assignment]
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"got num_heads={num_heads}, need a divisor of the {dim} channels")
+        need(dim % num_heads == 0, f"a divisor of the {dim} channels", num_heads=num_heads)
         self.model = model.requires_grad_(False)
         self.norm = nn.LayerNorm(dim)
         self.pool = AttentionPoolLatent(dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=nn.LayerNorm)

@@ -7,6 +7,7 @@ RetinaNet (https://arxiv.org/abs/1708.02002), FCOS (https://arxiv.org/abs/1904.0
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from vizoo.backbones.layers.checks import check_names, checked, need
 
 from .features import FeatureLevels, FeaturePyramid
 
 __all__ = ["detector"]
 
-ARCHS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
+ARCHS = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}
 TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 
 
+@checked(arch=tuple(ARCHS))
 def detector(
     arch: str,
     backbone: str | nn.Module,
@@ -68,10 +73,8 @@ def detector(
     Raises:
         ValueError: If an argument is out of range, the backbone is unknown or lacks a stride; the message names it.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"got arch={arch!r}, need one of {', '.join(ARCHS)}")
-    if num_classes < 2:
-        raise ValueError(f"got num_classes={num_classes}, need at least 2: the background counts")
+    need(num_classes >= 2, "at least 2: the background counts", num_classes=num_classes)
+    check_names(kwargs, _arguments(ARCHS[arch]), f"arch={arch!r}")
     if strides is None:
         strides = (4, 8, 16, 32) if arch in TWO_STAGES else (8, 16, 32)
     body = FeatureLevels(
@@ -103,6 +106,12 @@ def detector(
         sizes = tuple(tuple(int(4 * s * 2 ** (k / 3)) for k in range(3)) for s in levels)
         shared["anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(levels))
     return RetinaNet(pyramid, **shared)
+
+
+def _arguments(detector_cls: type[nn.Module]) -> set[str]:
+    """What torchvision's class takes and :func:`detector` does not set; names that neither knows it drops silently."""
+    own = {*inspect.signature(detector_cls).parameters, *inspect.signature(GeneralizedRCNNTransform).parameters}
+    return own - {"backbone", "kwargs", "self", *inspect.signature(detector).parameters}
 
 
 def _two_stages(arch: str, pyramid: FeaturePyramid, strides: Sequence[int], shared: dict[str, Any]) -> nn.Module:

@@ -5,7 +5,6 @@ The level choice, freezing and loading are shared by the heads of this package a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from vizoo.backbones.layers.checks import WRAPPERS, check_model_name, check_positions, checked, need
 
 __all__ = ["FeatureLevels", "FeaturePyramid", "Levels", "feature_levels"]
 
@@ -37,10 +38,7 @@ class Levels(NamedTuple):
 
 def create(model_name: str, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` that suggests names for an unknown one."""
-    name = model_name.partition(".")[0]
-    if ":" not in model_name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["see timm.list_models()"]
-        raise ValueError(f"got model_name={model_name!r}, which timm does not know; near: {', '.join(near)}")
+    check_model_name(model_name=model_name)
     return timm.create_model(model_name, **kwargs)
 
 
@@ -64,19 +62,29 @@ def feature_levels(model_name: str, strides: Sequence[int] = (4, 8, 16, 32), **k
         Indices, channels and strides of the levels.
 
     Raises:
-        ValueError: If the model is unknown, or has no feature of one of the strides.
+        ValueError: If the model is unknown, or has no feature of one of the strides or indices.
     """
     if kwargs.get("out_indices") is None:
         kwargs.pop("out_indices", None)
+    else:
+        _check_indices(model_name, **kwargs)
     info: Any = create_without_memory(model_name, features_only=True, **kwargs).feature_info
     if "out_indices" in kwargs:
         return Levels(tuple(kwargs["out_indices"]), tuple(info.channels()), tuple(info.reduction()))
     return _choose(info, strides, model_name)
 
 
+def _check_indices(model_name: str, out_indices: Sequence[int], **kwargs: Any) -> None:
+    """Refuse what the model does not have before any wrapper of timm looks for it."""
+    kwargs.pop("feature_cls", None)
+    count = len(create_without_memory(model_name, **kwargs).feature_info)  # type: ignore[arg-type]
+    check_positions(count, out_indices=out_indices)
+    places = [i % count for i in out_indices]
+    need(places == sorted(places), "features in the order of the network", out_indices=out_indices)
+
+
 def _choose(info: Any, strides: Sequence[int], model_name: str) -> Levels:
-    if not strides or list(strides) != sorted(set(strides)):
-        raise ValueError(f"got strides={tuple(strides)}, need increasing numbers")
+    need(strides and list(strides) == sorted(set(strides)), "increasing numbers", strides=tuple(strides))
     last = {stride: i for i, stride in enumerate(info.reduction())}
     missing = [s for s in strides if s not in last]
     if missing:
@@ -117,6 +125,7 @@ class FeatureLevels(nn.Module):
         ValueError: If an argument is out of range; the message names it.
     """
 
+    @checked(feature_cls=WRAPPERS, out_norm=("layer",))
     def __init__(
         self,
         backbone: str | nn.Module,
@@ -126,13 +135,11 @@ class FeatureLevels(nn.Module):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         grad_checkpointing: bool = False,
-        feature_cls: str | None = None,
+        feature_cls: str | type[nn.Module] | None = None,
         out_norm: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if out_norm not in (None, "layer"):
-            raise ValueError(f"got out_norm={out_norm!r}, need 'layer' or None")
         if feature_cls is not None:
             kwargs["feature_cls"] = feature_cls
         if isinstance(backbone, str):
@@ -264,6 +271,7 @@ class FeaturePyramid(nn.Module):
         strides: Stride of each level of the backbone; extra maps halve the last.
     """
 
+    @checked()
     def __init__(self, backbone: FeatureLevels, out_channels: int = 256, extra: ExtraFPNBlock | None = None) -> None:
         super().__init__()
         self.backbone = backbone

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from vizoo.backbones.layers.checks import ANY, checked, need
+
 from .checkpoints import convert_checkpoint, read_checkpoint
 from .features import FeatureLevels
 
 __all__ = ["Segmentor", "load_segmentor", "segmentor"]
 
 ARCHS = ("semantic_fpn", "upernet")
+IGNORED = 255  # class id of pixels that do not count
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, norm: bool = True) -> ConvNormAct:
@@ -217,6 +220,7 @@ class Segmentor(nn.Module):
         ignore_index: Class id of pixels that do not count.
     """
 
+    @checked(ignore_index=ANY)
     def __init__(
         self,
         backbone: FeatureLevels,
@@ -224,7 +228,7 @@ class Segmentor(nn.Module):
         neck: nn.Module | None = None,
         auxiliary_head: nn.Module | None = None,
         aux_weight: float = 0.4,
-        ignore_index: int = 255,
+        ignore_index: int = IGNORED,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -274,6 +278,7 @@ class Segmentor(nn.Module):
         return losses["out"] + self.aux_weight * losses["aux"] if "aux" in losses else losses["out"]
 
 
+@checked(arch=ARCHS)
 def segmentor(
     arch: str,
     backbone: str | nn.Module,
@@ -291,7 +296,7 @@ def segmentor(
     Args:
         arch: ``"semantic_fpn"`` or ``"upernet"``.
         backbone: Any name of :func:`timm.create_model`, or a model made with ``features_only=True``.
-        num_classes: Classes; there is no background beside them.
+        num_classes: Classes, at most 255, the id of pixels that do not count; there is no background beside them.
         pretrained: Weights of the backbone, as in :class:`vizoo.heads.features.FeatureLevels`.
         frozen_stages: Stages of the backbone that are not trained: 0 the stem, k the stem and k stages, -1 none.
         norm_eval: Keep batch norms of the backbone in evaluation mode.
@@ -306,12 +311,10 @@ def segmentor(
     Raises:
         ValueError: If an argument is out of range, the backbone is unknown or lacks a stride; the message names it.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"got arch={arch!r}, need one of {', '.join(ARCHS)}")
-    if num_classes < 1:
-        raise ValueError(f"got num_classes={num_classes}, need at least 1")
-    if len(strides) < 2 or any(b != 2 * a for a, b in itertools.pairwise(strides)):
-        raise ValueError(f"got strides={tuple(strides)}, need at least two, each twice the one before")
+    known = f"1 to {IGNORED}: {IGNORED} is the id of pixels that do not count"
+    need(1 <= num_classes <= IGNORED, known, num_classes=num_classes)
+    doubled = len(strides) > 1 and all(b == 2 * a for a, b in itertools.pairwise(strides))
+    need(doubled, "at least two, each twice the one before", strides=tuple(strides))
     body = FeatureLevels(
         backbone,
         strides,

@@ -253,10 +253,10 @@ def test_checkpoint_of_another_image_and_patch_size():
     [
         ({"prune_blocks": (0, 2)}, r"got prune_blocks=\(0, 2\), need rising numbers from 1 to depth=4"),
         ({"prune_blocks": (3, 2)}, "need rising numbers"),
-        ({"prune_blocks": (1, 2), "prune_ratio": 0.5}, "got prune_ratio=0.5 for 2 prunings"),
-        ({"prune_blocks": (1,), "prune_score": "rows"}, "got score='rows', need one of 'message', 'received'"),
-        ({"message_pool": "sum"}, "got message_pool='sum', need one of 'message', 'message_mean', 'avg'"),
-        ({"num_heads": 3}, "got dim=40 and num_heads=3"),
+        ({"prune_blocks": (1, 2), "prune_ratio": 0.5}, "got prune_ratio=0.5, need a number above 0 and below 1/2"),
+        ({"prune_blocks": (1,), "prune_score": "rows"}, "got prune_score='rows', need 'message' or 'received'"),
+        ({"message_pool": "sum"}, "got message_pool='sum', need 'message', 'message_mean' or 'avg'"),
+        ({"num_heads": 3}, "got embed_dim=40 and num_heads=3"),
         ({"tau": 0.0}, "got tau=0.0"),
     ],
 )
@@ -831,7 +831,7 @@ def test_subtrees_cut_the_weakest_edges_with_enough_below():
         assert found_labels.shape == (1, 2, 4)
         assert found_labels.flatten().tolist() == labels, (k, least)
     for k, least in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match=f"got k={k} and min_size={least}"):
+        with pytest.raises(ValueError, match=f"got {'min_size' if k else 'k'}=0, need a whole number of at least 1"):
             subtrees(found, tree, k, least)
 
 

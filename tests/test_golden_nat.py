@@ -442,7 +442,7 @@ def test_mlp(dtype):
         ({"dilations": (1, 2, 1)}, r"dilations=\(1, 2, 1\)"),
         ({"dilations": (1, (), 1, 1)}, r"dilations=\(1, \(\), 1, 1\)"),
         ({"kernel_size": 1}, "kernel_size=1"),
-        ({"num_heads": (3, 4, 8, 16)}, "dim=16 and num_heads=3"),
+        ({"num_heads": (3, 4, 8, 16)}, "embed_dim=16 and num_heads=\\(3, 4, 8, 16\\)"),
         ({"feature_norms": (4,)}, r"feature_norms=\(4,\)"),
         ({"feature_norms": (1,), "features_only": True, "feature_cls": "hook"}, "feature_cls='hook'"),
     ],

@@ -92,7 +92,9 @@ def test_img_size_is_a_hint(name: str) -> None:
         assert model.state_dict().keys() == plain.state_dict().keys()
         assert build(name, img_size=size, features_only=True).pretrained_cfg["input_size"] == (3, *pair)
     for bad in (0, 96.5, (96,), (96, 96, 3), (96.5, 96), "large"):
-        with pytest.raises(ValueError, match=r"got img_size=.*, need a side, or height and width, in pixels"):
+        with pytest.raises(
+            ValueError, match=r"got img_size=.*, need a whole number of at least 1 or 2 whole numbers of at least 1"
+        ):
             build(name, img_size=bad)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
-HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads"}
+HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads", f"{LAYERS}.checks"}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 # ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
 _PLUMBING = ("_backend", "_cost", "_derivative", "_halo_kernels", "_neighborhood_kernels", "attention", "na2d_av")

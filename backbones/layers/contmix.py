@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops._backend import plain_only, use_onednn
 from ..ops.contmix import contmix, contmix_from_logits, working_size
+from .checks import Range, check_multiple, checked, need, scaled
 from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
 
 __all__ = ["ContMixBlock"]
@@ -331,8 +332,7 @@ class DilatedReparamBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if kernel_size not in BRANCHES:
-            raise ValueError(f"got kernel_size={kernel_size}, need one of {sorted(BRANCHES)}")
+        need(kernel_size in BRANCHES, f"one of {', '.join(map(str, BRANCHES))}", kernel_size=kernel_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy, **dd)
         if not deploy:
@@ -523,11 +523,12 @@ class DynamicBlock(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``dim`` is no multiple of ``4 * num_heads`` or a kernel size is not usable.
+        ValueError: If an argument is outside its range.
     """
 
     res_scale: torch.jit.Final[bool]
 
+    @checked(smk_size=Range(3))
     def __init__(
         self,
         dim: int,
@@ -545,12 +546,11 @@ class DynamicBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % (4 * num_heads):
-            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of 4 * num_heads")
-        if smk_size < 3 or smk_size % 2 == 0 or smk_size > kernel_size:
-            raise ValueError(f"got smk_size={smk_size}, need an odd number from 3 to kernel_size={kernel_size}")
+        check_multiple(4, dim=dim, num_heads=num_heads)
+        fits = smk_size % 2 == 1 and smk_size <= kernel_size
+        need(fits, f"an odd number from 3 to kernel_size={kernel_size}", smk_size=smk_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        hidden_dim = int(dim * mlp_ratio)
+        hidden_dim = scaled(dim, mlp_ratio=mlp_ratio)
         groups = 2 * num_heads
         self.kernel_size = kernel_size
         self.smk_size = smk_size
@@ -631,6 +631,7 @@ class ContMixBlock(DynamicBlock):
         ValueError: If an argument is outside its range.
     """
 
+    @checked(smk_size=Range(3))
     def __init__(
         self,
         dim: int = 64,

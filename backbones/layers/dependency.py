@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import checked
+
 __all__ = ["Dependency", "Tree", "dependency_tree", "saliency", "subtrees"]
 
 
@@ -122,6 +124,7 @@ def _arborescence(weight: Tensor, root: int) -> list[int]:
     return parents
 
 
+@checked(method=("greedy", "edmonds"))
 def dependency_tree(dependency: Dependency, method: str = "greedy") -> Tree:
     """Parse the masks into a tree.
 
@@ -144,14 +147,12 @@ def dependency_tree(dependency: Dependency, method: str = "greedy") -> Tree:
     N = rank.shape[1]
     if method == "greedy":
         parents = _greedy(strength, rank)
-    elif method == "edmonds":
+    else:
         if N > 1024:
             raise ValueError(f"got method='edmonds' for {N} tokens, need at most 1024; use method='greedy'")
         weight = (strength.double() + 1e-12).log().cpu()
         found = [_arborescence(w, int(r.argmin())) for w, r in zip(weight, rank, strict=True)]
         parents = torch.tensor(found, device=rank.device)
-    else:
-        raise ValueError(f"got method={method!r}, need 'greedy' or 'edmonds'")
     depth = (parents >= 0).long()
     jump = torch.where(parents >= 0, parents, rank.argmin(1, keepdim=True))  # the root jumps to itself
     for _ in range(N.bit_length()):
@@ -159,6 +160,7 @@ def dependency_tree(dependency: Dependency, method: str = "greedy") -> Tree:
     return Tree(parents, rank, depth)
 
 
+@checked()
 def subtrees(dependency: Dependency, tree: Tree, k: int, min_size: int = 4) -> Tensor:
     """Cut the tree into parts: the ``k - 1`` weakest edges with enough tokens below them go.
 
@@ -174,8 +176,6 @@ def subtrees(dependency: Dependency, tree: Tree, k: int, min_size: int = 4) -> T
     Raises:
         ValueError: If ``k`` or ``min_size`` is below 1.
     """
-    if k < 1 or min_size < 1:
-        raise ValueError(f"got k={k} and min_size={min_size}, need at least 1")
     strength = _strength(dependency).cpu()
     labels = torch.zeros_like(tree.parents)
     for b, parents in enumerate(tree.parents.tolist()):

@@ -8,6 +8,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 from ..ops.halo import halo_attention, reference_halo_attention
+from .checks import check_multiple, checked, need
 from .plain import project
 
 __all__ = ["HaloAttention", "swap_halo"]
@@ -80,6 +81,7 @@ class HaloAttention(nn.Module):
 
     fused_attn: torch.jit.Final[bool]
 
+    @checked(stride=(1, 2))
     def __init__(
         self,
         dim: int,
@@ -101,21 +103,13 @@ class HaloAttention(nn.Module):
     ):
         super().__init__()
         dim_out = dim_out or dim
-        if num_heads < 1 or dim_out % num_heads:
-            raise ValueError(f"got dim_out={dim_out} and num_heads={num_heads}, need dim_out to be a multiple")
-        if stride not in (1, 2):
-            raise ValueError(f"got stride={stride}, need 1 or 2")
-        if block_size < 1 or halo_size < 0:
-            raise ValueError(f"got block_size={block_size} and halo_size={halo_size}, need at least 1 and 0")
-        if pad_mode not in ("zero", "mask"):
-            raise ValueError(f"got pad_mode={pad_mode!r}, need 'zero' or 'mask'")
-        if rel_index not in ("array", "pixel"):
-            raise ValueError(f"got rel_index={rel_index!r}, need 'array' or 'pixel'")
+        check_multiple(dim_out=dim_out, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         pooled = stride > 1 and (avg_down or block_size % stride > 0)
         self.dim_out = dim_out
         self.num_heads = num_heads
         self.dim_head = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
+        need(self.dim_head, "at least one channel for each head", qk_ratio=qk_ratio, num_heads=num_heads)
         self.block_size = block_size
         self.halo_size = halo_size
         self.query_stride = 1 if pooled else stride

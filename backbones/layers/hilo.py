@@ -8,6 +8,7 @@ from timm.layers import is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from ..ops.hilo import hifi_attention, lofi_attention, reference_hifi_attention, reference_lofi_attention
+from .checks import COUNT, check_multiple, checked
 from .plain import project
 
 __all__ = ["HiLo"]
@@ -41,6 +42,7 @@ class HiLo(nn.Module):
     has_lofi: torch.jit.Final[bool]
     has_hifi: torch.jit.Final[bool]
 
+    @checked(window_size=COUNT)
     def __init__(
         self,
         dim: int,
@@ -52,12 +54,7 @@ class HiLo(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of num_heads")
-        if window_size < 1:
-            raise ValueError(f"got window_size={window_size}, need at least 1")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"got alpha={alpha}, need 0 to 1")
+        check_multiple(dim=dim, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         head_dim = dim // num_heads
         self.dim = dim

@@ -9,6 +9,7 @@ from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module
 from torch import Tensor, nn
 
 from ..ops.neighborhood import is_padded, neighborhood_attention, reference_neighborhood_attention
+from .checks import Range, check_multiple, checked, scaled
 from .mlp import Mlp
 from .plain import project
 
@@ -43,6 +44,7 @@ class NeighborhoodAttention(nn.Module):
 
     fused_attn: torch.jit.Final[bool]
 
+    @checked(kernel_size=Range(2))
     def __init__(
         self,
         dim: int,
@@ -55,12 +57,7 @@ class NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of num_heads")
-        if kernel_size < 2:
-            raise ValueError(f"got kernel_size={kernel_size}, need at least 2")
-        if dilation < 1:
-            raise ValueError(f"got dilation={dilation}, need at least 1")
+        check_multiple(dim=dim, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.kernel_size = kernel_size
@@ -148,8 +145,12 @@ class NeighborhoodBlock(nn.Module):
         drop_path: Stochastic depth rate of both branches.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an argument is outside its range.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -172,7 +173,7 @@ class NeighborhoodBlock(nn.Module):
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = Mlp(dim, scaled(dim, mlp_ratio=mlp_ratio), **dd)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import NATURAL, checked, need
+
 __all__ = ["PlaceCode", "step_code"]
 
 PLACE_CODES = ("gauss", "original", "exp1", "exp2", "linear")
@@ -28,7 +30,11 @@ def step_code(length: int, dim: int, start: int = 0, device: torch.device | None
 
     Returns:
         ``[length, dim]`` in float32.
+
+    Raises:
+        ValueError: If ``dim`` is odd.
     """
+    need(dim % 2 == 0, "an even number", dim=dim)
     frequency = 10000 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
@@ -51,13 +57,11 @@ def gaussian_nodes(channels: int, sigma: float, reach: float) -> tuple[list[floa
     Raises:
         ValueError: If the sum would be off by more than about 0.05 within reach.
     """
-    n, span = channels // 2, reach / sigma
+    n, span = channels // 2, min(reach / sigma, 1e6)
     step = (math.sqrt(span**2 + 4 * math.pi * n) - span) / (2 * n)  # n * step == 2 * pi / step - span
-    if math.exp(-((n * step) ** 2) / 2) > 0.1:
-        raise ValueError(
-            f"got pe_sigma={sigma:g} for a grid side of {reach:g}: {channels} channels for each coordinate cannot tell "
-            "its places apart; need a larger pe_sigma or embed_dim"
-        )
+    apart = math.exp(-((n * step) ** 2) / 2) <= 0.1
+    words = f"a larger one, or more than {channels} channels, to tell {reach:g} places of a coordinate apart"
+    need(apart, words, pe_sigma=sigma)
     nodes = [(k + 0.5) * step for k in range(n)]
     weights = [math.exp(-(t**2) / 2) for t in nodes]
     return [t / sigma for t in nodes], [b / sum(weights) for b in weights]
@@ -77,8 +81,12 @@ class PlaceCode(nn.Module):
         norm: Length of the code of one coordinate.
         alpha: Exponent or factor of the kinds ``exp1``, ``exp2`` and ``linear``.
         table: Codes ``[places, at least dim / 3]`` to look up instead; coordinates are cut to integers, zero beyond.
+
+    Raises:
+        ValueError: If an argument is outside its range.
     """
 
+    @checked(alpha=NATURAL, kind=PLACE_CODES)
     def __init__(
         self,
         dim: int,
@@ -90,8 +98,6 @@ class PlaceCode(nn.Module):
         table: Tensor | Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()
-        if kind not in PLACE_CODES:
-            raise ValueError(f"got pe={kind!r}, need one of {', '.join(PLACE_CODES)}")
         self.dim, self.kind = dim, kind
         self.zero_row = max(3, grid[0])  # the official sinusoids know three rows and a row of zeros
         self.table: Tensor | None = None

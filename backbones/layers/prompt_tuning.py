@@ -30,6 +30,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
 from ..ops.attention import attention
+from .checks import NATURAL, checked, need
 
 __all__ = [
     "convert_tcpa",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 TOPK = 10  # the paper's number of prompts for each token
-HOSTS = ("vfpt", "vpt")
+POOLS = ("token", "avg", "max", "avgmax", "map", "prr", "")  # of timm's VisionTransformer
 
 
 def reference_prompt_attention(
@@ -510,6 +511,7 @@ class PromptedVisionTransformer(VisionTransformer):
         """Those of the backbone that it has."""
         return super().no_weight_decay() & dict(self.named_parameters()).keys()
 
+    @checked(global_pool=POOLS)
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
@@ -518,14 +520,14 @@ class PromptedVisionTransformer(VisionTransformer):
             global_pool: Pooling as in timm; None keeps the current one.
 
         Raises:
-            AssertionError: For an unknown pooling, before anything changes.
+            ValueError: If an argument is outside its range or the model has no such pooling; nothing has changed then.
         """
         before = self.num_classes
         try:
             super().reset_classifier(num_classes, global_pool)
-        except AssertionError:
+        except AssertionError as e:
             self.num_classes = before  # timm sets it first
-            raise
+            raise ValueError(f"got global_pool={global_pool!r}, need a pooling that the model has: {e}") from e
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Set the mode; a frozen backbone stays in evaluation mode."""
@@ -568,23 +570,14 @@ def _check_model(model: nn.Module) -> None:
             raise NotImplementedError(f"attention {type(block.attn).__name__}; supported is Attention")
 
 
-def _need(**values: float) -> None:
-    for name, value in values.items():
-        if name.endswith("drop"):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value}, need 0 <= {name} < 1")
-        elif value < 1:
-            raise ValueError(f"{name}={value}, need at least 1")
-
-
 def _topk(name: str, topk: int | None, pool: int) -> int:
     if topk is None:
         return min(TOPK, pool)
-    if not 1 <= topk <= pool:
-        raise ValueError(f"{name}={topk}, need 1 to {pool}, the size of the pool")
+    need(topk <= pool, f"1 to {pool}, the size of the pool", **{name: topk})
     return topk
 
 
+@checked(cls_pool=NATURAL, cls_topk=NATURAL, cls_len=NATURAL, host=("vfpt", "vpt"))
 def tcpa(
     model: VisionTransformer,
     *,
@@ -626,13 +619,10 @@ def tcpa(
         ValueError: If a setting is out of range or the model has prompts already.
         NotImplementedError: For other models, blocks or attentions.
     """
-    if host not in HOSTS:
-        raise ValueError(f"host={host!r}, need one of {', '.join(HOSTS)}")
     _check_model(model)
     prefix = model.num_prefix_tokens if model.has_class_token else 0
-    _need(image_pool=image_pool, image_len=image_len, prompt_drop=prompt_drop)
-    if prefix:
-        _need(cls_pool=cls_pool, cls_len=cls_len)
+    for name, value in (("cls_pool", cls_pool), ("cls_topk", cls_topk), ("cls_len", cls_len)) if prefix else ():
+        need(value != 0, "at least 1 for a model with a class token", **{name: value})
     settings: dict[str, Any] = {
         "cls_pool": cls_pool,
         "image_pool": image_pool,
@@ -663,6 +653,7 @@ def tcpa(
     return model  # type: ignore[return-value]
 
 
+@checked()
 def vpt(
     model: VisionTransformer,
     *,
@@ -688,7 +679,6 @@ def vpt(
         NotImplementedError: For other models, blocks or attentions.
     """
     _check_model(model)
-    _need(num_prompts=num_prompts, prompt_drop=prompt_drop)
     dd = get_device_dtype(model)
     last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks):

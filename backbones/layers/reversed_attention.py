@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from ..ops.reversed_attention import reference_reversed_attention, reversed_attention
+from .checks import Range, check_multiple, checked
 from .plain import project_wide
 
 __all__ = ["MessageController", "ReversedAttention"]
@@ -92,6 +93,7 @@ class ReversedAttention(nn.Module):
     fused_attn: torch.jit.Final[bool]
     receives: torch.jit.Final[bool]
 
+    @checked(dim=Range(2), score=SCORES)
     def __init__(
         self,
         dim: int,
@@ -105,12 +107,7 @@ class ReversedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"got dim={dim} and num_heads={num_heads}, need dim to be a multiple of num_heads")
-        if tau <= 0:
-            raise ValueError(f"got tau={tau}, need a temperature above 0")
-        if score not in SCORES:
-            raise ValueError(f"got score={score!r}, need one of {', '.join(map(repr, SCORES))}")
+        check_multiple(dim=dim, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.tau = tau

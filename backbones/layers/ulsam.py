@@ -10,6 +10,7 @@ from timm.layers import get_device_dtype, is_exporting, register_notrace_module,
 from torch import Tensor, nn
 
 from ..ops.ulsam import ulsam_logits
+from .checks import ANY, check_multiple, checked
 from .contmix import as_written
 from .plain import fold, folds, has_bias, pointwise, tensors
 
@@ -36,11 +37,12 @@ class ULSAM(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``dim`` is no multiple of ``num_splits``.
+        ValueError: If an argument is outside its range.
     """
 
     fused: torch.jit.Final[bool]
 
+    @checked(num_splits=ANY)
     def __init__(
         self,
         dim: int,
@@ -50,8 +52,7 @@ class ULSAM(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if num_splits < 1 or dim % num_splits:
-            raise ValueError(f"got dim={dim} and num_splits={num_splits}, need dim to be a multiple of num_splits")
+        check_multiple(dim=dim, num_splits=num_splits)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_splits = num_splits
         self.fused = use_fused_attn()

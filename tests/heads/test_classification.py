@@ -57,7 +57,7 @@ def test_linear() -> None:
     ("make", "text"),
     [
         (lambda: linear_probe(C=0), "C=0, need a number above 0"),
-        (lambda: knn_probe(k=0), "k=0, need a number above 0"),
+        (lambda: knn_probe(k=0), "k=0, need a whole number of at least 1"),
         (lambda: knn_probe(temperature=-1), "temperature=-1, need a number above 0"),
         (lambda: AttentiveProbe(build("test_litv2"), 3, num_heads=7), "num_heads=7, need a divisor of the"),
     ],

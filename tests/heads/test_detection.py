@@ -97,7 +97,7 @@ def test_frozen_stages() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="arch='yolo', need one of retinanet, fcos, faster_rcnn, mask_rcnn"):
+    with pytest.raises(ValueError, match="arch='yolo', need 'retinanet', 'fcos', 'faster_rcnn' or 'mask_rcnn'"):
         detector("yolo", "test_litv2", 3)
     with pytest.raises(ValueError, match="num_classes=1, need at least 2: the background counts"):
         detector("fcos", "test_litv2", 1)

@@ -182,9 +182,9 @@ def test_official_segmentor() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="batch of 1 image in training, need at least 2"):
         segmentor("upernet", "test_litv2", 3, channels=8).train()(torch.randn(1, 3, 64, 64))
-    with pytest.raises(ValueError, match="arch='unet', need one of semantic_fpn, upernet"):
+    with pytest.raises(ValueError, match="arch='unet', need 'semantic_fpn' or 'upernet'"):
         segmentor("unet", "test_litv2", 3)
-    with pytest.raises(ValueError, match="num_classes=0, need at least 1"):
+    with pytest.raises(ValueError, match="num_classes=0, need 1 to 255: 255 is the id of pixels that do not count"):
         segmentor("upernet", "test_litv2", 0)
     with pytest.raises(ValueError, match=r"strides=\(4, 16\), need at least two, each twice the one before"):
         segmentor("upernet", "test_litv2", 3, strides=(4, 16))
