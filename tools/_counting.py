@@ -199,6 +199,7 @@ _TABLE = {  # FLOPs of one element of the first output
     _native_batch_norm_legit_functional _softmax _safe_softmax _log_softmax silu hardswish mish softplus elu selu
     celu _prelu_kernel log_sigmoid_forward""",
     4: "sigmoid tanh hardsigmoid logit upsample_linear1d",
+    3: "_weight_norm_interface _weight_norm",
     2: "_native_batch_norm_legit_no_training _batch_norm_no_update addcmul addcdiv lerp native_dropout",
     1: "addmm cumsum cumprod floor_divide bernoulli threshold linspace isin",
     0: """mm bmm _scaled_mm copy clone _to_copy fill zero zeros zeros_like ones ones_like full full_like new_full
@@ -210,12 +211,13 @@ _TABLE = {  # FLOPs of one element of the first output
     resize set _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold _reshape_copy
     view_copy permute_copy alias_copy split_with_sizes_copy upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact2d bucketize searchsorted lift_fresh_copy _assert_async _assert_tensor_metadata
-    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal""",
+    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal
+    _pack_padded_sequence""",
 }
 _REDUCTIONS = """sum nansum mean nanmean amax amin aminmax max min prod any all argmax argmin var std var_mean std_mean
 norm linalg_vector_norm logsumexp count_nonzero avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
 _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d topk sort
-median kthvalue cummax"""
+median kthvalue cummax allclose"""
 _CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()}
 _BACKWARD = {  # twice the forward, for one element of the first gradient
     **{name: 2 * n for name, n in _CONSTANTS.items()},
@@ -287,8 +289,9 @@ def _mapping() -> dict[Any, Callable[..., int]]:
 # what a count must say about itself
 
 _ELSEWHERE = "made by another thread, NumPy, an extension or a kernel, and not counted"
+_NO_NUMBERS = "the model goes on in {where} after an error of tensors without numbers: others may take another path"
 _LEAVING = {  # after these calls numbers are where no operator of PyTorch is needed
-    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__, torch.utils.dlpack.to_dlpack,
+    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__,
 }  # fmt: skip
 _DEVICE_QUESTIONS = {
     Tensor.get_device, Tensor.type,
@@ -498,14 +501,19 @@ class _Watch(TorchFunctionMode):
             asking = str(sys._getframe(1).f_globals.get("__name__"))
             if asking.partition(".")[0] not in _SAME_EVERYWHERE:
                 tell("the model asks in {where} where its tensors are: counted for the meta device", doubt=True)
+        if func is torch.ops.higher_order.cond:
+            tell("numbers decide a branch in {where}: the dearer one is counted")
         if func in _LEAVING and self.recorder.origins.data(args[0]) is not False:
             text = f"numbers leave torch in {{where}} ({resolve_name(func)}): what is computed with them is not counted"
-            tell(text, doubt=True)
+            tell(text)
+            if self.engine != "real":
+                tell(_NO_NUMBERS, doubt=True)
+                raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
         try:
             return func(*args, **kwargs or {})
-        except Exception as e:
-            if self.engine != "real":  # the model may catch it, and take another path than on a device that computes
-                tell(f"{resolve_name(func)} fails in {{where}} without numbers ({type(e).__name__})", doubt=True)
+        except Exception:
+            if self.engine != "real":
+                tell(_NO_NUMBERS, doubt=True)
             raise
 
 
@@ -602,7 +610,7 @@ class _Run(NamedTuple):
     shapes: dict[str, tuple[int, ...] | None]
 
 
-def _run(call: _Call, backward: bool, engine: str) -> _Run:
+def _run(call: _Call, mode: Any, engine: str) -> _Run:
     model, args, kwargs, constants = call
     counter = FlopCounterMode(display=False, custom_mapping=_mapping())
     recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))))
@@ -618,15 +626,15 @@ def _run(call: _Call, backward: bool, engine: str) -> _Run:
         first = next(iter(_tensors(out)), None)
         shapes[paths[id(module)]] = None if first is None else tuple(first.shape)
 
+    backward = mode is torch.enable_grad
     model.train(backward)
     if not backward:  # the counter's module tracker cannot follow views of parameters without a graph
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         for p in model.parameters():
             p.requires_grad_(False) if p.is_leaf else p.detach_()
     hook = register_module_forward_hook(note)  # scripted modules take none of their own
-    grad = torch.enable_grad() if backward else torch.inference_mode()
     try:
-        with _same_afterwards(constants), _watch_threads(recorder), grad, _Watch(recorder, engine), recorder, counter:
+        with _same_afterwards(constants), _watch_threads(recorder), mode(), _Watch(recorder, engine), recorder, counter:
             out = model(*args, **kwargs)
             if backward:
                 parts = [t for t in _tensors(out) if t.requires_grad]
@@ -637,31 +645,31 @@ def _run(call: _Call, backward: bool, engine: str) -> _Run:
     return _Run(counter, recorder, shapes)
 
 
-def _on_meta(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
-    return _run(_copy(model, args, kwargs, lambda t: t.to("meta")), backward, "meta")
+def _on_meta(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
+    return _run(_copy(model, args, kwargs, lambda t: t.to("meta")), mode, "meta")
 
 
-def _on_fake(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
+def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = FakeTensorMode(allow_non_fake_inputs=True)
     home = _device(model)
 
     def move(t: Tensor) -> Tensor:
-        return FakeTensor(mode, t, home) if t.device.type == "meta" else mode.from_tensor(t)
+        return FakeTensor(tensors, t, home) if t.device.type == "meta" else tensors.from_tensor(t)
 
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with mode:
-            return _run(_copy(model, args, kwargs, move), backward, "fake")
+        with tensors:
+            return _run(_copy(model, args, kwargs, move), mode, "fake")
     finally:
         log.setLevel(level)
 
 
-def _on_device(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
-    return _run(_copy(model, args, kwargs, torch.clone), backward, "real")
+def _on_device(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
+    return _run(_copy(model, args, kwargs, torch.clone), mode, "real")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -698,14 +706,31 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(engines)}")
     model = unwrap(model)
     params, buffers = list(model.parameters()), list(model.buffers())
+    on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
     order = [engine]
-    if engine == "auto":
-        on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
-        order = [e for e in engines if not (e == "meta" and backward and not on_meta) and not (e == "real" and on_meta)]
+    if engine == "auto" and on_meta:
+        order = ["meta", "fake"]
+    elif engine == "auto":  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
+        order = ["real"] if scripted else ["fake", "real"] if backward else list(engines)
+
+    def run_on(engine: str) -> _Run:
+        if backward:
+            return engines[engine](model, args, kwargs, torch.enable_grad)
+        try:
+            return engines[engine](model, args, kwargs, torch.inference_mode)
+        except RuntimeError as e:
+            if "inference tensor" not in str(e).lower():
+                raise
+            run = engines[engine](model, args, kwargs, torch.no_grad)
+            if "outside inferencemode" in str(e).lower():
+                run.recorder.tell("another thread writes into tensors: what it computes is not counted")
+            return run
+
     run, used = None, ""
     for candidate in order:
         try:
-            found = engines[candidate](model, args, kwargs, backward)
+            found = run_on(candidate)
         except Exception:
             if candidate == order[-1] and run is None:
                 raise
@@ -717,7 +742,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
     counter, recorder, shapes = run
     reasons = recorder.reasons()
     if recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
-        again = engines[used](model, args, kwargs, backward).recorder.unseen
+        again = run_on(used).recorder.unseen
         unseen = [text for key, (_, text) in again.items() if key not in recorder.unseen]
         reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
     totals, prefix = counter.get_flop_counts(), type(model).__name__
