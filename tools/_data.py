@@ -10,7 +10,7 @@ import argparse
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +142,21 @@ def open_split(root: str, split: str, mode: str, window: tuple[float, float] | N
         stray = next(f for f, t in dataset.reader.samples if t == classes[""])
         raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
     return dataset
+
+
+def reorder_classes(dataset: Any, order: Sequence[int]) -> None:
+    """Give class ``i`` of a data set the index ``order[i]``, as a model knows it that was trained with another order.
+
+    Args:
+        dataset: Of :func:`digits_splits` or :func:`open_split`.
+        order: New index of each class.
+    """
+    if isinstance(dataset, Digits):
+        dataset.targets = np.array(order)[dataset.targets]
+        return
+    reader = dataset.reader
+    reader.samples = [(file, order[target]) for file, target in reader.samples]
+    reader.class_to_idx = {name: order[target] for name, target in reader.class_to_idx.items()}
 
 
 def _split_folder(root: Path, split: str) -> Path:

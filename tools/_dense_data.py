@@ -28,9 +28,16 @@ FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}  # of i
 class Parts:
     """Training and held-out data, and the names of the classes in the order of their ids."""
 
-    train: Dataset
-    val: Dataset
+    train: Any
+    val: Any
     classes: list[str]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``, as a model knows it that was trained with another order."""
+        names = dict(zip(order, self.classes, strict=True))
+        self.classes = [names[i] for i in range(len(names))]
+        self.train.reorder(order)
+        self.val.reorder(order)
 
 
 class Boxes(Dataset):
@@ -62,6 +69,12 @@ class Boxes(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``."""
+        for rows in self.found.values():
+            for row in rows:
+                row["label"] = order[row["label"] - 1] + 1
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """Image ``[3, H, W]``; boxes ``[n, 4]``, labels ``[n]``, iscrowd ``[n]`` and masks ``[n, H, W]``."""
@@ -98,9 +111,14 @@ class Masks(Dataset):
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool, transform: Any) -> None:
         self.pairs, self.reduce_zero_label, self.transform = list(pairs), reduce_zero_label, transform
+        self.order: np.ndarray | None = None  # of the ids, where it is another one than that of the files
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Give class ``i`` the id ``order[i]``."""
+        self.order = np.array(order)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image ``[3, h, w]`` and class ids ``[H, W]``, 255 where there is none; the same size in training."""
@@ -109,6 +127,8 @@ class Masks(Dataset):
             ids = np.array(f).astype(np.int64)
         if self.reduce_zero_label:
             ids = np.where((ids == 0) | (ids == IGNORED), IGNORED, ids - 1)
+        if self.order is not None:
+            ids = np.where(ids == IGNORED, IGNORED, self.order[np.minimum(ids, len(self.order) - 1)])
         image, mask = self.transform(read_image(image_file), tv_tensors.Mask(torch.from_numpy(ids)))
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 

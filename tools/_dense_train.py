@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,13 +29,29 @@ from vizoo.heads.detection import detector
 from vizoo.heads.segmentation import segmentor
 from vizoo.tools._data import seed_everything, seeded_batches
 from vizoo.tools._dense_data import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
-from vizoo.tools._train_output import draw_curves, load_training_checkpoint
+from vizoo.tools._train_options import check_range, stored_arguments
+from vizoo.tools._train_output import (
+    check_kept,
+    check_loss,
+    draw_curves,
+    load_optimizer,
+    load_training_checkpoint,
+    match_classes,
+    open_run,
+    refuse_processes,
+    save_checkpoint,
+    say_changes,
+    write_options,
+    write_summary,
+)
 from vizoo.tools.common import (
+    KeyValues,
     Parser,
     UserError,
-    atomic_write,
     check_output,
+    check_weights,
     compute_device,
+    number,
     print_table,
     progress,
     resolve_models,
@@ -56,6 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 METRIC = {"detection": ("AP", "box AP"), "segmentation": ("mIoU", "mean IoU")}
 PICTURED = 4  # images of a picture
+KEPT = ("arch", "model", "model_kwargs", "arch_kwargs", "size", "epochs", "batch_size", "opt", "seed")
 SHOWN = 0.5  # score from which a picture shows a box
 TRAIN_EXAMPLES = """\
 examples:
@@ -73,27 +87,10 @@ examples:
       on the held-out part of another folder with the same classes"""
 
 
-def _number(kind: type, low: float, above: bool = False, high: float = math.inf) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
-            noun = "whole number" if kind is int else "number"
-            bounds = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is no {noun} {bounds}")
-        return value
-
-    return parse
-
-
 def build_train_parser(task: str) -> argparse.ArgumentParser:
     """Command-line options of training a detector or a segmentor."""
     defaults = DEFAULTS[task]
-    count, positive, share = _number(int, 1), _number(float, 0, above=True), _number(float, 0, high=1)
+    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, high=1)
     p = Parser(
         prog=f"vizoo train --task {task}",
         description=f"Train a {task} model on a backbone of the zoo or of timm.",
@@ -104,13 +101,11 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="DIR", help="folder in the layout of the examples below")
     p.add_argument("--arch", choices=ARCHS[task], default=defaults["arch"], help=f"({defaults['arch']})")
     p.add_argument("--model", default="litv2_s", metavar="MODEL", help="backbone (litv2_s)")
-    p.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="its arguments"
-    )
-    p.add_argument("--arch-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="of the heads")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="its arguments")
+    p.add_argument("--arch-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="of the heads")
     p.add_argument("--pretrained", action="store_true", help="start from the backbone's published weights")
     p.add_argument(
-        "--frozen-stages", type=_number(int, -1), default=-1, metavar="N", help="0 stem, 1 and stage 1 ... (-1)"
+        "--frozen-stages", type=number(int, -1), default=-1, metavar="N", help="0 stem, 1 and stage 1 ... (-1)"
     )
     if task == "detection":
         p.add_argument("--size", type=count, nargs=2, default=defaults["size"], metavar=("SHORT", "LONG"),
@@ -135,27 +130,33 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--opt", default="adamw", metavar="NAME", help="optimizer of timm (adamw)")
     p.add_argument("--lr", type=positive, default=defaults["lr"], metavar="LR", help=f"({defaults['lr']:g})")
-    p.add_argument("--weight-decay", type=_number(float, 0), default=0.05, metavar="WD", help="(0.05)")
+    p.add_argument("--weight-decay", type=number(float, 0), default=0.05, metavar="WD", help="(0.05)")
     p.add_argument("--sched", choices=("cosine", "multistep"), default="cosine", help="(cosine)")
     p.add_argument(
         "--decay-milestones", type=count, nargs="+", default=[8, 11], metavar="EPOCH", help="of multistep (8 11)"
     )
     p.add_argument("--decay-rate", type=share, default=0.1, metavar="RATE", help="of multistep (0.1)")
-    p.add_argument("--min-lr", type=_number(float, 0), default=0.0, metavar="LR", help="of cosine (0)")
+    p.add_argument("--min-lr", type=number(float, 0), default=0.0, metavar="LR", help="of cosine (0)")
     p.add_argument(
-        "--warmup-updates", type=_number(int, 0), default=500, metavar="N", help="(500, at most a tenth of all)"
+        "--warmup-updates", type=number(int, 0), default=500, metavar="N", help="(500, at most a tenth of all)"
     )
     p.add_argument("--clip-grad", type=positive, metavar="NORM", help="(none)")
     p.add_argument("--amp", action="store_true", help="mixed precision in bfloat16")
-    p.add_argument("-j", "--workers", type=_number(int, 0), default=4, metavar="N", help="loader processes (4)")
+    p.add_argument("-j", "--workers", type=number(int, 0), default=4, metavar="N", help="loader processes (4)")
     p.add_argument("--check-data", choices=("full", "none"), default="full", help="look at every record first (full)")
     p.add_argument(
-        "--seed", type=_number(int, 0), default=42, metavar="S", help="of weights, order and augmentation (42)"
+        "--seed", type=number(int, 0), default=42, metavar="S", help="of weights, order and augmentation (42)"
     )
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--output", default="output/train", metavar="DIR", help="(output/train)")
     p.add_argument("--experiment", metavar="NAME", help="folder in it (date-time-arch-model)")
-    p.add_argument("--resume", action="store_true", help="go on with the run of --experiment")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on from a checkpoint; without a path from the newest of --experiment; from the start if there is none",
+    )
     return p
 
 
@@ -171,8 +172,8 @@ def build_evaluate_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("--task", choices=(task,), help="may be said again")
     p.add_argument("--checkpoint", metavar="PATH", help="weights (the best of the run)")
     p.add_argument("--data", metavar="DIR", help="another folder with the same classes (the run's)")
-    p.add_argument("-b", "--batch-size", type=_number(int, 1), metavar="N", help="of a detector (the run's)")
-    p.add_argument("-j", "--workers", type=_number(int, 0), metavar="N", help="loader processes (the run's)")
+    p.add_argument("-b", "--batch-size", type=number(int, 1), metavar="N", help="of a detector (the run's)")
+    p.add_argument("-j", "--workers", type=number(int, 0), metavar="N", help="loader processes (the run's)")
     p.add_argument("--check-data", choices=("full", "none"), help="(the run's)")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--out", metavar="FILE.json", help="write the figures there")
@@ -350,44 +351,39 @@ def _overlap(model: nn.Module, batches: Iterator[Any], classes: Sequence[str]) -
 def train_dense(task: str, argv: list[str]) -> int:
     """Train a detector or a segmentor; returns the exit status."""
     args = build_train_parser(task).parse_args(argv)
+    refuse_processes(task)
     device = compute_device(args.device)
-    options = {**vars(args), "task": task}
+    options = {**{k: v for k, v in vars(args).items() if k != "resume"}, "task": task}
     if args.arch == "upernet" and args.batch_size == 1:
         raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
-    if not 0 < options.get("scale", [1, 1])[0] <= options.get("scale", [1, 1])[1]:
-        raise UserError(f"--scale {args.scale}: need LOW <= HIGH")
-    folder = Path(args.output) / (
-        args.experiment or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{args.arch}-{args.model}"
-    )
-    last = folder / "last.pth.tar"
-    if args.resume and not last.is_file():
-        raise UserError(f"--resume: {str(folder)!r} holds no last.pth.tar; name the run with --output and --experiment")
-    if (folder / "args.yaml").exists() and not args.resume:
-        raise UserError(f"--experiment: {str(folder)!r} holds a run; add --resume to continue it or choose another")
+    check_range("--scale", options.get("scale"))
+    if args.resume == "auto" and not args.experiment:
+        raise UserError("--resume without a path needs --experiment, the name of the run")
     statistics = _statistics(options)
     parts = open_parts(options, statistics)
     seed_everything(args.seed)
     model = build(options, len(parts.classes), args.pretrained and not args.resume).to(device)
-    trainer = _Trainer(model, parts, options, device, folder)
-    if args.resume:
-        trainer.resume(load_training_checkpoint(last))
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "args.yaml") as f:
-        yaml.safe_dump({**options, "classes": parts.classes}, f, sort_keys=False)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    counts = f"{len(parts.train):,} training and {len(parts.val):,} held-out images"  # type: ignore[arg-type]
-    print(
-        f"{args.arch} on {args.model}: {millions:.2f} M parameters, {device}\n"
-        f"{args.data}: {len(parts.classes)} classes, {counts}\n"
-        f"output: {folder}"
-    )
-    trainer.fit()
-    key, name = METRIC[task]
-    best = max(trainer.history, key=lambda row: row[key])
-    print(
-        f"best {name} {best[key]:.2f} on held-out images, epoch {int(best['epoch']) + 1} of {args.epochs}: "
-        f"{folder / 'model_best.pth.tar'}\nmeasure it again: vizoo evaluate {folder} --plot predictions.png"
-    )
+    with open_run(args, f"{args.arch}-{args.model}") as (folder, checkpoint):
+        trainer = _Trainer(model, parts, options, device, folder)
+        if checkpoint:
+            trainer.resume(checkpoint)
+        if not checkpoint:
+            trainer.save(-1)  # so that a run that stops in its first epoch can go on
+        write_options(folder, {**options, "classes": parts.classes})
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        counts = f"{len(parts.train):,} training and {len(parts.val):,} held-out images"  # type: ignore[arg-type]
+        print(
+            f"{args.arch} on {args.model}: {millions:.2f} M parameters, {device}\n"
+            f"{args.data}: {len(parts.classes)} classes, {counts}\n"
+            f"output: {folder}"
+        )
+        trainer.fit()
+        key, name = METRIC[task]
+        best = max(trainer.history[trainer.taken_over :], key=lambda row: row[key])
+        print(
+            f"best {name} {best[key]:.2f} on held-out images, epoch {int(best['epoch']) + 1} of {args.epochs}: "
+            f"{folder / 'model_best.pth.tar'}\nmeasure it again: vizoo evaluate {folder} --plot predictions.png"
+        )
     return 0
 
 
@@ -436,21 +432,58 @@ class _Trainer:
             self.scheduler = MultiStepLRScheduler(self.optimizer, steps, options["decay_rate"], **shared)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
+        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
         self.elapsed, self.started = 0.0, time.monotonic()
 
-    def resume(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint of this run."""
-        kept = ("task", "arch", "model", "model_kwargs", "arch_kwargs", "size", "epochs", "batch_size", "opt", "seed")
-        changed = [k for k in kept if checkpoint["options"][k] != self.options[k]]
-        if changed:
-            key = changed[0]
-            option, before = key.replace("_", "-"), checkpoint["options"][key]
-            raise UserError(f"--resume: --{option} was {before!r} and is {self.options[key]!r}; it must not change")
-        self.model.load_state_dict(checkpoint["state_dict"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.history, self.elapsed = checkpoint["history"], checkpoint["elapsed"]
-        self.epoch = checkpoint["epoch"] + 1
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of a run.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UserError: If it is of another task, other classes, or options that must not change.
+        """
+        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
+        before = check_kept(checkpoint, self.options, KEPT, who)
+        order = match_classes(checkpoint.get("classes"), self.parts.classes, f"--data {self.options['data']!r}", who)
+        self.parts.reorder(order)
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
+            self.history, self.elapsed = list(checkpoint["history"]), float(checkpoint["elapsed"])
+            self.epoch = int(checkpoint["epoch"]) + 1
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
+        if path.parent.resolve() != self.folder.resolve():
+            self.taken_over = len(self.history)
+            if self.epoch >= self.options["epochs"]:
+                raise UserError(f"{who}: all {self.epoch} epochs are done already")
+        say_changes(before, self.options)
         print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
+
+    def save(self, epoch: int, *others: str) -> None:
+        """Write last.pth.tar, and others of the same contents before it.
+
+        Args:
+            epoch: The last one that is finished, -1 for none.
+            *others: Names without ending.
+        """
+        key, _ = METRIC[self.options["task"]]
+        contents = {
+            "task": self.options["task"],
+            "arch": self.options["arch"],
+            "classes": self.parts.classes,
+            "epoch": epoch,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "options": self.options,
+            "history": self.history,
+            "elapsed": self.elapsed + time.monotonic() - self.started,
+            "metric": self.history[-1][key] if self.history else None,
+        }
+        for name in (*others, "last"):
+            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
 
     def fit(self) -> None:
         """Train to the last epoch."""
@@ -463,26 +496,11 @@ class _Trainer:
             found = measure(self.model, self.parts.val, self.parts.classes, self.options, self.device)  # type: ignore[arg-type]
             figures = {k: math.nan if v is None else v for k, v in found.items() if k != "classes"}
             row = {"epoch": self.epoch, "train_loss": loss, **figures, "lr": self.optimizer.param_groups[0]["lr"]}
-            better = all(not row[key] <= earlier[key] for earlier in self.history)
+            better = all(not row[key] <= earlier[key] for earlier in self.history[self.taken_over :])
             self.history.append(row)
+            self.save(self.epoch, *["model_best"] * better)
+            write_summary(self.folder, self.history)
             elapsed = self.elapsed + time.monotonic() - self.started
-            contents = {
-                "arch": self.options["arch"],
-                "epoch": self.epoch,
-                "state_dict": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "options": self.options,
-                "history": self.history,
-                "elapsed": elapsed,
-                "metric": row[key],
-            }
-            for file in ("model_best", "last") if better else ("last",):
-                with atomic_write(self.folder / f"{file}.pth.tar", "wb") as f:
-                    torch.save(contents, f)
-            with atomic_write(self.folder / "summary.csv") as f:
-                writer = csv.DictWriter(f, fieldnames=list(row))
-                writer.writeheader()
-                writer.writerows(self.history)
             print(
                 f"{self.epoch + 1:3d}/{self.options['epochs']:<3d}  {loss:10.4f}  {row[key]:8.2f}"
                 f"{'*' if better else ' '} {row['lr']:8.2e}  {speed:8.1f}  {datetime.timedelta(seconds=int(elapsed))}",
@@ -508,10 +526,8 @@ class _Trainer:
                 self.scheduler.step_update(self.epoch * len(self.loader) + k)
                 with _autocast(options, self.device):
                     loss = _loss(self.model, _to(images, self.device), _to(targets, self.device))
-                if not loss.isfinite():
-                    raise UserError(
-                        f"the training loss is {loss.item()} in epoch {self.epoch + 1}; lower --lr {options['lr']:g}"
-                    )
+                where = f"in epoch {self.epoch + 1}, batch {k + 1} of {len(self.loader)}"
+                check_loss(loss.item(), where, f"lower --lr {options['lr']:g} or add --clip-grad")
                 self.optimizer.zero_grad()
                 loss.backward()
                 if options["clip_grad"]:
@@ -525,28 +541,24 @@ class _Trainer:
 def evaluate_dense(task: str, argv: list[str]) -> int:
     """Measure a run; returns the exit status."""
     args = build_evaluate_parser(task).parse_args(argv)
-    file = Path(args.run) / "args.yaml"
-    options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if options.get("task") != task:
-        raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task {task}'")
+    options, records = stored_arguments(build_train_parser(task), args.run, task)
     check_output(args.out, "--out", ".json")
     check_output(args.plot, "--plot", ".png")
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")
-    options |= {k: getattr(args, k) for k in given if getattr(args, k) is not None}
+    options |= {"task": task} | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
+    file = Path(args.checkpoint or Path(args.run) / "model_best.pth.tar")
+    checkpoint = load_training_checkpoint(file, "--checkpoint")
     parts = open_parts(options, _statistics(options))
-    if parts.classes != options["classes"]:
-        raise UserError(
-            f"--data {options['data']!r}: its classes are not those of the run, {', '.join(options['classes'][:10])}"
-        )
-    checkpoint = Path(args.checkpoint or Path(args.run) / "model_best.pth.tar")
+    trained = checkpoint.get("classes") or records.get("classes")
+    parts.reorder(match_classes(trained, parts.classes, f"--data {options['data']!r}", f"RUN {args.run!r}"))
     model = build(options, len(parts.classes), False)
     try:
-        model.load_state_dict(load_training_checkpoint(checkpoint)["state_dict"])
-    except RuntimeError as e:
-        raise UserError(
-            f"--checkpoint {str(checkpoint)!r} does not fit the run: {str(e).splitlines()[1].strip()}"
-        ) from None
+        model.load_state_dict(checkpoint["state_dict"])
+    except (AttributeError, RuntimeError, TypeError) as e:
+        reason = " ".join(" ".join(str(e).split()).split(" ")[:30])
+        raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {reason}") from None
+    check_weights(model, file)
     model.to(device)
     found = measure(model, parts.val, parts.classes, options, device)  # type: ignore[arg-type]
     result = {k: options[k] for k in ("task", "arch", "model", "data")} | {"images": len(parts.val), **found}  # type: ignore[arg-type]

@@ -7,9 +7,7 @@ scanpaths on the validation part behave most like people (``delta``), as in the 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,24 +16,36 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import yaml
-from timm.utils import ParseKwargs
 
 from vizoo.backbones.oat import OAT, next_fixations
 from vizoo.tools._data import seed_everything
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
-from vizoo.tools._train_options import stored_options
+from vizoo.tools._train_options import stored_arguments
+from vizoo.tools._train_output import (
+    check_kept,
+    check_loss,
+    load_optimizer,
+    load_training_checkpoint,
+    open_run,
+    refuse_processes,
+    save_checkpoint,
+    say_changes,
+    write_options,
+    write_summary,
+)
 from vizoo.tools.common import (
+    KeyValues,
     Parser,
     UserError,
-    atomic_write,
     build_model,
     check_output,
     compute_device,
+    number,
     print_table,
     progress,
     resolve_models,
     save_figure,
+    short,
     write_json,
 )
 from vizoo.tools.scanpaths import Behaviour, average, compare, sim
@@ -43,6 +53,7 @@ from vizoo.tools.scanpaths import Behaviour, average, compare, sim
 BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
 SHOWN = 4  # trials of a picture
+KEPT = ("model", "model_kwargs", "max_len", "trials_of_parts", "split_by", "batch_size", "eval_metric", "seed")
 TRAIN_EXAMPLES = """\
 examples:
   vizoo train --task scanpath --data search --model oat_small --lr 3e-4 --epochs 5 --experiment search
@@ -59,26 +70,6 @@ examples:
       also 100 drawn scanpaths of each trial, a picture and a file of everything"""
 
 
-def _at_least(low: int) -> Any:
-    def parse(text: str) -> int:
-        value = int(text) if text.lstrip("-").isdigit() else low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {low}")
-        return value
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return value
-
-
 def build_train_parser() -> argparse.ArgumentParser:
     """Command-line options of training."""
     p = Parser(
@@ -90,21 +81,28 @@ def build_train_parser() -> argparse.ArgumentParser:
     p.add_argument("--task", choices=("scanpath",), help="what to train")
     p.add_argument("--data", required=True, metavar="NAME|FILE", help="'search' or a .json, .pkl or .pickle file")
     p.add_argument("--images", metavar="DIR", help="images of the scenes (objects look alike without them)")
-    p.add_argument("--grid", type=_at_least(1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of a scene (the data's)")
-    p.add_argument("--trials", type=_at_least(20), default=2000, metavar="N", help="of 'search' (2000)")
+    p.add_argument("--grid", type=number(int, 1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of a scene (the data's)")
+    p.add_argument("--trials", type=number(int, 20), default=2000, metavar="N", help="of 'search' (2000)")
     p.add_argument("--split-by", choices=("layout", "scanpath"), default="layout", help="what is in one part (layout)")
     p.add_argument("--model", default="oat_small", metavar="MODEL", help="(oat_small)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
-    p.add_argument("--epochs", type=_at_least(1), default=500, metavar="N", help="at most (500)")
-    p.add_argument("--patience", type=_at_least(1), default=30, metavar="N", help="epochs without a better one (30)")
-    p.add_argument("-b", "--batch-size", type=_at_least(1), default=20, metavar="N", help="(20)")
-    p.add_argument("--lr", type=_positive, default=1e-4, metavar="LR", help="of Adam (1e-4)")
-    p.add_argument("--clip-grad", type=_positive, default=1.0, metavar="NORM", help="(1.0)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--epochs", type=number(int, 1), default=500, metavar="N", help="at most (500)")
+    p.add_argument("--patience", type=number(int, 1), default=30, metavar="N", help="epochs without a better one (30)")
+    p.add_argument("-b", "--batch-size", type=number(int, 1), default=20, metavar="N", help="(20)")
+    p.add_argument("--lr", type=number(float, 0, above=True), default=1e-4, metavar="LR", help="of Adam (1e-4)")
+    p.add_argument("--clip-grad", type=number(float, 0, above=True), default=1.0, metavar="NORM", help="(1.0)")
     p.add_argument("--eval-metric", choices=("delta", "sequence_score"), default="delta", help="what is best (delta)")
-    p.add_argument("--seed", type=_at_least(0), default=1234, metavar="S", help="of weights, order and split (1234)")
+    p.add_argument("--seed", type=number(int, 0), default=1234, metavar="S", help="of weights, order and split (1234)")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--output", default="output/train", metavar="DIR", help="(output/train)")
     p.add_argument("--experiment", metavar="NAME", help="folder in it (date-time-model)")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on from a checkpoint; without a path from the newest of --experiment; from the start if there is none",
+    )
     return p
 
 
@@ -122,9 +120,9 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="NAME|FILE", help="other scanpaths (the run's)")
     p.add_argument("--images", metavar="DIR", help="their images")
     p.add_argument("--split", choices=(*PARTS, "all"), default="test", help="part of the data (test)")
-    p.add_argument("--samples", type=_at_least(0), default=0, metavar="N", help="also draw N scanpaths a trial (0)")
-    p.add_argument("--seed", type=_at_least(0), default=0, metavar="S", help="of the draws (0)")
-    p.add_argument("-b", "--batch-size", type=_at_least(1), default=20, metavar="N", help="(20)")
+    p.add_argument("--samples", type=number(int, 0), default=0, metavar="N", help="also draw N scanpaths a trial (0)")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="S", help="of the draws (0)")
+    p.add_argument("-b", "--batch-size", type=number(int, 1), default=20, metavar="N", help="(20)")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--out", metavar="FILE.json", help="write the figures and every scanpath there")
     p.add_argument("--plot", metavar="FILE.png", help=f"draw predicted and human scanpaths of {SHOWN} trials there")
@@ -250,6 +248,7 @@ def human_agreement(trials: Sequence[Trial], everyone: Sequence[Trial]) -> dict[
 def train_scanpaths(argv: list[str]) -> int:
     """Train; returns the exit status."""
     args = build_train_parser().parse_args(argv)
+    refuse_processes("scanpath")
     device = compute_device(args.device)
     seed_everything(args.seed)
     options = {k: v for k, v in vars(args).items() if v is not None}
@@ -262,90 +261,150 @@ def train_scanpaths(argv: list[str]) -> int:
         kwargs["crop_size"] = BLANK[bool(spp)] if crops is None else tuple(crops.shape[2:])
     model = _build(args.model, kwargs).to(device)
     max_len = max(len(t.sequence) for t in parts["train"])
-    folder = Path(args.output) / (args.experiment or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{args.model}")
-    if (folder / "args.yaml").exists():
-        raise UserError(f"--experiment: {str(folder)!r} holds a run; choose another")
-    folder.mkdir(parents=True, exist_ok=True)
+    counts = {name: len(trials) for name, trials in parts.items()}
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
-    stored = {**options, "task": "scanpath", "model_kwargs": kwargs, "max_len": max_len}
-    with atomic_write(folder / "args.yaml") as f:
-        yaml.safe_dump(stored, f, sort_keys=False)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    counts = ", ".join(f"{len(trials):,} {name}" for name, trials in parts.items())
-    print(f"{args.model}: {millions:.2f} M parameters, {device}\n{args.data}: {counts}\noutput: {folder}")
-    if data.note:
-        print(data.note)
-    best = _fit(model, parts, max_len, args, device, folder)
-    print(
-        f"best {args.eval_metric} {best[args.eval_metric]:.4f} on validation, epoch {best['epoch'] + 1}: "
-        f"{folder / 'model_best.pth.tar'}\nmeasure it on the test part: vizoo evaluate {folder}"
-    )
+    stored = {k: v for k, v in options.items() if k != "resume"}
+    stored |= {"task": "scanpath", "model_kwargs": kwargs, "max_len": max_len}
+    with open_run(args, args.model) as (folder, checkpoint):
+        trainer = _Trainer(model, parts, {**stored, "trials_of_parts": counts}, device, folder)
+        if checkpoint:
+            trainer.resume(checkpoint)
+        if not checkpoint:
+            trainer.save(-1)  # so that a run that stops in its first epoch can go on
+        write_options(folder, stored)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        sizes = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+        print(f"{args.model}: {millions:.2f} M parameters, {device}\n{args.data}: {sizes}\noutput: {folder}")
+        if data.note:
+            print(data.note)
+        best = trainer.fit()
+        print(
+            f"best {args.eval_metric} {best[args.eval_metric]:.4f} on validation, epoch {int(best['epoch']) + 1}: "
+            f"{folder / 'model_best.pth.tar'}\nmeasure it on the test part: vizoo evaluate {folder}"
+        )
     return 0
 
 
-def _fit(
-    model: OAT,
-    parts: dict[str, list[Trial]],
-    max_len: int,
-    args: argparse.Namespace,
-    device: torch.device,
-    folder: Path,
-) -> dict[str, float]:
-    """Train to the last epoch or until nothing gets better; returns the best row of summary.csv."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    sign = 1 if args.eval_metric == "delta" else -1
-    history: list[dict[str, float]] = []
-    best: dict[str, float] = {}
-    steps, started = -(-len(parts["train"]) // args.batch_size), time.monotonic()
-    print("  epoch  train loss  val loss  sequence score   delta  elapsed")
-    for epoch in range(args.epochs):
-        model.train()
-        total = 0.0
-        generator = torch.Generator().manual_seed(args.seed + epoch)
+class _Trainer:
+    """One training run."""
+
+    def __init__(
+        self, model: OAT, parts: dict[str, list[Trial]], options: dict[str, Any], device: torch.device, folder: Path
+    ) -> None:
+        self.model, self.parts, self.options, self.device, self.folder = model, parts, options, device, folder
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
+        self.elapsed, self.started = 0.0, time.monotonic()
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of a run.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UserError: If it is of another task, other data, or options that must not change.
+        """
+        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
+        before = check_kept(checkpoint, self.options, KEPT, who)
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.options["lr"]
+            self.history, self.elapsed = list(checkpoint["history"]), float(checkpoint["elapsed"])
+            self.epoch = int(checkpoint["epoch"]) + 1
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
+        if path.parent.resolve() != self.folder.resolve():
+            self.taken_over = len(self.history)
+            if self.epoch >= self.options["epochs"]:
+                raise UserError(f"{who}: all {self.epoch} epochs are done already; raise --epochs")
+        say_changes(before, self.options)
+        print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
+
+    def save(self, epoch: int, *others: str) -> None:
+        """Write last.pth.tar, and others of the same contents before it.
+
+        Args:
+            epoch: The last one that is finished, -1 for none.
+            *others: Names without ending.
+        """
+        contents = {
+            "task": "scanpath",
+            "arch": self.options["model"],
+            "epoch": epoch,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "options": self.options,
+            "history": self.history,
+            "elapsed": self.elapsed + time.monotonic() - self.started,
+            "metric": self.history[-1][self.options["eval_metric"]] if self.history else None,
+        }
+        for name in (*others, "last"):
+            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
+
+    def best(self) -> dict[str, float] | None:
+        """The best row of this folder's epochs, the first of equal ones."""
+        sign = 1 if self.options["eval_metric"] == "delta" else -1
+        rows = self.history[self.taken_over :]
+        return min(rows, key=lambda row: sign * row[self.options["eval_metric"]]) if rows else None
+
+    def fit(self) -> dict[str, float]:
+        """Train to the last epoch or until nothing gets better; returns the best row of summary.csv."""
+        options, parts = self.options, self.parts
+        epochs, patience, metric = options["epochs"], options["patience"], options["eval_metric"]
+        print("  epoch  train loss  val loss  sequence score   delta  elapsed")
+        best = self.best()
+        while self.epoch < epochs and not (best and self.epoch - 1 - best["epoch"] >= patience):
+            loss = self._train_epoch()
+            paths, found = predict(self.model, parts["val"], options["max_len"], options["batch_size"], self.device)
+            row = {"epoch": self.epoch, "train_loss": loss, **found, **measure(parts["val"], paths)}
+            self.history.append(row)
+            best = self.best()
+            better = best is row
+            self.save(self.epoch, *["model_best"] * better)
+            write_summary(self.folder, self.history)
+            elapsed = datetime.timedelta(seconds=int(self.elapsed + time.monotonic() - self.started))
+            print(
+                f"{self.epoch + 1:3d}/{epochs:<3d}  {row['train_loss']:10.4f}  {row['loss']:8.4f}  "
+                f"{row['sequence_score']:14.4f}  {row['delta']:6.3f}{'*' if better else ' '} {elapsed}",
+                flush=True,
+            )
+            self.epoch += 1
+        assert best is not None  # there is an epoch at least
+        if self.epoch < epochs:
+            print(f"no better {metric} for {patience} epochs")
+        return best
+
+    def _train_epoch(self) -> float:
+        options, trials, total = self.options, self.parts["train"], 0.0
+        self.model.train()
+        seed_everything(options["seed"], self.epoch)  # a resumed run draws the same dropout
+        generator = torch.Generator().manual_seed(options["seed"] + self.epoch)
+        steps = -(-len(trials) // options["batch_size"])
         with progress() as bar:
-            task = bar.add_task(f"epoch {epoch + 1}/{args.epochs}", total=steps)
-            for batch in batches(model, parts["train"], args.batch_size, device, generator):
-                loss = model.loss(teacher_forced(model, batch), batch["sequence"])
-                if not loss.isfinite():
-                    raise UserError(f"the training loss is {loss.item()} in epoch {epoch + 1}; lower --lr {args.lr:g}")
-                optimizer.zero_grad()
+            task = bar.add_task(f"epoch {self.epoch + 1}/{options['epochs']}", total=steps)
+            shuffled = batches(self.model, trials, options["batch_size"], self.device, generator)
+            for k, batch in enumerate(shuffled):
+                loss = self.model.loss(teacher_forced(self.model, batch), batch["sequence"])
+                where = f"in epoch {self.epoch + 1}, batch {k + 1} of {steps}"
+                check_loss(loss.item(), where, f"lower --lr {options['lr']:g}")
+                self.optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                optimizer.step()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), options["clip_grad"])
+                self.optimizer.step()
                 total += loss.item() * len(batch["target"])
                 bar.advance(task)
-        paths, found = predict(model, parts["val"], max_len, args.batch_size, device)
-        found = {**found, **measure(parts["val"], paths)}
-        row = {"epoch": epoch, "train_loss": total / len(parts["train"]), **found}
-        history.append(row)
-        better = not best or sign * row[args.eval_metric] < sign * best[args.eval_metric]
-        elapsed = datetime.timedelta(seconds=int(time.monotonic() - started))
-        print(
-            f"{epoch + 1:3d}/{args.epochs:<3d}  {row['train_loss']:10.4f}  {row['loss']:8.4f}  "
-            f"{row['sequence_score']:14.4f}  {row['delta']:6.3f}{'*' if better else ' '} {elapsed}",
-            flush=True,
-        )
-        contents = {"arch": args.model, "epoch": epoch, "state_dict": model.state_dict(), "metric": row}
-        for name in ("last", "model_best") if better else ("last",):
-            with atomic_write(folder / f"{name}.pth.tar", "wb") as f:
-                torch.save(contents, f)
-        with atomic_write(folder / "summary.csv") as f:
-            writer = csv.DictWriter(f, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(history)
-        best = row if better else best
-        if epoch - best["epoch"] >= args.patience:
-            print(f"no better {args.eval_metric} for {args.patience} epochs")
-            break
-    return best
+        return total / len(trials)
 
 
 def evaluate_scanpaths(argv: list[str]) -> int:
     """Measure a run; returns the exit status."""
     args = build_evaluate_parser().parse_args(argv)
-    options = stored_options(args.run)
-    if options.get("task") != "scanpath":
-        raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train --task scanpath'")
+    options, records = stored_arguments(build_train_parser(), args.run, "scanpath")
     check_output(args.out, "--out", ".json")
     check_output(args.plot, "--plot", ".png")
     device = compute_device(args.device)
@@ -356,7 +415,9 @@ def evaluate_scanpaths(argv: list[str]) -> int:
     )
     checkpoint = args.checkpoint or str(Path(args.run) / "model_best.pth.tar")
     model = _build(options["model"], options["model_kwargs"], checkpoint).to(device)
-    size, longest = args.batch_size, options["max_len"]
+    size, longest = args.batch_size, records.get("max_len")
+    if not isinstance(longest, int) or longest < 1:
+        raise UserError(f"RUN {args.run!r}: its args.yaml has max_len {short(longest)}, need a whole number above 0")
     greedy, forced = predict(model, trials, longest, size, device)
     result: dict[str, Any] = {"model": options["model"], "checkpoint": checkpoint, "data": options["data"]}
     result |= {"split": args.split, "trials": len(trials), **forced, "greedy": measure(trials, greedy)}
@@ -441,8 +502,8 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
             points = points + (spread - [0.0, 0.22]) * sides
             axes.plot(*points.T, color="tab:blue", linewidth=1.2, alpha=0.8, zorder=4)
             axes.scatter(*points.T, s=70, color="white", edgecolors="tab:blue", zorder=5)
-            for number, (x, y) in enumerate(points, start=1):
-                axes.text(x, y, str(number), ha="center", va="center", fontsize=6, zorder=6)
+            for i, (x, y) in enumerate(points, start=1):
+                axes.text(x, y, str(i), ha="center", va="center", fontsize=6, zorder=6)
             axes.set_title(f"{name}, {scene.name}: {len(sequence)} fixations", fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])

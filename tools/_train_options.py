@@ -6,17 +6,16 @@ import argparse
 import difflib
 import importlib.resources
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
-from timm.utils import ParseKwargs
 
-from vizoo.tools.common import Parser, UserError
+from vizoo.tools.common import KeyValues, Parser, UserError, number, read_yaml, short
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
 TUNE_RECIPE = "classification/tune.yaml"
@@ -48,22 +47,6 @@ timm.create_model(..., checkpoint_path=...)), summary.csv, curves.png and args.y
 Ctrl-C saves and exits with 130."""
 
 
-def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Argument type: an int or a float between two bounds."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not low <= value <= high or not math.isfinite(value):
-            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"got {text}, must be {allowed}")
-        return value
-
-    return parse
-
-
 def _lr_scale(text: str) -> tuple[str, float]:
     pattern, _, factor = text.rpartition("=")
     try:
@@ -85,20 +68,61 @@ def asked_task(argv: Sequence[str]) -> str | None:
 
 def stored_options(folder: str) -> dict[str, Any]:
     """Options of a run of ``vizoo train``, empty where there is none."""
-    file = Path(folder) / "args.yaml"
-    if folder.startswith("-") or not file.is_file():
+    if folder.startswith("-"):
         return {}
     try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return read_yaml(Path(folder) / "args.yaml", "RUN")
+    except UserError:
         return {}
-    return options if isinstance(options, dict) else {}
+
+
+def options_file(folder: str, task: str | None = None) -> Path:
+    """The args.yaml of a run.
+
+    Args:
+        folder: Of the run.
+        task: That it should be of, for the message.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: If there is none.
+    """
+    file = Path(folder) / "args.yaml"
+    if not os.path.lexists(file):
+        command = f"vizoo train --task {task}" if task else "vizoo train"
+        raise UserError(f"RUN {short(folder)}: no folder of {command!r}, it holds no args.yaml")
+    return file
+
+
+RECORDS = ("classes", "max_len")  # what args.yaml says of the data, no options
+
+
+def stored_arguments(parser: argparse.ArgumentParser, folder: str, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a run, checked as those of a command, and what else its args.yaml says.
+
+    Args:
+        parser: Of the command that made the run.
+        folder: Of the run.
+        task: That it must be of.
+
+    Returns:
+        The options and the records.
+
+    Raises:
+        UserError: If it is no folder of a run of this task, or its args.yaml is broken.
+    """
+    file = options_file(folder, task)
+    stored = read_yaml(file, "RUN")
+    options = vars(parser.parse_args(config_words(parser, file, task, "RUN")))
+    return options, {k: v for k, v in stored.items() if k in RECORDS}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of timm's training script unless the help says otherwise."""
-    count, positive = _number(int, 0), _number(int, 1)
-    real, share = _number(float, 0), _number(float, 0, 1)
+    count, positive = number(int, 0), number(int, 1)
+    real, share = number(float, 0), number(float, 0, 1)
     toggle = argparse.BooleanOptionalAction
     p = Parser(
         prog="vizoo train",
@@ -150,16 +174,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--initial-checkpoint", metavar="PATH", help="start from exactly this checkpoint, head included")
     g.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="extra model arguments"
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="extra model arguments"
     )
     g.add_argument("--num-classes", type=positive, metavar="N", help="outputs (the number of classes in the data)")
     g.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax, catavgmax (the model's)")
     g.add_argument("--img-size", type=positive, metavar="N", help="side of the square input (the model's; digits 32)")
     g.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"), help="overrides --img-size")
     g.add_argument("--in-chans", type=int, choices=(1, 3), help="channels: 1 grey, 3 RGB (3)")
-    g.add_argument("--crop-pct", type=_number(float, 0.01, 1), metavar="PCT", help="centre crop of held-out images")
-    g.add_argument("--mean", type=float, nargs="+", metavar="MEAN", help="mean pixel, one value or one per channel")
-    g.add_argument("--std", type=float, nargs="+", metavar="STD", help="standard deviation, likewise")
+    g.add_argument("--crop-pct", type=number(float, 0.01, 1), metavar="PCT", help="centre crop of held-out images")
+    finite, above = number(float), number(float, 0, above=True)
+    g.add_argument("--mean", type=finite, nargs="+", metavar="MEAN", help="mean pixel, one value or one per channel")
+    g.add_argument("--std", type=above, nargs="+", metavar="STD", help="standard deviation, likewise")
     g.add_argument("--interpolation", metavar="NAME", help="resizing: nearest, bilinear, bicubic (the model's)")
     g.add_argument("--grad-checkpointing", action=toggle, default=False, help="less memory, more computation")
     g.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout (0)")
@@ -181,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sets the recipe of TCPA's paper",
     )
     g.add_argument(
-        "--tune-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="settings of the prompts"
+        "--tune-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="settings of the prompts"
     )
     g.add_argument("--match-weight", type=real, default=0.01, metavar="W", help="of TCPA's matching loss (0.01)")
     g.add_argument("--random-epochs", type=count, default=10, metavar="N", help="TCPA chooses at random first (10)")
@@ -310,13 +335,13 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     config = parser.parse_args(argv).config
-    tokens = _config_tokens(parser, Path(config)) if config else []
+    tokens = config_words(parser, Path(config)) if config else []
     chosen = parser.parse_args(tokens + argv)
     for wanted, name in ((chosen.tune is not None, TUNE_RECIPE), (chosen.data == "digits", DIGITS_RECIPE)):
         if wanted:
             recipe = importlib.resources.files("vizoo.configs").joinpath(name)
             with importlib.resources.as_file(recipe) as path:
-                tokens = _config_tokens(parser, path) + tokens
+                tokens = config_words(parser, path) + tokens
     args = parser.parse_args(tokens + argv)
     for name in ("data", "model"):
         if not getattr(args, name):
@@ -328,6 +353,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--input-size {args.input_size[0]} ...: channels must be 1 or 3 and agree with --in-chans")
         args.in_chans = args.input_size[0]
     args.in_chans = args.in_chans or 3
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        check_range(f"--{name.replace('_', '-')}", getattr(args, name))
     for name in ("mean", "std"):
         values = getattr(args, name)
         if values and len(values) not in (1, args.in_chans):
@@ -337,8 +364,23 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         allowed += ["random"] if name.startswith("train") else []
         if value is not None and value not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {value!r} is unknown; allowed: {', '.join(allowed)}")
+    args.task = "classification"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return args
+
+
+def check_range(name: str, pair: Sequence[float] | None) -> None:
+    """Refuse two numbers that are no range.
+
+    Args:
+        name: Of the option.
+        pair: Its values, or None.
+
+    Raises:
+        UserError: Unless ``0 < LOW <= HIGH``.
+    """
+    if pair is not None and not 0 < pair[0] <= pair[1]:
+        raise UserError(f"{name} {pair[0]:g} {pair[1]:g}: need two numbers, 0 < LOW <= HIGH")
 
 
 def model_config(args: argparse.Namespace, num_classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -367,43 +409,63 @@ def model_config(args: argparse.Namespace, num_classes: int) -> tuple[dict[str, 
     return kwargs, data
 
 
-def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """Turn a YAML file into command line words, so that its values meet the same checks."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"--config {str(path)!r}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {str(path)!r} is no YAML: {' '.join(str(e).split())[:200]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {str(path)!r}: expected lines 'option: value'")
+def config_words(
+    parser: argparse.ArgumentParser, path: Path, task: str = "classification", name: str = "--config"
+) -> list[str]:
+    """Turn a YAML file into command line words, so that its values meet the same checks.
+
+    Args:
+        parser: That will read the words.
+        path: The file, of options and perhaps :data:`RECORDS`.
+        task: Of the parser.
+        name: Argument name for messages.
+
+    Returns:
+        The words.
+
+    Raises:
+        UserError: For another task, an unknown option or a bad value; names the file.
+    """
+    values, what = read_yaml(path, name), f"{name} {short(str(path))}"
+    if values.get("task", task) != task:
+        raise UserError(f"{what} is of --task {short(values['task'])}, need {task}")
     known = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "debug")}
-    tokens = []
+    words = []
     for key, value in values.items():
-        action = known.get(str(key).replace("-", "_"))
+        action = known.get(key.replace("-", "_"))
+        if key in RECORDS:
+            continue
         if action is None:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(
-                f"--config {str(path)!r}: unknown option {key!r}{f', did you mean {near[0]!r}?' * len(near)}"
-            )
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{what}: unknown option {short(key)}{hint}")
         flag = next(s for s in action.option_strings if s.startswith("--"))
         if isinstance(value, bool):
-            if action.nargs != 0:
-                raise UserError(f"--config {str(path)!r}: {key} takes a value, not {str(value).lower()}")
+            if action.nargs not in (0, "?"):
+                raise UserError(f"{what}: {key} takes a value, not {str(value).lower()}")
             negative = f"--no-{flag[2:]}"
-            tokens += [flag] if value else [negative] if negative in action.option_strings else []
+            words += [flag] if value else [negative] if negative in action.option_strings else []
         elif action.nargs == 0 and value is not None:
-            raise UserError(f"--config {str(path)!r}: {key} is true or false, not {value!r}")
+            raise UserError(f"{what}: {key} is true or false, not {short(value)}")
         elif isinstance(value, dict):
-            tokens += [flag, *(f"{k}={v}" for k, v in value.items())]
+            if not isinstance(action, KeyValues):
+                raise UserError(f"{what}: {key} takes a value, not {short(value)}")
+            words += [flag, *(f"{k}={v!r}" for k, v in value.items())]
         elif isinstance(value, list) and isinstance(action.default, list) and action.nargs is None:
-            tokens += [f"{flag}={v}" for v in value]  # a repeatable option
+            words += [f"{flag}={v}" for v in value]  # a repeatable option
         elif isinstance(value, list):
-            tokens += [flag, *map(str, value)]
+            words += [flag, *map(str, value)]
         elif value is not None:
-            tokens.append(f"{flag}={value}")
+            words.append(f"{flag}={value}")
     try:
-        parser.parse_args(tokens)
+        parser.parse_args([*words, *_required(parser, words)])
     except UserError as e:
-        raise UserError(f"--config {str(path)!r}: {e}") from None
-    return tokens
+        raise UserError(f"{what}: {e}") from None
+    return words
+
+
+def _required(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Stand-ins for required options that a file leaves to the command line."""
+    given = {word.partition("=")[0] for word in words}
+    missing = [a.option_strings[-1] for a in parser._actions if a.required and a.option_strings]
+    return [word for flag in missing if flag not in given for word in (f"{flag}=x",)]

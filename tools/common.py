@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import fnmatch
@@ -59,10 +60,12 @@ def number(
         Parser of a text; it raises ``argparse.ArgumentTypeError`` with what is allowed.
     """
     need = "a whole number" if kind is int else "a finite number"
-    bounds = [f"above {low:g}" if above else f"at least {low:g}"] * (low > -math.inf)
-    bounds += [f"below {high:g}" if below else f"at most {high:g}"] * (high < math.inf)
-    need = f"{need} of {' and '.join(bounds)}".replace(" of above", " above").replace(" of below", " below")
-    need = need.removesuffix(" of ")
+    if low > -math.inf and high < math.inf and not above and not below:
+        need += f" between {low:g} and {high:g}"
+    else:
+        bounds = [f"above {low:g}" if above else f"of at least {low:g}"] * (low > -math.inf)
+        bounds += [f"below {high:g}" if below else f"of at most {high:g}"] * (high < math.inf)
+        need = " ".join([need, *" and ".join(bounds).split()])
 
     def parse(text: str) -> Any:
         try:
@@ -71,10 +74,33 @@ def number(
         except (ValueError, OverflowError):
             fits = False
         if not fits or not (low < value if above else low <= value) or not (value < high if below else value <= high):
-            raise argparse.ArgumentTypeError(f"got {short(text)}, need {need}")
+            raise argparse.ArgumentTypeError(
+                f"got {text if text.isprintable() and text[:120] == text != '' else short(text)}, must be {need}"
+            )
         return value
 
     return parse
+
+
+class KeyValues(argparse.Action):
+    """Collects words KEY=VALUE in a dictionary; a value is a literal of Python, else text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the dictionary.
+
+        Raises:
+            argparse.ArgumentError: For a word without ``=`` or without a key.
+        """
+        found: dict[str, Any] = {}
+        for word in values:
+            key, equals, text = word.partition("=")
+            if not equals or not key.isidentifier():
+                raise argparse.ArgumentError(self, f"got {short(word)}, must be KEY=VALUE")
+            try:
+                found[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                found[key] = text
+        setattr(namespace, self.dest, found)
 
 
 def short(value: Any, length: int = 120) -> str:
@@ -207,30 +233,51 @@ def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwarg
 
     Raises:
         UserError: For a missing or unreadable checkpoint, weights that do not fit, or an argument the model lacks.
+        Failure: If the checkpoint holds weights that are not finite.
     """
     import timm
 
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     for path in (kwargs.get("checkpoint_path"), overlay.get("file")):
-        if path and not Path(path).is_file():
-            raise UserError(f"checkpoint file {str(path)!r} does not exist")
+        if path:
+            check_file(path, "checkpoint file")
     given = kwargs.get("checkpoint_path") or overlay.get("file")
     try:
         if prepare is None:
-            return timm.create_model(name, **kwargs)
-        checkpoint = kwargs.pop("checkpoint_path", "")
-        model = timm.create_model(name, **kwargs)
-        prepare(model)
-        if checkpoint:
-            timm.models.load_checkpoint(model, checkpoint)
+            model = timm.create_model(name, **kwargs)
+        else:
+            checkpoint = kwargs.pop("checkpoint_path", "")
+            model = timm.create_model(name, **kwargs)
+            prepare(model)
+            if checkpoint:
+                timm.models.load_checkpoint(model, checkpoint)
+        if given:
+            check_weights(model, given)
         return model
-    except UserError:
+    except (UserError, Failure):
         raise
     except Exception as e:  # whatever a constructor or an unpickler raises; --debug shows it whole
         if not given or isinstance(e, TypeError):
             raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e
         why = _first_line(e) if isinstance(e, RuntimeError) else "not a checkpoint that PyTorch reads safely"
         raise UserError(f"checkpoint file {str(given)!r} does not fit {name!r} or cannot be read: {why}") from e
+
+
+def check_weights(model: Any, file: str | Path) -> None:
+    """Refuse a checkpoint with weights that are not finite: every figure of such a model is a wrong one.
+
+    Args:
+        model: With the weights loaded.
+        file: Where they come from, for the message.
+
+    Raises:
+        Failure: Names the first parameter or statistic.
+    """
+    values = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, value in values if value.is_floating_point() and value.isnan().any()]
+    if bad:
+        more = f" and in {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise Failure(f"checkpoint file {short(str(file))} holds NaN in {bad[0]}{more}; take an earlier checkpoint")
 
 
 def _first_line(e: BaseException) -> str:
@@ -304,8 +351,8 @@ def check_file(path: str | Path, name: str) -> Path:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as e:
         missing = isinstance(e, FileNotFoundError | NotADirectoryError)
-        reason = "does not exist" if missing else getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{name} {short(str(path))}: {'no such file' if missing else reason}") from None
+        reason = " does not exist" if missing else f": {getattr(e, 'strerror', None) or e}"
+        raise UserError(f"{name} {short(str(path))}{reason}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
         raise UserError(f"{name} {short(str(path))} is {kind}, need a file")

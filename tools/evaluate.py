@@ -10,21 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from timm.utils import AverageMeter, ParseKwargs, accuracy, reduce_tensor
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg
+from timm.utils import AverageMeter, accuracy, reduce_tensor
 from torch import nn
 
-from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split
+from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split, reorder_classes
 from vizoo.tools._scanpath_train import evaluate_scanpaths
-from vizoo.tools._train_options import asked_task, model_config, parse_options
+from vizoo.tools._train_options import asked_task, model_config, options_file, parse_options, stored_options
+from vizoo.tools._train_output import load_training_checkpoint, match_classes
 from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
+    Failure,
+    KeyValues,
+    Parser,
     UserError,
     build_model,
+    check_file,
     check_output,
     compute_device,
     print_table,
     progress,
+    read_yaml,
     resolve_models,
     run_tool,
     save_figure,
@@ -98,10 +105,15 @@ def evaluate(
 
     Returns:
         ``loss`` (cross-entropy without smoothing), ``top1`` and ``top5`` in per cent.
+
+    Raises:
+        Failure: If an output is not finite.
     """
     loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
     for logits, target in predictions(model, loader, device, autocast, channels_last):
         n = len(target)
+        if not logits.isfinite().all():
+            raise Failure("the model answers held-out images with NaN or infinity; its accuracy would mean nothing")
         if n:
             for meter, value in zip((top1, top5), accuracy(logits, target, topk=(1, 5)), strict=True):
                 right = round(value.item() * n / 100)  # exact: the share is a float32
@@ -116,7 +128,7 @@ def evaluate(
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo evaluate",
         description="Measure a classifier on held-out images: accuracy, and for each class sensitivity (recall) and "
         "positive predictive value (precision).  Options not given are those of the run.",
@@ -127,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="MODEL", help="any model of timm or vizoo, instead of a run")
     p.add_argument("--checkpoint", metavar="PATH", help="its weights (the best of the run)")
     p.add_argument("--pretrained", action="store_true", help="or its published weights")
-    p.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="extra model arguments")
+    p.add_argument("--model-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="extra model arguments")
     p.add_argument("--num-classes", type=int, metavar="N", help="outputs (the number of classes in the data)")
     p.add_argument("--data", metavar="NAME|DIR", help="'digits' or a folder with one folder for each split")
     p.add_argument("--split", metavar="NAME", help="folder with one folder of images for each class (validation)")
@@ -148,13 +160,10 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
     """The options of the run with those given here instead: the same parser, so the same checks."""
     words: list[str] = []
     if args.run:
-        file = Path(args.run) / "args.yaml"
-        if not file.is_file():
-            raise UserError(f"RUN {args.run!r}: no folder of 'vizoo train', it holds no args.yaml")
-        words += ["-c", str(file)]
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if isinstance(stored, dict) and "device" in stored and not args.device:
+        file = options_file(args.run)
+        if not args.device and "device" in read_yaml(file, "RUN"):
             words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+        words += ["-c", str(file)]
     elif not args.model:
         raise UserError("RUN or --model is missing; for example 'vizoo evaluate output/train/first'")
     given = {**vars(args), "val_split": args.split}
@@ -204,6 +213,14 @@ def _evaluate(argv: list[str]) -> int:
     outputs = options.num_classes or len(classes)
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
+    where = f"--data {options.data!r}"
+    if args.pretrained:
+        order = match_classes(published_classes(names[0], classes, outputs), classes, where, f"--pretrained {names[0]}")
+    else:
+        check_file(checkpoint, "checkpoint file")
+        order = match_classes(stored_classes(checkpoint, args.run), classes, where, f"checkpoint {checkpoint!r}")
+    reorder_classes(dataset, order)
+    classes = [name for _, name in sorted(zip(order, classes, strict=True))]
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
     model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)
@@ -216,6 +233,49 @@ def _evaluate(argv: list[str]) -> int:
     if args.plot:
         draw_confusion(result, Path(args.plot))
     return 0
+
+
+def stored_classes(checkpoint: str, run: str | None) -> list[str] | None:
+    """Names of the classes that a classifier was trained on.
+
+    Args:
+        checkpoint: Its file.
+        run: Folder of the run that made it, or None.
+
+    Returns:
+        The names in the order of its outputs, None where neither says them.
+    """
+    try:
+        found = load_training_checkpoint(Path(checkpoint)).get("classes")
+    except UserError:  # bare weights, or no checkpoint at all, which loading it will say
+        found = None
+    return found or (stored_options(run).get("classes") if run else None)
+
+
+def published_classes(name: str, found: Sequence[str], outputs: int) -> list[str] | None:
+    """Names of the classes of published weights.
+
+    Args:
+        name: Model.
+        found: Classes of the data.
+        outputs: Of the model that is to be measured.
+
+    Returns:
+        WordNet ids of ImageNet if the data are named so, None where the names cannot be known.
+
+    Raises:
+        UserError: If the weights have another number of outputs: the head would be a random one.
+    """
+    config = get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name else None
+    if config is None:
+        return None
+    count = config.num_classes
+    if count != outputs:
+        what = f"--num-classes is {outputs}" if outputs != len(found) else f"the data {outputs} classes"
+        raise UserError(f"--pretrained: the published weights of {name!r} have {count} outputs, {what}")
+    subset = infer_imagenet_subset({"num_classes": count})
+    names = ImageNetInfo(subset).label_names() if subset else []
+    return names if set(names) & set(found) else None
 
 
 def measure(model: nn.Module, loader: Any, device: torch.device, classes: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import datetime
 import difflib
 import fnmatch
@@ -31,7 +30,6 @@ import timm.optim
 import timm.scheduler
 import torch
 import torch.distributed
-import yaml
 from timm.models import model_parameters
 from timm.utils import (
     ModelEmaV3,
@@ -49,19 +47,30 @@ from vizoo.tools._data import (
     build_loaders,
     digits_splits,
     folder_splits,
+    reorder_classes,
     seed_everything,
     seeded_batches,
 )
 from vizoo.tools._scanpath_train import train_scanpaths
 from vizoo.tools._train_options import asked_task, model_config, parse_options
-from vizoo.tools._train_output import Saver, choose_folder, draw_curves, load_training_checkpoint
+from vizoo.tools._train_output import (
+    Saver,
+    check_loss,
+    draw_curves,
+    load_optimizer,
+    load_training_checkpoint,
+    match_classes,
+    open_run,
+    say_changes,
+    write_options,
+    write_summary,
+)
 from vizoo.tools._tuning import PROMPTS, tune
 from vizoo.tools.common import (
     UserError,
-    atomic_write,
     build_model,
+    compute_device,
     progress,
-    resolve_device,
     resolve_models,
     run_tool,
     stderr,
@@ -71,10 +80,6 @@ from vizoo.tools.evaluate import evaluate
 
 class Stopped(Exception):
     """A signal asked to stop; the state is at an update boundary."""
-
-
-class Diverged(Exception):
-    """The loss is not finite."""
 
 
 class Trainer:
@@ -87,13 +92,13 @@ class Trainer:
     """
 
     def __init__(self, args: argparse.Namespace, world: SimpleNamespace, splits: Splits) -> None:
-        self.args, self.world = args, world
+        self.args, self.world, self.splits = args, world, splits
         self.primary = world.global_rank == 0
         self.device = torch.device(world.device)
-        self.classes = len(splits.classes)
-        self.num_classes = args.num_classes or self.classes
-        if self.num_classes < self.classes:
-            raise UserError(f"--num-classes {self.num_classes} is below the {self.classes} classes of the data")
+        self.classes = splits.classes
+        self.num_classes = args.num_classes or len(self.classes)
+        if self.num_classes < len(self.classes):
+            raise UserError(f"--num-classes {self.num_classes} is below the {len(self.classes)} classes of the data")
         seed_everything(args.seed)
         self.model = self._build_model()
         self.compute: Any = self.model  # compiled, and shared between processes, once prepared
@@ -167,12 +172,17 @@ class Trainer:
         try:
             with torch.no_grad():
                 out = model.eval()(torch.zeros(2, *size, device=self.device))
-                if self.args.batch_size == 1:  # BatchNorm on a 1x1 map needs two images
-                    copy.deepcopy(model).train()(torch.zeros(1, *size, device=self.device))
+                # in training the output may be another one, and BatchNorm on a 1x1 map needs two images
+                batch = min(2, self.args.batch_size)
+                trained = copy.deepcopy(model).train()(torch.zeros(batch, *size, device=self.device))
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as e:
             what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
             reason = (str(e).strip() or "no message").splitlines()[0][:200]
             raise UserError(f"model {self.args.model!r} cannot take {what}: {type(e).__name__}: {reason}") from None
+        try:
+            split_logits(trained)
+        except TypeError as e:
+            raise UserError(f"model {self.args.model!r} cannot be trained here: {e}") from None
         if not isinstance(out, torch.Tensor) or out.shape != (2, self.num_classes) or not out.isfinite().all():
             shape = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise UserError(
@@ -269,6 +279,8 @@ class Trainer:
         """What a checkpoint holds; every entry loads with ``weights_only=True``."""
         out: dict[str, Any] = {
             "arch": self.args.model,
+            "task": "classification",
+            "classes": self.classes,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "args": {k: v for k, v in vars(self.args).items() if k not in ("config", "debug", "resume")},
@@ -304,11 +316,27 @@ class Trainer:
             checkpoint: Its contents.
 
         Raises:
-            UserError: If it belongs to another model or another optimizer.
+            UserError: If it belongs to another model, other classes or another optimizer.
         """
+        try:
+            self._resume(path, checkpoint)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f"--resume {str(path)!r} is no checkpoint of 'vizoo train': {type(e).__name__}: {e}") from e
+
+    def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         args = self.args
         if checkpoint["arch"] != args.model:
             raise UserError(f"--resume {str(path)!r} holds model {checkpoint['arch']!r}, --model is {args.model!r}")
+        before = checkpoint.get("args") or {}
+        before = before if isinstance(before, dict) else vars(before)  # a namespace in those of timm's script
+        data, who = f"--data {args.data!r}", f"--resume {str(path)!r}"
+        data, who = f"--data {args.data!r}", f"--resume {str(path)!r}"
+        order = match_classes(checkpoint.get("classes"), self.classes, data, who)
+        for part in (self.splits.train, self.splits.held_out):
+            reorder_classes(part, order)
+        self.classes = [name for _, name in sorted(zip(order, self.classes, strict=True))]
         try:
             self.model.load_state_dict(checkpoint["state_dict"])
             if self.ema:
@@ -318,8 +346,10 @@ class Trainer:
             raise UserError(f"--resume {str(path)!r} does not fit the model with these options: {reason}") from None
         if not args.no_resume_opt:
             try:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-            except (ValueError, KeyError) as e:
+                if before.get("opt", args.opt) != args.opt:
+                    raise ValueError(f"it was trained with --opt {before['opt']!r}")
+                load_optimizer(self.optimizer, checkpoint["optimizer"])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
                 raise UserError(
                     f"--resume {str(path)!r}: its optimizer state does not fit --opt {args.opt!r} ({e}); "
                     "add --no-resume-opt to start with a fresh optimizer"
@@ -327,7 +357,9 @@ class Trainer:
             if self.scaler and self.scaler.state_dict_key in checkpoint:
                 self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
         run = checkpoint.get("run") or {"epoch": checkpoint["epoch"] + 1}
-        self.epoch, self.batch = run["epoch"], run.get("batch", 0)
+        self.epoch, self.batch = int(run["epoch"]), int(run.get("batch", 0))
+        if self.epoch >= self.epochs and path.parent.resolve() != self.folder.resolve():
+            raise UserError(f"--resume {str(path)!r}: all {self.epochs} epochs are done already; raise --epochs")
         sums = run.get("sums", [])
         if len(sums) == self.world.world_size:
             self.sums = sums[self.world.global_rank]
@@ -338,12 +370,8 @@ class Trainer:
                 f"{len(self.loader)}; use its --batch-size, or resume from last.pth.tar"
             )
         self.schedule()
-        before = checkpoint.get("args")
-        if isinstance(before, dict) and self.primary:
-            same = {k: v for k, v in vars(args).items() if k not in ("output", "experiment", "log_interval")}
-            changed = [f"{k} {before[k]} -> {v}" for k, v in same.items() if before.get(k, v) != v]
-            if changed:
-                print(f"vizoo train: resumed with other options: {'; '.join(changed)}", file=sys.stderr)
+        if before and self.primary:
+            say_changes(before, vars(args))
 
     def prepare(self, folder: Path, resumed: tuple[Path, dict[str, Any]] | None) -> None:
         """Set up output and parallel training.
@@ -369,11 +397,6 @@ class Trainer:
             )
             if resumed and resumed[0].parent.resolve() == folder.resolve() and "saver" in resumed[1]:
                 self.saver.repeat(resumed[0], resumed[1]["saver"])
-            options = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "resume") and v is not None}
-            options["lr_scale"] = [f"{pattern}={scale}" for pattern, scale in args.lr_scale]
-            with atomic_write(folder / "args.yaml") as f:
-                yaml.safe_dump(options, f, sort_keys=False)
-            self.write_log(picture=True)
         compute: Any = self.model
         if args.torchcompile:
             try:
@@ -382,6 +405,13 @@ class Trainer:
                 raise UserError(f"--torchcompile {args.torchcompile!r}: {str(e).splitlines()[0]}") from None
         self.eval_model = compute
         self.compute = self._distributed(compute) if self.world.distributed else compute
+        if not resumed:
+            self.save_recovery()  # so that a run that stops in its first epoch can go on
+        if self.primary:
+            options = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "resume")}
+            options["lr_scale"] = [f"{pattern}={scale}" for pattern, scale in args.lr_scale]
+            write_options(folder, {**options, "classes": self.classes})
+            self.write_log(picture=True)
 
     def _distributed(self, model: Any) -> nn.Module:
         ids = [self.device] if self.device.type == "cuda" else None
@@ -392,7 +422,7 @@ class Trainer:
 
         Raises:
             Stopped: After a signal, with a checkpoint saved.
-            Diverged: When the loss is not finite.
+            Failure: When the loss is not finite.
         """
         reduce = self.args.dist_bn == "reduce"
         while self.epoch < self.epochs:
@@ -438,7 +468,7 @@ class Trainer:
 
         Raises:
             Stopped: After a signal, with a checkpoint saved.
-            Diverged: When the loss is not finite.
+            Failure: When the loss is not finite.
         """
         args, steps = self.args, len(self.loader)
         last_group = steps % args.grad_accum_steps or args.grad_accum_steps
@@ -469,16 +499,18 @@ class Trainer:
                 wait = self.world.distributed and not update
                 with self.compute.no_sync() if wait else contextlib.nullcontext():
                     with self.autocast():
-                        logits = self.compute(images)
+                        logits, aux = split_logits(self.compute(images))
                         loss = self.criterion(logits, target)
+                        if aux is not None:
+                            loss = loss + AUX_WEIGHT * self.criterion(aux, target)
                         if matching and self.model.match_loss is not None:
                             loss = loss + args.match_weight * self.model.match_loss  # type: ignore[operator]
                     value = loss.item()
-                    if not math.isfinite(value):
-                        raise Diverged(
-                            f"the training loss is {value} in epoch {self.epoch + 1}, batch {k + 1} of {steps}, at "
-                            f"learning rate {self.base_lr():.3g}; lower --lr, add --clip-grad or raise --warmup-epochs"
-                        )
+                    check_loss(
+                        value,
+                        f"in epoch {self.epoch + 1}, batch {k + 1} of {steps}, at learning rate {self.base_lr():.3g}",
+                        "lower --lr, add --clip-grad or raise --warmup-epochs",
+                    )
                     self.backward(loss / group, update, create_graph=second_order)
                 n = len(target)
                 self.sums[0] += value * n
@@ -563,10 +595,7 @@ class Trainer:
         """Write summary.csv and, at most every ten seconds, curves.png."""
         if not self.saver or not self.history:
             return
-        with atomic_write(self.folder / "summary.csv") as f:
-            writer = csv.DictWriter(f, fieldnames=list(self.history[-1]))
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_summary(self.folder, self.history)
         if picture:
             size = "x".join(map(str, self.data_config["input_size"]))
             title = f"{self.args.model} on {Path(self.args.data).name}, {size}"
@@ -598,6 +627,28 @@ class Trainer:
             f"learning curves: {self.folder / 'curves.png'}\n"
             f"load it: {load}"
         )
+
+
+AUX_WEIGHT = 0.4  # of the second classifier of OverLoCK, in its official training
+
+
+def split_logits(out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The logits of a model in training, and those of its auxiliary classifier if it has one.
+
+    Args:
+        out: Logits ``[B, classes]``, or a dictionary of ``main`` and ``aux``.
+
+    Returns:
+        Both.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if isinstance(out, torch.Tensor):
+        return out, None
+    if isinstance(out, dict) and out.keys() == {"main", "aux"}:
+        return out["main"], out["aux"]
+    raise TypeError(f"its output in training is a {type(out).__name__}; need logits, or a dictionary of main and aux")
 
 
 def _call(function: str, *args: str, **kwargs: Any) -> str:
@@ -679,8 +730,7 @@ def _train(argv: list[str]) -> int:
     if len(names) != 1:
         raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
     args.model = names[0]
-    if resolve_device(args.device).type == "meta":
-        raise UserError("--device 'meta' holds no values to train; allowed: cpu, cuda, cuda:N")
+    compute_device(args.device)
     world = SimpleNamespace(**init_distributed_device_so(args.device))
     try:
         mode = "L" if args.in_chans == 1 else "RGB"
@@ -697,19 +747,31 @@ def _train(argv: list[str]) -> int:
 
 def _run(args: argparse.Namespace, world: SimpleNamespace, splits: Splits) -> int:
     trainer = Trainer(args, world, splits)
-    size = trainer.data_config["input_size"]
-    chosen: list[Any] = [choose_folder(args, size)] if trainer.primary else [None]
-    if world.distributed:
-        torch.distributed.broadcast_object_list(chosen)
-    folder, checkpoint = chosen[0]
-    trainer.prepare(folder, (checkpoint, load_training_checkpoint(checkpoint)) if checkpoint else None)
+    with contextlib.ExitStack() as stack:
+        chosen: list[Any] = [None]
+        try:
+            if trainer.primary:
+                label = f"{args.model}-{trainer.data_config['input_size'][-1]}"
+                chosen = [stack.enter_context(open_run(args, label))]
+        finally:
+            if world.distributed:
+                torch.distributed.broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return 2  # the first process says why
+        folder, checkpoint = chosen[0]
+        trainer.prepare(folder, (checkpoint, load_training_checkpoint(checkpoint)) if checkpoint else None)
+        return _fit(trainer, splits)
+
+
+def _fit(trainer: Trainer, splits: Splits) -> int:
+    args, world, size = trainer.args, trainer.world, trainer.data_config["input_size"]
     if trainer.primary:
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         processes = f" x {world.world_size} processes" if world.distributed else ""
         print(
             f"{args.model}: {millions:.2f} M parameters, input {'x'.join(map(str, size))}, {world.device}{processes}\n"
-            f"{args.data}: {trainer.classes} classes, {len(splits.train):,} training and {len(splits.held_out):,} "
-            f"held-out images\noutput: {folder}"
+            f"{args.data}: {len(trainer.classes)} classes, {len(splits.train):,} training and {len(splits.held_out):,} "
+            f"held-out images\noutput: {trainer.folder}"
         )
         if trainer.epoch >= trainer.epochs:
             print(f"all {trainer.epochs} epochs are done already; raise --epochs to train on")
@@ -720,9 +782,6 @@ def _run(args: argparse.Namespace, world: SimpleNamespace, splits: Splits) -> in
         if trainer.primary:
             print(f"vizoo train: {e}", file=sys.stderr)
         return 128 + trainer.stop[0]
-    except Diverged as e:
-        print(f"vizoo train: error: {e}", file=sys.stderr)
-        return 1
     if trainer.primary:
         print(trainer.summary())
     return 0

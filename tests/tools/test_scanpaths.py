@@ -369,11 +369,11 @@ def test_people_against_each_other(run):
     [
         ("train --task scanpath --data search --model resnet10t", "predicts no scanpaths"),
         ("train --task scanpath --data nothing.json", "no such file"),
-        ("train --task scanpath --data search --lr 0", "'0' is no positive number"),
+        ("train --task scanpath --data search --lr 0", "--lr: got 0, must be a finite number above 0"),
         ("train --task scanpath", "--data"),
         ("train --task gaze --data search", "invalid choice: 'gaze'"),
         ("evaluate RUN --split best", "invalid choice: 'best'"),
-        ("evaluate RUN --out found.txt", "need a file .json"),
+        ("evaluate RUN --out found.txt", "--out 'found.txt': the ending must be .json"),
         ("evaluate RUN --checkpoint missing.pth", "does not exist"),
         ("train --task scanpath --data search --output OUT --experiment run", "holds a run"),
     ],
