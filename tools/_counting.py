@@ -217,7 +217,8 @@ _TABLE = {  # FLOPs of one element of the first output
 _REDUCTIONS = """sum nansum mean nanmean amax amin aminmax max min prod any all argmax argmin var std var_mean std_mean
 norm linalg_vector_norm logsumexp count_nonzero avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
 _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d topk sort
-median kthvalue cummax allclose"""
+median kthvalue cummax allclose
+multinomial"""
 _CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()}
 _BACKWARD = {  # twice the forward, for one element of the first gradient
     **{name: 2 * n for name, n in _CONSTANTS.items()},
@@ -293,6 +294,7 @@ _NO_NUMBERS = "the model goes on in {where} after an error of tensors without nu
 _LEAVING = {  # after these calls numbers are where no operator of PyTorch is needed
     Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__,
 }  # fmt: skip
+_FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # on meta they are no operators
 _DEVICE_QUESTIONS = {
     Tensor.get_device, Tensor.type,
     *(getattr(Tensor, name).__get__ for name in ("device", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps")),
@@ -359,8 +361,8 @@ class _Origins:
         if short.startswith(("empty", "new_empty")):
             self.write(_tensors(out), None)
             return [], False
-        if short == "lift_fresh" and self.unseen(out) is not None:  # numbers of Python
-            self.write([out], False)
+        python = [out] if short == "lift_fresh" else _tensors(args[1]) if "index" in short and len(args) > 1 else []
+        self.write([t for t in python if self.unseen(t) is not None], False)  # numbers of Python, such as x[[0, 2]]
         if _is_view(func):
             return [], False
         written = _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)])
@@ -384,11 +386,11 @@ def _written(func: Any) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _needs_values(func: Any, args: Any) -> bool:
-    """Whether what an operator returns, or its shape, is for Python to decide by."""
+def _deciding(func: Any, args: Any, given: list[Tensor]) -> list[Tensor]:
+    """The tensors whose numbers Python or the shape of the output depends on."""
     if func._schema.name == "aten::index":
-        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
-    return not _VALUE_TAGS.isdisjoint(func.tags)
+        return [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+    return [] if _VALUE_TAGS.isdisjoint(func.tags) else given
 
 
 class _Recorder(TorchDispatchMode):
@@ -452,7 +454,7 @@ class _Recorder(TorchDispatchMode):
         given = _tensors((args, kwargs))
         read, data = self.origins.follow(func, args, kwargs, given, out)
         self.look(read, f"{name} in {{where}} reads")
-        if data and _needs_values(func, args):
+        if any([self.origins.data(t) for t in _deciding(func, args, given)]):
             self.tell(f"{name} in {{where}} asks for numbers of the input: counted for those given, others may differ")
         if _is_view(func):
             return out
@@ -462,7 +464,8 @@ class _Recorder(TorchDispatchMode):
         written = _tensors(out)
         price = _price(func, name)
         first = written[0].shape if written else None
-        cost = price(*_shapes(args), **_shapes(kwargs), out=first) if price else Cost()
+        shapes = {**_shapes(kwargs), "out": first}
+        cost = price(*_shapes(args), **shapes) if price else Cost()
         known = func._overloadpacket in flop_registry and name not in COSTS
         if price is None and not known:
             self._unpriced(name)
@@ -510,7 +513,10 @@ class _Watch(TorchFunctionMode):
                 tell(_NO_NUMBERS, doubt=True)
                 raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
         try:
-            return func(*args, **kwargs or {})
+            out = func(*args, **kwargs or {})
+            if func in _FROM_PYTHON and not (args and out is args[0]):
+                self.recorder.origins.write([out], False)
+            return out
         except Exception:
             if self.engine != "real":
                 tell(_NO_NUMBERS, doubt=True)
