@@ -95,24 +95,20 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over bookkeeping, of which nothing decides a path but numbers: what is no name of ours is left out."""
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-        files = []
-        for entry in state_dict.get("checkpoint_files") or ():
-            name, metric = entry
-            if isinstance(name, str) and NUMBERED.fullmatch(name) and is_number(metric):
+        files, listed = [], state_dict.get("checkpoint_files")
+        for entry in listed if isinstance(listed, (list, tuple)) else ():
+            name, metric = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+            if isinstance(name, str) and NUMBERED.fullmatch(name) and _is_number(metric):
                 files.append((name, metric))
-        epoch, metric = state_dict.get("pending") or (None, None)
+        epoch, metric = _pending(state_dict)
         best = state_dict.get("best_epoch"), state_dict.get("best_metric")
-        known = isinstance(best[0], int) and is_number(best[1])
+        known = isinstance(best[0], int) and _is_number(best[1])
         super().load_state_dict(
             {
                 "checkpoint_files": files,
                 "best_epoch": best[0] if known else None,
                 "best_metric": best[1] if known else None,
-                "pending": (epoch, metric) if isinstance(epoch, int) and is_number(metric) else (None, None),
+                "pending": (epoch, metric),
             }
         )
 
@@ -123,9 +119,9 @@ class Saver(CheckpointSaver):
             source: The checkpoint.
             state: Its ``saver`` entry.
         """
-        epoch, metric = state.get("pending") or (None, None)
+        epoch, metric = _pending(state)
         self.load_state_dict({**state, "pending": None})
-        if isinstance(epoch, int) and isinstance(metric, (int, float)):
+        if epoch is not None:
             self.source = source
             self.save_checkpoint(epoch, metric)
             self.source = None
@@ -140,6 +136,17 @@ class Saver(CheckpointSaver):
         for file in Path(self.recovery_dir).iterdir():
             if RECOVERY.fullmatch(file.name):
                 file.unlink()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pending(state: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Epoch and metric of the checkpoint that the bookkeeping was saved with."""
+    pending = state.get("pending")
+    epoch, metric = pending if isinstance(pending, (list, tuple)) and len(pending) == 2 else (None, None)
+    return (epoch, metric) if isinstance(epoch, int) and epoch >= 0 and _is_number(metric) else (None, None)
 
 
 def load_training_checkpoint(path: Path, name: str = "--resume") -> dict[str, Any]:
@@ -371,7 +378,12 @@ def match_classes(trained: Sequence[str] | None, found: Sequence[str], where: st
     Raises:
         UserError: If the names are not the same.
     """
-    if trained is None:
+    twice = (
+        next((name for name in found if list(found).count(name) > 1), None) if len(set(found)) < len(found) else None
+    )
+    if twice is not None:
+        raise UserError(f"{where} has two classes named {short(twice)}")
+    if not isinstance(trained, (list, tuple)):
         print(f"{who} does not say its classes: they are compared by their number only", file=sys.stderr)
         return list(range(len(found)))
     trained = [str(name) for name in trained]

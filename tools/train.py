@@ -364,6 +364,8 @@ class Trainer:
         if len(sums) == self.world.world_size:
             self.sums = sums[self.world.global_rank]
         self.history, self.elapsed = run.get("history", []), run.get("elapsed", 0.0)
+        if self.epoch < 0 or self.batch < 0:
+            raise ValueError(f"it stopped in epoch {self.epoch}, batch {self.batch}")
         if self.batch > len(self.loader):
             raise UserError(
                 f"--resume {str(path)!r} stopped after {self.batch} batches of an epoch, which now has "
@@ -395,7 +397,11 @@ class Trainer:
                 decreasing=args.eval_metric == "loss",
                 max_history=args.checkpoint_hist,
             )
-            if resumed and resumed[0].parent.resolve() == folder.resolve() and "saver" in resumed[1]:
+            if (
+                resumed
+                and resumed[0].parent.resolve() == folder.resolve()
+                and isinstance(resumed[1].get("saver"), dict)
+            ):
                 self.saver.repeat(resumed[0], resumed[1]["saver"])
         compute: Any = self.model
         if args.torchcompile:
