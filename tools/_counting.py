@@ -292,7 +292,8 @@ def _mapping() -> dict[Any, Callable[..., int]]:
 _ELSEWHERE = "made by another thread, NumPy, an extension or a kernel, and not counted"
 _NO_NUMBERS = "the model goes on in {where} after an error of tensors without numbers: others may take another path"
 _LEAVING = {  # after these calls numbers are where no operator of PyTorch is needed
-    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__,
+    Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.tolist, Tensor.__repr__,
+    Tensor.__format__,
 }  # fmt: skip
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # on meta they are no operators
 _DEVICE_QUESTIONS = {
@@ -372,7 +373,7 @@ class _Origins:
         elif kwargs.get("beta") == 0:  # then the first term of the sum is not read
             unread.add(id(args[0]))
         read = [t for t in given if id(t) not in unread] if unread else given
-        data = any([self.data(t) is not False for t in read])
+        data = any(self.data(t) is not False for t in read)
         self.write(_tensors(out), data)
         for t in written:
             self.write([t], data or self.data(t) is True)
@@ -454,7 +455,7 @@ class _Recorder(TorchDispatchMode):
         given = _tensors((args, kwargs))
         read, data = self.origins.follow(func, args, kwargs, given, out)
         self.look(read, f"{name} in {{where}} reads")
-        if any([self.origins.data(t) for t in _deciding(func, args, given)]):
+        if any(self.origins.data(t) for t in _deciding(func, args, given)):
             self.tell(f"{name} in {{where}} asks for numbers of the input: counted for those given, others may differ")
         if _is_view(func):
             return out
@@ -590,9 +591,7 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo: dict[int, Any] = {id(b): move(b.detach()) for b in model.buffers()}
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
     for module in model.modules():  # results of an earlier call cannot be copied as they are
-        memo.update(
-            {id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
-        )
+        memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
     try:
         copied = copy.deepcopy(model, made := dict(memo))
     except Exception:  # locks, pools, handles of other libraries: they are shared
@@ -785,6 +784,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         engine=used if used != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
         reasons=reasons,
     )
+
 
 # the second engine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import difflib
 import fnmatch
 import json
@@ -13,7 +14,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -631,17 +632,64 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
         json.dump({"vizoo": vizoo.__version__, **result}, f, indent=2)
 
 
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure of matplotlib as PNG that says who wrote it.
+def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:
+    """Say before any work starts that rows cannot be added to a CSV file.
+
+    Args:
+        path: File to add to; None is nothing to check.
+        name: Argument name for the message.
+        columns: The columns that the rows will have.
+
+    Raises:
+        UserError: As :func:`check_output`, and for an existing file with other columns.
+    """
+    check_output(path, name, ".csv")
+    if path is None or not Path(path).exists():
+        return
+    try:
+        header = next(csv.reader(read_text(path, name).splitlines()), [])
+    except csv.Error as e:
+        raise UserError(f"{name} {short(str(path))} is no CSV: {e}") from None
+    if header and header != list(columns):
+        raise UserError(f"{name} {short(str(path))}: has other columns than these rows; give a new file")
+
+
+def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file, new or with the same columns, in one step; what it holds stays as it is.
+
+    Args:
+        path: File to add to.
+        columns: Its columns; what a row lacks stays empty.
+        rows: Values by column.
+
+    Raises:
+        UserError: As :func:`check_table`.
+        Failure: As :func:`atomic_write`.
+    """
+    check_table(path, "file", columns)
+    old = read_text(path, "file") if Path(path).exists() else ""
+    with atomic_write(path) as f:
+        f.write(old if old.endswith("\n") or not old else f"{old}\n")
+        writer = csv.DictWriter(f, fieldnames=columns, lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
+    """Write a figure of matplotlib, in the format of the file's ending, that says who wrote it.
 
     Args:
         figure: The figure.
-        path: PNG file to write.
+        path: PNG, PDF or SVG file to write.
+        **options: Passed on to ``savefig``.
 
     Raises:
         Failure: As :func:`atomic_write`.
     """
     import vizoo
 
+    kind = Path(path).suffix[1:]
+    who = {"Software" if kind == "png" else "Creator": f"vizoo {vizoo.__version__} with Matplotlib"}
     with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", metadata={"Software": f"vizoo {vizoo.__version__} with Matplotlib"})
+        figure.savefig(f, format=kind, metadata=who, **options)
