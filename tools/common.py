@@ -104,6 +104,10 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, found)
 
 
+MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
+MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
+
+
 def short(value: Any, length: int = 120) -> str:
     """A value of unknown size as the message of an error shows it."""
     text = repr(value[: length + 1] if isinstance(value, str) else value)
@@ -515,12 +519,12 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
         ``(height, width)`` in pixels.
 
     Raises:
-        UserError: If a side is below 1 or there are more than two values.
+        UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
     """
     sides = [values] if isinstance(values, int) else list(values)
-    if len(sides) not in (1, 2) or any(s < 1 for s in sides):
+    if len(sides) not in (1, 2) or not all(1 <= s <= MOST for s in sides):
         got = " ".join(map(str, sides))
-        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel")
+        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
     return sides[0], sides[-1]
 
 

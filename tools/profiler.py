@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vizoo.backbones.ops._cost import Cost, register_cost
 from vizoo.tools.common import (
+    MOST,
+    MOST_THREADS,
     Failure,
     Parser,
     UserError,
@@ -27,6 +28,7 @@ from vizoo.tools.common import (
     check_file,
     check_output,
     check_table,
+    explain,
     number,
     print_table,
     progress,
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "Profile", "compare", "count", "measure", "profile", "register_cost"]
 
 MODES = ("count", "memory", "latency", "throughput")
-MOST = 2**31 - 1  # of images, channels and classes
 DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FOOTNOTE = """\
 GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
@@ -424,11 +425,14 @@ def _counted(
     except Exception as e:
         if found is not None:
             return found
+        if explain(e) is not None:
+            raise
         at = f" at size {side[0]}x{side[1]}" if side else ""
-        raise UserError(f"{name!r} cannot run{at}: {_one_line(e)}") from e
+        raise UserError(f"{name!r} cannot run{at}: {one_line(e)}") from e
 
 
-def _one_line(e: BaseException) -> str:
+def one_line(e: BaseException) -> str:
+    """Message of an error on one line, or its name where it has none."""
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 
@@ -447,7 +451,7 @@ def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool
         total = fvcore_counts(net, *one, contractions=False).get("", 0) if fvcore else None
         second = fvcore_counts(net, *one) if check else {}
     except Exception as e:  # whatever a trace raises
-        raise Failure(f"{result.model!r}: the second engine cannot trace it: {_one_line(e)}") from e
+        raise Failure(f"{result.model!r}: the second engine cannot trace it: {one_line(e)}") from e
     result.fvcore_total = total
     if check:
         wrong = differences(result.counts, second)
@@ -497,7 +501,7 @@ def _measure(
         raise Failure(f"{result.model!r}: one image does not fit into the memory of {device}") from None
     except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
         given = "".join(f" --{k.replace('_', '-')}" for k in ("amp", "channels_last", "compile") if config[k])
-        text = f"{result.model!r} cannot run on {device} with --dtype {config['dtype']}{given}: {_one_line(e)}"
+        text = f"{result.model!r} cannot run on {device} with --dtype {config['dtype']}{given}: {one_line(e)}"
         raise Failure(text) from e
     result.latency, result.latency_batch = found.latency, found.latency_batch
     result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
@@ -766,9 +770,8 @@ def _threads(args: argparse.Namespace) -> list[int]:
         threads = [int(n) for n in args.threads.split(",")]
     except ValueError:
         threads = [0]
-    most = max(64, os.cpu_count() or 1)
-    if min(threads) < 1 or max(threads) > most:
-        raise UserError(f"--threads {short(args.threads)}: give numbers from 1 to {most}, separated by commas")
+    if min(threads) < 1 or max(threads) > MOST_THREADS:
+        raise UserError(f"--threads {short(args.threads)}: give numbers from 1 to {MOST_THREADS}, separated by commas")
     return threads
 
 
@@ -797,7 +800,7 @@ def _import(packages: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except (Exception, SystemExit) as e:  # whatever a package does when it is imported
-            raise UserError(f"--import {short(package)}: cannot be imported: {_one_line(e)}") from e
+            raise UserError(f"--import {short(package)}: cannot be imported: {one_line(e)}") from e
 
 
 @contextlib.contextmanager
