@@ -373,10 +373,8 @@ class _Origins:
         elif kwargs.get("beta") == 0:  # then the first term of the sum is not read
             unread.add(id(args[0]))
         read = [t for t in given if id(t) not in unread] if unread else given
-        data = any(self.data(t) is not False for t in read)
-        self.write(_tensors(out), data)
-        for t in written:
-            self.write([t], data or self.data(t) is True)
+        data = any(self.data(t) is not False for t in read) or any(self.data(t) is True for t in written)
+        self.write((*_tensors(out), *written), data)
         return read, data
 
 
