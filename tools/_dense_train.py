@@ -41,6 +41,7 @@ from vizoo.tools._train_output import (
     refuse_processes,
     save_checkpoint,
     say_changes,
+    say_unnamed,
     write_options,
     write_summary,
 )
@@ -459,6 +460,7 @@ class _Trainer:
             self.taken_over = len(self.history)
             if self.epoch >= self.options["epochs"]:
                 raise UserError(f"{who}: all {self.epoch} epochs are done already")
+        say_unnamed(checkpoint.get("classes"), who)
         say_changes(before, self.options)
         print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
 
@@ -559,6 +561,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
         reason = " ".join(" ".join(str(e).split()).split(" ")[:30])
         raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {reason}") from None
     check_weights(model, file)
+    say_unnamed(trained, str(file))
     model.to(device)
     found = measure(model, parts.val, parts.classes, options, device)  # type: ignore[arg-type]
     result = {k: options[k] for k in ("task", "arch", "model", "data")} | {"images": len(parts.val), **found}  # type: ignore[arg-type]

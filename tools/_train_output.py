@@ -20,7 +20,7 @@ import torch
 import yaml
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from vizoo.tools.common import Failure, UserError, atomic_write, check_file, save_figure, short
+from vizoo.tools.common import Failure, UserError, atomic_write, check_file, replace, save_figure, short
 
 try:
     import fcntl
@@ -73,7 +73,7 @@ class Saver(CheckpointSaver):
         save_checkpoint(save_path, {**self.contents(), "epoch": epoch, "version": 2, "metric": metric, "saver": saver})
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
+        replace(src, dst)
 
     @staticmethod
     def _copy(src: str, dst: str) -> None:
@@ -86,7 +86,7 @@ class Saver(CheckpointSaver):
             Path(temp).unlink(missing_ok=True)
             try:
                 os.link(src, temp)
-                os.replace(temp, dst)
+                replace(temp, dst)
                 Path(temp).unlink(missing_ok=True)  # replacing a file by a link to itself leaves both
                 return
             except OSError:
@@ -384,12 +384,17 @@ def match_classes(trained: Sequence[str] | None, found: Sequence[str], where: st
     if twice is not None:
         raise UserError(f"{where} has two classes named {short(twice)}")
     if not isinstance(trained, (list, tuple)):
-        print(f"{who} does not say its classes: they are compared by their number only", file=sys.stderr)
         return list(range(len(found)))
     trained = [str(name) for name in trained]
     if sorted(trained) != sorted(found):
         raise UserError(f"{where} has classes {_names(found)}; {who} was trained on {_names(trained)}")
     return [trained.index(name) for name in found]
+
+
+def say_unnamed(trained: Sequence[str] | None, who: str) -> None:
+    """Say on standard error that classes could not be compared by name; arguments as for :func:`match_classes`."""
+    if not isinstance(trained, (list, tuple)):
+        print(f"{who} does not say its classes: they are compared by their number only", file=sys.stderr)
 
 
 def _names(classes: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import csv
 import difflib
+import errno
 import fnmatch
 import json
 import math
@@ -159,6 +160,9 @@ LIBRARY_FAILURES = {
 }
 
 
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # bad input wherever they are noticed
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that is no fault of this package.
 
@@ -177,7 +181,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError):
         file = f" {short(str(error.filename))}" if error.filename is not None else ""
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        return 1, f"the system refuses{file}: {reason[:400]}"
+        return 2 if error.errno in WRONG_PATHS else 1, f"the system refuses{file}: {reason[:400]}"
     if isinstance(error, RuntimeError):
         text = str(error)
         return next(
@@ -486,7 +490,7 @@ def check_output(path: str | Path | None, name: str, *suffixes: str) -> None:
     if suffixes and file.suffix not in suffixes:
         raise UserError(f"{what}: the ending must be {' or '.join(suffixes)}")
     try:
-        folder = file.resolve().parent
+        folder = Path(os.path.abspath(file)).parent
         if not folder.is_dir():
             raise UserError(f"{what}: no such folder")
         if not os.access(folder, os.W_OK) or not folder.stat().st_mode & 0o222:
@@ -494,7 +498,7 @@ def check_output(path: str | Path | None, name: str, *suffixes: str) -> None:
         mode = _mode(file)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a loop of links
+    except (OSError, ValueError) as e:
         raise UserError(f"{what}: {getattr(e, 'strerror', None) or e}") from None
     if mode is None:
         return
@@ -598,8 +602,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temp, 0o666 & ~umask)
-        os.replace(temp, path)
-        _sync_folder(path.parent)
+        replace(temp, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temp)
@@ -610,10 +613,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a renaming on the disk, where the system can."""
+def replace(source: str | Path, path: str | Path) -> None:
+    """Rename a file over another one, and put the renaming on the disk where the system can.
+
+    Args:
+        source: In the same folder.
+        path: What it replaces.
+    """
+    os.replace(source, path)
     with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(Path(path).parent, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:

@@ -18,7 +18,7 @@ from torch import nn
 from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split, reorder_classes
 from vizoo.tools._scanpath_train import evaluate_scanpaths
 from vizoo.tools._train_options import asked_task, model_config, options_file, parse_options, stored_options
-from vizoo.tools._train_output import load_training_checkpoint, match_classes
+from vizoo.tools._train_output import load_training_checkpoint, match_classes, say_unnamed
 from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     Failure,
@@ -26,7 +26,6 @@ from vizoo.tools.common import (
     Parser,
     UserError,
     build_model,
-    check_file,
     check_output,
     compute_device,
     print_table,
@@ -213,17 +212,17 @@ def _evaluate(argv: list[str]) -> int:
     outputs = options.num_classes or len(classes)
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
-    where = f"--data {options.data!r}"
     if args.pretrained:
-        order = match_classes(published_classes(names[0], classes, outputs), classes, where, f"--pretrained {names[0]}")
+        trained, who = published_classes(names[0], classes, outputs), f"--pretrained {names[0]}"
     else:
-        check_file(checkpoint, "checkpoint file")
-        order = match_classes(stored_classes(checkpoint, args.run), classes, where, f"checkpoint {checkpoint!r}")
+        trained, who = stored_classes(checkpoint, args.run), f"checkpoint {checkpoint!r}"
+    order = match_classes(trained, classes, f"--data {options.data!r}", who)
     reorder_classes(dataset, order)
     classes = [name for _, name in sorted(zip(order, classes, strict=True))]
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
     model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)
+    say_unnamed(trained, who)
     result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
     result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint
+from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
 from vizoo.tools._check_data import check_coco, check_masks
-from vizoo.tools.common import UserError, run_tool
+from vizoo.tools.common import Parser, UserError, atomic_write, run_tool
 
 try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
     from vizoo.heads import mm
@@ -44,11 +45,12 @@ examples:
   vizoo mm link
       let scripts that know nothing of vizoo find mmcv's operators; 'vizoo mm unlink' takes it back"""
 
-LINK_MARK = "Written by 'vizoo mm link'"
+LINK_MARK, CONVERTED = "Written by 'vizoo mm link'", "vizoo mm convert"
 LINK = f'''"""{LINK_MARK}; 'vizoo mm unlink' removes it."""
 
-from vizoo.heads.mm.ext import *
-from vizoo.heads.mm.ext import missing as __getattr__
+from vizoo.heads.mm.ext import fill
+
+fill(globals())
 '''
 ADAPTER = "VizooBackbone"
 PYRAMIDS = ("FPN", "PAFPN", "FPN_CARAFE", "NASFPN", "HRFPN", "ChannelMapper", "MultiLevelNeck")  # one level in, one out
@@ -57,7 +59,7 @@ ADAPTER_ONLY = ("type", "pretrained", "frozen_stages", "norm_eval", "with_cp", "
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of ``vizoo mm``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo mm",
         description="Train and test configs of mmdet and mmseg, convert checkpoints for them.",
         epilog=EXAMPLES,
@@ -96,12 +98,18 @@ def _main(argv: list[str]) -> int:
         return link(args.action == "link")
     if args.config is None:
         raise UserError(f"CONFIG is missing: vizoo mm {args.action} CONFIG")
+    if args.out and args.action != "convert":
+        raise UserError(f"--out {args.out!r}: only 'vizoo mm convert' writes a checkpoint")
     if args.load_from and not args.load_from.startswith(("http://", "https://")) and not Path(args.load_from).is_file():
         raise UserError(f"--load-from {args.load_from!r} does not exist")
     cfg = load_config(args)
     if args.action == "convert":
         return _convert(cfg, args)
-    run(cfg, args)
+    try:
+        run(cfg, args)
+    except FloatingPointError as e:
+        print(f"vizoo mm: error: {e}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -123,6 +131,8 @@ def load_config(args: argparse.Namespace) -> Any:
     from mmengine.config import Config, DictAction
 
     file = args.config
+    if Path(file).is_dir():
+        raise UserError(f"config {file!r} is a folder, need a file")
     if not Path(file).is_file():
         from vizoo.heads.mm import config_path
 
@@ -139,10 +149,12 @@ def load_config(args: argparse.Namespace) -> Any:
             cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
     except UserError:
         raise
-    except Exception as e:  # a config is Python: it can raise anything
-        raise UserError(f"config {args.config!r} cannot be read: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:  # a config is Python: it can raise anything
+        raise UserError(f"config {args.config!r} cannot be read: {_one_line(e)}") from e
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
+    if not isinstance(cfg.work_dir, str):
+        raise UserError(f"work_dir={cfg.work_dir!r} is no path")
     if args.load_from:
         cfg.load_from = args.load_from
     if args.resume == "auto":
@@ -156,6 +168,8 @@ def load_config(args: argparse.Namespace) -> Any:
     if args.amp:
         if not torch.cuda.is_available():
             raise UserError("--amp: mixed precision needs a GPU, none is here")
+        if not hasattr(cfg.get("optim_wrapper"), "update"):
+            raise UserError("--amp: the config has no optim_wrapper")
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     return cfg
 
@@ -171,9 +185,11 @@ def check_config(cfg: Any) -> None:
             that differ from what comes in, a missing file.
     """
     model = cfg.get("model")
-    if not model:
-        raise UserError("the config has no key 'model'")
+    if not hasattr(model, "get"):
+        raise UserError(f"model={model!r}: need a dictionary, the model's config")
     backbone = model.get("backbone") or {}
+    if not hasattr(backbone, "get"):
+        raise UserError(f"model.backbone={backbone!r}: need a dictionary, the backbone's config")
     if _is_ours(backbone):
         if model.get("pretrained") is not None:
             raise UserError(
@@ -226,7 +242,7 @@ def _backbone_channels(backbone: Any) -> list[int]:
         pretrained_arguments(backbone.get("pretrained", False))
         return mm.channels(**kwargs)
     except Exception as e:  # whatever the model's constructor raises
-        raise UserError(f"model.backbone: {e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'}") from e
+        raise UserError(f"model.backbone: {_one_line(e)}") from e
 
 
 def _check_channels(model: Any, channels: list[int]) -> None:
@@ -291,7 +307,7 @@ def check_data(cfg: Any, splits: Sequence[str]) -> None:
             except UserError:
                 raise
             except Exception as e:  # whatever a constructor raises
-                raise UserError(f"{key}: {e}") from e
+                raise UserError(f"{key}: {_one_line(e)}") from e
 
 
 def _datasets(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
@@ -351,6 +367,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
 
     Raises:
         UserError: If something in the config or the data is wrong; nothing has been started then.
+        FloatingPointError: If the loss, or a weight to test, is infinite or no number.
     """
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
@@ -360,15 +377,20 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         raise UserError("--load-from is missing: the checkpoint to test")
     if (not training or cfg.get("resume")) and _is_ours(_get(cfg, "model.backbone")):
         cfg.model.backbone.pretrained = False  # every weight comes from the checkpoint
-    check_config(cfg)
+    _build(lambda: check_config(cfg))
+    _check_work_dir(cfg.work_dir)
+    checkpoint = _checkpoint_of(cfg)
+    if not training and checkpoint:
+        _check_finite(checkpoint, cfg.load_from)
     if not args.no_check_data:
-        check_data(cfg, ("train", "val") if training else ("test",))
+        _build(lambda: check_data(cfg, ("train", "val") if training else ("test",)))
     if training:
         randomness = {**cfg.get("randomness", {})}
         cfg.randomness = {**randomness, "seed": randomness.get("seed") or 0}
         hooks = cfg.get("custom_hooks") or []
-        if not any(hook.get("type") == "SeedByPosition" for hook in hooks):
-            cfg.custom_hooks = [*hooks, {"type": "SeedByPosition", "seed": cfg.randomness.seed}]
+        ours = ({"type": "SeedByPosition", "seed": cfg.randomness.seed}, {"type": "StopWhenDiverged"})
+        there = [hook.get("type") for hook in hooks]
+        cfg.custom_hooks = [*hooks, *(hook for hook in ours if hook["type"] not in there)]
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
     if on_cpus:
         _join_processes(cfg)
@@ -384,9 +406,12 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
             backbone = getattr(getattr(runner.model, "module", runner.model), "backbone", None)
             if isinstance(backbone, mm.VizooBackbone):  # weights that cannot be had end it here, with a message
                 _build(backbone.init_weights)
+            if checkpoint and cfg.get("resume"):
+                _check_fit(runner.model, checkpoint, "--resume")
             runner.train()
         else:
-            _check_fit(runner.model, cfg.load_from)
+            if checkpoint:
+                _check_fit(runner.model, checkpoint, f"--load-from {cfg.load_from!r}")
             runner.test()
     finally:
         main_module.__spec__ = of_main
@@ -395,13 +420,43 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     return runner
 
 
-def _check_fit(model: nn.Module, file: str) -> None:
-    """Refuse a checkpoint of another model, of which mmengine would load what fits and measure the rest at random."""
-    if _is_remote(file):
-        return
-    state = _read_checkpoint(file)
-    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
-    own = getattr(model, "module", model).state_dict()
+def _check_work_dir(folder: str) -> None:
+    """Refuse a folder for logs and checkpoints that cannot be one."""
+    path = Path(folder)
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--work-dir {folder!r}: {str(existing)!r} is no folder that can be written")
+
+
+def _checkpoint_of(cfg: Any) -> dict[str, Any] | None:
+    """The local checkpoint that a run starts from, read once so that a bad one is refused before anything starts."""
+    file, name = cfg.get("load_from"), "--resume" if cfg.get("resume") else "--load-from"
+    if cfg.get("resume") and file is None:
+        from mmengine.runner import find_latest_checkpoint
+
+        file = find_latest_checkpoint(cfg.work_dir)
+    if not file or _is_remote(file):
+        return None
+    checkpoint = _read_checkpoint(file, name)
+    if cfg.get("resume") and not {"meta", "message_hub", "optimizer"} <= checkpoint.keys():
+        raise UserError(f"--resume {file!r} holds weights only, no training: start from it with --load-from")
+    return checkpoint
+
+
+def _check_finite(checkpoint: dict[str, Any], file: str) -> None:
+    """Refuse to measure a model that is broken.
+
+    Raises:
+        FloatingPointError: Names the weights.
+    """
+    broken = [k for k, v in state_of(checkpoint).items() if not v.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"{file!r} holds weights that are no finite numbers: {', '.join(broken[:5])}")
+
+
+def _check_fit(model: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint of another model, of which mmengine would load what fits and leave the rest at random."""
+    state, own = state_of(checkpoint), getattr(model, "module", model).state_dict()
     problems = {
         "missing": own.keys() - state.keys(),
         "unexpected": state.keys() - own.keys(),
@@ -409,22 +464,33 @@ def _check_fit(model: nn.Module, file: str) -> None:
     }
     texts = [f"{len(keys)} {what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
     if texts:
-        raise UserError(f"--load-from {file!r} does not fit the config; {'; '.join(texts)}")
+        raise UserError(f"{name} does not fit the config; {'; '.join(texts)}")
 
 
-def _read_checkpoint(file: str) -> dict[str, Any]:
+def _read_checkpoint(file: str, name: str = "--load-from") -> dict[str, Any]:
     try:
-        return read_checkpoint(file)
+        checkpoint = read_checkpoint(file)
+        state_of(checkpoint)
     except ValueError as e:
-        raise UserError(f"--load-from: {e}") from e
+        raise UserError(f"{name} {file!r}: {e}") from e
+    return checkpoint
 
 
 def _build(what: Callable[[], Any]) -> Any:
-    """Build a part of the runner; what mmengine raises for a bad config is one message."""
+    """Build or check a part of the config; what mmengine raises for a bad one is one message."""
     try:
         return what()
-    except (AssertionError, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as e:
-        raise UserError(f"the config cannot be built: {type(e).__name__}: {e}") from e
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:  # whatever a constructor raises
+        raise UserError(f"the config cannot be built: {_one_line(e)}") from e
+
+
+def _one_line(e: BaseException) -> str:
+    """What an exception of others says, without the lines after its first three."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    text = " ".join(lines[:3])
+    return text if isinstance(e, ValueError) and text else f"{type(e).__name__}: {text}"
 
 
 def _join_processes(cfg: Any) -> None:
@@ -461,16 +527,15 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
 
     if not args.load_from or not args.out:
         raise UserError("--load-from and --out are missing: the authors' checkpoint and where to write ours")
-    if not Path(args.out).resolve().parent.is_dir():
-        raise UserError(f"--out {args.out!r}: no such folder")
+    _check_converted(args.out, args.load_from)
+    checkpoint = _read_checkpoint(args.load_from)
     cfg.load_from = None
-    check_config(cfg)
+    _build(lambda: check_config(cfg))
     if not _is_ours(cfg.model.backbone):
         raise UserError(f"model.backbone.type={_type(cfg.model.backbone)!r}, need {ADAPTER!r}")
     cfg.model.backbone.pretrained = False
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = _build(lambda: MODELS.build(cfg.model))
-    checkpoint = _read_checkpoint(args.load_from)
     try:
         state = convert_checkpoint(checkpoint, model)
     except ValueError as e:
@@ -478,9 +543,34 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
     meta = checkpoint.get("meta") or {}
     described = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
     dataset_meta = {k: v for k, v in described.items() if v is not None}
-    torch.save({"state_dict": state, "meta": {"dataset_meta": dataset_meta} if dataset_meta else {}}, args.out)
+    written = {"writer": CONVERTED, **({"dataset_meta": dataset_meta} if dataset_meta else {})}
+    with atomic_write(args.out, "wb") as file:
+        torch.save({"state_dict": state, "meta": written}, file)
     print(f"{len(state)} tensors, none missing, none unexpected: {args.out}")
     return 0
+
+
+def _check_converted(out: str, source: str) -> None:
+    """Refuse a place for the converted checkpoint before any work, and any file there that is not an older one."""
+    path = Path(out)
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--out {out!r}: no such folder")
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"--out {out!r} is no file")
+        if path.samefile(source):
+            raise UserError(f"--out {out!r} is the file of --load-from")
+        try:
+            meta = read_checkpoint(path).get("meta")
+        except ValueError:
+            meta = None
+        if not isinstance(meta, dict) or meta.get("writer") != CONVERTED:
+            raise UserError(f"--out {out!r} exists and was not written by {CONVERTED!r}; it stays as it is")
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as e:
+        raise UserError(f"--out {out!r}: cannot write in its folder: {e.strerror}") from None
 
 
 # scripts of others
@@ -496,19 +586,23 @@ def link(wanted: bool) -> int:
         Exit status 0.
 
     Raises:
-        UserError: If mmcv is missing, or the file is another one.
+        UserError: If mmcv is missing, its folder cannot be written, or the file is another one.
     """
     spec = importlib.util.find_spec("mmcv")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("mmcv is not installed")
     file = Path(next(iter(spec.submodule_search_locations)), "_ext.py")
-    if file.exists() and LINK_MARK not in file.read_text(encoding="utf-8"):
+    if file.exists() and not (file.is_file() and LINK_MARK in file.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{str(file)!r} is not one that 'vizoo mm link' wrote; it stays as it is")
     if wanted:
-        file.write_text(LINK, encoding="utf-8")
+        with atomic_write(file) as f:
+            f.write(LINK)
         print(f"wrote {file}; a compiled extension beside it still comes first")
     elif file.exists():
-        file.unlink()
+        try:
+            file.unlink()
+        except OSError as e:
+            raise UserError(f"cannot remove {str(file)!r}: {e.strerror}") from None
         print(f"removed {file}")
     else:
         print(f"nothing to remove: {file} does not exist")

@@ -62,6 +62,7 @@ from vizoo.tools._train_output import (
     match_classes,
     open_run,
     say_changes,
+    say_unnamed,
     write_options,
     write_summary,
 )
@@ -224,7 +225,7 @@ class Trainer:
             )
         except UserError:
             raise
-        except (TypeError, ValueError, AssertionError, ImportError) as e:
+        except (TypeError, ValueError, IndexError, AssertionError, ImportError) as e:
             raise UserError(f"--opt {args.opt!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
         try:
             scheduler, epochs = timm.scheduler.create_scheduler_v2(
@@ -372,6 +373,8 @@ class Trainer:
                 f"{len(self.loader)}; use its --batch-size, or resume from last.pth.tar"
             )
         self.schedule()
+        if self.primary:
+            say_unnamed(checkpoint.get("classes"), who)
         if before and self.primary:
             say_changes(before, vars(args))
 

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+import sys
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
-import torch
-from mmengine.config import config as mm_config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.utils import package_utils
 
-from ..checkpoints import mmengine_globals
+from ..checkpoints import mmengine_checkpoints
 
-__all__ = ["allow_checkpoints", "config_path", "find_configs"]
+__all__ = ["config_path", "find_configs", "load_safely"]
 
 
-def allow_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)``, the default, read training checkpoints of mmengine."""
-    torch.serialization.add_safe_globals(mmengine_globals(HistoryBuffer))
+def load_safely() -> None:
+    """Let mmengine read its training checkpoints, from wherever they come, and run nothing in them.
+
+    Files, addresses and registered schemes all pass ``CheckpointLoader.load_checkpoint``; PyTorch's own list of allowed
+    names is untouched outside of it.  A config in ``meta``, a program of which a resumed run reads ``gpu_ids``, is left
+    out.
+    """
+    theirs = CheckpointLoader.load_checkpoint.__func__
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with mmengine_checkpoints(HistoryBuffer):
+            found = theirs(*args, **kwargs)
+        meta = found.get("meta") if isinstance(found, dict) else None
+        if isinstance(meta, dict):
+            meta.pop("config", None)
+        return found
+
+    CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
 
 
 def find_configs() -> None:
@@ -34,8 +55,15 @@ def find_configs() -> None:
             if owners:
                 MODULE2PACKAGE[module] = owners[0]
     if importlib.util.find_spec("pkg_resources") is None:
-        mm_config.is_installed = _is_installed
-        mm_config.get_installed_path = _installed_path
+        _replace(package_utils.is_installed, _is_installed)
+        _replace(package_utils.get_installed_path, _installed_path)
+
+
+def _replace(theirs: Any, ours: Any) -> None:
+    """Put a function in the place of another in every module of mmengine; those imported later take it from there."""
+    for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == "mmengine"]:
+        for name in [name for name, value in vars(module).items() if value is theirs]:
+            setattr(module, name, ours)
 
 
 def _distribution_exists(name: str) -> bool:

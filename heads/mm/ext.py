@@ -5,17 +5,19 @@ module when no compiled one is found, so a real extension always wins.  Operator
 are here; any other name is a function that raises ``NotImplementedError`` when called.
 
 The environment variable ``VIZOO_MMCV_EXT`` says which one is used: ``auto``; ``torchvision``, this module even when a
-compiled one exists; ``off``, never this module.
+compiled one exists; ``off``, never this module, which holds for the file of ``vizoo mm link`` too.
 
 Every operator has the signature of the compiled one: results go in place into tensors that the caller allocated, in
-their dtype; half precision is computed in float32.
+their dtype; half precision is computed in float32.  The compiled ones take their numbers (scales, thresholds) as
+float32, and boxes are suppressed in float32, so both are rounded here too.  Where the compiled kernels leave the order
+of equal scores to an unstable sort, the first box comes first here, on every machine.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -26,7 +28,7 @@ import torchvision  # also registers torch.ops.torchvision
 from torch import Tensor
 
 NAME, SWITCH, CHOICES = "mmcv._ext", "VIZOO_MMCV_EXT", ("auto", "torchvision", "off")
-TINY = torch.finfo(torch.float32).tiny  # logarithms are taken of at least this
+TINY, LOWEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min  # of logarithms, of maxima
 
 __all__ = [
     "bbox_overlaps",
@@ -37,6 +39,8 @@ __all__ = [
     "deform_conv_backward_input",
     "deform_conv_backward_parameters",
     "deform_conv_forward",
+    "deform_roi_pool_backward",
+    "deform_roi_pool_forward",
     "get_compiler_version",
     "get_compiling_cuda_version",
     "masked_col2im_forward",
@@ -47,6 +51,8 @@ __all__ = [
     "ms_deform_attn_forward",
     "nms",
     "nms_match",
+    "psamask_backward",
+    "psamask_forward",
     "roi_align_backward",
     "roi_align_forward",
     "roi_pool_backward",
@@ -76,7 +82,30 @@ class ExtLoader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Copy the operators."""
-        vars(module).update({name: globals()[name] for name in __all__}, __getattr__=missing)
+        fill(vars(module))
+
+
+def fill(namespace: dict[str, Any]) -> None:
+    """Put the operators into the namespace of a module ``mmcv._ext``.
+
+    Args:
+        namespace: Its ``vars``.
+
+    Raises:
+        ModuleNotFoundError: If ``VIZOO_MMCV_EXT`` is ``off``: what mmcv would raise without this module.
+        ValueError: If the variable has another value than ``auto``, ``torchvision`` or ``off``.
+    """
+    if _choice() == "off":
+        raise ModuleNotFoundError(f"No module named {NAME!r}", name=NAME)
+    namespace.update({name: globals()[name] for name in __all__}, __getattr__=missing)
+
+
+def _choice() -> str:
+    """What the environment says, checked."""
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"got {SWITCH}={choice!r} in the environment, need one of {', '.join(CHOICES)}")
+    return choice
 
 
 def install() -> None:
@@ -85,9 +114,7 @@ def install() -> None:
     Raises:
         ValueError: If the variable has another value than ``auto``, ``torchvision`` or ``off``.
     """
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"got {SWITCH}={choice!r} in the environment, need one of {', '.join(CHOICES)}")
+    choice = _choice()
     if choice == "off" or ExtFinder in sys.meta_path:
         return
     finder: Any = ExtFinder
@@ -117,6 +144,11 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     """Contiguous tensors, half precision as float32."""
     half = (torch.float16, torch.bfloat16)
     return [(t.float() if t.dtype in half else t).contiguous() for t in tensors]
+
+
+def _single(number: float) -> float:
+    """The number as the compiled operators take it."""
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 def _copy_gradients(
@@ -155,14 +187,22 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Returns:
         Indices ``[K]``, int64.
     """
-    boxes, scores = _wide(boxes, scores)
-    if offset:
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
-    return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    order, threshold = scores.argsort(descending=True, stable=True), _single(iou_threshold)
+    boxes = boxes[order].float()
+    if offset == 0:
+        falling = -torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+        return order[torchvision.ops.nms(boxes, falling, threshold)]
+    left = torch.arange(len(boxes), device=boxes.device)
+    kept = [left[:0]]
+    while len(left):
+        kept.append(left[:1])
+        overlap = _overlap(boxes[left[0]], boxes[left[1:]], offset)
+        left = left[1:][~(overlap > threshold)]
+    return order[torch.cat(kept)]
 
 
 def _overlap(box: Tensor, others: Tensor, offset: int = 0) -> Tensor:
-    """Intersection over union of one box ``[4]`` with others ``[N, 4]``."""
+    """Intersection over union of one box ``[4]`` with others ``[N, 4]``; that of two empty ones is no number."""
     size = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2]) + offset).clamp(min=0)
     intersection = size.prod(dim=1)
     areas = (others[:, 2:] - others[:, :2] + offset).prod(dim=1)
@@ -181,6 +221,9 @@ def softnms(
 ) -> Tensor:
     """Soft non-maximum suppression (Bodla et al., ICCV 2017): overlapping boxes lose score instead of being dropped.
 
+    The best box is swapped to the front and dropped ones with the last, as in the compiled operator: this decides
+    which of equal scores comes first.  Empty boxes do not overlap; there, Gaussian scores become no numbers.
+
     Args:
         boxes: ``[N, 4]``.
         scores: ``[N]``.
@@ -194,23 +237,29 @@ def softnms(
     Returns:
         Indices ``[K]``, int64.
     """
-    boxes, scores = _wide(boxes, scores)
-    scores, left = scores.clone(), torch.arange(len(boxes))
-    kept: list[Tensor] = []
-    while len(left):
-        best = scores[left].argmax()
-        index = left[best]
-        dets[len(kept), :4], dets[len(kept), 4] = boxes[index], scores[index]
-        kept.append(index)
-        left = torch.cat([left[:best], left[best + 1 :]])
-        iou = _overlap(boxes[index], boxes[left], offset)
+    boxes, scores = boxes.float(), scores.float().clone()
+    order, first = torch.arange(len(boxes), device=boxes.device), 0
+    while first < len(order):
+        if not scores[first].isnan():  # a score that is no number is never the greater one
+            best = first + int(scores[first:].nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax())
+            for values in (order, scores):
+                values[[first, best]] = values[[best, first]]
+        box = boxes[order[first]]
+        dets[first, :4], dets[first, 4] = box, scores[first]
+        first += 1
+        iou = _overlap(box, boxes[order[first:]], offset)
         if method == 2:
-            weight = torch.exp(-iou * iou / sigma)
+            weight = torch.where(iou.isnan(), 1.0, torch.exp(-(iou * iou) / sigma))
         else:
             weight = torch.where(iou >= iou_threshold, 1 - iou if method == 1 else torch.zeros_like(iou), 1.0)
-        scores[left] *= weight
-        left = left[scores[left] >= min_score]
-    return torch.stack(kept) if kept else left
+        scores[first:] *= weight
+        alive = ~(scores < min_score)
+        alive[:first] = True
+        kept = int(alive.sum())
+        moved = torch.arange(kept, device=boxes.device)
+        moved[~alive[:kept]] = kept + alive[kept:].nonzero()[:, 0].flip(0)
+        order, scores = order[moved], scores[moved]
+    return order
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
@@ -223,11 +272,11 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     Returns:
         Indices of each group.
     """
-    (dets,) = _wide(dets)
     left, groups = dets[:, 4].argsort(descending=True, stable=True), []
+    boxes = dets[:, :4].float()
     while len(left):
         others = left[1:]
-        same = _overlap(dets[left[0], :4], dets[others, :4]) >= iou_threshold
+        same = _overlap(boxes[left[0]], boxes[others]) >= iou_threshold
         groups.append([int(left[0]), *others[same].tolist()])
         left = others[~same]
     return groups
@@ -243,6 +292,8 @@ def bbox_overlaps(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode: int, align
         mode: 0 or 1.
         aligned: Compare row by row.
         offset: 1 if a box is ``x2 - x1 + 1`` wide.
+
+    The overlap of two empty boxes is 0, where the compiled operator's is no number.
     """
     a, b = _wide(boxes1, boxes2)
     a = a if aligned else a[:, None]
@@ -251,10 +302,65 @@ def bbox_overlaps(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode: int, align
     base = (a[..., 2:] - a[..., :2] + offset).prod(dim=-1)
     if mode == 0:
         base = base + (b[..., 2:] - b[..., :2] + offset).prod(dim=-1) - overlap
-    ious.copy_(overlap / base.clamp(min=TINY))
+    ious.copy_(torch.where(base == 0, 0.0, overlap / base))
 
 
 # regions of interest
+
+
+def _regions(
+    rois: Tensor, size: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, tuple[int, int]]]:
+    """Image, start, extent and bin size (each y, x) of every RoI, and the samples of a bin in each direction."""
+    start, end = (rois[:, axes] * _single(scale) - (0.5 if aligned else 0.0) for axes in ([2, 1], [4, 3]))
+    extent = end - start if aligned else (end - start).clamp(min=1)
+    bins = extent / extent.new_tensor(size)
+    grids = bins.float().ceil().nan_to_num().clamp(min=0).long().tolist()
+    for k, image in enumerate(rois[:, 0].long().tolist()):
+        grid = (sampling_ratio, sampling_ratio) if sampling_ratio > 0 else (grids[k][0], grids[k][1])
+        yield image, start[k], extent[k], bins[k], grid
+
+
+def _samples(
+    start_y: Tensor, start_x: Tensor, bins: Tensor, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Places y and x ``[ph, pw, gh, gw]`` of the samples; starts are one number, or one for each bin, ``[ph, pw]``."""
+    rows, columns, inner_y, inner_x = (torch.arange(n, device=bins.device).to(bins) for n in (*size, *grid))
+    inner_y, inner_x = (inner_y + 0.5) * bins[0] / grid[0], (inner_x + 0.5) * bins[1] / grid[1]
+    y = (start_y + rows[:, None] * bins[0])[..., None, None] + inner_y[:, None]
+    x = (start_x + columns * bins[1])[..., None, None] + inner_x
+    y, x = torch.broadcast_tensors(y, x)
+    return y, x
+
+
+def _corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Bilinear interpolation at places of any shape.
+
+    Returns:
+        Rows and columns before and after each place; the index of the four corners in a flat map, ``[4, ...]``; and
+        their weights, 0 for places further than one pixel outside.
+    """
+    outside = ~((y >= -1) & (y <= height) & (x >= -1) & (x <= width))
+    around, shares = [], []
+    for place, n in ((y, height), (x, width)):
+        place = place.masked_fill(outside, 0).clamp(min=0)
+        low = place.long().clamp(max=n - 1)
+        high = (low + 1).clamp(max=n - 1)
+        rest = torch.where(low == high, 0.0, place - low)
+        around += [low, high]
+        shares.append((1 - rest, rest))
+    pairs = [(i, j) for i in (0, 1) for j in (0, 1)]
+    index = torch.stack([around[i] * width + around[2 + j] for i, j in pairs])
+    weights = torch.stack([shares[0][i] * shares[1][j] for i, j in pairs])
+    return around, index, weights.masked_fill(outside, 0)
+
+
+def _first_maximum(values: Tensor, places: Tensor, lowest: float) -> tuple[Tensor, Tensor]:
+    """Maximum over the last axis and the first of ``places`` that has it; ``lowest`` and -1 if none is greater."""
+    values = F.pad(values.masked_fill(values.isnan(), lowest), (1, 0), value=lowest)
+    places = F.pad(places, (1, 0), value=-1)
+    best, which = values.max(dim=-1)
+    return best, places.expand(values.shape).gather(-1, which[..., None])[..., 0]
 
 
 def roi_align_forward(
@@ -270,12 +376,31 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign (He et al., ICCV 2017) of ``[N, C, H, W]`` at ``[K, 5]`` (image, x1, y1, x2, y2) into ``output``."""
-    if pool_mode == 0:
-        raise NotImplementedError("pool_mode='max' of RoIAlign needs the compiled mmcv._ext; use pool_mode='avg'")
+    """RoIAlign (He et al., ICCV 2017) of ``[N, C, H, W]`` at ``[K, 5]`` (image, x1, y1, x2, y2) into ``output``.
+
+    ``pool_mode`` 1 is the mean of a bin's samples, 0 their maximum, with its place in ``argmax_y`` and ``argmax_x``.
+    RoIs with ``x2 < x1`` or ``y2 < y1`` are read as mmcv's kernel for GPUs reads them; that for CPUs refuses some.
+    """
     x, boxes = _wide(input, rois)
-    size = (aligned_height, aligned_width)
-    output.copy_(torchvision.ops.roi_align(x, boxes.to(x.dtype), size, spatial_scale, sampling_ratio, aligned))
+    boxes, size = boxes.to(x.dtype), (aligned_height, aligned_width)
+    if pool_mode == 1:
+        boxes, scale = _without_negative_grids(boxes, sampling_ratio, aligned), _single(spatial_scale)
+        output.copy_(torchvision.ops.roi_align(x, boxes, size, scale, sampling_ratio, aligned))
+        return
+    lowest = -10000.0 if x.device.type == "cpu" else LOWEST  # the compiled kernels begin so
+    for k, (image, start, _, bins, grid) in enumerate(_regions(boxes, size, spatial_scale, sampling_ratio, aligned)):
+        places = _samples(start[0], start[1], bins, size, grid)
+        _, index, weights = _corners(*places, *x.shape[2:])
+        values = (x[image].flatten(1)[:, index] * weights).sum(dim=1).flatten(3)
+        for argmax, place in zip((argmax_y, argmax_x), places, strict=True):
+            output[k], argmax[k] = _first_maximum(values, place.flatten(2), lowest)
+
+
+def _without_negative_grids(rois: Tensor, sampling_ratio: int, aligned: bool) -> Tensor:
+    """RoIs of which none has fewer samples than none, which torchvision would allocate."""
+    if sampling_ratio > 0 or not aligned:
+        return rois
+    return torch.cat([rois[:, :3], torch.maximum(rois[:, 1:3], rois[:, 3:])], dim=1)
 
 
 def roi_align_backward(
@@ -293,18 +418,20 @@ def roi_align_backward(
 ) -> None:
     """Gradient of :func:`roi_align_forward` into ``grad_input [N, C, H, W]``."""
     grad, boxes = _wide(grad_output, rois)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            grad,
-            boxes.to(grad.dtype),
-            spatial_scale,
-            aligned_height,
-            aligned_width,
-            *grad_input.shape,
-            sampling_ratio,
-            aligned,
-        )
-    )
+    boxes, shape = boxes.to(grad.dtype), grad_input.shape
+    if pool_mode == 1:
+        size, scale = (aligned_height, aligned_width), _single(spatial_scale)
+        boxes = _without_negative_grids(boxes, sampling_ratio, aligned)
+        backward = torch.ops.torchvision._roi_align_backward
+        grad_input.copy_(backward(grad, boxes, scale, *size, *shape, sampling_ratio, aligned))
+        return
+    y, x = _wide(argmax_y, argmax_x)
+    _, index, weights = _corners(y, x, *shape[2:])
+    weights = weights * (y != -1)
+    maps = (boxes[:, 0].long()[:, None] * shape[1] + torch.arange(shape[1], device=grad.device))[..., None, None]
+    found = grad.new_zeros(shape)
+    found.view(-1).index_add_(0, (maps * shape[2] * shape[3] + index).flatten(), (grad * weights).flatten())
+    grad_input.copy_(found)
 
 
 def roi_pool_forward(
@@ -316,11 +443,40 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """RoIPool (Girshick, ICCV 2015); ``argmax`` is int32 as ``output`` in shape."""
+    """RoIPool (Girshick, ICCV 2015) by mmcv's rule; ``argmax`` is int32 as ``output`` in shape.
+
+    A RoI reaches from ``x1`` to ``x2 + 1``, scaled and not rounded; a bin holds every pixel it touches.  Bins without
+    any, and RoIs without extent, give 0 and the index -1, which has no gradient.
+    """
     x, boxes = _wide(input, rois)
-    found = torch.ops.torchvision.roi_pool(x, boxes.to(x.dtype), spatial_scale, pooled_height, pooled_width)
-    output.copy_(found[0])
-    argmax.copy_(found[1])
+    height, width = x.shape[2:]
+    boxes, scale = boxes.to(x.dtype), _single(spatial_scale)
+    start, end = boxes[:, 1:3] * scale, (boxes[:, 3:] + 1) * scale
+    extent = end - start
+    edges = []
+    for axis, bins, limit in ((1, pooled_height, height), (0, pooled_width, width)):
+        steps = torch.arange(bins + 1, device=x.device) * (extent[:, axis] / bins)[:, None] + start[:, axis, None]
+        low, high = steps[:, :-1].float().floor(), steps[:, 1:].float().ceil()
+        edges += [e.nan_to_num().clamp(0, limit).long() for e in (low, high)]
+    for k, image in enumerate(boxes[:, 0].long().tolist()):
+        if not (extent[k] > 0).all():
+            output[k], argmax[k] = 0, -1
+            continue
+        top, bottom, left, right = (e[k] for e in edges)
+        rows, inside_y = _spans(top, bottom)
+        columns, inside_x = _spans(left, right)
+        index = (rows * width)[:, None, :, None] + columns[None, :, None, :]  # [ph, pw, rows, columns]
+        inside = inside_y[:, None, :, None] & inside_x[None, :, None, :]
+        values = x[image].flatten(1)[:, index].masked_fill(~inside, LOWEST)
+        best, argmax[k] = _first_maximum(values.flatten(3), index.flatten(2), LOWEST)
+        output[k] = best.masked_fill(~inside.flatten(2).any(dim=2), 0)
+
+
+def _spans(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices ``[bins, longest]`` from each start to each end, and which of them lie before the end."""
+    index = start[:, None] + torch.arange(int((end - start).max().clamp(min=0)), device=start.device)
+    inside = index < end[:, None]
+    return index.where(inside, 0), inside
 
 
 def roi_pool_backward(
@@ -334,11 +490,94 @@ def roi_pool_backward(
 ) -> None:
     """Gradient of :func:`roi_pool_forward` into ``grad_input [N, C, H, W]``."""
     grad, boxes = _wide(grad_output, rois)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_pool_backward(
-            grad, boxes.to(grad.dtype), argmax, spatial_scale, pooled_height, pooled_width, *grad_input.shape
-        )
-    )
+    n, channels, height, width = grad_input.shape
+    maps = boxes[:, 0].long()[:, None] * channels + torch.arange(channels, device=grad.device)
+    index = maps[..., None, None] * height * width + argmax
+    found, pooled = grad.new_zeros(n * channels * height * width), argmax != -1
+    found.index_add_(0, index[pooled], grad[pooled])
+    grad_input.copy_(found.view(grad_input.shape))
+
+
+def deform_roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Deformable RoI pooling (Dai et al., ICCV 2017): RoIAlign whose bins are moved.
+
+    Args:
+        input: ``[N, C, H, W]``.
+        rois: ``[K, 5]``, image, x1, y1, x2, y2.
+        offset: ``[K, 2, ph, pw]``, x and y of each bin in ``gamma`` of the RoI's size; empty for none.
+        output: Result ``[K, C, ph, pw]``.
+        pooled_height: ``ph``.
+        pooled_width: ``pw``.
+        spatial_scale: Of the RoIs.
+        sampling_ratio: Samples of a bin in each direction; 0 for one each pixel.
+        gamma: Unit of the offsets.
+    """
+    x, boxes, moves = _wide(input, rois, offset)
+    for k, (image, _, grid, places) in enumerate(
+        _moved(x, boxes, moves, (pooled_height, pooled_width), spatial_scale, sampling_ratio, gamma)
+    ):
+        _, index, weights = _corners(*places, *x.shape[2:])
+        values = (x[image].flatten(1)[:, index] * weights).sum(dim=1)
+        output[k] = values.sum(dim=(3, 4)) / max(grid[0] * grid[1], 1)
+
+
+def _moved(
+    x: Tensor, rois: Tensor, offset: Tensor, size: tuple[int, int], scale: float, sampling_ratio: int, gamma: float
+) -> Iterator[tuple[int, Tensor, tuple[int, int], tuple[Tensor, Tensor]]]:
+    """Image, unit of the offsets (y, x), samples in each direction and their places of every RoI."""
+    for k, region in enumerate(_regions(rois.to(x.dtype), size, scale, sampling_ratio, aligned=True)):
+        image, start, extent, bins, grid = region
+        unit = _single(gamma) * extent
+        start_y, start_x = start
+        if offset.numel():
+            start_y, start_x = start_y + unit[0] * offset[k, 1], start_x + unit[1] * offset[k, 0]
+        yield image, unit, grid, _samples(start_y, start_x, bins, size, grid)
+
+
+def deform_roi_pool_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Gradients of :func:`deform_roi_pool_forward` by input and offset.
+
+    Between the border and one pixel outside, where the value no longer changes, the compiled operator's gradient by the
+    offset goes on as inside; so does this one.
+    """
+    grad, x, boxes, moves = _wide(grad_output, input, rois, offset)
+    found, size = torch.zeros_like(x), (pooled_height, pooled_width)
+    for k, (image, unit, grid, (y, px)) in enumerate(
+        _moved(x, boxes, moves, size, spatial_scale, sampling_ratio, gamma)
+    ):
+        (top, bottom, left, right), index, weights = _corners(y, px, *x.shape[2:])
+        share = (grad[k] / max(grid[0] * grid[1], 1))[..., None, None]  # [C, ph, pw, 1, 1]
+        found[image].flatten(1).index_add_(1, index.flatten(), (share[:, None] * weights).flatten(1))
+        if moves.numel():
+            a, b, c, d = x[image].flatten(1)[:, index].unbind(1)
+            inside = weights.sum(dim=0) > 0
+            by_x = d * (y - top) + b * (bottom - y) + c * (top - y) + a * (y - bottom)
+            by_y = d * (px - left) + c * (right - px) + b * (left - px) + a * (px - right)
+            for axis, slope in enumerate((by_x * unit[1], by_y * unit[0])):
+                grad_offset[k, axis] = (share * slope * inside).sum(dim=(0, 3, 4))
+    grad_input.copy_(found)
 
 
 # deformable convolution
@@ -685,6 +924,74 @@ def ms_deform_attn_backward(
 
     *inputs, grad = _wide(value, sampling_locations, attention_weights, grad_output)
     _copy_gradients(attention, inputs, grad, (grad_value, grad_sampling_loc, grad_attn_weight))
+
+
+def psamask_forward(
+    input: Tensor,
+    output: Tensor,
+    psa_type: int,
+    num_: int,
+    h_feature: int,
+    w_feature: int,
+    h_mask: int,
+    w_mask: int,
+    half_h_mask: int,
+    half_w_mask: int,
+) -> None:
+    """Attention of each place over the whole map from that over a window around it (Zhao et al., PSANet, ECCV 2018).
+
+    Args:
+        input: ``[N, h_mask * w_mask, H, W]``.
+        output: Result ``[N, H * W, H, W]``, 0 outside the windows.
+        psa_type: 0 collects, the channel being the place looked at; 1 distributes, the channel being the place itself.
+        num_: ``N``.
+        h_feature: ``H``.
+        w_feature: ``W``.
+        h_mask: Height of the window.
+        w_mask: Width of the window.
+        half_h_mask: Row of the window that lies on its place.
+        half_w_mask: Column of the window that lies on its place.
+    """
+    rows, columns = (
+        torch.arange(n, device=input.device)[:, None] - torch.arange(n, device=input.device) + half
+        for n, half in ((h_feature, half_h_mask), (w_feature, half_w_mask))
+    )  # [y, h] and [x, w]: where the window of (h, w) holds (y, x)
+    inside_y, inside_x = (rows >= 0) & (rows < h_mask), (columns >= 0) & (columns < w_mask)
+    index = rows.clamp(0, h_mask - 1)[:, None, :, None] * w_mask + columns.clamp(0, w_mask - 1)[:, None]
+    inside = inside_y[:, None, :, None] & inside_x[:, None]
+    found = input.gather(1, index.view(1, -1, h_feature, w_feature).expand(num_, -1, -1, -1))
+    found = found.masked_fill(~inside.view(-1, h_feature, w_feature), 0)
+    output.copy_(found if psa_type == 0 else _other_psa(found))
+
+
+def _other_psa(attention: Tensor) -> Tensor:
+    """Attention ``[N, H * W, H, W]`` with the two places exchanged."""
+    return attention.flatten(2).transpose(1, 2).reshape(attention.shape)
+
+
+def psamask_backward(
+    grad_output: Tensor,
+    grad_input: Tensor,
+    psa_type: int,
+    num_: int,
+    h_feature: int,
+    w_feature: int,
+    h_mask: int,
+    w_mask: int,
+    half_h_mask: int,
+    half_w_mask: int,
+) -> None:
+    """Gradient of :func:`psamask_forward` into ``grad_input``."""
+    grad = grad_output if psa_type == 0 else _other_psa(grad_output)
+    rows, columns = (
+        torch.arange(window, device=grad.device)[:, None] + torch.arange(n, device=grad.device) - half
+        for n, window, half in ((h_feature, h_mask, half_h_mask), (w_feature, w_mask, half_w_mask))
+    )  # [i, h] and [j, w]: what row i and column j of the window of (h, w) hold
+    inside_y, inside_x = (rows >= 0) & (rows < h_feature), (columns >= 0) & (columns < w_feature)
+    index = rows.clamp(0, h_feature - 1)[:, None, :, None] * w_feature + columns.clamp(0, w_feature - 1)[:, None]
+    inside = inside_y[:, None, :, None] & inside_x[:, None]
+    found = grad.gather(1, index.view(1, -1, h_feature, w_feature).expand(num_, -1, -1, -1))
+    grad_input.copy_(found.masked_fill(~inside.view(-1, h_feature, w_feature), 0))
 
 
 # guided anchoring and CARAFE

@@ -12,7 +12,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-__all__ = ["SeedByPosition"]
+__all__ = ["SeedByPosition", "StopWhenDiverged"]
 
 
 @HOOKS.register_module(force=True)
@@ -51,6 +51,26 @@ class SeedByPosition(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Seed the next step, before its batch is fetched."""
         self._start(runner.iter + 1)
+
+
+@HOOKS.register_module(force=True)
+class StopWhenDiverged(Hook):
+    """End a training whose loss is no finite number, before a checkpoint of it is written."""
+
+    priority = "VERY_HIGH"
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Look at the loss.
+
+        Raises:
+            FloatingPointError: If it is infinite or no number.
+        """
+        loss = torch.as_tensor((outputs or {}).get("loss", 0.0))
+        if not loss.isfinite().all():
+            raise FloatingPointError(
+                f"the training loss is {loss.mean().item()} in iteration {runner.iter + 1}; lower the learning rate of "
+                "optim_wrapper.optimizer, or set optim_wrapper.clip_grad"
+            )
 
 
 class _SeededBatches:

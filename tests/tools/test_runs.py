@@ -18,45 +18,10 @@ import shapes as pictures
 import torch
 import yaml
 from PIL import Image
+from runs import TASKS, start
 
 from vizoo.tools import _dense_train, _scanpath_train, cli, common, train
-from vizoo.tools._train_output import Saver, locked, match_classes, newest_checkpoint
-
-TASKS = ("classification", "detection", "segmentation", "scanpath")
-SMALL = ["fpn_channels=16", "box_batch_size_per_image=32", "rpn_pre_nms_top_n_train=100", "rpn_post_nms_top_n_train=50"]
-SMALL += ["rpn_pre_nms_top_n_test=100", "rpn_post_nms_top_n_test=50"]
-DENSE = ["--model", "test_resnet", "-b", "4", "-j", "0", "--lr", "1e-3", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``images``: class folders of dark and bright pictures; ``shapes``: boxes and masks."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 8), ("val", 4)):
-        for k, name in enumerate(("bright", "dark")):
-            (root / "images" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng([k, i]).integers(0, 100, (20, 24, 3)) + 120 * (1 - k)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / split / name / f"{i}.png")
-    pictures.write(root / "shapes")
-    return root
-
-
-def words(task: str, folders: Path) -> list[str]:
-    """A short training of each task."""
-    if task == "classification":
-        out = ["--data", str(folders / "images"), "--model", "test_resnet", "-b", "8", "-j", "0", "--img-size", "32"]
-        return ["train", *out, "--lr", "0.05", "--warmup-epochs", "0", "--device", "cpu", "--epochs", "2"]
-    if task == "scanpath":
-        out = ["--data", "search", "--trials", "40", "--model", "test_oat", "--device", "cpu", "--lr", "1e-3"]
-        return ["train", "--task", task, *out, "--grid", "2", "3", "--epochs", "2"]
-    size = ["--size", "96", "120", "--arch-kwargs", *SMALL] if task == "detection" else ["--size", "64"]
-    size += [] if task == "detection" else ["--arch", "semantic_fpn", "--reduce-zero-label"]
-    return ["train", "--task", task, "--data", str(folders / "shapes"), *DENSE, *size, "--epochs", "2"]
-
-
-def start(task: str, folders: Path, folder: Path, *more: str) -> int:
-    return cli.main([*words(task, folders), "--output", str(folder.parent), "--experiment", folder.name, *more])
+from vizoo.tools._train_output import Saver, locked, match_classes, newest_checkpoint, say_unnamed
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -72,15 +37,6 @@ def read(path: Path) -> dict:
 
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("runs")
-    for task in TASKS:
-        assert start(task, folders, root / task) == 0
-    return root
 
 
 @pytest.fixture
@@ -313,6 +269,9 @@ def test_crafted_checkpoints(change, folders, run, capsys) -> None:
 def test_match_classes(capsys) -> None:
     assert match_classes(["a", "b", "c"], ["c", "a", "b"], "data", "run") == [2, 0, 1]
     assert match_classes(None, ["x", "y"], "data", "run") == [0, 1]
+    say_unnamed(["x", "y"], "run")
+    assert capsys.readouterr().err == ""
+    say_unnamed(None, "run")
     assert "by their number only" in capsys.readouterr().err
     for found in (["a", "b"], ["a", "b", "d"], ["a", "b", "c", "d"]):
         with pytest.raises(common.UserError, match=rf"data has classes {', '.join(found)}; run was trained on a, b, c"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -309,16 +310,20 @@ def test_bases_without_pkg_resources(monkeypatch, tmp_path):
     """setuptools 82 has no pkg_resources; a fork has another distribution name."""
     from mmengine.config import Config
     from mmengine.config import config as mm_config
+    from mmengine.hub import get_config
 
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
     compat = importlib.import_module("vizoo.heads.mm.compat")
-    for name in ("is_installed", "get_installed_path"):
-        monkeypatch.setattr(mm_config, name, getattr(mm_config, name))
+    for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == "mmengine"]:
+        for name in vars(module).keys() & {"is_installed", "get_installed_path"}:
+            monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setitem(compat.MODULE2PACKAGE, "mmseg", "onedl-mmsegmentation-of-yesterday")
     find = importlib.util.find_spec
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda n: None if n == "pkg_resources" else find(n))
     compat.find_configs()
     assert compat.MODULE2PACKAGE["mmseg"] == "mmsegmentation"
     assert mm_config.is_installed is compat._is_installed
+    assert Path(get_config("mmdet::_base_/models/mask-rcnn_r50_fpn.py").filename).is_file()
     bases = '["mmseg::_base_/models/fpn_r50.py", "mmdet::_base_/default_runtime.py"]'
     (tmp_path / "c.py").write_text(f"_base_ = {bases}\n")
     assert Config.fromfile(tmp_path / "c.py").model.decode_head.type == "FPNHead"

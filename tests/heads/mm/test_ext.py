@@ -1,4 +1,7 @@
-"""The stand-in for mmcv's compiled operators: values against slow references, gradients, dtypes, who answers when."""
+"""The stand-in for mmcv's compiled operators: values against slow references, gradients, dtypes, who answers when.
+
+Boxes, regions of interest and PSANet's masks by the kernels' own rules: ``test_ext_rules.py``.
+"""
 
 from __future__ import annotations
 
@@ -15,120 +18,13 @@ from tolerance import close
 from torch import Tensor
 
 import vizoo
+from vizoo.tools.mm import LINK
 
 pytestmark = pytest.mark.mm
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
 ext = importlib.import_module("vizoo.heads.mm.ext")
 
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def random_boxes(n: int, side: float = 60.0) -> Tensor:
-    corner = torch.rand(n, 2) * side
-    return torch.cat([corner, corner + 4 + torch.rand(n, 2) * side / 2], dim=1)
-
-
-def iou(a: Tensor, b: Tensor, offset: int = 0) -> float:
-    w = max(0.0, float(min(a[2], b[2]) - max(a[0], b[0])) + offset)
-    h = max(0.0, float(min(a[3], b[3]) - max(a[1], b[1])) + offset)
-    areas = [float((x[2] - x[0] + offset) * (x[3] - x[1] + offset)) for x in (a, b)]
-    return w * h / (sum(areas) - w * h)
-
-
-# boxes
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-def test_nms(offset):
-    boxes, scores = random_boxes(80), torch.rand(80)
-    kept: list[int] = []
-    for i in scores.argsort(descending=True).tolist():
-        if all(iou(boxes[i], boxes[j], offset) <= 0.4 for j in kept):
-            kept.append(i)
-    assert 3 < len(kept) < 80
-    assert ext.nms(boxes, scores, iou_threshold=0.4, offset=offset).tolist() == kept
-    assert ext.nms(boxes[:0], scores[:0], iou_threshold=0.4, offset=offset).shape == (0,)
-
-
-def test_nms_offset_matters():
-    """Boxes of one pixel: apart by real widths, 1/3 overlap when a box ends with its last pixel."""
-    boxes = torch.tensor([[0.0, 0.0, 3.0, 0.0], [2.0, 0.0, 5.0, 0.0]])
-    scores = torch.tensor([0.9, 0.8])
-    assert ext.nms(boxes, scores, iou_threshold=0.3, offset=1).tolist() == [0]
-    assert ext.nms(boxes, scores, iou_threshold=0.3, offset=0).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_nms_half(dtype):
-    boxes, scores = random_boxes(30).to(dtype), torch.rand(30).to(dtype)
-    expected = ext.nms(boxes.float(), scores.float(), iou_threshold=0.5, offset=0)
-    assert ext.nms(boxes, scores, iou_threshold=0.5, offset=0).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("method", [0, 1, 2], ids=["naive", "linear", "gaussian"])
-def test_softnms(method, offset):
-    boxes, scores = random_boxes(40), torch.rand(40)
-    left, rows, indices = scores.tolist(), [], []
-    alive = list(range(40))
-    while alive:
-        best = max(alive, key=lambda i: left[i])
-        rows.append([*boxes[best].tolist(), left[best]])
-        indices.append(best)
-        alive.remove(best)
-        for i in alive:
-            overlap = iou(boxes[best], boxes[i], offset)
-            if method == 2:
-                left[i] *= float(torch.exp(torch.tensor(-overlap * overlap / 0.5)))
-            elif overlap >= 0.3:
-                left[i] *= 1 - overlap if method == 1 else 0
-        alive = [i for i in alive if left[i] >= 0.05]
-    dets = torch.full((40, 5), float("nan"))
-    found = ext.softnms(boxes, scores, dets, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
-    assert found.tolist() == indices
-    torch.testing.assert_close(dets[: len(found)], torch.tensor(rows), rtol=1e-5, atol=1e-6)
-    assert dets[len(found) :].isnan().all()
-    nothing = ext.softnms(
-        boxes[:0], scores[:0], dets, iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset
-    )
-    assert nothing.shape == (0,)
-    assert nothing.dtype == torch.int64
-
-
-def test_nms_match():
-    dets = torch.cat([random_boxes(40), torch.rand(40, 1)], dim=1)
-    left, groups = dets[:, 4].argsort(descending=True).tolist(), []
-    while left:
-        same = [i for i in left[1:] if iou(dets[left[0]], dets[i]) >= 0.3]
-        groups.append([left[0], *same])
-        left = [i for i in left[1:] if i not in same]
-    assert max(map(len, groups)) > 2
-    assert ext.nms_match(dets, iou_threshold=0.3) == groups
-    exact = torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.9], [1.0, 0.0, 2.0, 1.0, 0.8]])  # overlap 1/2: at the threshold
-    assert ext.nms_match(exact, iou_threshold=0.5) == [[0, 1]]
-    assert ext.nms_match(dets[:0], iou_threshold=0.3) == []
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("mode", [0, 1], ids=["iou", "iof"])
-def test_bbox_overlaps(mode, aligned, offset):
-    a, b = random_boxes(6), random_boxes(6 if aligned else 9)
-    expected = torch.tensor([[iou(x, y, offset) for y in b] for x in a])
-    if mode == 1:
-        areas = [[float((x[2] - x[0] + offset) * (x[3] - x[1] + offset)) for x in side] for side in (a, b)]
-        for i in range(len(a)):
-            for j in range(len(b)):
-                overlap = expected[i, j] * (areas[0][i] + areas[1][j]) / (1 + expected[i, j])
-                expected[i, j] = overlap / areas[0][i]
-    expected = expected.diagonal() if aligned else expected
-    found = torch.full(expected.shape, float("nan"))
-    ext.bbox_overlaps(a, b, found, mode=mode, aligned=aligned, offset=offset)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    point = torch.zeros(1, 4)
-    zero = torch.full((1, 1), float("nan"))
-    ext.bbox_overlaps(point, point, zero, mode=mode, aligned=False, offset=0)
-    assert zero.item() == 0
 
 
 # regions of interest
@@ -186,34 +82,6 @@ def test_roi_align(aligned, ratio):
     torch.testing.assert_close(roi_align(strided, rois, ratio=ratio, aligned=aligned), expected, rtol=1e-9, atol=1e-9)
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, ratio=ratio, aligned=aligned), x)
-
-
-def test_roi_align_without_rois():
-    x = torch.randn(1, 3, 8, 8, requires_grad=True)
-    out = roi_align(x, torch.zeros(0, 5))
-    assert out.shape == (0, 3, 3, 2)
-    out.sum().backward()
-    assert (x.grad == 0).all()
-
-
-def test_roi_align_max_is_refused():
-    from mmcv.ops import RoIAlign
-
-    with pytest.raises(NotImplementedError, match="pool_mode='max'"):
-        RoIAlign((2, 2), 1.0, 0, pool_mode="max")(torch.randn(2, 3, 9, 9), ROIS)
-
-
-def test_roi_pool():
-    from mmcv.ops import roi_pool
-
-    x = torch.randn(2, 3, 9, 11, dtype=torch.float64).requires_grad_()
-    rois = torch.tensor([[0, 0.0, 0.0, 10.0, 8.0], [1, 2.0, 1.0, 7.0, 6.0]], dtype=torch.float64)
-    out = roi_pool(x, rois, (2, 2), 1.0)
-    expected = torch.stack(  # first RoI: rows 0-8 in bins of 4.5, columns 0-10 in bins of 5.5
-        [x[0, :, r, c].flatten(1).amax(1) for r in (slice(0, 5), slice(4, 9)) for c in (slice(0, 6), slice(5, 11))], 1
-    )
-    torch.testing.assert_close(out[0].flatten(1), expected)
-    assert torch.autograd.gradcheck(lambda x: roi_pool(x, rois, (2, 2), 1.0), x)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -569,7 +437,12 @@ for choice, extension in json.loads(sys.argv[2]):
     answers[f"{choice}, {extension}"] = ask(choice, extension)
 print(json.dumps(answers))
 """
-EXTENSIONS = {"real": "nms = 'the real one'", "broken": "raise ImportError('undefined symbol')", "none": None}
+EXTENSIONS = {
+    "real": "nms = 'the real one'",
+    "broken": "raise ImportError('undefined symbol')",
+    "linked": LINK,
+    "none": None,
+}
 CHOICES = [
     ("auto", "real", "the real one"),
     ("auto", "none", "<function nms at"),
@@ -577,6 +450,10 @@ CHOICES = [
     ("torchvision", "real", "<function nms at"),
     ("off", "real", "the real one"),
     ("off", "none", "ModuleNotFoundError: No module named 'mmcv._ext'"),
+    ("auto", "linked", "<function nms at"),
+    ("torchvision", "linked", "<function nms at"),
+    ("off", "linked", "ModuleNotFoundError: No module named 'mmcv._ext'"),
+    ("of", "linked", "ValueError: got VIZOO_MMCV_EXT='of'"),
     ("of", "none", "ValueError: got VIZOO_MMCV_EXT='of'"),
 ]
 

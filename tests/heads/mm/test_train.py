@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import vizoo
+from vizoo.heads.checkpoints import read_checkpoint
 from vizoo.tools import cli
 
 pytestmark = pytest.mark.mm
@@ -105,7 +106,7 @@ def test_retinanet_trains(retinanet):
     assert len(losses) == 8
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
-    state = torch.load(retinanet.checkpoint, weights_only=True)  # with the allow-list, never fully unpickled
+    state = read_checkpoint(retinanet.checkpoint)
     assert state["meta"]["epoch"] == 2
     stem = [v for k, v in state["state_dict"].items() if k.startswith("backbone.body.bn1.running_mean")]
     assert len(stem) == 1
@@ -189,7 +190,7 @@ def test_weights_of_the_backbone(trained, retinanet, semantic_fpn, tmp_path, mon
     torch.save(state, tmp_path / "resnet18.pth")
     options = f'frozen_stages=4, norm_eval=True, pretrained="{tmp_path / "resnet18.pth"}"'
     run = trained("pretrained", "retinanet", "resnet18", NO_VALIDATION, options=options)
-    kept = {k: v for k, v in torch.load(run.checkpoint, weights_only=True)["state_dict"].items() if ".body." in k}
+    kept = {k: v for k, v in read_checkpoint(run.checkpoint)["state_dict"].items() if ".body." in k}
     assert kept
     for k, v in kept.items():
         assert torch.equal(v, state[k.removeprefix("backbone.body.")]), k
@@ -203,7 +204,7 @@ def test_weights_of_the_backbone(trained, retinanet, semantic_fpn, tmp_path, mon
         cfg.model.backbone.pretrained = True
         cfg.dump(tmp_path / "c.py")
         model, inferencer = (init(str(tmp_path / "c.py"), str(run.checkpoint), device="cpu") for init in inits)
-        wanted = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+        wanted = read_checkpoint(run.checkpoint)["state_dict"]
         for found in (model.state_dict(), inferencer.model.state_dict()):
             for k, v in wanted.items():
                 assert torch.equal(found[k], v), k
@@ -214,7 +215,7 @@ def test_weights_of_the_backbone(trained, retinanet, semantic_fpn, tmp_path, mon
 
 def assert_equal(a: Path, b: Path) -> None:
     """Weights and optimiser of two checkpoints, bit for bit."""
-    first, second = (torch.load(p, weights_only=True) for p in (a, b))
+    first, second = (read_checkpoint(p) for p in (a, b))
     assert first["state_dict"].keys() == second["state_dict"].keys()
     for k, v in first["state_dict"].items():
         assert torch.equal(v, second["state_dict"][k]), k

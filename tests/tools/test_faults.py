@@ -1,0 +1,325 @@
+"""Bad input to every command: the exit status, one line on standard error that names it, and nothing written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import TASKS, words
+
+from vizoo.tools import cli
+
+FILES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda p: p.write_bytes(b""),
+    "text": lambda p: p.write_text("hello\n"),
+    "latin1": lambda p: p.write_bytes("größe: 3\n".encode("latin-1")),
+    "utf16": lambda p: p.write_bytes("epochs: 3\n".encode("utf-16")),
+    "zeros": lambda p: p.write_bytes(bytes(1000)),
+    "fifo": lambda p: os.mkfifo(p),
+    "folder": lambda p: p.mkdir(),
+    "fifo.json": lambda p: os.mkfifo(p),
+    "folder.json": lambda p: p.mkdir(),
+    "loop.json": lambda p: p.symlink_to(p.name),
+    "loop": lambda p: p.symlink_to(p.name),
+    "readonly.json": lambda p: (p.write_text('{"vizoo": 1}'), p.chmod(0o444)),
+    "foreign.json": lambda p: p.write_text('{"mine": 1}'),
+    "foreign.png": lambda p: Image.new("RGB", (8, 8)).save(p),
+    "foreign.csv": lambda p: p.write_text("a,b\n1,2\n"),
+    "list.yaml": lambda p: p.write_text("- a\n- b\n"),
+    "unknown.yaml": lambda p: p.write_text("qqqq_zzzz: 1\n"),
+    "near.yaml": lambda p: p.write_text("epoch: 1\n"),
+    "tag.yaml": lambda p: p.write_text("epochs: !!python/object/apply:os.system ['touch ran']\n"),
+    "bomb.yaml": lambda p: p.write_text(
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True))
+    ),
+    "deep.yaml": lambda p: p.write_text("a: " + "[" * 3000 + "]" * 3000 + "\n"),
+    "keys.yaml": lambda p: p.write_text("1: 2\n"),
+    "date.yaml": lambda p: p.write_text("epochs: 2001-99-99\n"),
+    "seg.yaml": lambda p: p.write_text("task: segmentation\nepochs: 1\n"),
+    "mapping.yaml": lambda p: p.write_text("epochs: {a: 1}\n"),
+    "huge.yaml": lambda p: p.write_text(f"seed: {'9' * 400}\n"),
+    "tensor.pth": lambda p: torch.save(torch.zeros(3), p),
+    "list.pth": lambda p: torch.save([1, 2], p),
+    "other.pth": lambda p: torch.save({"state_dict": {"a": torch.zeros(1)}}, p),
+}
+
+CLS, DET, SEG, GAZE = "TRAIN-classification", "TRAIN-detection", "TRAIN-segmentation", "TRAIN-scanpath"
+LONG = "x" * 5000
+# the words after a command that is right without them, and what the line must name
+TRAIN: dict[str, list[tuple[str, str]]] = {
+    CLS: [
+        ("-c BAD/empty", "expected lines 'option: value'"),
+        ("-c BAD/text", "expected lines 'option: value'"),
+        ("-c BAD/latin1", "no text in UTF-8"),
+        ("-c BAD/utf16", "no text in UTF-8"),
+        ("-c BAD/zeros", "no YAML"),
+        ("-c BAD/fifo", "is a pipe or device, need a file"),
+        ("-c BAD/folder", "is a folder, need a file"),
+        ("-c BAD/loop", "symbolic links"),
+        ("-c BAD/list.yaml", "expected lines 'option: value'"),
+        ("-c BAD/unknown.yaml", "unknown option 'qqqq_zzzz'"),
+        ("-c BAD/near.yaml", "did you mean 'epochs'"),
+        ("-c BAD/tag.yaml", "no YAML"),
+        ("-c BAD/bomb.yaml", "over 1,000,000 values"),
+        ("-c BAD/deep.yaml", "nested too deeply"),
+        ("-c BAD/keys.yaml", "expected lines 'option: value'"),
+        ("-c BAD/date.yaml", "no YAML"),
+        ("-c BAD/seg.yaml", "is of --task 'segmentation'"),
+        ("-c BAD/mapping.yaml", "epochs takes a value"),
+        ("-c BAD/huge.yaml", "--seed"),
+        (f"-c {LONG}", "File name too long"),
+        ("-c RUN-segmentation/args.yaml", "is of --task 'segmentation', need classification"),
+        ("-c RUN-scanpath/args.yaml", "is of --task 'scanpath', need classification"),
+        ("--resume BAD/empty", "cannot read the checkpoint"),
+        ("--resume BAD/text", "cannot read the checkpoint"),
+        ("--resume BAD/zeros", "cannot read the checkpoint"),
+        ("--resume BAD/fifo", "is a pipe or device, need a file"),
+        ("--resume BAD/folder", "is a folder, need a file"),
+        ("--resume BAD/tensor.pth", "no training checkpoint"),
+        ("--resume BAD/other.pth", "no training checkpoint"),
+        ("--resume RUN-detection/last.pth.tar", "--resume"),
+        ("--initial-checkpoint BAD/text", "checkpoint file"),
+        ("--initial-checkpoint BAD/fifo", "is a pipe or device, need a file"),
+        ("--initial-checkpoint BAD/other.pth", "checkpoint file"),
+        ("--initial-checkpoint BAD/list.pth", "checkpoint file"),
+        ("--pretrained-path BAD/folder", "is a folder, need a file"),
+        ("--pretrained-path BAD/tensor.pth", "checkpoint file"),
+        ("--model oat_small", "oat_small"),
+        ("--model 'test_*'", "models; name one"),
+        ("--model ''", "--model is missing"),
+        (f"--model {LONG}", "unknown model"),
+        ("--model-kwargs foo=1", "foo"),
+        ("--model-kwargs foo", "--model-kwargs: got 'foo', must be KEY=VALUE"),
+        ("--model-kwargs =3", "must be KEY=VALUE"),
+        ("--num-classes 1", "--num-classes 1 is below the 2 classes"),
+        ("--num-classes -1", "--num-classes: got -1"),
+        ("--epochs 0", "--epochs: got 0"),
+        ("--epochs 1.5", "--epochs: got 1.5, must be a whole number"),
+        (f"--epochs {'9' * 400}", "--epochs: got"),
+        ("--lr nan", "--lr: got nan"),
+        ("--lr -1", "--lr: got -1"),
+        ("--lr inf", "--lr: got inf"),
+        ("--opt nothing", "--opt 'nothing'"),
+        ("--opt adamw --opt-betas 0.9", "--opt"),
+        ("--sched never", "invalid choice: 'never'"),
+        ("--std 0", "--std: got 0, must be a finite number above 0"),
+        ("--std nan", "--std: got nan"),
+        ("--mean nan", "--mean: got nan"),
+        ("--ratio 2 1", "--ratio 2 1: need two numbers, 0 < LOW <= HIGH"),
+        ("--scale 1 0.5", "--scale 1 0.5: need two numbers"),
+        ("--scale 0 0", "--scale 0 0: need two numbers"),
+        ("--hflip 2", "--hflip: got 2, must be a finite number between 0 and 1"),
+        ("--drop-path 2", "--drop-path: got 2"),
+        ("--drop-path nan", "--drop-path: got nan"),
+        ("--drop -1", "--drop: got -1"),
+        ("--img-size 0", "--img-size: got 0"),
+        ("--img-size -5", "--img-size: got -5"),
+        ("--model test_vit --img-size 1", "cannot take input 1x1"),
+        ("--batch-size 0", "--batch-size: got 0"),
+        ("--batch-size 999", "--batch-size 999 exceeds the training images"),
+        ("--workers -1", "--workers: got -1"),
+        ("--mixup 0.5 --batch-size 5", "--batch-size 5 is odd"),
+        ("--aa nonsense", "--aa nonsense"),
+        ("--window nan 10", "--window"),
+        ("--window 1 -10", "--window"),
+        ("--window 1 0", "--window"),
+        ("--window 1", "--window"),
+        ("--data BAD/text", "is no folder"),
+        ("--data BAD/folder", "has no folder 'train/'"),
+        ("--data nowhere", "is no folder"),
+        (f"--data {LONG}", "File name too long"),
+        ("--output BAD/text", "--output"),
+        (f"--experiment {LONG}", "File name too long"),
+        ("--device meta", "'meta' holds no values"),
+        ("--device gpu", "unknown device 'gpu'"),
+        ("--torchcompile nothing", "--torchcompile 'nothing'"),
+        ("--tune tcpa", "--tune"),
+        ("--lr-scale x", "must be PATTERN=FACTOR"),
+        ("--lr-scale x=nan", "must be PATTERN=FACTOR"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--task gaze", "invalid choice: 'gaze'"),
+    ],
+    DET: [
+        ("--data nowhere", "--data"),
+        ("--data BAD/text", "--data"),
+        ("--lr 0", "--lr: got 0"),
+        ("--lr nan", "--lr: got nan"),
+        ("--size 0 0", "--size: got 0"),
+        ("--size 96", "--size: expected 2 arguments"),
+        ("--epochs -1", "--epochs: got -1"),
+        ("--arch yolo", "invalid choice: 'yolo'"),
+        ("--arch-kwargs foo=1", "foo"),
+        ("--arch-kwargs foo", "must be KEY=VALUE"),
+        ("--model-kwargs foo=1", "foo"),
+        ("--model oat_small", "oat_small"),
+        ("--model nothing", "unknown model 'nothing'"),
+        ("--frozen-stages -2", "--frozen-stages: got -2"),
+        ("--frozen-stages 99", "frozen"),
+        ("--opt nothing", "--opt 'nothing'"),
+        ("--batch-size 999", "--batch-size 999 exceeds"),
+        ("--resume BAD/text", "cannot read the checkpoint"),
+        ("--resume BAD/other.pth", "no training checkpoint"),
+        ("--resume RUN-classification/last.pth.tar", "no checkpoint of 'vizoo train --task detection'"),
+        ("--resume RUN-segmentation/last.pth.tar", "no checkpoint of 'vizoo train --task detection'"),
+        ("--output BAD/text", "--output"),
+        ("--device meta", "'meta' holds no values"),
+    ],
+    SEG: [
+        ("--data nowhere", "--data"),
+        ("--num-classes 300", "300"),
+        ("--num-classes 0", "--num-classes: got 0"),
+        ("--num-classes 2", "--num-classes 2"),
+        ("--scale 2 1", "--scale 2 1: need two numbers, 0 < LOW <= HIGH"),
+        ("--scale nan 1", "--scale: got nan"),
+        ("--size 0", "--size: got 0"),
+        ("--arch upernet -b 1", "--batch-size 1"),
+        ("--arch-kwargs foo=1", "foo"),
+        ("--clip-grad nan", "--clip-grad: got nan"),
+        ("--decay-rate 2", "--decay-rate: got 2"),
+        ("--resume RUN-detection/last.pth.tar", "no checkpoint of 'vizoo train --task segmentation'"),
+        (f"--experiment {LONG}", "File name too long"),
+    ],
+    GAZE: [
+        ("--data BAD/empty", "--data"),
+        ("--data BAD/text", "--data"),
+        ("--data nowhere.json", "does not exist"),
+        ("--trials 3", "--trials: got 3"),
+        ("--grid 0 3", "--grid: got 0"),
+        ("--model resnet18", "predicts no scanpaths"),
+        ("--model-kwargs foo=1", "foo"),
+        ("--model-kwargs foo", "must be KEY=VALUE"),
+        ("--patience 0", "--patience: got 0"),
+        ("--lr inf", "--lr: got inf"),
+        ("--images nowhere", "nowhere"),
+        ("--resume RUN-detection/last.pth.tar", "no checkpoint of 'vizoo train --task scanpath'"),
+        ("--output BAD/text", "--output"),
+    ],
+}
+OUTPUTS = [  # of all commands that write a file of the user's choice; OUT is the option and its command
+    ("BAD/folder", "the ending must be .json"),
+    ("BAD/folder.json", "is a folder, need a file"),
+    ("BAD/fifo.json", "is no regular file, need a file"),
+    ("nowhere/x.json", "no such folder"),
+    ("x.txt", "the ending must be .json"),
+    ("BAD/readonly.json", "read-only"),
+    ("BAD/foreign.json", "vizoo did not write"),
+    ("BAD/loop.json", "symbolic links"),
+    (f"{LONG}.json", "File name too long"),
+]
+EVALUATE = [
+    ("nowhere", "holds no args.yaml"),
+    ("BAD/folder", "holds no args.yaml"),
+    ("BAD/text", "holds no args.yaml"),
+    (LONG, "holds no args.yaml"),
+    ("", "RUN or --model is missing"),
+    ("--model test_resnet --data DATA", "--checkpoint is missing"),
+    ("--model test_resnet --checkpoint BAD/text --data DATA", "checkpoint file"),
+    ("--model test_resnet --checkpoint BAD/fifo --data DATA", "is a pipe or device"),
+    ("--model test_resnet --checkpoint BAD/other.pth --data DATA", "checkpoint file"),
+    ("--model oat_small --checkpoint RUN-scanpath/last.pth.tar --data DATA", "oat_small"),
+    ("--model resnet18 --pretrained --data DATA", "have 1000 outputs, the data 2 classes"),
+    ("RUN-classification --checkpoint RUN-detection/last.pth.tar", "checkpoint"),
+    ("RUN-classification --data nowhere", "is no folder"),
+    ("RUN-classification --split none", "has no folder 'none/'"),
+    ("RUN-classification --img-size 0", "--img-size: got 0"),
+    ("RUN-classification --num-classes 1", "--num-classes 1 is below"),
+    ("RUN-classification --num-classes 7", "checkpoint"),
+    ("RUN-classification --batch-size 0", "--batch-size: got 0"),
+    ("RUN-classification --workers x", "--workers"),
+    ("RUN-classification --crop-pct 3", "--crop-pct: got 3"),
+    ("RUN-classification --window 1 nan", "--window"),
+    ("RUN-classification --model-kwargs foo", "must be KEY=VALUE"),
+    ("RUN-classification --device gpu", "unknown device 'gpu'"),
+    ("RUN-classification --nonsense", "unrecognized arguments: --nonsense"),
+    ("RUN-classification --task detection", "RUN"),
+    ("RUN-detection --task segmentation", "RUN"),
+    ("RUN-detection --checkpoint BAD/zeros", "cannot read the checkpoint"),
+    ("RUN-detection --checkpoint RUN-segmentation/last.pth.tar", "RUN"),
+    ("RUN-detection --data DATA", "--data"),
+    ("RUN-segmentation --checkpoint BAD/folder", "is a folder"),
+    ("RUN-segmentation --workers -1", "--workers: got -1"),
+    ("RUN-scanpath --checkpoint BAD/text", "checkpoint file"),
+    ("RUN-scanpath --samples -1", "--samples: got -1"),
+    ("RUN-scanpath --split best", "invalid choice: 'best'"),
+    ("RUN-scanpath --data BAD/text", "--data"),
+    ("BROKEN-empty", "expected lines 'option: value'"),
+    ("BROKEN-tag", "no YAML"),
+    ("BROKEN-task", "args.yaml"),
+    ("BROKEN-keys", "unknown option"),
+    ("BROKEN-value", "args.yaml"),
+    ("BROKEN-missing", "--arch"),
+]
+BROKEN = {
+    "empty": "",
+    "tag": "task: !!python/name:os.system\n",
+    "task": "task: cooking\nmodel: x\ndata: y\n",
+    "keys": "task: detection\nqqqq_zzzz: 1\n",
+    "value": "task: segmentation\ndata: x\nepochs: [1, 2]\n",
+    "missing": "task: detection\narch: yolo\n",
+}
+MORE: list[tuple[str, int, str]] = [
+    ("nonsense", 2, "unknown command 'nonsense'"),
+    ("trian", 2, "did you mean 'train'"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bad")
+    for name, make in FILES.items():
+        make(root / name)
+    for name, text in BROKEN.items():
+        (root / f"run-{name}").mkdir()
+        (root / f"run-{name}" / "args.yaml").write_text(text)
+    return root
+
+
+def snapshot(*roots: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            for name in names:
+                state = os.lstat(os.path.join(folder, name))
+                found[os.path.join(folder, name)] = (state.st_mtime_ns, state.st_size)
+    return found
+
+
+def cases() -> list:
+    out = []
+    for command, rows in TRAIN.items():
+        out += [(f"{command} {given}", 2, word) for given, word in rows]
+    for command in (f"evaluate RUN-{task}" for task in TASKS):
+        out += [(f"{command} --out {given}", 2, word) for given, word in OUTPUTS]
+        out += [(f"{command} --plot BAD/foreign.png", 2, "vizoo did not write")]
+    out += [(f"evaluate {given}", 2, word) for given, word in EVALUATE]
+    out += MORE
+    return [pytest.param(*case, id=case[0].replace(LONG, "LONG")[:90]) for case in out]
+
+
+@pytest.mark.parametrize(("command", "status", "word"), cases())
+def test_bad_input(command, status, word, bad, folders, runs, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: list[str] = []
+    for text in command.split(" "):
+        text = text.strip("'")
+        if text.startswith("TRAIN-"):
+            given += [*words(text.removeprefix("TRAIN-"), folders), "--output", "out", "--experiment", "new"]
+            continue
+        text = text.replace("BAD/", f"{bad}/").replace("DATA", str(folders / "images"))
+        text = text.replace("RUN-", f"{runs}/") if text.startswith("RUN-") else text
+        text = text.replace("BROKEN-", f"{bad}/run-") if text.startswith("BROKEN-") else text
+        given.append(text)
+    given = [g for g in given if g or command.endswith("''")]
+    before = snapshot(bad, folders, runs, tmp_path)
+    assert cli.main(given) == status
+    err = capfd.readouterr().err
+    assert len(err.strip().splitlines()) == 1, err
+    assert word in err, err
+    assert err.startswith("vizoo")
+    assert "Traceback" not in err
+    assert snapshot(bad, folders, runs, tmp_path) == before
