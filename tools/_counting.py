@@ -326,6 +326,7 @@ class _Origins:
 
     def __init__(self, constants: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         self.known: dict[int, tuple[StorageWeakRef, bool | None]] = {}  # from the input; None before it is written
+        self.left = False  # did numbers of the input reach Python, from where they may come back
         self.write(constants, False)
         self.write(inputs, True)
 
@@ -363,7 +364,7 @@ class _Origins:
             self.write(_tensors(out), None)
             return [], False
         python = [out] if short == "lift_fresh" else _tensors(args[1]) if "index" in short and len(args) > 1 else []
-        self.write([t for t in python if self.unseen(t) is not None], False)  # numbers of Python, such as x[[0, 2]]
+        self.write([t for t in python if self.unseen(t) is not None], self.left)  # numbers of Python: x[[0, 2]]
         if _is_view(func):
             return [], False
         written = _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)])
@@ -454,6 +455,7 @@ class _Recorder(TorchDispatchMode):
         read, data = self.origins.follow(func, args, kwargs, given, out)
         self.look(read, f"{name} in {{where}} reads")
         if any(self.origins.data(t) for t in _deciding(func, args, given)):
+            self.origins.left = True
             self.tell(f"{name} in {{where}} asks for numbers of the input: counted for those given, others may differ")
         if _is_view(func):
             return out
@@ -508,13 +510,14 @@ class _Watch(TorchFunctionMode):
         if func in _LEAVING and self.recorder.origins.data(args[0]) is not False:
             text = f"numbers leave torch in {{where}} ({resolve_name(func)}): what is computed with them is not counted"
             tell(text)
+            self.recorder.origins.left = True
             if self.engine != "real":
                 tell(_NO_NUMBERS, doubt=True)
                 raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
         try:
             out = func(*args, **kwargs or {})
             if func in _FROM_PYTHON and not (args and out is args[0]):
-                self.recorder.origins.write([out], False)
+                self.recorder.origins.write([out], self.recorder.origins.left)
             return out
         except Exception:
             if self.engine != "real":
@@ -722,10 +725,11 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
             return engines[engine](model, args, kwargs, torch.enable_grad)
         try:
             return engines[engine](model, args, kwargs, torch.inference_mode)
-        except RuntimeError as e:
-            if "inference tensor" not in str(e).lower():
-                raise
-            run = engines[engine](model, args, kwargs, torch.no_grad)
+        except Exception as e:
+            try:
+                run = engines[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
+            except Exception:
+                raise e from None
             if "outside inferencemode" in str(e).lower():
                 run.recorder.tell("another thread writes into tensors: what it computes is not counted")
             return run
