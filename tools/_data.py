@@ -7,10 +7,11 @@ All randomness of step ``k`` of epoch ``e`` on process ``r`` follows from ``(see
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,12 @@ import torch
 import torch.utils.data
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset, create_loader
+from timm.data.readers import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torchvision import transforms
 
-from vizoo.tools._images import ImageFolder, UnreadableImage, check_header, read_image
+from vizoo.tools._images import DICOM, UnreadableImage, check_header, list_files, read_image
 from vizoo.tools.common import UserError, progress
 
 DIGITS_HELD_OUT = 360
@@ -31,7 +35,7 @@ SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "v
 
 
 class Splits(NamedTuple):
-    """Training and held-out images, both with a ``transform`` attribute that timm's loader sets."""
+    """Training and held-out images; timm's loader sets ``transform`` of both, ``skipped`` counts those left out."""
 
     train: Any
     held_out: Any
@@ -44,6 +48,7 @@ class Digits(torch.utils.data.Dataset):
     def __init__(self, images: np.ndarray, targets: np.ndarray, mode: str) -> None:
         self.images, self.targets, self.mode = images, targets, mode
         self.transform: Any = None
+        self.skipped = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -51,6 +56,49 @@ class Digits(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.images[index]).convert(self.mode)
         return self.transform(image) if self.transform else image, int(self.targets[index])
+
+
+class ClassFolders(ReaderImageFolder):
+    """timm's reader of class folders, for all that :func:`vizoo.tools._images.read_image` reads and no file twice.
+
+    Args:
+        root: Folder of class folders.
+    """
+
+    def __init__(self, root: str) -> None:
+        super(ReaderImageFolder, self).__init__()
+        kinds = {*get_img_extensions(), *DICOM}
+        files = [f for f in list_files(root) if f.suffix.lower() in kinds]
+        labels = ["" if f.parent == Path(root) else f.parent.name for f in files]
+        self.root = root
+        self.class_to_idx = {c: i for i, c in enumerate(sorted(set(labels), key=natural_key))}
+        samples = [(str(f), self.class_to_idx[c]) for f, c in zip(files, labels, strict=True)]
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+
+class Images(ImageDataset):
+    """timm's data set of class folders, but for an image that cannot be read: timm's own takes the next one for it.
+
+    Args:
+        root: Folder of class folders.
+        mode: Pillow mode, ``"L"`` or ``"RGB"``.
+        window: As in :func:`vizoo.tools._images.read_image`.
+    """
+
+    def __init__(self, root: str, mode: str, window: tuple[float, float] | None) -> None:
+        super().__init__(root, reader=ClassFolders(root))
+        self.mode, self.window = mode, window
+        self.skipped = 0
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Image and class.
+
+        Raises:
+            UnreadableImage: As :func:`vizoo.tools._images.read_image`.
+        """
+        path, target = self.reader.samples[index]
+        image = read_image(path, self.mode, self.window)
+        return self.transform(image) if self.transform else image, target
 
 
 def digits_splits(mode: str) -> Splits:
@@ -80,6 +128,7 @@ def folder_splits(
     mode: str,
     check: str,
     window: tuple[float, float] | None = None,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """Open a folder with one sub-folder for each split and in it one sub-folder for each class.
 
@@ -89,7 +138,9 @@ def folder_splits(
         val_split: Name of the held-out split; ``validation`` also finds ``val``, ``valid`` and ``eval``.
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
         check: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
-        window: Centre and width of the values that 16-bit gray and DICOM files show, instead of their own.
+        window: Centre and width of the values that 16-bit gray, float and DICOM files show, instead of their own.
+        skip_unreadable: Decode every image, whatever ``check`` is, and leave out those that cannot be read; they are
+            counted in ``skipped`` of both data sets.
 
     Returns:
         Both splits with equal classes.
@@ -97,7 +148,7 @@ def folder_splits(
     Raises:
         UserError: For a missing folder, a split without classes, classes that differ, or an unreadable image.
     """
-    train, held_out = (open_split(root, split, mode, window) for split in (train_split, val_split))
+    train, held_out = (_open_split(root, split, mode, window) for split in (train_split, val_split))
     ours, theirs = set(train.reader.class_to_idx), set(held_out.reader.class_to_idx)
     if ours != theirs:
         parts = [
@@ -108,39 +159,54 @@ def folder_splits(
         raise UserError(f"classes of the splits in {root!r} differ; {'; '.join(parts)}")
     if len(ours) < 2:
         raise UserError(f"{train.reader.root!r} holds one class, {next(iter(ours))!r}; training needs two or more")
-    check_images([f for d in (train, held_out) for f, _ in d.reader.samples], check, window)
-    return Splits(train, held_out, sorted(ours, key=lambda c: train.reader.class_to_idx[c]))
+    _check_images((train, held_out), check, skip_unreadable)
+    return Splits(train, held_out, sorted(ours, key=train.reader.class_to_idx.__getitem__))
 
 
-def open_split(root: str, split: str, mode: str, window: tuple[float, float] | None = None) -> Any:
+def open_split(
+    root: str,
+    split: str,
+    mode: str,
+    check: str,
+    window: tuple[float, float] | None = None,
+    skip_unreadable: bool = False,
+) -> Images:
     """Open one sub-folder with a folder for each class.
 
     Args:
         root: Folder that holds the splits.
         split: Name of one, see :func:`folder_splits`.
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
-        window: As in :func:`folder_splits`.
+        check: As in :func:`folder_splits`.
+        window: Likewise.
+        skip_unreadable: Likewise.
 
     Returns:
-        timm's data set; ``reader.class_to_idx`` are its classes.
+        The data set; ``reader.class_to_idx`` are its classes.
 
     Raises:
-        UserError: For a missing folder, a folder without classes or a class without images.
+        UserError: For a missing folder, a folder without classes, a class without images, or an unreadable image.
     """
+    dataset = _open_split(root, split, mode, window)
+    _check_images((dataset,), check, skip_unreadable)
+    return dataset
+
+
+def _open_split(root: str, split: str, mode: str, window: tuple[float, float] | None) -> Images:
     if not Path(root).is_dir():
         raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
     folder = _split_folder(Path(root), split)
-    empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and not any(p.is_file() for p in d.rglob("*"))]
-    if empty:
-        raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
-    try:
-        dataset = ImageDataset(str(folder), reader=ImageFolder(str(folder), mode, window), load_bytes=True)
-    except RuntimeError:
-        raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images") from None
+    dataset = Images(str(folder), mode, window)
     classes = dataset.reader.class_to_idx
     if "" in classes:
         stray = next(f for f, t in dataset.reader.samples if t == classes[""])
         raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
+    filled = {Path(f).relative_to(folder).parts[0] for f, _ in dataset.reader.samples}
+    empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and d.name not in filled]
+    if empty:
+        raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
+    if not classes:
+        raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images")
     return dataset
 
 
@@ -167,41 +233,60 @@ def _split_folder(root: Path, split: str) -> Path:
     raise UserError(f"{str(root)!r} has no folder {' or '.join(repr(f'{n}/') for n in dict.fromkeys((split, *names)))}")
 
 
-def check_images(files: list[str], how: str = "full", window: tuple[float, float] | None = None) -> None:
-    """Open every image, so that a broken one is found now and not after hours.
+def unreadable(readers: Sequence[tuple[str | Path, Callable[[], Any]]]) -> dict[str, str]:
+    """Read many files.
 
     Args:
-        files: Paths.
-        how: ``full`` decodes every image, ``header`` opens it, ``none`` trusts it, ``auto`` decodes up to 20,000.
-        window: As in :func:`vizoo.tools._images.read_image`.
+        readers: Of each file its path and what reads it.
 
-    Raises:
-        UserError: Names the first unreadable file and how many there are.
+    Returns:
+        The message of each file that cannot be read, by its path.
     """
-    if how == "auto":
-        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
-    if how == "none":
-        return
 
-    def problem(file: str) -> str | None:
+    def problem(reader: tuple[str | Path, Callable[[], Any]]) -> str | None:
         try:
-            if how == "full":
-                read_image(file, window=window)
-            else:
-                check_header(file)
+            reader[1]()
         except UnreadableImage as e:
             return str(e)
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
-        reasons = bar.track(pool.map(problem, files), len(files), description="checking images")
-        try:
-            bad = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason]
-        except ImportError as e:
-            raise UserError(str(e)) from None
-    if bad:
+        problems = bar.track(pool.map(problem, readers), len(readers), description="checking images")
+        return {str(file): text for (file, _), text in zip(readers, problems, strict=True) if text}
+
+
+def say_skipped(bad: dict[str, str], total: int) -> None:
+    """Print how many files are left out because they cannot be read, once in a run of several processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        first = f"; the first: {next(iter(bad.values()))}" if bad else ""
+        print(f"--skip-unreadable: {len(bad):,} of {total:,} images left out{first}")
+
+
+def _check_images(datasets: Sequence[Images], how: str, skip_unreadable: bool) -> None:
+    """Open every image, so that a broken one is found, or left out, now and not after hours."""
+    files = [f for d in datasets for f, _ in d.reader.samples]
+    if skip_unreadable:
+        how = "full"
+    if how == "auto":
+        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
+    if how == "none":
+        return
+    window = datasets[0].window
+    read = functools.partial(read_image, window=window) if how == "full" else check_header
+    bad = unreadable([(f, functools.partial(read, f)) for f in files])
+    if bad and not skip_unreadable:
         more = f" (and {len(bad) - 1} more unreadable images)" if len(bad) > 1 else ""
-        raise UserError(f"cannot read image {bad[0][0]!r}: {bad[0][1]}{more}")
+        raise UserError(f"{next(iter(bad.values()))}{more}; --skip-unreadable leaves such images out")
+    if skip_unreadable:
+        say_skipped(bad, len(files))
+    for dataset in datasets:
+        kept = [sample for sample in dataset.reader.samples if sample[0] not in bad]
+        dataset.skipped = len(dataset.reader.samples) - len(kept)
+        dataset.reader.samples = kept
+        lost = set(dataset.reader.class_to_idx.values()) - {target for _, target in kept}
+        if lost:
+            names = [c for c, i in dataset.reader.class_to_idx.items() if i in lost]
+            raise UserError(f"no image of class {names[0]!r} in {dataset.reader.root!r} can be read")
 
 
 def build_loaders(

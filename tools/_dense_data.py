@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from vizoo.tools._check_data import check_coco, check_masks
-from vizoo.tools.common import UserError
+from vizoo.tools._check_data import (
+    Annotation,
+    Coco,
+    Picture,
+    check_masks,
+    class_ids,
+    list_names,
+    read_coco,
+)
+from vizoo.tools._data import say_skipped, unreadable
+from vizoo.tools._images import read_image, read_mask
+from vizoo.tools.common import UserError, read_text, short
 
 IGNORED = 255  # value of mask pixels that count neither in the loss nor in the metrics
 PARTS = ("train", "val")
@@ -32,6 +43,11 @@ class Parts:
     val: Any
     classes: list[str]
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Images left out of each part because they cannot be read."""
+        return {"train": self.train.skipped, "val": self.val.skipped}
+
     def reorder(self, order: Sequence[int]) -> None:
         """Give class ``i`` the id ``order[i]``, as a model knows it that was trained with another order."""
         names = dict(zip(order, self.classes, strict=True))
@@ -41,56 +57,58 @@ class Parts:
 
 
 class Boxes(Dataset):
-    """A COCO annotation file and its images.
+    """The images and objects of a COCO file.
 
     Args:
-        file: Annotations.
+        coco: The file.
         folder: Images.
         masks: Whether to read the outlines too.
         transform: Of torchvision's v2; takes image and target.
         drop_empty: Leave out images without an object, as in training.
+        skipped: Images that were left out because they cannot be read.
     """
 
-    def __init__(self, file: Path, folder: Path, masks: bool, transform: Any, drop_empty: bool) -> None:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        categories = sorted(data["categories"], key=lambda c: c["id"])
-        self.classes = [c["name"] for c in categories]
-        label = {c["id"]: i + 1 for i, c in enumerate(categories)}  # 0 is the background
-        found: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
-        for annotation in data["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            if w >= 1 and h >= 1 and not (masks and not annotation.get("segmentation")):
-                found[annotation["image_id"]].append({**annotation, "label": label[annotation["category_id"]]})
-        self.images = sorted(data["images"], key=lambda image: image["id"])
+    def __init__(
+        self, coco: Coco, folder: Path, masks: bool, transform: Any, drop_empty: bool, skipped: int = 0
+    ) -> None:
+        self.classes = list(coco.categories.values())
+        self.label = {key: i for i, key in enumerate(coco.categories, 1)}  # 0 is the background
+        found: dict[Any, list[Annotation]] = {image.id: [] for image in coco.images}
+        for annotation in coco.annotations:
+            if annotation.image_id in found and not annotation.empty and (annotation.segmentation or not masks):
+                found[annotation.image_id].append(annotation)
+        self.images = coco.images
         if drop_empty:
-            self.images = [i for i in self.images if any(not a.get("iscrowd") for a in found[i["id"]])]
+            self.images = [i for i in self.images if any(not a.crowd for a in found[i.id])]
         self.found, self.folder, self.masks, self.transform = found, folder, masks, transform
-        self.drop_crowds = drop_empty
+        self.drop_crowds, self.skipped = drop_empty, skipped
 
     def __len__(self) -> int:
         return len(self.images)
 
     def reorder(self, order: Sequence[int]) -> None:
         """Give class ``i`` the id ``order[i]``."""
-        for rows in self.found.values():
-            for row in rows:
-                row["label"] = order[row["label"] - 1] + 1
+        self.label = {key: order[label - 1] + 1 for key, label in self.label.items()}
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Image ``[3, H, W]``; boxes ``[n, 4]``, labels ``[n]``, iscrowd ``[n]`` and masks ``[n, H, W]``."""
+        """Image ``[3, H, W]``; boxes ``[n, 4]``, labels ``[n]``, iscrowd ``[n]`` and masks ``[n, H, W]``.
+
+        Raises:
+            ImageError: As :func:`vizoo.tools._images.read_image`.
+        """
         record = self.images[index]
-        image = read_image(self.folder / record["file_name"])
+        image = _tensor(_read_picture(self.folder, record))
         height, width = image.shape[1:]
-        rows = [a for a in self.found[record["id"]] if not (self.drop_crowds and a.get("iscrowd"))]
-        corners = torch.tensor([a["bbox"] for a in rows], dtype=torch.float32).reshape(-1, 4)
+        rows = [a for a in self.found[record.id] if not (self.drop_crowds and a.crowd)]
+        corners = torch.tensor([a.bbox for a in rows], dtype=torch.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
-            "labels": torch.tensor([a["label"] for a in rows], dtype=torch.int64),
-            "iscrowd": torch.tensor([int(bool(a.get("iscrowd"))) for a in rows], dtype=torch.int64),
+            "labels": torch.tensor([self.label[a.category_id] for a in rows], dtype=torch.int64),
+            "iscrowd": torch.tensor([int(a.crowd) for a in rows], dtype=torch.int64),
         }
         if self.masks:
-            masks = [outline(a["segmentation"], height, width) for a in rows]
+            masks = [outline(a.segmentation, height, width) for a in rows]
             stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
         image, target = self.transform(image, target)
@@ -105,12 +123,22 @@ class Masks(Dataset):
 
     Args:
         pairs: Image and mask files.
+        classes: Their number.
         reduce_zero_label: Values are one more than the class, and 0 is no class (ADE20K).
         transform: Of torchvision's v2; takes image and mask.
+        skipped: Pairs that were left out because they cannot be read.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool, transform: Any) -> None:
-        self.pairs, self.reduce_zero_label, self.transform = list(pairs), reduce_zero_label, transform
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        classes: int,
+        reduce_zero_label: bool,
+        transform: Any,
+        skipped: int = 0,
+    ) -> None:
+        self.pairs, self.classes, self.reduce_zero_label = list(pairs), classes, reduce_zero_label
+        self.transform, self.skipped = transform, skipped
         self.order: np.ndarray | None = None  # of the ids, where it is another one than that of the files
 
     def __len__(self) -> int:
@@ -121,24 +149,34 @@ class Masks(Dataset):
         self.order = np.array(order)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image ``[3, h, w]`` and class ids ``[H, W]``, 255 where there is none; the same size in training."""
-        image_file, mask_file = self.pairs[index]
-        with Image.open(mask_file) as f:
-            ids = np.array(f).astype(np.int64)
-        if self.reduce_zero_label:
-            ids = np.where((ids == 0) | (ids == IGNORED), IGNORED, ids - 1)
-        if self.order is not None:
-            ids = np.where(ids == IGNORED, IGNORED, self.order[np.minimum(ids, len(self.order) - 1)])
-        image, mask = self.transform(read_image(image_file), tv_tensors.Mask(torch.from_numpy(ids)))
+        """Image ``[3, h, w]`` and class ids ``[H, W]``, 255 where there is none; the same size in training.
+
+        Raises:
+            ImageError: As :meth:`read`.
+        """
+        image, mask = self.transform(*self.read(index))
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 
+    def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Image ``[3, H, W]`` in bytes and class ids ``[H, W]`` before the transform.
 
-def read_image(file: Path) -> tv_tensors.Image:
-    """RGB image ``[3, H, W]``, upright, in bytes."""
-    with Image.open(file) as f:
-        upright = ImageOps.exif_transpose(f)
-        assert upright is not None
-        return tv_tensors.Image(torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous())
+        Raises:
+            ImageError: As :func:`vizoo.tools._images.read_image` and :func:`vizoo.tools._check_data.class_ids`.
+        """
+        image_file, mask_file = self.pairs[index]
+        ids, turned = class_ids(mask_file, self.classes, self.reduce_zero_label, IGNORED)
+        if self.order is not None:
+            ids = np.where(ids == IGNORED, IGNORED, self.order[np.minimum(ids, len(self.order) - 1)])
+        image = read_image(image_file, size=ids.shape[::-1], turned=turned or None)  # type: ignore[arg-type]
+        return _tensor(image), tv_tensors.Mask(torch.from_numpy(ids))
+
+
+def _read_picture(folder: Path, record: Picture) -> Image.Image:
+    return read_image(folder / record.file_name, size=record.size)
+
+
+def _tensor(image: Image.Image) -> tv_tensors.Image:
+    return tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
 
 
 def outline(shape: Any, height: int, width: int) -> np.ndarray:
@@ -153,15 +191,17 @@ def outline(shape: Any, height: int, width: int) -> np.ndarray:
     return found
 
 
-def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Parts:
-    """Open a folder in the layout of COCO.
+def detection_parts(root: str, masks: bool, hflip: float, checked: bool, skip_unreadable: bool = False) -> Parts:
+    """Open a folder in the layout of COCO; the numbers of every record are checked.
 
     Args:
         root: Holds ``annotations/instances_train*.json`` and ``instances_val*.json``, and the images of each in a
             folder with the rest of that name, such as ``train2017/``.
         masks: Whether to read the outlines too.
         hflip: Probability of a mirrored training image.
-        checked: Whether to look at every record first.
+        checked: Whether to look at every image first.
+        skip_unreadable: Decode every image, and leave out those that cannot be read; ``skipped`` of the data counts
+            them.
 
     Returns:
         The data.
@@ -171,7 +211,7 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Part
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise UserError("COCO files need pycocotools: install it with pip install 'vizoo[detection]'")
-    files, folders = {}, {}
+    files, cocos, folders, skipped = {}, {}, {}, {}
     for part in PARTS:
         matches = sorted(Path(root).glob(f"annotations/instances_{part}*.json"))
         if len(matches) != 1:
@@ -184,17 +224,39 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool) -> Part
         folders[part] = next(
             (d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name)
         )
-        if checked:
-            _check(check_coco, files[part], folders[part])
+        looked_at = folders[part] if checked and not skip_unreadable else None
+        cocos[part] = coco = read_coco(files[part], folder=looked_at)
+        total = len(coco.images)
+        if skip_unreadable:
+            coco.images = _readable(
+                coco.images,
+                [folders[part] / i.file_name for i in coco.images],
+                [functools.partial(_read_picture, folders[part], i) for i in coco.images],
+            )
+        skipped[part] = total - len(coco.images)
     flip: list[Any] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
     train, val = v2.Compose([*flip, *_TO_FLOAT]), v2.Compose(_TO_FLOAT)
-    first = Boxes(files["train"], folders["train"], masks, train, True)
-    second = Boxes(files["val"], folders["val"], masks, val, False)
+    first = Boxes(cocos["train"], folders["train"], masks, train, True, skipped["train"])
+    second = Boxes(cocos["val"], folders["val"], masks, val, False, skipped["val"])
     if first.classes != second.classes:
         raise UserError(f"--data {root!r}: {files['val'].name} has other categories than {files['train'].name}")
     if not len(first):
         raise UserError(f"--data {root!r}: no image of {files['train'].name} has an object")
     return Parts(first, second, first.classes)
+
+
+def _readable(items: Sequence[Any], files: Sequence[Path], readers: Sequence[Any]) -> list[Any]:
+    """The items whose files can be read; how many cannot is printed.
+
+    Raises:
+        UserError: If none can.
+    """
+    bad = unreadable(list(zip(files, readers, strict=True)))
+    say_skipped(bad, len(items))
+    kept = [item for item, file in zip(items, files, strict=True) if str(file) not in bad]
+    if not kept:
+        raise UserError(f"none of {len(items):,} images can be read: {next(iter(bad.values()))}")
+    return kept
 
 
 _TO_FLOAT: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
@@ -209,6 +271,7 @@ def segmentation_parts(
     hflip: float,
     statistics: tuple[Sequence[float], Sequence[float]],
     checked: bool,
+    skip_unreadable: bool = False,
 ) -> Parts:
     """Open a folder in the layout of ADE20K or of Pascal VOC.
 
@@ -223,37 +286,67 @@ def segmentation_parts(
         hflip: Probability of a mirrored training image.
         statistics: Mean and standard deviation of the backbone's images.
         checked: Whether to look at every mask first.
+        skip_unreadable: Decode every image, and leave out pairs of which one cannot be read; ``skipped`` of the data
+            counts them.
 
     Returns:
         The data.
 
     Raises:
-        UserError: For another layout, an unknown number of classes or bad masks.
+        UserError: For another layout, an unknown number of classes, more classes than masks can hold, or bad masks.
     """
     base = Path(root)
+    if not base.is_dir():
+        raise UserError(f"--data {root!r} is no folder")
     listed = base / "classes.txt"
-    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    names = read_text(listed, "classes").split("\n") if listed.exists() else []
     names = [n.strip() for n in names if n.strip()]
     if classes is None and not names:
         raise UserError(f"--num-classes is missing: {str(listed)!r}, which could tell, does not exist")
     if classes is not None and names and classes != len(names):
         raise UserError(f"--num-classes {classes}: {str(listed)!r} has {len(names)} lines")
-    names = names or [f"class {i}" for i in range(classes or 0)]
+    count, most = len(names) or classes or 0, IGNORED - reduce_zero_label
+    if not 0 < count <= most:
+        raise UserError(f"--num-classes {count}: need 1 to {most}, as {IGNORED} in a mask is no class")
+    names = names or [f"class {i}" for i in range(count)]
+    _refuse_twice(listed, names)
+    skipped: dict[str, int] = {}
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     for part in PARTS:
         images, masks, stems = _layout(base, root, part)
-        suffix = next((s for s in (".jpg", ".png", ".jpeg") if any(images.glob(f"**/*{s}"))), ".jpg")
-        if stems is None:
-            both = ((images, suffix), (masks, ".png"))  # a mask without an image is an error too
-            stems = sorted({p.relative_to(d).as_posix().removesuffix(s) for d, s in both for p in d.rglob(f"*{s}")})
+        suffix = next((s for s in (".jpg", ".png", ".jpeg") if list_names(images, s)), ".jpg")
+        if stems is None:  # a mask without an image is an error too
+            stems = sorted({*list_names(images, suffix), *list_names(masks, ".png")})
+        total = len(stems)
+        both = {s: (images / f"{s}{suffix}", masks / f"{s}.png") for s in stems}
+        if skip_unreadable:
+            stems = _readable(
+                stems, [both[s][0] for s in stems], [functools.partial(_read_pair, *both[s]) for s in stems]
+            )
+        skipped[part] = total - len(stems)
         if checked:
-            _check(check_masks, images, masks, len(names), suffix, ".png", reduce_zero_label, IGNORED, stems)
-        pairs[part] = [(images / f"{s}{suffix}", masks / f"{s}.png") for s in stems]
+            check_masks(images, masks, len(names), suffix, ".png", reduce_zero_label, IGNORED, stems, as_stored=True)
+        pairs[part] = [both[s] for s in stems]
     normalize = [*_TO_FLOAT, v2.Normalize(*statistics)]
     padded = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}  # the mean colour, after normalisation
     cut = [v2.RandomCrop(crop, pad_if_needed=True, fill=padded), v2.RandomHorizontalFlip(hflip)]  # type: ignore[arg-type]
     train, val = v2.Compose([_RandomSize(scale), *normalize, *cut]), v2.Compose([_ShortSide(crop), *normalize])
-    return Parts(Masks(pairs["train"], reduce_zero_label, train), Masks(pairs["val"], reduce_zero_label, val), names)
+    first, second = (
+        Masks(pairs[part], len(names), reduce_zero_label, transform, skipped[part])
+        for part, transform in (("train", train), ("val", val))
+    )
+    return Parts(first, second, names)
+
+
+def _refuse_twice(file: Path, names: Sequence[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise UserError(f"{short(str(file))} names {short(name)} {times} times")
+
+
+def _read_pair(image: Path, mask: Path) -> None:
+    read_image(image)
+    read_mask(mask)
 
 
 def _layout(base: Path, root: str, part: str) -> tuple[Path, Path, list[str] | None]:
@@ -263,18 +356,13 @@ def _layout(base: Path, root: str, part: str) -> tuple[Path, Path, list[str] | N
             return Path(base, "images", name), Path(base, "annotations", name), None
     listed = base / "ImageSets" / "Segmentation" / f"{part}.txt"
     if listed.is_file():
-        return base / "JPEGImages", base / "SegmentationClass", listed.read_text(encoding="utf-8").split()
+        stems = read_text(listed, "list").split()
+        _refuse_twice(listed, stems)
+        return base / "JPEGImages", base / "SegmentationClass", stems
     raise UserError(
         f"--data {root!r}: neither images/{FOLDERS[part][1]} (ADE20K) nor "
         f"ImageSets/Segmentation/{part}.txt (VOC) exists"
     )
-
-
-def _check(function: Any, *args: Any) -> None:
-    try:
-        function(*args)
-    except ValueError as e:
-        raise UserError(f"--data: {e}") from None
 
 
 class _RandomSize(torch.nn.Module):

@@ -29,7 +29,7 @@ from vizoo.heads.detection import detector
 from vizoo.heads.segmentation import segmentor
 from vizoo.tools._data import seed_everything, seeded_batches
 from vizoo.tools._dense_data import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
-from vizoo.tools._train_options import check_range, stored_arguments
+from vizoo.tools._train_options import add_skip_unreadable, check_range, stored_arguments
 from vizoo.tools._train_output import (
     check_kept,
     check_loss,
@@ -42,6 +42,7 @@ from vizoo.tools._train_output import (
     save_checkpoint,
     say_changes,
     say_unnamed,
+    skipped_text,
     write_options,
     write_summary,
 )
@@ -144,7 +145,9 @@ def build_train_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("--clip-grad", type=positive, metavar="NORM", help="(none)")
     p.add_argument("--amp", action="store_true", help="mixed precision in bfloat16")
     p.add_argument("-j", "--workers", type=number(int, 0), default=4, metavar="N", help="loader processes (4)")
-    p.add_argument("--check-data", choices=("full", "none"), default="full", help="look at every record first (full)")
+    text = "look at every image and mask first (full); the records of a COCO file are checked in any case"
+    p.add_argument("--check-data", choices=("full", "none"), default="full", help=text)
+    add_skip_unreadable(p)
     p.add_argument(
         "--seed", type=number(int, 0), default=42, metavar="S", help="of weights, order and augmentation (42)"
     )
@@ -176,6 +179,7 @@ def build_evaluate_parser(task: str) -> argparse.ArgumentParser:
     p.add_argument("-b", "--batch-size", type=number(int, 1), metavar="N", help="of a detector (the run's)")
     p.add_argument("-j", "--workers", type=number(int, 0), metavar="N", help="loader processes (the run's)")
     p.add_argument("--check-data", choices=("full", "none"), help="(the run's)")
+    add_skip_unreadable(p)
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (cuda if there is one)")
     p.add_argument("--out", metavar="FILE.json", help="write the figures there")
     p.add_argument("--plot", metavar="FILE.png", help=f"draw truth and prediction of {PICTURED} images there")
@@ -216,9 +220,9 @@ def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
 
 def open_parts(options: dict[str, Any], statistics: tuple[Any, Any] = ((0.0,) * 3, (1.0,) * 3)) -> Parts:
     """The data of a run; arguments as the options of the command say."""
-    checked = options["check_data"] == "full"
+    checked, skip = options["check_data"] == "full", options["skip_unreadable"]
     if options["task"] == "detection":
-        return detection_parts(options["data"], options["arch"] == "mask_rcnn", options["hflip"], checked)
+        return detection_parts(options["data"], options["arch"] == "mask_rcnn", options["hflip"], checked, skip)
     return segmentation_parts(
         options["data"],
         options.get("num_classes"),
@@ -228,6 +232,7 @@ def open_parts(options: dict[str, Any], statistics: tuple[Any, Any] = ((0.0,) * 
         options["hflip"],
         statistics,
         checked,
+        skip,
     )
 
 
@@ -370,7 +375,7 @@ def train_dense(task: str, argv: list[str]) -> int:
             trainer.resume(checkpoint)
         if not checkpoint:
             trainer.save(-1)  # so that a run that stops in its first epoch can go on
-        write_options(folder, {**options, "classes": parts.classes})
+        write_options(folder, {**options, "classes": parts.classes, "skipped": parts.skipped})
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         counts = f"{len(parts.train):,} training and {len(parts.val):,} held-out images"  # type: ignore[arg-type]
         print(
@@ -381,8 +386,9 @@ def train_dense(task: str, argv: list[str]) -> int:
         trainer.fit()
         key, name = METRIC[task]
         best = max(trainer.history[trainer.taken_over :], key=lambda row: row[key])
+        where = f"on held-out images{skipped_text(parts.val.skipped)}, epoch {int(best['epoch']) + 1} of {args.epochs}"
         print(
-            f"best {name} {best[key]:.2f} on held-out images, epoch {int(best['epoch']) + 1} of {args.epochs}: "
+            f"best {name} {best[key]:.2f} {where}: "
             f"{folder / 'model_best.pth.tar'}\nmeasure it again: vizoo evaluate {folder} --plot predictions.png"
         )
     return 0
@@ -476,6 +482,7 @@ class _Trainer:
             "task": self.options["task"],
             "arch": self.options["arch"],
             "classes": self.parts.classes,
+            "skipped": self.parts.skipped,
             "epoch": epoch,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -548,6 +555,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     check_output(args.plot, "--plot", ".png")
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")
+    options["skip_unreadable"] |= args.skip_unreadable
     options |= {"task": task} | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
     file = Path(args.checkpoint or Path(args.run) / "model_best.pth.tar")
     checkpoint = load_training_checkpoint(file, "--checkpoint")
@@ -564,7 +572,8 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     say_unnamed(trained, str(file))
     model.to(device)
     found = measure(model, parts.val, parts.classes, options, device)  # type: ignore[arg-type]
-    result = {k: options[k] for k in ("task", "arch", "model", "data")} | {"images": len(parts.val), **found}  # type: ignore[arg-type]
+    result = {k: options[k] for k in ("task", "arch", "model", "data")}
+    result |= {"images": len(parts.val), "skipped": parts.val.skipped, **found}
     _report(result)
     if args.out:
         write_json(args.out, result)
@@ -574,8 +583,10 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
 
 
 def _report(result: dict[str, Any]) -> None:
-    head = f"{result['arch']} on {result['model']}, {result['images']:,} images of {result['data']}"
-    figures = {k: v for k, v in result.items() if k not in ("task", "arch", "model", "data", "images", "classes")}
+    head = f"{result['arch']} on {result['model']}, {result['images']:,} images"
+    head += f"{skipped_text(result['skipped'])} of {result['data']}"
+    about = ("task", "arch", "model", "data", "images", "skipped", "classes")
+    figures = {k: v for k, v in result.items() if k not in about}
     print(f"{head}: " + ", ".join(f"{k} {'-' if v is None else f'{v:.2f}'}" for k, v in figures.items()))
     columns = [k for k in result["classes"][0] if k != "name"]
     rows = [[row["name"], *("" if row[k] is None else f"{row[k]:.2f}" for k in columns)] for row in result["classes"]]
@@ -665,11 +676,9 @@ def _draw_masks(
 ) -> list[Tensor]:
     from torchvision.utils import draw_segmentation_masks
 
-    from vizoo.tools._dense_data import read_image
-
     image, ids = data[index]
     called = _segment(model, image.to(device), ids.shape).masked_fill(ids == IGNORED, IGNORED)
-    picture = read_image(data.pairs[index][0]).as_subclass(Tensor)
+    picture = data.read(index)[0].as_subclass(Tensor)
     colours = [_colour(i) for i in range(len(classes))]
     each = [torch.stack([m == i for i in range(len(classes))]) for m in (ids, called)]
     return [draw_segmentation_masks(picture, m, alpha=0.6, colors=colours) for m in each]  # type: ignore[arg-type]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import math
 import pickle
+import pickletools
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,14 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vizoo.tools._images import UnreadableImage, read_image
-from vizoo.tools.common import UserError
+from vizoo.tools._images import MOST_PIXELS, read_image
+from vizoo.tools.common import UserError, check_file, read_json, short
 
 AMAZON_GRID = (6, 14)
 # objects of a shelf: its grid, width and height of a cell, space above (all in pixels of a 1680x1050 screen)
 SHELVES = {22: ((2, 11), (152, 449), 152), 27: ((3, 9), (186, 305), 135)}
 SHELF_SCREEN = (1680, 1050)
+OTHER_SCREEN = (2560, 1600)
 PARTS = ("train", "val", "test")
+MARGIN = 0.1  # of the screen's sides: eye trackers report fixations a little outside; further off, it is no gaze
+LARGEST_SCREEN = 100_000  # pixels of a side
+MOST_OBJECTS = 4096  # of a scene
+MOST_CROPS = 2**20  # of the search task: some 2 GB
+LARGEST_NUMBER = 1e9
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,7 +121,7 @@ def load_scanpaths(path: str, images: str | None = None, grid: tuple[int, int] |
     Args:
         path: ``.json`` of the STI data set (an object: image name to fixations, ground truth and size), or the
             official samples (a list) as ``.json``, ``.pkl`` or ``.pickle``; pickles may hold numbers, text and NumPy
-            arrays, nothing else is loaded from them.
+            arrays, nothing else is loaded from them.  Fixations may lie outside the screen by a tenth of its sides.
         images: Folder of the images of STI data; without it every object looks the same.
         grid: Rows and columns of a scene; None for those of the known data sets.
 
@@ -124,60 +131,110 @@ def load_scanpaths(path: str, images: str | None = None, grid: tuple[int, int] |
     Raises:
         UserError: For a file that cannot be read or a record that makes no sense; it names both.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--data {path!r}: no such file; give 'search' or a .json, .pkl or .pickle of scanpaths")
-    try:
-        if file.suffix in (".pkl", ".pickle"):
-            with file.open("rb") as f:
-                content = _NumbersOnly(f).load()
-        else:
-            content = json.loads(file.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as e:
-        raise UserError(f"--data {path!r}: cannot read it: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    if grid is not None:
+        _check_grid(grid)
+    pickled = Path(path).suffix in (".pkl", ".pickle")
+    content = _read_pickle(path) if pickled else read_json(path, "--data")
     if isinstance(content, dict):
         return _read_sti(content, path, images, grid or AMAZON_GRID)
-    if images:
-        raise UserError(f"--images {images!r}: the samples of {path!r} bring their crops along")
     if not isinstance(content, list) or not content:
         raise UserError(
             f"--data {path!r}: holds {type(content).__name__}, need an object of images or a list of samples"
         )
+    if images:
+        raise UserError(f"--images {images!r}: the samples of {path!r} bring their crops along")
     return _read_samples(content, path, grid)
 
 
-class _NumbersOnly(pickle.Unpickler):
-    """Loads containers, text, numbers and NumPy arrays; refuses to import anything else."""
+def _check_grid(grid: tuple[int, int]) -> None:
+    if math.prod(grid) > MOST_OBJECTS:
+        raise UserError(f"--grid {grid[0]} {grid[1]}: at most {MOST_OBJECTS} objects")
 
-    ALLOWED = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
+
+def _read_pickle(path: str) -> Any:
+    data = check_file(path, "--data").read_bytes()
+    try:
+        for opcode, index, _ in pickletools.genops(data):
+            if (
+                "PUT" in opcode.name and index and index > len(data)
+            ):  # the memory for that many values would be taken at once
+                raise pickle.UnpicklingError(f"it keeps a value number {index}")
+        return _NumbersOnly(io.BytesIO(data)).load()
+    except Exception as e:  # what it holds is called, so it raises what it likes
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"--data {path!r}: cannot read it: {reason}") from None
+
+
+def _new_array(*args: Any) -> np.ndarray:
+    """The empty array that a pickle fills; one of a size of its own choice could take all memory."""
+    return np.empty(0)
+
+
+def _dtype(kind: str, *args: Any) -> np.dtype:
+    if type(kind) is not str or np.dtype(kind).kind not in "biufUO":
+        raise pickle.UnpicklingError(f"an array of type {short(kind)}; only numbers are loaded")
+    return np.dtype(kind, *args)
+
+
+def _buffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _latin(text: str, encoding: str = "") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"bytes written as {short(encoding)}")
+    return text.encode("latin-1")
+
+
+def _scalar(dtype: np.dtype, value: bytes) -> Any:
+    return np.frombuffer(value, dtype, 1)[0]
+
+
+PICKLED: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _dtype,
+    ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
+    ("numpy.core.multiarray", "_reconstruct"): _new_array,  # NumPy 1
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _buffer,
+    ("numpy._core.multiarray", "_reconstruct"): _new_array,  # NumPy 2
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy._core.numeric", "_frombuffer"): _buffer,
+    ("_codecs", "encode"): _latin,  # how old protocols write the bytes of an array
+}
+
+
+class _NumbersOnly(pickle.Unpickler):
+    """Loads containers, text, numbers and NumPy arrays; imports nothing, whatever is asked for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how old protocols write the bytes of an array
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants to import {module}.{name}; only NumPy arrays are loaded")
+        if (module, name) not in PICKLED:
+            raise pickle.UnpicklingError(f"it wants to import {module}.{name}; only NumPy arrays are loaded")
+        return PICKLED[module, name]
+
+
+def _members(value: Any) -> Sequence[Any] | None:
+    """Members of a list or an array, None for anything else."""
+    if isinstance(value, np.ndarray):
+        return value if value.ndim and value.dtype.kind in "iufO" else None  # type: ignore[return-value]
+    return value if isinstance(value, list | tuple) else None
 
 
 def _numbers(value: Any, shape: tuple[int | None, ...], where: str, need: str) -> np.ndarray:
-    """Finite numbers of a shape, where None is any length of at least 1."""
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: got {str(value)[:60]}, need {need}") from None
-    fits = array.ndim == len(shape) and all(n == (m or n) and n for n, m in zip(array.shape, shape, strict=True))
-    if not fits or not np.isfinite(array).all():
-        raise UserError(f"{where}: got {str(value)[:60]}, need {need}")
-    return array
+    """Numbers of a shape, where None is any length of at least 1; no text, no ``true``, none that is not finite.
+
+    The shape is looked at first, as a file of a kilobyte can hold lists in lists of billions of members.
+    """
+    found: list[Any] = [value]
+    fits = True
+    for length in shape:
+        lists = [members for v in found if (members := _members(v)) is not None]
+        fits &= len(lists) == len(found) and all(0 < len(v) == (length or len(v)) for v in lists)
+        found = [v for members in lists for v in members] if fits else []
+    numbers: Any = (int, float, np.integer, np.floating)
+    fits &= all(isinstance(v, numbers) and not isinstance(v, bool) and abs(v) <= LARGEST_NUMBER for v in found)
+    if not fits:
+        raise UserError(f"{where}: got {short(value, 60)}, need {need}")
+    return np.array(found, np.float64).reshape([length or -1 for length in shape])
 
 
 def _field(record: Any, key: str, where: str) -> Any:
@@ -195,12 +252,13 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
             _numbers(_field(size, k, f"{where}, size"), (), f"{where}, size", f"a positive {k}").item()
             for k in ("width", "height")
         )
-        if min(width, height) <= 0:
-            raise UserError(f"{where}, size: got {width:g}x{height:g}, need a positive width and height")
+        if not 1 <= min(width, height) <= max(width, height) <= LARGEST_SCREEN:
+            need = f"a positive width and height of at most {LARGEST_SCREEN:,} pixels"
+            raise UserError(f"{where}, size: got {width:g}x{height:g}, need {need}")
         boxes, coords = grid_boxes(grid, (width / grid[1], height / grid[0]))
         truth = _field(record, "ground_truth", where)
         if not isinstance(truth, list) or not truth:
-            raise UserError(f"{where}, ground_truth: got {str(truth)[:60]}, need a list with the target's box")
+            raise UserError(f"{where}, ground_truth: got {short(truth, 60)}, need a list with the target's box")
         sides = ("xmin", "xmax", "ymin", "ymax")
         values = [_field(truth[0], k, f"{where}, ground_truth") for k in sides]
         x1, x2, y1, y2 = _numbers(values, (4,), f"{where}, ground_truth", "four numbers").tolist()
@@ -208,14 +266,19 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
             raise UserError(f"{where}, ground_truth: box {values} as {sides} is not inside {width:g}x{height:g}")
         (target,) = assign(torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]]), boxes)
         image = Path(images) / name if images else None
-        if image and not image.is_file():
-            raise UserError(f"{where}: no image {str(image)!r}")
+        if image:
+            try:
+                read_image(image)  # now, as the first epoch that needs it may be hours away
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
         scene = Scene(name, boxes, coords, (round(width), round(height)), image)
         fixations = _field(record, "fixations", where)
         if not isinstance(fixations, dict) or not fixations:
-            raise UserError(f"{where}, fixations: got {str(fixations)[:60]}, need viewer: [[x, y], ...]")
+            raise UserError(f"{where}, fixations: got {short(fixations, 60)}, need viewer: [[x, y], ...]")
         for viewer, points in fixations.items():
-            xy = _numbers(points, (None, 2), f"{where}, fixations of viewer {viewer!r}", "[[x, y], ...] in pixels")
+            who = f"{where}, fixations of viewer {viewer!r}"
+            xy = _numbers(points, (None, 2), who, "[[x, y], ...] in pixels")
+            _check_gaze(xy, scene.screen, who)
             sequence = assign(torch.from_numpy(xy).float(), boxes)
             trials.append(Trial(scene, target, sequence, str(viewer), "sti"))
     if not trials:
@@ -225,6 +288,15 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
     kept = [t for t in trials if len(t.sequence) <= longest]
     note = f"{len(trials) - len(kept)} of {len(trials)} left out: over {longest:.1f} fixations (mean + 3 deviations)"
     return Scanpaths(kept, grid, note)
+
+
+def _check_gaze(points: np.ndarray, screen: tuple[int, int], where: str) -> None:
+    """Refuse fixations ``[T, 2]`` that are off the screen by more than a tenth of its sides."""
+    far = MARGIN * np.array(screen)
+    off = (points < -far) | (points > np.array(screen) + far)
+    if off.any():
+        x, y = points[off.any(1)][0]
+        raise UserError(f"{where}: got ({x:g}, {y:g}), far outside the screen of {screen[0]}x{screen[1]} pixels")
 
 
 def _read_samples(content: list[Any], path: str, grid: tuple[int, int] | None) -> Scanpaths:
@@ -245,15 +317,20 @@ def _read_samples(content: list[Any], path: str, grid: tuple[int, int] | None) -
         if len(set(target)) != 1:
             raise UserError(f"{where}, package_target: got {len(target)} objects, need one")
         sequence = _objects(_field(record, "package_seq", where), n, f"{where}, package_seq")
-        for axis in ("X", "Y"):
-            if record.get(axis) is not None:
-                _numbers(record[axis], (len(sequence),), f"{where}, {axis}", f"{len(sequence)} pixels, one a fixation")
-        layout, task = str(record.get("layout_id", i)), str(record.get("id", n))
+        need = f"{len(sequence)} pixels, one a fixation"
+        axes = {
+            axis: _numbers(record[axis], (len(sequence),), f"{where}, {axis}", need)
+            for axis in ("X", "Y")
+            if record.get(axis) is not None
+        }
+        screen = SHELF_SCREEN if n in SHELVES else OTHER_SCREEN
+        if grid is None and len(axes) == 2:  # a grid that is given may be of a screen that nobody told us
+            _check_gaze(np.stack([axes["X"], axes["Y"]], 1), screen, f"{where}, X and Y")
+        layout, task, viewer = (_label(record, k, v, where) for k, v in (("layout_id", i), ("id", n), ("sub_id", "")))
         # the crops of a layout hang on the target too, so only equal ones are shared
         key = (task, layout, None if crops is None else hash(crops.numpy().tobytes()))
-        screen = SHELF_SCREEN if n in SHELVES else (2560, 1600)
         scene = scenes.setdefault(key, Scene(layout, boxes, coords, screen, crops=crops))
-        trials.append(Trial(scene, target[0], sequence, str(record.get("sub_id", "")), task))
+        trials.append(Trial(scene, target[0], sequence, viewer, task))
     return Scanpaths(trials, largest)
 
 
@@ -267,27 +344,45 @@ def _shelf(n: int, grid: tuple[int, int] | None, where: str) -> tuple[tuple[int,
     if grid is None and n != math.prod(AMAZON_GRID):
         raise UserError(f"{where}: {n} objects, known are 22, 27 and 84; give their rows and columns with --grid")
     shelf = grid or AMAZON_GRID
-    return (shelf, *grid_boxes(shelf, (2560 / shelf[1], 1600 / shelf[0])))
+    return (shelf, *grid_boxes(shelf, (OTHER_SCREEN[0] / shelf[1], OTHER_SCREEN[1] / shelf[0])))
+
+
+def _label(record: dict[str, Any], key: str, default: Any, where: str) -> str:
+    value = record.get(key, default)
+    if not isinstance(value, str | int | float | np.generic):
+        raise UserError(f"{where}, {key}: got {short(value, 60)}, need text or a number")
+    return str(value) if isinstance(value, str) else short(value)
 
 
 def _objects(value: Any, n: int, where: str) -> list[int]:
     """Zero-based indices of one-based objects."""
-    array = np.atleast_1d(_numbers(np.atleast_1d(np.asarray(value, object)).tolist(), (None,), where, "object numbers"))
+    values = [value] if _members(value) is None else value
+    array = _numbers(values, (None,), where, "object numbers")
     if (array != array.round()).any() or array.min() < 1 or array.max() > n:
-        raise UserError(f"{where}: got {str(value)[:60]}, need whole numbers from 1 to {n}")
+        raise UserError(f"{where}: got {short(value, 60)}, need whole numbers from 1 to {n}")
     return [int(v) - 1 for v in array]
 
 
 def _crops(value: Any, where: str) -> Tensor:
     """Crops ``[N, 3, h, w]`` of arrays ``[h, w, 3]`` of one size; whole numbers are divided by 255."""
     where = f"{where}, question_img_feature"
+    shape: list[int] = []
+    first: Any = value
+    while (members := _members(first)) is not None and len(members) and len(shape) < 5:
+        shape.append(len(members))
+        first = members[0]
+    if len(shape) != 4 or shape[3] != 3 or shape[0] > MOST_OBJECTS or math.prod(shape[:3]) > MOST_PIXELS:
+        limits = f"{MOST_OBJECTS:,} crops and {MOST_PIXELS:,} pixels"
+        raise UserError(f"{where}: got {shape}, need finite numbers [N, h, w, 3] of at most {limits}")
     try:
         array = np.stack([np.asarray(crop) for crop in value])
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise UserError(f"{where}: need N crops [h, w, 3] of one size ({e})") from None
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype.kind not in "uif" or not np.isfinite(array).all():
+    with np.errstate(over="ignore"):
+        pixels = array.astype(np.float32) if array.dtype.kind in "uif" else None
+    if array.ndim != 4 or pixels is None or not np.isfinite(pixels).all():
         raise UserError(f"{where}: got {list(array.shape)} of {array.dtype}, need finite numbers [N, h, w, 3]")
-    crops = torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+    crops = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     return crops / 255 if array.dtype.kind in "ui" else crops
 
 
@@ -333,7 +428,14 @@ def search_task(n: int, grid: tuple[int, int] = (3, 5), side: tuple[int, int] = 
 
     Returns:
         The trials.
+
+    Raises:
+        UserError: For a grid or a number of trials that no memory holds.
     """
+    _check_grid(grid)
+    if n * math.prod(grid) > MOST_CROPS:
+        need = f"at most {MOST_CROPS:,} crops in all"
+        raise UserError(f"--trials {n} of --grid {grid[0]} {grid[1]}: {need}")
     generator = torch.Generator().manual_seed(seed)
     boxes, coords = grid_boxes(grid, (side[1], side[0]))
     screen = (side[1] * grid[1], side[0] * grid[0])
@@ -382,10 +484,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def _pixels(path: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        image = read_image(path).resize((size[1], size[0]))
-    except UnreadableImage as e:
-        raise UserError(f"{path}: {e}") from None
+    image = read_image(path).resize((size[1], size[0]))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -393,10 +492,7 @@ def _cut(scene: Scene, size: tuple[int, int]) -> Tensor:
     """Crops ``[N, 3, h, w]`` of a scene's image as bytes; blank ones, as small as may be, when there is no image."""
     if scene.image is None:
         return torch.zeros(len(scene.boxes), 3, *size, dtype=torch.uint8)
-    try:
-        image = read_image(scene.image)
-    except UnreadableImage as e:
-        raise UserError(f"{scene.image}: {e}") from None
+    image = read_image(scene.image)
     zoom = (image.width / scene.screen[0], image.height / scene.screen[1]) * 2
     crops = [
         image.resize((size[1], size[0]), box=tuple(v * z for v, z in zip(box, zoom, strict=True)))

@@ -19,6 +19,7 @@ import torch
 
 from vizoo.backbones.oat import OAT, next_fixations
 from vizoo.tools._data import seed_everything
+from vizoo.tools._images import read_image
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
 from vizoo.tools._train_options import stored_arguments
 from vizoo.tools._train_output import (
@@ -132,6 +133,8 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
 def _load(options: dict[str, Any]) -> Scanpaths:
     grid = tuple(options["grid"]) if options.get("grid") else None
     if options["data"] == "search":
+        if options.get("images"):
+            raise UserError(f"--images {options['images']!r}: 'search' has no images")
         return search_task(options["trials"], grid or (3, 5), seed=options["seed"])  # type: ignore[arg-type]
     return load_scanpaths(options["data"], options.get("images"), grid)  # type: ignore[arg-type]
 
@@ -473,7 +476,6 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from PIL import Image
 
     width, height = trials[0].scene.screen
     n = 1 + len(predicted)
@@ -485,8 +487,7 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
         for axes, (name, sequence) in zip(row, columns.items(), strict=True):
             axes.set(xlim=(0, scene.screen[0]), ylim=(scene.screen[1], 0), aspect="equal")
             if scene.image is not None:
-                with Image.open(scene.image) as picture:
-                    axes.imshow(picture, extent=(0, *scene.screen, 0))
+                axes.imshow(read_image(scene.image), extent=(0, *scene.screen, 0))
             for i, (x1, y1, x2, y2) in enumerate(scene.boxes.tolist()):
                 if scene.image is None and scene.crops is not None and scene.crops.max() > 0:
                     crop = scene.crops[i].permute(1, 2, 0).numpy()

@@ -15,6 +15,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 
+from vizoo.tools._images import add_window
 from vizoo.tools.common import KeyValues, Parser, UserError, number, read_yaml, short
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
@@ -96,7 +97,7 @@ def options_file(folder: str, task: str | None = None) -> Path:
     return file
 
 
-RECORDS = ("classes", "max_len")  # what args.yaml says of the data, no options
+RECORDS = ("classes", "max_len", "skipped")  # what args.yaml says of the data, no options
 
 
 def stored_arguments(parser: argparse.ArgumentParser, folder: str, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,6 +118,16 @@ def stored_arguments(parser: argparse.ArgumentParser, folder: str, task: str) ->
     stored = read_yaml(file, "RUN")
     options = vars(parser.parse_args(config_words(parser, file, task, "RUN")))
     return options, {k: v for k, v in stored.items() if k in RECORDS}
+
+
+def add_skip_unreadable(parser: Any) -> None:
+    """Add the option ``--skip-unreadable``, the same in every command.
+
+    Args:
+        parser: Parser of :mod:`argparse`, or a group of one.
+    """
+    text = "leave out images that cannot be read, and say how many, instead of stopping"
+    parser.add_argument("--skip-unreadable", action="store_true", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,13 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="before training decode every image, open it, or trust it (auto: decode up to 20,000, else open)",
     )
-    g.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        metavar=("CENTER", "WIDTH"),
-        help="values that 16-bit gray and DICOM images show (the whole range; the window in the DICOM file)",
-    )
+    add_skip_unreadable(g)
+    add_window(g)
     g.add_argument("-j", "--workers", type=count, default=4, metavar="N", help="loader processes (4; digits 0)")
     g.add_argument("--pin-mem", action=toggle, default=False, help="pin memory, faster transfer to a GPU")
 

@@ -427,6 +427,11 @@ def check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequen
     return before
 
 
+def skipped_text(count: int) -> str:
+    """What stands beside a figure of data of which some images could not be read."""
+    return f" ({count:,} unreadable ones left out)" if count else ""
+
+
 def say_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Say on standard error with which other options a run goes on.
 

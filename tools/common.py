@@ -12,6 +12,7 @@ import fnmatch
 import json
 import math
 import os
+import reprlib
 import stat
 import sys
 import tempfile
@@ -110,9 +111,18 @@ MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends t
 
 
 def short(value: Any, length: int = 120) -> str:
-    """A value of unknown size as the message of an error shows it."""
-    text = repr(value[: length + 1] if isinstance(value, str) else value)
+    """A value of unknown size as the message of an error shows it, without ever making all of its text."""
+    try:
+        text = repr(value[: length + 1]) if isinstance(value, str) else _excerpt(length).repr(value)
+    except (ValueError, RecursionError):  # a number of over 4,300 digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _excerpt(length: int) -> reprlib.Repr:
+    found = reprlib.Repr()
+    found.maxstring = found.maxother = found.maxlong = length
+    return found
 
 
 def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name: str) -> int:

@@ -11,11 +11,21 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 
 from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
-from vizoo.tools.common import UserError, atomic_write, build_model, resolve_models, run_tool
-from vizoo.tools.show import check_png, read_input
+from vizoo.tools._images import add_window
+from vizoo.tools.common import (
+    KeyValues,
+    Parser,
+    UserError,
+    build_model,
+    check_output,
+    number,
+    resolve_models,
+    run_tool,
+    save_figure,
+)
+from vizoo.tools.show import need_finite, read_input
 
 EXAMPLES = """\
 examples:
@@ -26,11 +36,12 @@ examples:
   vizoo dependency china --method edmonds --layers 4
       a photo of scikit-learn, untrained weights, which see nothing yet: best spanning tree of the last four layers"""
 PHOTOS = ("china", "flower")  # that scikit-learn ships
+MOST_TOKENS = 4096  # each of every layer has a dependency on each other one
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo dependency",
         description="Draw an image with the dependency tree of its tokens, its parts and its saliency.",
         epilog=EXAMPLES,
@@ -39,14 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...; or 'china' or 'flower'")
     p.add_argument("--model", default="dependencyvit_tiny", metavar="MODEL", help="(dependencyvit_tiny)")
     p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
-    p.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
-    p.add_argument("--img-size", type=int, metavar="N", help="shorter side of the image for the model (the model's)")
-    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
+    add_window(p)
     p.add_argument("--method", choices=["greedy", "edmonds"], default="greedy", help="parser of the tree (greedy)")
-    p.add_argument("--layers", type=int, metavar="K", help="take the mean of the last K layers (all)")
-    p.add_argument("--parts", type=int, default=5, metavar="K", help="parts to cut the tree into (5)")
-    p.add_argument("--min-size", type=int, default=4, metavar="N", help="tokens below a cut, at least (4)")
+    p.add_argument("--layers", type=number(int, 1), metavar="K", help="take the mean of the last K layers (all)")
+    p.add_argument("--parts", type=number(int, 1), default=5, metavar="K", help="parts to cut the tree into (5)")
+    p.add_argument("--min-size", type=number(int, 1), default=4, metavar="N", help="tokens below a cut, at least (4)")
     p.add_argument("--out", default="dependency.png", metavar="FILE.png", help="(dependency.png)")
     return p
 
@@ -56,11 +67,7 @@ def _dependency(argv: list[str]) -> int:
     names = resolve_models([args.model])
     if len(names) != 1:
         raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
-    check_png(args.out)
-    for option in ("img_size", "parts", "min_size"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} {value}: at least 1")
+    check_output(args.out, "--out", ".png")
     kwargs: dict[str, Any] = dict(args.model_kwargs)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
@@ -69,17 +76,18 @@ def _dependency(argv: list[str]) -> int:
     if not hasattr(model, "get_dependency"):
         raise UserError(f"--model {args.model!r} has no dependency tree; allowed: dependencyvit_*")
     depth = len(model.blocks)
-    if args.layers is not None and not 1 <= args.layers <= depth:
+    if args.layers is not None and args.layers > depth:
         raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {names[0]}")
     step = max(model.patch_embed.patch_size)
     photo = str(files("sklearn.datasets.images") / f"{args.image}.jpg") if args.image in PHOTOS else args.image
     data = resolve_data_config({}, model=model)
     data["input_size"] = (model.in_chans, *data["input_size"][1:])
-    x, normed = read_input(photo, data, args.img_size, args.window, step)
+    x, normed = read_input(photo, data, args.img_size, args.window, step, MOST_TOKENS * step**2)
     model.set_record_dependency()
     with torch.inference_mode():
         model(normed)
         found = model.get_dependency(args.layers)
+    need_finite((found.masks,), args.checkpoint or names[0])
     try:
         tree = dependency_tree(found, args.method)
     except ValueError as e:
@@ -159,12 +167,11 @@ def draw_dependency(
         )
     panels[3].set_title(f"saliency: foreground {float(foreground.float().mean()):.0%}", fontsize=9)
     figure.colorbar(shown, ax=panels[3], orientation="horizontal", shrink=0.8, label="received, scaled")
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw a dependency tree; returns the exit status: 0 done, 2 bad input."""
+    """Draw a dependency tree; returns the exit status: 0 done, 1 not finite or not written, 2 bad input."""
     return run_tool(_dependency, argv, "dependency")
 
 

@@ -15,10 +15,18 @@ from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy, reduce_tensor
 from torch import nn
 
-from vizoo.tools._data import check_images, digits_splits, held_out_loader, open_split, reorder_classes
+from vizoo.tools._data import digits_splits, held_out_loader, open_split, reorder_classes
+from vizoo.tools._images import add_window
 from vizoo.tools._scanpath_train import evaluate_scanpaths
-from vizoo.tools._train_options import asked_task, model_config, options_file, parse_options, stored_options
-from vizoo.tools._train_output import load_training_checkpoint, match_classes, say_unnamed
+from vizoo.tools._train_options import (
+    add_skip_unreadable,
+    asked_task,
+    model_config,
+    options_file,
+    parse_options,
+    stored_options,
+)
+from vizoo.tools._train_output import load_training_checkpoint, match_classes, say_unnamed, skipped_text
 from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     Failure,
@@ -142,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--num-classes", type=int, metavar="N", help="outputs (the number of classes in the data)")
     p.add_argument("--data", metavar="NAME|DIR", help="'digits' or a folder with one folder for each split")
     p.add_argument("--split", metavar="NAME", help="folder with one folder of images for each class (validation)")
-    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    add_skip_unreadable(p)
+    add_window(p)
     p.add_argument("--check-images", choices=("auto", "full", "header", "none"), help="as in 'vizoo train' (auto)")
     p.add_argument("--img-size", type=int, metavar="N", help="side of the square input (the model's)")
     p.add_argument("--in-chans", type=int, choices=(1, 3), help="channels: 1 grey, 3 RGB (3)")
@@ -174,6 +183,7 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
             words.append(f"--{name.replace('_', '-')}={given[name]}")
     if args.batch_size is not None:
         words.append(f"--validation-batch-size={args.batch_size}")
+    words += ["--skip-unreadable"] * args.skip_unreadable
     if args.window is not None:
         words += ["--window", *map(str, args.window)]
     if args.model_kwargs is not None:
@@ -205,10 +215,11 @@ def _evaluate(argv: list[str]) -> int:
         dataset: Any = (splits := digits_splits(mode)).held_out
         classes = splits.classes
     else:
-        dataset = open_split(options.data, options.val_split, mode, options.window)
+        dataset = open_split(
+            options.data, options.val_split, mode, options.check_images, options.window, options.skip_unreadable
+        )
         index = dataset.reader.class_to_idx
         classes = sorted(index, key=index.__getitem__)
-        check_images([f for f, _ in dataset.reader.samples], options.check_images, options.window)
     outputs = options.num_classes or len(classes)
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
@@ -225,7 +236,8 @@ def _evaluate(argv: list[str]) -> int:
     say_unnamed(trained, who)
     result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
-    result = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size, **result}
+    about = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size}
+    result = {**about, "skipped": dataset.skipped, **result}
     _report(result)
     if args.out:
         write_json(args.out, result)
@@ -325,7 +337,8 @@ def measure(model: nn.Module, loader: Any, device: torch.device, classes: Sequen
 
 
 def _report(result: dict[str, Any]) -> None:
-    print(f"{result['model']} on {result['data']}, input {result['input']}, {result['images']:,} images")
+    images = f"{result['images']:,} images{skipped_text(result['skipped'])}"
+    print(f"{result['model']} on {result['data']}, input {result['input']}, {images}")
     top5 = f"top-5 {result['top5']:.2f} %, " if len(result["confusion"]) > 5 else ""
     print(f"accuracy {result['top1']:.2f} %, {top5}loss {result['loss']:.4f}\n")
 

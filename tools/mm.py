@@ -304,8 +304,6 @@ def check_data(cfg: Any, splits: Sequence[str]) -> None:
             seen.append(same)
             try:
                 _check_dataset(cfg, same, labelled=split != "test")
-            except UserError:
-                raise
             except Exception as e:  # whatever a constructor raises
                 raise UserError(f"{key}: {_one_line(e)}") from e
 

@@ -10,12 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from vizoo.tools._images import UnreadableImage, read_image
-from vizoo.tools.common import UserError, atomic_write, build_model, resolve_models, run_tool
+from vizoo.tools._images import add_window, read_image
+from vizoo.tools.common import (
+    Failure,
+    KeyValues,
+    Parser,
+    UserError,
+    build_model,
+    check_output,
+    number,
+    resolve_models,
+    run_tool,
+    save_figure,
+)
 
+MOST_RATIO = 16  # of the sides of an image: a picture of a thinner one shows nothing
+MOST_PIXELS = 2**22  # of an image for a model: it keeps some hundred bytes of each
 EXAMPLES = """\
 examples:
   vizoo show photo.jpg --model medusa_resnet50 --pretrained
@@ -26,7 +38,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo show",
         description="Draw the attention maps of a medusa_* model over an image.",
         epilog=EXAMPLES,
@@ -36,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="MODEL", help="a medusa_* model")
     p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
     p.add_argument("--pretrained", action="store_true", help="or its published weights")
-    p.add_argument("--num-classes", type=int, metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="arguments")
-    p.add_argument("--img-size", type=int, metavar="N", help="shorter side of the image for the model (the model's)")
-    p.add_argument("--window", type=float, nargs=2, metavar=("CENTER", "WIDTH"), help="of 16-bit gray and DICOM files")
+    p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
+    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
+    p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
+    add_window(p)
     p.add_argument("--out", default="attention.png", metavar="FILE.png", help="(attention.png)")
     return p
 
@@ -49,7 +61,7 @@ def _show(argv: list[str]) -> int:
     names = resolve_models([args.model])
     if len(names) != 1:
         raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
-    check_png(args.out)
+    check_output(args.out, "--out", ".png")
     if not args.checkpoint and not args.pretrained:
         raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
     kwargs: dict[str, Any] = dict(args.model_kwargs)
@@ -62,29 +74,20 @@ def _show(argv: list[str]) -> int:
     x, normed = read_input(args.image, data, args.img_size, args.window)
     with torch.inference_mode():
         whole, local = model.attention_maps(normed)
+    need_finite((whole, *local), args.checkpoint or names[0])
     draw_attention(x[0], whole[0], [m[0] for m in local], Path(args.out), f"{names[0]}\n{Path(args.image).name}")
     size = "x".join(map(str, x.shape[2:]))
     print(f"{args.out}: global map and {len(local)} maps of {names[0]} over {args.image}, {size}")
     return 0
 
 
-def check_png(out: str) -> None:
-    """Say before anything is computed when a picture cannot be written to ``out``.
-
-    Args:
-        out: Of ``--out``.
-
-    Raises:
-        UserError: If it is no PNG file, or its folder is missing.
-    """
-    if Path(out).suffix != ".png":
-        raise UserError(f"--out {out!r}: the ending must be .png")
-    if not Path(out).resolve().parent.is_dir():
-        raise UserError(f"--out {out!r}: no such folder")
-
-
 def read_input(
-    path: str, data: dict[str, Any], size: int | None, window: Sequence[float] | None, multiple: int = 1
+    path: str,
+    data: dict[str, Any],
+    size: int | None,
+    window: tuple[float, float] | None,
+    multiple: int = 1,
+    most: int = MOST_PIXELS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read an image at the scale that a model takes it.
 
@@ -92,25 +95,41 @@ def read_input(
         path: Of the image.
         data: The model's data configuration.
         size: Shorter side in pixels; None means the model's.
-        window: Centre and width of the values of 16-bit gray and DICOM files.
+        window: As in :func:`vizoo.tools._images.read_image`.
         multiple: Both sides are rounded to a multiple of this.
+        most: Pixels for the model.
 
     Returns:
         ``[1, C, H, W]`` from 0 to 1, and the same normalised for the model.
 
     Raises:
-        UserError: If the image cannot be read.
+        UserError: If the image cannot be read, is over 16 times as long as wide, or becomes too large.
     """
     chans, size = data["input_size"][0], size or data["input_size"][-1]
-    try:
-        image = read_image(path, "L" if chans == 1 else "RGB", (window[0], window[1]) if window else None)
-    except (UnreadableImage, ImportError) as e:
-        raise UserError(f"IMAGE {path!r}: {e}") from None
+    image = read_image(path, "L" if chans == 1 else "RGB", window)
+    if max(image.size) > MOST_RATIO * min(image.size):
+        raise UserError(f"IMAGE {path!r} is {image.width}x{image.height} pixels: sides of at most 1 to {MOST_RATIO}")
+    scale = size / min(image.size) / multiple
+    height, width = (max(1, round(n * scale)) * multiple for n in (image.height, image.width))
+    if height * width > most:
+        raise UserError(f"--img-size {size} makes {width}x{height} pixels of {path!r}; at most {most:,}")
     x = pil_to_tensor(image).float()[None] / 255
-    scale = size / min(x.shape[2:]) / multiple
-    height, width = (max(1, round(n * scale)) * multiple for n in x.shape[2:])
     x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
     return x, normalize(x, data["mean"][:chans], data["std"][:chans])
+
+
+def need_finite(values: Sequence[torch.Tensor], weights: str) -> None:
+    """Draw no picture of what a broken network says.
+
+    Args:
+        values: Of the network.
+        weights: Where its weights are from, for the message.
+
+    Raises:
+        Failure: If one of the values is NaN or infinite.
+    """
+    if not all(v.isfinite().all() for v in values):
+        raise Failure(f"the network gives NaN or infinite values; the weights of {weights!r} may be broken")
 
 
 def draw_attention(
@@ -143,12 +162,11 @@ def draw_attention(
         figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.8)
     for axes in panels:
         axes.set_axis_off()
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw attention maps; returns the exit status: 0 done, 2 bad input."""
+    """Draw attention maps; returns the exit status: 0 done, 1 not finite or not written, 2 bad input."""
     return run_tool(_show, argv, "show")
 
 

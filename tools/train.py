@@ -63,6 +63,7 @@ from vizoo.tools._train_output import (
     open_run,
     say_changes,
     say_unnamed,
+    skipped_text,
     write_options,
     write_summary,
 )
@@ -97,6 +98,7 @@ class Trainer:
         self.primary = world.global_rank == 0
         self.device = torch.device(world.device)
         self.classes = splits.classes
+        self.skipped = {"train": splits.train.skipped, "val": splits.held_out.skipped}
         self.num_classes = args.num_classes or len(self.classes)
         if self.num_classes < len(self.classes):
             raise UserError(f"--num-classes {self.num_classes} is below the {len(self.classes)} classes of the data")
@@ -282,6 +284,7 @@ class Trainer:
             "arch": self.args.model,
             "task": "classification",
             "classes": self.classes,
+            "skipped": self.skipped,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "args": {k: v for k, v in vars(self.args).items() if k not in ("config", "debug", "resume")},
@@ -419,7 +422,7 @@ class Trainer:
         if self.primary:
             options = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "resume")}
             options["lr_scale"] = [f"{pattern}={scale}" for pattern, scale in args.lr_scale]
-            write_options(folder, {**options, "classes": self.classes})
+            write_options(folder, {**options, "classes": self.classes, "skipped": self.skipped})
             self.write_log(picture=True)
 
     def _distributed(self, model: Any) -> nn.Module:
@@ -631,8 +634,9 @@ class Trainer:
             load = f"import timm, vizoo; model = {create(**keywords)}"
         result = f"best {name} {self.saver.best_metric:.{2 if unit else 4}f}{unit}"
         count, epoch = len(self.held_out.dataset), (self.saver.best_epoch or 0) + 1
+        left_out = skipped_text(self.skipped["val"])
         return (
-            f"{result} on {count:,} held-out images, epoch {epoch} of {self.epochs}: {best}\n"
+            f"{result} on {count:,} held-out images{left_out}, epoch {epoch} of {self.epochs}: {best}\n"
             f"learning curves: {self.folder / 'curves.png'}\n"
             f"load it: {load}"
         )
@@ -747,7 +751,9 @@ def _train(argv: list[str]) -> int:
             splits = digits_splits(mode)
         else:
             check = args.check_images if world.global_rank == 0 else "none"
-            splits = folder_splits(args.data, args.train_split, args.val_split, mode, check, args.window)
+            splits = folder_splits(
+                args.data, args.train_split, args.val_split, mode, check, args.window, args.skip_unreadable
+            )
         return _run(args, world, splits)
     finally:
         if world.distributed:

@@ -8,9 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vizoo.tools._check_data import check_coco, check_masks
+from vizoo.tools._check_data import check_coco, check_masks, read_coco
+from vizoo.tools._dense_data import Boxes, Masks, detection_parts, outline, segmentation_parts
+from vizoo.tools._images import ImageError
+from vizoo.tools.common import UserError
 
 IMAGES = [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 12} for i in range(3)]
 TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 5.0, 8.0]]
@@ -43,14 +46,24 @@ def change(path: str, value) -> dict:
     return data
 
 
+def compressed(mask=None):
+    from pycocotools import mask as coco
+
+    mask = np.eye(12, 20, dtype=np.uint8) if mask is None else mask
+    return coco.encode(np.asfortranarray(mask))["counts"].decode()
+
+
 def test_good_coco(images, tmp_path):
     file = tmp_path / "good.json"
     file.write_text(json.dumps(GOOD))
     check_coco(file, images)
     check_coco(str(file), str(images), ["dog"])
-    rle = change("annotations.0.segmentation", {"size": [12, 20], "counts": "x"})
-    file.write_text(json.dumps(rle))
-    check_coco(file, images, ["cat", "dog"])
+    for counts in (compressed(), [100, 40, 100], [0, 240]):
+        rle = change("annotations.0.segmentation", {"size": [12, 20], "counts": counts})
+        file.write_text(json.dumps(rle))
+        check_coco(file, images, ["cat", "dog"])
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())  # with byte order mark
+    check_coco(file, images)
     file.write_text(json.dumps(change("annotations", None)))
     check_coco(file, images, labelled=False)
 
@@ -65,19 +78,19 @@ def test_good_coco(images, tmp_path):
         ("categories", None, "has no 'categories'"),
         ("images.2.file_name", "gone.png", "image 2: image '"),
         ("images.2.file_name", "gone.png", "gone.png' does not exist"),
-        ("images.2.width", 21, "is 20x12, the record says 21x12"),
+        ("images.2.width", 21, "is 20x12 pixels, its labels are for 21x12"),
         ("images.2.height", None, "height=None"),
-        ("images.2.id", 1, "image 1: the id is missing or used twice"),
-        ("annotations.1.id", 1, "annotation 1: the id is missing or used twice"),
+        ("images.2.id", 1, "image 1: its id is used twice"),
+        ("images.2.id", None, "image number 2: id None is no whole number and no text"),
+        ("annotations.1.id", 1, "annotation 1: its id is used twice"),
         ("annotations.1.image_id", 5, "annotation 2: image_id 5 is no image of the file"),
         ("annotations.1.category_id", 8, "annotation 2: category_id 8 is none of the file's 2 categories"),
         ("annotations.1.bbox", [15, 0, 8, 4], "annotation 2: bbox [15, 0, 8, 4] lies outside its image of 20x12"),
         ("annotations.1.bbox", [-3, 0, 8, 4], "lies outside"),
         ("annotations.1.bbox", [1, 2, -1, 4], "lies outside"),
         ("annotations.1.bbox", [1, 2, 3], "is not four numbers"),
-        ("annotations.1.bbox", [1, 2, 3, float("nan")], "is not four numbers"),
         ("annotations.1.bbox", None, "bbox None is not four numbers"),
-        ("annotations.1.bbox", [1, 2, 0, 4], "annotation 2: bbox [1, 2, 0, 4] is empty"),
+        ("annotations.1.bbox", [1, 2, 0, 4], "annotation 2: bbox [1, 2, 0, 4] is below a pixel"),
         ("annotations.1.segmentation", [], "the segmentation is empty"),
         ("annotations.1.segmentation", [[1, 1, 2, 2]], "fewer than 3 points"),
         ("annotations.1.segmentation", {"size": [20, 12], "counts": ""}, "mask of size [20, 12] (height, width)"),
@@ -106,7 +119,7 @@ def test_bad_coco_files(images, tmp_path):
     with pytest.raises(ValueError, match=r"image folder .* does not exist"):
         check_coco(tmp_path / "good.json", tmp_path / "nowhere")
     (images / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"image 1: image .*1\.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"image 1: cannot read image .*1\.png': cannot identify"):
         check_coco(tmp_path / "good.json", images)
 
 
@@ -115,18 +128,27 @@ def test_ten_records_and_the_count(images, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({**GOOD, "annotations": bad}))
     with pytest.raises(ValueError, match="has 25 bad records") as e:
         check_coco(tmp_path / "bad.json", images)
-    lines = str(e.value).splitlines()
-    assert len(lines) == 12
-    assert lines[1].startswith("  annotation 0: category_id 3")
-    assert lines[-1] == "  ... and 15 more"
+    first, *others = str(e.value).split("; ")
+    assert first.endswith("bad records: annotation 0: category_id 3 is none of the file's 2 categories")
+    assert len(others) == 10
+    assert others[-1] == "... and 15 more"
+    assert "\n" not in str(e.value)
 
 
 def test_rare_empty_boxes_pass(images, tmp_path):
     """COCO's own training set has one; loaders drop it."""
     boxes = [{**BOX, "id": i} for i in range(2000)]
     boxes[5]["bbox"] = [1, 1, 1.03, 0]
+    boxes[6]["bbox"] = [1, 1, 0.9, 5]
     (tmp_path / "a.json").write_text(json.dumps({**GOOD, "annotations": boxes}))
     check_coco(tmp_path / "a.json", images)
+    data = Boxes(read_coco(tmp_path / "a.json"), images, False, lambda *both: both, True)
+    assert len(data) == 1
+    assert len(data[0][1]["boxes"]) == 1998
+    boxes[7]["segmentation"] = []
+    (tmp_path / "a.json").write_text(json.dumps({**GOOD, "annotations": boxes}))
+    with pytest.raises(ValueError, match=r"has 3 bad records: .*annotation 7: the segmentation is empty"):
+        check_coco(tmp_path / "a.json", images)
 
 
 @pytest.fixture
@@ -162,10 +184,10 @@ def test_good_masks(pairs):
     [
         (np.full((12, 20), 4), {}, "y.png' holds class id 4, need 0 to 3 or 255"),
         (np.full((12, 20), 4), {"num_classes": 3, "reduce_zero_label": True}, "holds class id 4, need 1 to 3 or 255"),
-        (np.zeros((20, 12)), {}, "y.png' is 12x20 pixels, its image 20x12"),
+        (np.zeros((20, 12)), {}, "y.jpg' is 20x12 pixels, its labels are for 12x20"),
         (np.full((12, 20), 255), {}, "y.png' holds no class at all"),
         (np.zeros((12, 20)), {"reduce_zero_label": True}, "y.png' holds no class at all"),
-        (np.zeros((12, 20, 3)), {}, "y.png' has several channels"),
+        (np.zeros((12, 20, 3)), {}, "y.png': it has several channels (RGB), need one channel"),
         (None, {}, "y.png' does not exist"),
         (None, {"names": ["w"]}, "w.jpg' does not exist"),
         (None, {"image_suffix": ".tif"}, "holds no image that ends in '.tif'"),
@@ -187,5 +209,371 @@ def test_bad_mask_folders(pairs):
         check_masks(pairs / "nowhere", pairs / "masks", 4)
     data = (pairs / "masks" / "x.png").read_bytes()
     (pairs / "masks" / "x.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"mask folder '.*' has 1 bad record:\n  x: mask .*x\.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"mask folder '.*' has 1 bad record: x: cannot read mask .*x\.png'"):
         check_masks(pairs / "images", pairs / "masks", 4)
+
+
+# every number of every record
+
+HUGE = [1e9, -1e9, 1e300, 10**400, -(10**400), "5", None, True, [1], {}]
+SIZE = {"size": [12, 20]}
+WRONG = {
+    "bbox": [*([1, 1, 8, bad] for bad in HUGE), "1 1 8 7", {}, [], [1, 1, 8], [1, 1, 8, 7, 0], [[1, 1, 8, 7]], -3],
+    "segmentation": [
+        *([[1, 1, 9, 1, bad, 8]] for bad in HUGE),
+        [[1, 1, 9, 1, -21, 8]],
+        [[1, 1, 9, 1, 5, 25]],
+        [1, 1, 9, 1, 5, 8],
+        [[]],
+        [[1, 1, 9, 1, 5, 8], []],
+        [[1, 1, 9, 1, 5, 8, 2]],
+        "polygon",
+        7,
+        {},
+        SIZE,
+        {**SIZE, "counts": 7},
+        {**SIZE, "counts": None},
+        {**SIZE, "counts": []},
+        {**SIZE, "counts": [240.0]},
+        {**SIZE, "counts": ["240"]},
+        {**SIZE, "counts": [True] * 240},
+        {**SIZE, "counts": [239]},
+        {**SIZE, "counts": [100, 200]},
+        {**SIZE, "counts": [300, -60]},
+        {**SIZE, "counts": [10**400]},
+        {**SIZE, "counts": ""},
+        {**SIZE, "counts": "x"},
+        {**SIZE, "counts": "nonsense"},
+        {**SIZE, "counts": "\ud800"},
+        {**SIZE, "counts": "oooooooooooooooooooooooooooo0"},
+        {**SIZE, "counts": "PPPPPPPPPPPP"},
+        {"size": "12x20", "counts": [240]},
+        {"size": [12, 20, 1], "counts": [240]},
+        {"size": [12.0, 20], "counts": [240]},
+        {"size": [10**9, 10**9], "counts": [10**18]},
+        {"counts": [240]},
+    ],
+    "iscrowd": ["no", 2, -1, 0.5, None, []],
+    "area": ["28", -1, 1e300, 10**400, [], True],
+    "id": [None, 1.0, True, [1], {}, 10**400, ""],
+    "image_id": [None, 0.0, False, [0], {}, 10**400, "0", 7],
+    "category_id": [None, 7.0, [7], {}, 10**400, "7", 8],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in WRONG.items() for v in values])
+def test_every_number_of_an_annotation_is_checked(key, value, images, tmp_path):
+    """Told with and without images, before anything is computed from it."""
+    data = change("annotations.1.id", 2)
+    data["annotations"][1][key] = value
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(data))
+    for check in (read_coco, lambda f: check_coco(f, images)):
+        with pytest.raises(UserError, match=r"bad\.json' has 1 bad record: annotation ") as e:
+            check(file)
+        assert len(str(e.value)) < 1000
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("images.1", 7, "image number 1: got 7, need an object"),
+        ("images.1.id", [1], "image number 1: id [1] is no whole number and no text"),
+        ("images.2.id", "two", "image ids are whole numbers and text"),
+        ("images.1.width", 10**9, "need whole numbers above 0 of at most 178,956,970 pixels"),
+        ("images.1.width", 10**400, "need whole numbers above 0"),
+        ("images.1.width", -20, "need whole numbers above 0"),
+        ("images.1.width", "20", "need whole numbers above 0"),
+        ("images.1.height", 12.0, "need whole numbers above 0"),
+        ("images.1.height", True, "need whole numbers above 0"),
+        ("images.1.file_name", ["a.png"], "file_name=['a.png']: need a name"),
+        ("images.1.file_name", "", "file_name='': need a name"),
+        ("images.1.file_name", "a\0b.png", "embedded null byte"),
+        ("images.1.file_name", "a" * 300, "File name too long"),
+        ("images.1.file_name", ".", "is a folder, need a file"),
+        ("images", {"0": {}}, "has no 'images', a list that is not empty"),
+        ("categories.1", None, "annotation 1"),
+        ("categories.1.id", 7, "category 7: its id is used twice"),
+        ("categories.1.id", {}, "category number 1: id {} is no whole number"),
+        ("categories.1.id", "9", "category ids are whole numbers and text"),
+        ("categories.1.name", "cat", "category 9: category 7 has the name 'cat' too"),
+        ("categories.1.name", 9, "category 9: name 9 is no text"),
+        ("categories.1.name", " ", "category 9: name ' ' is no text"),
+        ("categories.1.name", "\ud800", "category 9: name"),
+        ("annotations.1", [], "annotation number 1: got [], need an object"),
+        ("annotations", {"1": {}}, "has no 'annotations', a list that is not empty"),
+    ],
+)
+def test_every_other_record_is_checked(path, value, message, images, tmp_path):
+    if path == "categories.1":
+        path, value, message = "categories.0", None, "annotation 1: category_id 7 is none of the file's 1 categories"
+    file = tmp_path / "bad.json"
+    data = change(path, value)
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=re.escape(message)) as e:
+        check_coco(file, images)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (json.dumps(GOOD).encode()[:-20], "is no JSON"),
+        (json.dumps(GOOD).encode("utf-16"), "is no text in UTF-8"),
+        (json.dumps({**GOOD, "x": "\xe9"}, ensure_ascii=False).encode("latin-1"), "is no text in UTF-8"),
+        (json.dumps(GOOD).replace("28", "NaN").encode(), "NaN is no number of JSON"),
+        (json.dumps(GOOD).replace("28", "-Infinity").encode(), "-Infinity is no number of JSON"),
+        (json.dumps(GOOD).replace("28", "9" * 5000).encode(), "is no JSON"),
+        (json.dumps(GOOD).replace("28", "1e999").encode(), "area inf is no number"),
+        (b"null", "is no COCO file: got a NoneType"),
+        (b'"text"', "is no COCO file: got a str"),
+    ],
+)
+def test_files_that_are_no_coco(content, message, tmp_path):
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        read_coco(tmp_path / "bad.json")
+    assert "\n" not in str(e.value)
+
+
+def test_run_lengths_of_any_mask_are_read(tmp_path):
+    """The check of compressed run lengths follows pycocotools, which writes them."""
+
+    def parse(data):
+        (tmp_path / "a.json").write_text(json.dumps(data))
+        return read_coco(tmp_path / "a.json")
+
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (1, 40), (37, 1), (12, 20), (300, 500)):
+        for share in (0.0, 0.01, 0.5, 0.99, 1.0):
+            mask = (rng.random((height, width)) < share).astype(np.uint8)
+            if share == 0.5 and height > 100:
+                mask = np.kron(rng.integers(0, 2, (3, 5)), np.ones((100, 100))).astype(np.uint8)
+            image = {"id": 1, "file_name": "a", "width": width, "height": height}
+            shape = {"size": [height, width], "counts": compressed(mask)}
+            record = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, width, height], "segmentation": shape}
+            data = {"images": [image], "annotations": [record], "categories": [{"id": 1, "name": "a"}]}
+            found = parse(data).annotations[0].segmentation
+            assert np.array_equal(outline(found, height, width), mask)
+            for spoilt in (shape["counts"][:-1], shape["counts"] + "1", shape["counts"] + "o"):
+                record["segmentation"] = {**shape, "counts": spoilt}
+                with pytest.raises(UserError, match="run lengths"):
+                    parse(data)
+
+
+def test_text_ids_and_slack_are_fine(images, tmp_path):
+    """What other tools write: names for ids, boxes off by rounding, polygons a little outside, ``true`` for a crowd."""
+    data = copy.deepcopy(GOOD)
+    for record in data["images"]:
+        record["id"] = f"image {record['id']}"
+    for record in data["annotations"]:
+        record |= {"image_id": f"image {record['image_id']}", "iscrowd": False, "bbox": [-0.9, 0, 20.5, 12.9]}
+        record["segmentation"] = [[-3, -3, 23, 1, 5, 14.5]]
+        del record["area"]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = read_coco(tmp_path / "a.json")
+    assert [i.id for i in found.images] == ["image 0", "image 1", "image 2"]
+    assert outline(found.annotations[0].segmentation, 12, 20).shape == (12, 20)
+
+
+# the frame of the labels
+
+
+def coco_folder(root, tag, width, height, parts=("train", "val")):
+    """One image of 20x12 stored pixels with a tag, and a record of the given size with a box on its bright spot."""
+    (root / "annotations").mkdir(parents=True)
+    pixels = np.zeros((12, 20, 3), np.uint8)
+    pixels[2:5, 8:12] = 255
+    exif = Image.Exif()
+    exif[274] = tag
+    for part in parts:
+        (root / part).mkdir()
+        Image.fromarray(pixels).save(root / part / "a.png", exif=exif)
+        with Image.open(root / part / "a.png") as image:
+            shown = np.asarray(image if (width, height) == (20, 12) else ImageOps.exif_transpose(image))
+        rows, columns = np.nonzero(shown[..., 0])
+        box = [*map(int, (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1))]
+        x, y, w, h = box
+        shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        record = {"id": 1, "image_id": 1, "category_id": 1, "bbox": box, "segmentation": shape}
+        data = {
+            "images": [{"id": 1, "file_name": "a.png", "width": width, "height": height}],
+            "annotations": [record],
+            "categories": [{"id": 1, "name": "spot"}],
+        }
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("size", [(20, 12), (12, 20)])
+@pytest.mark.parametrize("checked", [True, False])
+def test_boxes_and_outlines_lie_on_what_they_label(tag, size, checked, tmp_path):
+    """The record's size tells whether boxes were drawn on the stored or the upright pixels; else it is said."""
+    root = coco_folder(tmp_path / "data", tag, *size)
+
+    def read():
+        return detection_parts(str(root), True, 0.0, checked).train[0]
+
+    if 2 <= tag <= 4 or (tag == 1 and size == (12, 20)):
+        with pytest.raises(UserError, match="nobody knows how" if size == (20, 12) else "its labels are for 12x20"):
+            read()
+        return
+    image, target = read()
+    assert tuple(image.shape) == (3, size[1], size[0])
+    (x1, y1, x2, y2) = target["boxes"][0].int().tolist()
+    inside = np.zeros(image.shape[1:], bool)
+    inside[y1:y2, x1:x2] = True
+    assert np.array_equal(image[0].numpy() > 0.5, inside)
+    assert np.array_equal(target["masks"][0].numpy() > 0, inside)
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_mm_wants_labels_for_upright_images(tag, tmp_path):
+    """mmdet and mmseg turn every image; labels for its stored pixels would be wrong there."""
+    root = coco_folder(tmp_path / "data", tag, 20, 12)
+    file = root / "annotations" / "instances_train.json"
+    if tag == 1:
+        check_coco(file, root / "train")
+        return
+    with pytest.raises(UserError, match="nobody knows how" if tag < 5 else "its labels are for its stored pixels"):
+        check_coco(file, root / "train")
+    if tag >= 5:
+        read_coco(file, folder=root / "train")
+        check_coco(
+            coco_folder(tmp_path / "b", tag, 12, 20) / "annotations" / "instances_train.json", tmp_path / "b/train"
+        )
+
+
+def ade_folder(root, tag, ids, mask_tag=1, count=1):
+    """Images of 20x12 stored pixels that show their class, a tag, and masks."""
+    pixels = np.repeat((np.arange(240).reshape(12, 20) % 5 * 50).astype(np.uint8)[..., None], 3, 2)
+    for part in ("training", "validation"):
+        for folder, array, t in (("images", pixels, tag), ("annotations", ids, mask_tag)):
+            (root / folder / part).mkdir(parents=True)
+            exif = Image.Exif()
+            exif[274] = t
+            for i in range(count):
+                Image.fromarray(array).save(root / folder / part / f"{i}.png", exif=exif)
+    return root
+
+
+STORED_IDS = (np.arange(240).reshape(12, 20) % 5).astype(np.uint8)
+
+
+def masks(root, classes=5, checked=True, **options):
+    parts = segmentation_parts(str(root), classes, False, 64, (1, 1), 0.0, ((0.0,) * 3, (1.0,) * 3), checked, **options)
+    return parts.train
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_masks_lie_on_what_they_label(tag, checked, tmp_path):
+    """Masks drawn on stored pixels, on upright ones, and turned by a tag of their own."""
+    exif = Image.Exif()
+    exif[274] = tag
+    image = Image.fromarray(STORED_IDS)
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    for name, ids, mask_tag in (("stored", STORED_IDS, 1), ("upright", upright, 1), ("own", STORED_IDS, tag)):
+        root = ade_folder(tmp_path / name, tag, ids, mask_tag)
+        if 2 <= tag <= 4 and name != "own":
+            with pytest.raises(UserError, match="nobody knows how its labels were drawn"):
+                masks(root, checked=checked).read(0)
+            continue
+        image, found = masks(root, checked=checked).read(0)
+        assert np.array_equal(image[0].numpy() // 50, found.numpy()), name
+        assert found.shape == (upright if name != "stored" else STORED_IDS).shape
+
+
+def test_mm_wants_masks_for_upright_images(tmp_path):
+    root = ade_folder(tmp_path, 6, STORED_IDS)
+    words = (root / "images" / "training", root / "annotations" / "training", 5, ".png")
+    with pytest.raises(UserError, match="its labels are for its stored pixels"):
+        check_masks(*words)
+    check_masks(*words, as_stored=True)
+
+
+# segmentation folders
+
+
+def test_more_classes_than_masks_can_hold_are_refused(tmp_path):
+    """255 is no class, so 300 classes would train one of them as no class."""
+    root = ade_folder(tmp_path, 1, STORED_IDS)
+    for classes in (0, -1, 256, 300):
+        with pytest.raises(UserError, match="need 1 to 255, as 255 in a mask is no class"):
+            masks(root, classes)
+    assert len(masks(root, 255)) == 1
+    (root / "classes.txt").write_text("\n".join(map(str, range(256))))
+    with pytest.raises(UserError, match="need 1 to 255"):
+        masks(root, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("caf\xe9\n".encode("latin-1"), r"classes.txt' is no text in UTF-8"),
+        ("one\ntwo\n".encode("utf-16"), r"classes.txt' is no text in UTF-8"),
+        (b"one\ntwo\none\n", r"classes.txt' names 'one' 2 times"),
+        (b"\n\n", "--num-classes is missing"),
+    ],
+)
+def test_class_lists(content, message, tmp_path):
+    root = ade_folder(tmp_path, 1, STORED_IDS)
+    (root / "classes.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        masks(root, None)
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfa\nb\nc\nd\ne\n")
+    assert len(masks(root, None)) == 1
+
+
+def test_masks_are_checked_while_running_too(tmp_path):
+    """With ``--check-data none`` a class that does not exist is found when its mask is read."""
+    root = ade_folder(tmp_path, 1, (STORED_IDS + 1).astype(np.uint8))
+    with pytest.raises(ImageError, match=r"0\.png' holds class id 5, need 0 to 4 or 255"):
+        masks(root, checked=False)[0]
+    deep = ade_folder(tmp_path / "deep", 1, (STORED_IDS.astype(np.uint16) * 300))
+    with pytest.raises(ImageError, match="holds class id 300"):
+        masks(deep, checked=False)[0]
+    bits = ade_folder(tmp_path / "bits", 1, STORED_IDS > 2)
+    assert masks(bits, 2).read(0)[1].unique().tolist() == [0, 1]
+
+
+def test_unreadable_pictures_are_left_out_and_counted(tmp_path, capsys):
+    root = ade_folder(tmp_path / "ade", 1, STORED_IDS, count=4)
+    for file in ("images/training/1.png", "annotations/training/2.png", "images/validation/3.png"):
+        (root / file).write_bytes((root / file).read_bytes()[:60])
+    with pytest.raises(UserError, match="cannot read"):
+        masks(root)
+    with pytest.raises(ImageError, match=r"cannot read image '.*/images/training/1\.png'"):
+        masks(root, checked=False)[1]
+    found = masks(root, skip_unreadable=True)
+    assert (len(found), found.skipped) == (2, 2)
+    assert isinstance(found, Masks)
+    assert "2 of 4 images left out" in capsys.readouterr().out
+    root = coco_folder(tmp_path / "coco", 1, 20, 12)
+    data = json.loads((root / "annotations" / "instances_train.json").read_text())
+    data["images"].append({**data["images"][0], "id": 2, "file_name": "b.png"})
+    data["annotations"].append({**data["annotations"][0], "id": 2, "image_id": 2})
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(data))
+    (root / "train" / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot read image '.*b\.png'"):
+        detection_parts(str(root), True, 0.0, True)
+    with pytest.raises(ImageError, match=r"cannot read image '.*b\.png'"):
+        detection_parts(str(root), True, 0.0, False).train[1]
+    found = detection_parts(str(root), True, 0.0, True, skip_unreadable=True).train
+    assert (len(found), found.skipped) == (1, 1)
+
+
+def test_linked_folders_of_masks_are_found(tmp_path):
+    """A folder behind a link counts, a link back to itself does not."""
+    root = ade_folder(tmp_path / "a", 1, STORED_IDS)
+    other = ade_folder(tmp_path / "b", 1, STORED_IDS, count=3)
+    for kind in ("images", "annotations"):
+        (root / kind / "training" / "more").symlink_to(other / kind / "training")
+        (root / kind / "training" / "loop").symlink_to(".")
+    assert len(masks(root)) == 4

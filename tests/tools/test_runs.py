@@ -446,9 +446,7 @@ def test_dead_worker(task, folders, tmp_path, monkeypatch, capfd) -> None:
     """A data worker that the system kills is one line and status 1."""
     from vizoo.tools import _data, _dense_data
 
-    owner = {"classification": _data.ImageDataset, "detection": _dense_data.Boxes, "segmentation": _dense_data.Masks}[
-        task
-    ]
+    owner = {"classification": _data.Images, "detection": _dense_data.Boxes, "segmentation": _dense_data.Masks}[task]
     monkeypatch.setattr(owner, "__getitem__", lambda self, index: os.kill(os.getpid(), 9))
     assert start(task, folders, tmp_path / "run", "-j", "1") == 1
     err = capfd.readouterr().err

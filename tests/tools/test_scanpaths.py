@@ -141,7 +141,7 @@ CROPS = sample()["question_img_feature"]
 
 def write(folder, content):
     path = folder / "data.json"
-    path.write_text(json.dumps(content, default=lambda a: a.tolist()))
+    path.write_text(json.dumps(content, default=lambda a: a.tolist()).replace("Infinity", "1e999"))
     return str(path)
 
 
@@ -196,14 +196,14 @@ def broken_sti(**changes):
 BROKEN = {
     r"data.json: record 'b.jpg': 'size' is missing": {"b.jpg": {}},
     r"record 'b.jpg', size: got 0x60": broken_sti(size={"width": 0, "height": 60}),
-    r"record 'b.jpg', size: got wide": broken_sti(size={"width": "wide", "height": 60}),
+    r"record 'b.jpg', size: got 'wide'": broken_sti(size={"width": "wide", "height": 60}),
     r"record 'b.jpg', ground_truth: got \[\]": broken_sti(ground_truth=[]),
     r"record 'b.jpg', ground_truth: 'ymax' is missing": broken_sti(ground_truth=[{"xmin": 1, "xmax": 2, "ymin": 3}]),
     r"ground_truth: box .* is not inside": broken_sti(ground_truth=[{"xmin": 1, "xmax": 999, "ymin": 3, "ymax": 4}]),
     r"record 'b.jpg', fixations: got {}": broken_sti(fixations={}),
     r"'b.jpg', fixations of viewer '9': got \[\]": broken_sti(fixations={"9": []}),
     r"'b.jpg', fixations of viewer '9': got \[\[1, 2\], \[3\]\]": broken_sti(fixations={"9": [[1, 2], [3]]}),
-    r"'b.jpg', fixations of viewer '9': got \[\[nan": broken_sti(fixations={"9": [[float("nan"), 2]]}),
+    r"'b.jpg', fixations of viewer '9': got \[\[inf": broken_sti(fixations={"9": [[float("inf"), 2]]}),
     r"holds no record": {},
     r"need an object of images or a list": 3,
     r"record 1: 'package_seq' is missing": [sample(), {"package_target": 1, "question_img_feature": CROPS}],
@@ -227,6 +227,158 @@ def test_errors_name_file_and_record(message, tmp_path):
     assert path in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("point", "fits"),
+    [
+        ([-500, 99999], False),
+        ([-15, 30], False),
+        ([70, 67], False),
+        ([1e8, 5], False),
+        ([-13.9, -5.9], True),
+        ([153.9, 65.9], True),
+        (["5", 5], False),
+        ([True, 5], False),
+        ([None, 5], False),
+        ([10**400, 5], False),
+        ([[5], 5], False),
+    ],
+)
+def test_gaze_may_leave_the_screen_by_a_tenth(point, fits, tmp_path):
+    path = write(tmp_path, broken_sti(fixations={"9": [[5, 5], point]}))
+    if fits:
+        assert len(load_scanpaths(path).trials) == 3
+        return
+    with pytest.raises(UserError, match=r"record 'b.jpg', fixations of viewer '9': got"):
+        load_scanpaths(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"X": [5.0, 6, -500, 8], "Y": [1.0, 2, 99999, 4]},
+            r"X and Y: got \(-500, 99999\), far outside the screen of 1680",
+        ),
+        ({"X": ["5", 6, 7, 8]}, r"record 0, X: got \['5', 6, 7, 8\]"),
+        ({"package_target": [True]}, "record 0, package_target: got"),
+        ({"package_target": "3"}, "record 0, package_target: got \\['3'\\]"),
+        ({"package_seq": [10**400]}, "record 0, package_seq: got"),
+        ({"package_seq": [[1], [2]]}, "record 0, package_seq: got"),
+        ({"layout_id": [1]}, r"record 0, layout_id: got \[1\], need text or a number"),
+        ({"question_img_feature": [[[["a"] * 3]]] * 22}, "record 0, question_img_feature: got"),
+        ({"question_img_feature": [[[[1e300] * 3]]] * 22}, "record 0, question_img_feature: got"),
+        ({"question_img_feature": [[[[1, 2]]]] * 22}, r"record 0, question_img_feature: got \[22, 1, 1, 2\]"),
+        ({"question_img_feature": "crops"}, "record 0, question_img_feature: got"),
+        ({"question_img_feature": {"0": CROPS[0]}}, "record 0, question_img_feature: got"),
+    ],
+)
+def test_every_number_of_a_sample_is_checked(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as found:
+        load_scanpaths(write(tmp_path, [sample(**changes)]))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("size", [(10**9, 60), (10**400, 60), (-140, 60), (True, 60), ("140", 60), (float("inf"), 60)])
+def test_screens_have_a_size(size, tmp_path):
+    path = write(tmp_path, broken_sti(size={"width": size[0], "height": size[1]}))
+    with pytest.raises(UserError, match=r"record 'b.jpg', size: got"):
+        load_scanpaths(path)
+
+
+def test_huge_grids_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--grid 100000 100000: at most 4096 objects"):
+        load_scanpaths(write(tmp_path, sti()), grid=(100_000, 100_000))
+    with pytest.raises(UserError, match="--grid 65 64: at most 4096 objects"):
+        search_task(1, (65, 64))
+    with pytest.raises(UserError, match="--trials 2000 of --grid 64 64: at most 1,048,576 crops in all"):
+        search_task(2000, (64, 64))
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def nested(depth):
+    value: list = [1]
+    for _ in range(depth):
+        value = [value] * 1000
+    return value
+
+
+PICKLES = {
+    "code": (lambda: pickle.dumps(Calls(eval, "1/0")), "it wants to import builtins.eval"),
+    "module of numpy": (lambda: b"cnumpy.testing\nrundocs\n.", "it wants to import numpy.testing.rundocs"),
+    "name of numpy": (lambda: b"cnumpy\nload\n.", "it wants to import numpy.load"),
+    "dotted name": (lambda: pickle.dumps(Calls(np.ndarray.dump, 1)), "it wants to import"),
+    "array of a terabyte": (lambda: pickle.dumps(Calls(np.ndarray, (10**12,))), "not callable"),
+    "type of a terabyte": (lambda: pickle.dumps(Calls(np.dtype, "V1000000000")), "only numbers are loaded"),
+    "codec": (lambda: b"c_codecs\nencode\n(Vabc\nVrot13\ntR.", "bytes written as 'rot13'"),
+    "memo": (lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "it keeps a value number 2147483647"),
+    "length": (lambda: b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"a.", "cannot read it"),
+    "cut": (lambda: pickle.dumps([1, 2])[:5], "cannot read it"),
+    "empty": (lambda: b"", "cannot read it"),
+    "text": (lambda: b"hello", "cannot read it"),
+    "deep": (
+        lambda: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        "record 0: 'question_img_feature' is missing",
+    ),
+    "number": (lambda: pickle.dumps(10**5000), "holds int, need an object"),
+    "arrays": (lambda: pickle.dumps({"a": np.zeros(3)}), "record 'a': 'size' is missing"),
+    "lists in lists": (lambda: pickle.dumps([sample(package_seq=nested(4))]), "record 0, package_seq: got"),
+    "crops in crops": (lambda: pickle.dumps([sample(question_img_feature=nested(5))]), "question_img_feature: got"),
+    "long number": (lambda: pickle.dumps([sample(package_seq=[10**5000])]), "record 0, package_seq: got"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_pickles_run_nothing_and_take_no_memory(case, tmp_path):
+    import resource
+
+    make, message = PICKLES[case]
+    (tmp_path / "a.pkl").write_bytes(make())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message) as found:
+        load_scanpaths(str(tmp_path / "a.pkl"))
+    assert "\n" not in str(found.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_read(protocol, tmp_path):
+    """Also fields that are scalars or arrays of NumPy, and arrays in Fortran's order."""
+    more = {"package_target": np.int64(3), "package_seq": np.array([1, 2, 2, 3]), "X": np.array([5.0, 6, 7, 8])}
+    crops = np.asfortranarray(np.stack(CROPS))
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([sample(**more, question_img_feature=crops)], protocol))
+    (trial,) = load_scanpaths(str(tmp_path / "a.pkl")).trials
+    assert (trial.target, trial.sequence) == (2, [0, 1, 1, 2])
+    assert trial.scene.crops.permute(0, 2, 3, 1).numpy() == pytest.approx(np.stack(CROPS))
+
+
+def test_scenes_are_turned_as_viewers_show_them(tmp_path):
+    """Crops, whole images and pictures come from one reader; a picture that cannot be read is named."""
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = np.zeros((120, 280, 3), np.uint8)
+    upright[20:40, 40:60] = (255, 0, 0)
+    for name in sti():
+        Image.fromarray(np.rot90(upright)).save(tmp_path / name, format="PNG", exif=exif)
+    trials = load_scanpaths(write(tmp_path, sti()), images=str(tmp_path)).trials
+    row = Batches(trials, (24, 20))[0]
+    assert row["x"].mean((2, 3))[16].tolist() == pytest.approx([1, 0, 0], abs=0.06)
+    assert Batches(trials, None, (120, 280))[0]["x"].mul(255).permute(1, 2, 0).numpy() == pytest.approx(upright)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:90])
+    with pytest.raises(UserError, match=r"cannot read image '.*a\.jpg'"):
+        Batches(trials, None)[0]
+    with pytest.raises(UserError, match=r"record 'a\.jpg': cannot read image '.*a\.jpg'"):
+        load_scanpaths(write(tmp_path, sti()), images=str(tmp_path))
+
+
 def test_unreadable_files(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([print, Path("x")]))
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps([1, 2])[:5])
@@ -234,13 +386,13 @@ def test_unreadable_files(tmp_path):
     for name, message in (
         ("evil.pkl", "wants to import"),
         ("cut.pkl", "cannot read it"),
-        ("cut.json", "cannot read it"),
-        ("none.json", "no such file"),
+        ("cut.json", "is no JSON"),
+        ("none.json", "does not exist"),
     ):
         with pytest.raises(UserError, match=message) as found:
             load_scanpaths(str(tmp_path / name))
         assert name in str(found.value)
-    with pytest.raises(UserError, match="no image"):
+    with pytest.raises(UserError, match=r"record 'a\.jpg': image .*a.jpg' does not exist"):
         load_scanpaths(write(tmp_path, sti()), images=str(tmp_path))
     with pytest.raises(UserError, match="do not fill --grid 2 4"):
         load_scanpaths(write(tmp_path, [sample()]), grid=(2, 4))
@@ -368,7 +520,7 @@ def test_people_against_each_other(run):
     ("words", "message"),
     [
         ("train --task scanpath --data search --model resnet10t", "predicts no scanpaths"),
-        ("train --task scanpath --data nothing.json", "no such file"),
+        ("train --task scanpath --data nothing.json", "does not exist"),
         ("train --task scanpath --data search --lr 0", "--lr: got 0, must be a finite number above 0"),
         ("train --task scanpath", "--data"),
         ("train --task gaze --data search", "invalid choice: 'gaze'"),
