@@ -3,7 +3,8 @@
 The primary count runs the model once on the meta device under ``FlopCounterMode`` (contractions) and a dispatch mode
 that sees every operator: it sums the other FLOPs, activations and bytes, and names each operator nobody can price.
 It runs in inference mode, where fused attention stays one operator on every device, so that counts do not depend on
-the kernel behind it.  The second engine is fvcore's trace on the CPU with complete handlers; both read
+the kernel behind it.  Whatever is computed where none of them looks (NumPy, threads, extensions) makes the count
+partial, with the reason.  The second engine is fvcore's trace on the CPU with complete handlers; both read
 ``vizoo.backbones.ops._cost.COSTS``.
 
 Constants of the other FLOPs are conventions, per element: norm 5 (batch norm in evaluation 2), softmax 5, GELU 8,
@@ -18,14 +19,19 @@ import copy
 import functools
 import logging
 import math
+import random
 import sys
+import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -58,10 +64,12 @@ class Count(NamedTuple):
         bytes: Bytes read and written by all operators that are no views: a lower bound of memory traffic.
         kernels: Number of those operators.
         largest: Elements of the largest tensor written.
-        uncounted: Operators nobody can price, with their number of calls; empty for an exact count.
+        uncounted: Operators nobody can price, with their number of calls.
         modules: Cost by module path, ``""`` for the whole model, in the order of ``named_modules``.
         ops: Multiply-accumulates, other FLOPs and calls by operator.
         engine: ``meta``, ``fake`` or the device the model was run on.
+        reasons: Why the count does not hold for every input of these shapes or misses a part, one line each; empty
+            for a complete count.
     """
 
     params: int
@@ -78,6 +86,12 @@ class Count(NamedTuple):
     modules: dict[str, ModuleCost]
     ops: dict[str, tuple[int, int, int]]
     engine: str
+    reasons: list[str]
+
+    @property
+    def status(self) -> str:
+        """``complete``, or ``partial`` when there are ``reasons``."""
+        return "partial" if self.reasons else "complete"
 
     @property
     def flops(self) -> int:
@@ -185,6 +199,7 @@ _TABLE = {  # FLOPs of one element of the first output
     _native_batch_norm_legit_functional _softmax _safe_softmax _log_softmax silu hardswish mish softplus elu selu
     celu _prelu_kernel log_sigmoid_forward""",
     4: "sigmoid tanh hardsigmoid logit upsample_linear1d",
+    3: "_weight_norm_interface _weight_norm",
     2: "_native_batch_norm_legit_no_training _batch_norm_no_update addcmul addcdiv lerp native_dropout",
     1: "addmm cumsum cumprod floor_divide bernoulli threshold linspace isin",
     0: """mm bmm _scaled_mm copy clone _to_copy fill zero zeros zeros_like ones ones_like full full_like new_full
@@ -196,12 +211,14 @@ _TABLE = {  # FLOPs of one element of the first output
     resize set _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold _reshape_copy
     view_copy permute_copy alias_copy split_with_sizes_copy upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact2d bucketize searchsorted lift_fresh_copy _assert_async _assert_tensor_metadata
-    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal""",
+    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal
+    _pack_padded_sequence""",
 }
 _REDUCTIONS = """sum nansum mean nanmean amax amin aminmax max min prod any all argmax argmin var std var_mean std_mean
 norm linalg_vector_norm logsumexp count_nonzero avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
 _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d topk sort
-median kthvalue cummax"""
+median kthvalue cummax allclose
+multinomial"""
 _CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()}
 _BACKWARD = {  # twice the forward, for one element of the first gradient
     **{name: 2 * n for name, n in _CONSTANTS.items()},
@@ -245,9 +262,13 @@ def _is_pointwise(packet: Any) -> bool:
 
 
 def _shapes(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.shape, value)
+    """Arguments of an operator with tensors replaced by shapes; a quicker ``tree_map``, for they are plain lists."""
+    if isinstance(value, Tensor):
+        return value.shape
+    return [_shapes(v) for v in value] if type(value) in (list, tuple) else value
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     """Whether an operator moves no data: views, questions about a tensor, memory that is not written."""
     returns, short = func._schema.returns, func._schema.name.partition("::")[2]
@@ -269,44 +290,196 @@ def _mapping() -> dict[Any, Callable[..., int]]:
     return {op: f for op, f in {**formulas, **overloads}.items() if f is not _nothing or op not in flop_registry}
 
 
+# what a count must say about itself
+
+_ELSEWHERE = "made by another thread, NumPy, an extension or a kernel, and not counted"
+_NO_NUMBERS = "the model goes on in {where} after an error of tensors without numbers: others may take another path"
+_LEAVING = {  # after these calls numbers are where no operator of PyTorch is needed
+    Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.tolist, Tensor.__repr__,
+    Tensor.__format__,
+}  # fmt: skip
+_FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # on meta they are no operators
+_DEVICE_QUESTIONS = {
+    Tensor.get_device, Tensor.type,
+    *(getattr(Tensor, name).__get__ for name in ("device", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps")),
+}  # fmt: skip
+_SAME_EVERYWHERE = {"torch", "timm", "torchvision", "vizoo"}  # their paths for a device cost what the others cost
+_VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _storage(t: Tensor) -> Any:
+    """Storage of a tensor; None where it has none of its own."""
+    try:
+        return t.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # sparse and opaque layouts
+        return None
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (int, float, str, type(None))):  # most arguments of operators
+        return []
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class _Origins:
+    """Where the numbers of each tensor come from: constants, the input, or nobody who was seen.
+
+    Args:
+        constants: Tensors of the model.
+        inputs: Tensors given to it.
+    """
+
+    def __init__(self, constants: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        self.known: dict[int, tuple[StorageWeakRef, bool | None]] = {}  # from the input; None before it is written
+        self.left = False  # did numbers of the input reach Python, from where they may come back
+        self.write(constants, False)
+        self.write(inputs, True)
+
+    def write(self, tensors: Iterable[Tensor], data: bool | None) -> None:
+        """Note where the numbers of tensors come from now."""
+        for t in tensors:
+            if (storage := _storage(t)) is not None:
+                self.known[storage._cdata] = StorageWeakRef(storage), data  # it keeps the address, not the memory
+
+    def data(self, t: Tensor) -> bool | None:
+        """Whether numbers come from the input; None for memory that nobody wrote, True where that is unknown."""
+        storage = _storage(t)
+        return True if storage is None else self.known.get(storage._cdata, (None, True))[1]
+
+    def unseen(self, t: Tensor) -> Any:
+        """The storage of a tensor that holds numbers which no operator wrote; None for any other tensor."""
+        storage = _storage(t) if t.numel() else None
+        return storage if storage is not None and self.known.get(storage._cdata, (None, None))[1] is None else None
+
+    def follow(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> tuple[list[Tensor], bool]:
+        """Carry the origins through one operator.
+
+        Args:
+            func: The operator.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            given: All tensors in them.
+            out: What it returned.
+
+        Returns:
+            The tensors whose numbers it read, and whether any of them comes from the input.
+        """
+        short = func._schema.name.partition("::")[2]
+        if short.startswith(("empty", "new_empty")):
+            self.write(_tensors(out), None)
+            return [], False
+        python = [out] if short == "lift_fresh" else _tensors(args[1]) if "index" in short and len(args) > 1 else []
+        self.write([t for t in python if self.unseen(t) is not None], self.left)  # numbers of Python: x[[0, 2]]
+        if _is_view(func):
+            return [], False
+        places = _written(func)
+        written = _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in places]) if places else []
+        unread = {id(t) for t in written}
+        if short.endswith("_like") or short.startswith("new_"):  # they ask for a shape
+            unread = {id(t) for t in given}
+        elif kwargs.get("beta") == 0:  # then the first term of the sum is not read
+            unread.add(id(args[0]))
+        read = [t for t in given if id(t) not in unread] if unread else given
+        data = any(self.data(t) is not False for t in read) or any(self.data(t) is True for t in written)
+        self.write((*_tensors(out), *written), data)
+        return read, data
+
+
+@functools.cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that an operator writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _deciding(func: Any, args: Any, given: list[Tensor]) -> list[Tensor]:
+    """The tensors whose numbers Python or the shape of the output depends on."""
+    if func._schema.name == "aten::index":
+        return [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+    return [] if _VALUE_TAGS.isdisjoint(func.tags) else given
+
+
 class _Recorder(TorchDispatchMode):
-    """Prices what ``FlopCounterMode`` does not count, and names what nobody can price."""
+    """Prices what ``FlopCounterMode`` does not count, and names what nobody can price or nobody saw."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, counter: FlopCounterMode) -> None:
+    def __init__(self, counter: FlopCounterMode, origins: _Origins) -> None:
         super().__init__()
-        self.counter = counter
+        self.counter, self.origins = counter, origins
         self.uncounted: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.other_of_op: Counter[str] = Counter()
         self.other: defaultdict[str, int] = defaultdict(int)
         self.acts: defaultdict[str, int] = defaultdict(int)
         self.bytes = self.kernels = self.largest = 0
+        self.told: defaultdict[str, Counter[str]] = defaultdict(Counter)  # calls by module, by what is said of them
+        self.doubts: set[str] = set()  # those of them that another engine may settle
+        self.unseen: dict[int, tuple[Any, str]] = {}  # storages that no operator wrote, and who read them where
+
+    def here(self) -> str:
+        """The module that runs now."""
+        names = self.counter.mod_tracker.parents - {"Global"}
+        return max(names, key=len, default="").partition(".")[2] or "the model"
+
+    def tell(self, text: str, doubt: bool = False) -> None:
+        """Note something that happened in the module that runs now; ``{calls}`` and ``{where}`` are filled in."""
+        self.told[text][self.here()] += 1
+        if doubt:
+            self.doubts.add(text)
+
+    def reasons(self) -> list[str]:
+        """What was told, one line each."""
+        found = []
+        for text, calls in self.told.items():
+            n, places = calls.total(), list(calls)
+            where = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+            found.append(text.replace("{calls}", f"{n} call{'s' * (n > 1)}").replace("{where}", where))
+        return found
+
+    def look(self, values: Any, reader: str) -> None:
+        """Note tensors that hold numbers which no operator wrote; ``reader`` says who needs them."""
+        for t in _tensors(values):
+            if (storage := self.origins.unseen(t)) is not None:
+                text = f"{reader.replace('{where}', self.here())} numbers that no operator wrote"
+                self.unseen.setdefault(storage._cdata, (storage, text))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what we ask is no question of the model
+            return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator
             self.calls[str(func)] += 1
             if func not in flop_registry:
-                self.uncounted[str(func)] += 1
-            return out
-        if _is_view(func):
+                self._unpriced(str(func))
+            self.origins.write(_tensors(out), True)
             return out
         name = func._schema.name
+        given = [] if _is_view(func) else [t for v in (*args, *kwargs.values()) for t in _tensors(v)]
+        read, data = self.origins.follow(func, args, kwargs, given, out)
+        self.look(read, f"{name} in {{where}} reads")
+        if any(self.origins.data(t) for t in _deciding(func, args, given)):
+            self.origins.left = True
+            self.tell(f"{name} in {{where}} asks for numbers of the input: counted for those given, others may differ")
+        if _is_view(func):
+            return out
         if name == "aten::scaled_dot_product_attention" and out.device.type == "meta" and out.dim() == 4:
             out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as fused kernels lay it out, so no copies follow
-        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.origins.write([out], data)
+        written = _tensors(out)
         price = _price(func, name)
         first = written[0].shape if written else None
-        cost = price(*_shapes(args), **_shapes(kwargs), out=first) if price else Cost()
+        shapes = {**{k: _shapes(v) for k, v in kwargs.items()}, "out": first}
+        cost = price(*_shapes(args), **shapes) if price else Cost()
         known = func._overloadpacket in flop_registry and name not in COSTS
         if price is None and not known:
-            self.uncounted[name] += 1
+            self._unpriced(name)
         acts = written[0].numel() if (known or cost.macs) and written else 0
-        moved = sum(t.numel() * t.element_size() for t in (*read, *written))
+        moved = sum(t.numel() * t.element_size() for t in (*given, *written))
         self.calls[name] += 1
         self.other_of_op[name] += cost.other
         self.kernels += 1
@@ -316,6 +489,64 @@ class _Recorder(TorchDispatchMode):
             self.other[path] += cost.other
             self.acts[path] += acts if cost.acts is None else cost.acts
         return out
+
+    def _unpriced(self, name: str) -> None:
+        self.uncounted[name] += 1
+        self.tell(f"operator {name} has no cost formula: {{calls}} in {{where}}")
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what makes no operator: numbers that leave PyTorch, questions about the device, errors that a model catches.
+
+    Args:
+        recorder: Where it is told.
+        engine: What the model runs on.
+    """
+
+    def __init__(self, recorder: _Recorder, engine: str) -> None:
+        super().__init__()
+        self.recorder, self.engine = recorder, engine
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tell = self.recorder.tell
+        if self.engine == "meta" and func in _DEVICE_QUESTIONS:
+            asking = str(sys._getframe(1).f_globals.get("__name__"))
+            if asking.partition(".")[0] not in _SAME_EVERYWHERE:
+                tell("the model asks in {where} where its tensors are: counted for the meta device", doubt=True)
+        if func is torch.ops.higher_order.cond:
+            tell("numbers decide a branch in {where}: the dearer one is counted")
+        if func in _LEAVING and self.recorder.origins.data(args[0]) is not False:
+            text = f"numbers leave torch in {{where}} ({resolve_name(func)}): what is computed with them is not counted"
+            tell(text)
+            self.recorder.origins.left = True
+            if self.engine != "real":
+                tell(_NO_NUMBERS, doubt=True)
+                raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
+        try:
+            out = func(*args, **kwargs or {})
+            if func in _FROM_PYTHON and not (args and out is args[0]):
+                self.recorder.origins.write([out], self.recorder.origins.left)
+            return out
+        except Exception:
+            if self.engine != "real":
+                tell(_NO_NUMBERS, doubt=True)
+            raise
+
+
+@contextlib.contextmanager
+def _watch_threads(recorder: _Recorder) -> Iterator[None]:
+    """Note threads that are started: PyTorch's modes, and so the count, do not reach into them."""
+    before = threading.getprofile()
+
+    def begin(frame: Any, event: str, arg: Any) -> None:
+        sys.setprofile(None)  # of the new thread, whose very first event this is
+        recorder.tell("a thread was started in {where}: what it computes is not counted")
+
+    threading.setprofile(begin)
+    try:
+        yield
+    finally:
+        threading.setprofile(before)  # type: ignore[arg-type]
 
 
 # running a model without touching it
@@ -333,106 +564,148 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, train: bool) -> Iterator[None]:
-    """Run eagerly, in evaluation or training mode, without attention fast paths; restore what that changes."""
-    modes = {m: m.training for m in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    # the forward pass of a real model in training moves running statistics and adds to gradients
-    state = [(b, b.detach().clone()) for b in model.buffers() if train and b.device.type != "meta"]
-    grads = [(p, p.grad) for p in model.parameters()] if train else []
-    # FlopCounterMode's module tracker cannot follow views of parameters without a graph
-    frozen = [] if train else [p for p in model.parameters() if p.requires_grad]
-    cuda = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+def _same_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Run eagerly and without attention fast paths; restore that and all random states."""
+    import numpy as np
+
+    fast, python, numpy = torch.backends.mha.get_fastpath_enabled(), random.getstate(), np.random.get_state()
+    cuda = {t.device for t in tensors if t.device.type == "cuda"}
     compiled = "torch._dynamo" in sys.modules  # else nothing can be compiled, and importing it is slow
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(list(cuda)), eager:
-            model.train(train)
-            for p, _ in grads:
-                p.grad = None
-            for p in frozen:
-                p.requires_grad_(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for b, value in state:
-                b.copy_(value)
-        for p, grad in grads:
-            p.grad = grad
-        for p in frozen:
-            p.requires_grad_(True)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> tuple[FlopCounterMode, _Recorder, dict[str, Any]]:
-    counter = FlopCounterMode(display=False, custom_mapping=_mapping())
-    recorder = _Recorder(counter)
-    shapes: dict[str, Any] = {}
+class _Call(NamedTuple):
+    """A call of its own: a copy of a model and its inputs, and every other tensor that the copy holds."""
 
-    def note(path: str, module: Any, given: Any, out: Any) -> None:
-        first = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
-        shapes[path] = None if first is None else tuple(first.shape)
-
-    hooks = [m.register_forward_hook(functools.partial(note, path)) for path, m in model.named_modules()]
-    grad = torch.enable_grad() if backward else torch.inference_mode()
-    if not backward:
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-    try:
-        with _untouched(model, backward), grad, recorder, counter:
-            out = model(*args, **kwargs)
-            if backward:
-                parts = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-                torch.autograd.backward(parts, [torch.ones_like(t) for t in parts])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counter, recorder, shapes
+    model: nn.Module
+    args: Any
+    kwargs: Any
+    constants: list[Tensor]
 
 
-def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a module whose parameters and buffers went through ``move``; nothing else of their size is made."""
+def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Tensor]) -> _Call:
+    """Copy a call, with parameters, buffers and inputs put through ``move``; nothing else of their size is made."""
+
+    def moved(t: Tensor) -> Tensor:
+        return move(t.detach()).requires_grad_(t.requires_grad)
+
     memo: dict[int, Any] = {id(b): move(b.detach()) for b in model.buffers()}
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
-    return copy.deepcopy(model, memo)
+    for module in model.modules():  # results of an earlier call cannot be copied as they are
+        memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
+    try:
+        copied = copy.deepcopy(model, made := dict(memo))
+    except Exception:  # locks, pools, handles of other libraries: they are shared
+        for module in model.modules():
+            for value in vars(module).values():
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    memo[id(value)] = value
+        copied = copy.deepcopy(model, made := dict(memo))
+    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+    constants = [t for t in made.values() if isinstance(t, Tensor)]
+    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
 
 
-def _on_meta(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
+class _Run(NamedTuple):
+    """What one engine saw."""
+
+    counter: FlopCounterMode
+    recorder: _Recorder
+    shapes: dict[str, tuple[int, ...] | None]
+
+
+def _run(call: _Call, mode: Any, engine: str) -> _Run:
+    model, args, kwargs, constants = call
+    counter = FlopCounterMode(display=False, custom_mapping=_mapping())
+    recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))))
+    paths = {id(m): path for path, m in model.named_modules()}
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    counting = threading.get_ident()
+
+    def note(module: nn.Module, given: Any, out: Any) -> None:
+        if id(module) not in paths:
+            return
+        if threading.get_ident() != counting:
+            recorder.tell(f"{paths[id(module)]} runs in another thread: what it computes is not counted")
+        first = next(iter(_tensors(out)), None)
+        shapes[paths[id(module)]] = None if first is None else tuple(first.shape)
+
+    backward = mode is torch.enable_grad
+    model.train(backward)
+    if not backward:  # the counter's module tracker cannot follow views of parameters without a graph
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        for p in model.parameters():
+            p.requires_grad_(False) if p.is_leaf else p.detach_()
+    hook = register_module_forward_hook(note)  # scripted modules take none of their own
+    try:
+        with _same_afterwards(constants), _watch_threads(recorder), mode(), _Watch(recorder, engine), recorder, counter:
+            out = model(*args, **kwargs)
+            if backward:
+                parts = [t for t in _tensors(out) if t.requires_grad]
+                torch.autograd.backward(parts, [torch.ones_like(t) for t in parts])
+    finally:
+        hook.remove()
+    recorder.look(out, "the model returns")
+    return _Run(counter, recorder, shapes)
+
+
+def _on_meta(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
+    return _run(_copy(model, args, kwargs, lambda t: t.to("meta")), mode, "meta")
+
+
+def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    tensors = FakeTensorMode(allow_non_fake_inputs=True)
+    home = _device(model)
+
     def move(t: Tensor) -> Tensor:
-        return t.detach().to("meta").requires_grad_(t.requires_grad)
-
-    return _run(_moved(model, move), tree_map_only(Tensor, move, args), tree_map_only(Tensor, move, kwargs), backward)
-
-
-def _on_fake(model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+        return FakeTensor(tensors, t, home) if t.device.type == "meta" else tensors.from_tensor(t)
 
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        return _in_fake_mode(FakeTensorMode(allow_non_fake_inputs=True), model, args, kwargs, backward)
+        with tensors:
+            return _run(_copy(model, args, kwargs, move), mode, "fake")
     finally:
         log.setLevel(level)
 
 
-def _in_fake_mode(mode: Any, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> Any:
-    with mode:
-        fake = functools.partial(tree_map_only, Tensor, mode.from_tensor)
-        return _run(_moved(model, mode.from_tensor), fake(args), fake(kwargs), backward)
+def _on_device(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
+    return _run(_copy(model, args, kwargs, torch.clone), mode, "real")
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model is, or would be."""
+    devices = (t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta")
+    return next(devices, torch.device("cpu"))
 
 
 def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "auto", **kwargs: Any) -> Count:
-    """Count what one call ``model(*args, **kwargs)`` costs, without changing the model.
+    """Count what one call ``model(*args, **kwargs)`` costs, on a copy: the model and its inputs stay as they are.
+
+    A count is complete when every operator was seen and priced and the count holds for all inputs of these shapes.
+    Otherwise its status is ``partial`` and its ``reasons`` say what is missing and where: operators without a formula,
+    numbers computed by NumPy, in threads or by extensions, paths that the numbers of the input decide.
 
     Args:
         model: Any module; ``torch.compile`` and data-parallel wrappers are looked through.
         *args: Its inputs: tensors, or tuples, lists and dicts of them, on any device, meta included.
         backward: Also count the backward pass, in training mode.
         engine: ``meta`` (nothing is computed), ``fake``, ``real`` (the model's own device), or ``auto``: the first of
-            them that can run the model.  A backward pass starts at ``fake``, which knows the device's fused attention.
+            them that can run the model as a real device would.  A backward pass starts at ``fake``, which knows the
+            device's fused attention.
         **kwargs: Its keyword inputs.
 
     Returns:
@@ -442,22 +715,51 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         ValueError: If ``engine`` is unknown.
         Exception: What the model raises, if it cannot be run on these inputs at all.
     """
-    engines: dict[str, Callable[..., Any]] = {"meta": _on_meta, "fake": _on_fake, "real": _run}
+    engines: dict[str, Callable[..., _Run]] = {"meta": _on_meta, "fake": _on_fake, "real": _on_device}
     if engine not in ("auto", *engines):
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(engines)}")
     model = unwrap(model)
     params, buffers = list(model.parameters()), list(model.buffers())
+    on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
     order = [engine]
-    if engine == "auto":
-        on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
-        order = ["meta"] if on_meta else ["fake", "real"] if backward else list(engines)
-    for used in order:
+    if engine == "auto" and on_meta:
+        order = ["meta", "fake"]
+    elif engine == "auto":  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
+        order = ["real"] if scripted else ["fake", "real"] if backward else list(engines)
+
+    def run_on(engine: str) -> _Run:
+        if backward:
+            return engines[engine](model, args, kwargs, torch.enable_grad)
         try:
-            counter, recorder, shapes = engines[used](model, args, kwargs, backward)
-            break
+            return engines[engine](model, args, kwargs, torch.inference_mode)
+        except Exception as e:
+            try:
+                run = engines[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
+            except Exception:
+                raise e from None
+            if "outside inferencemode" in str(e).lower():
+                run.recorder.tell("another thread writes into tensors: what it computes is not counted")
+            return run
+
+    run, used = None, ""
+    for candidate in order:
+        try:
+            found = run_on(candidate)
         except Exception:
-            if used == order[-1]:
+            if candidate == order[-1] and run is None:
                 raise
+            continue
+        run, used = found, candidate
+        if not run.recorder.doubts:
+            break
+    assert run is not None
+    counter, recorder, shapes = run
+    reasons = recorder.reasons()
+    if recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
+        again = run_on(used).recorder.unseen
+        unseen = [text for key, (_, text) in again.items() if key not in recorder.unseen]
+        reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
     totals, prefix = counter.get_flop_counts(), type(model).__name__
     modules: dict[str, ModuleCost] = {}
     for path, module in reversed(list(model.named_modules())):
@@ -490,6 +792,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         modules=modules,
         ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
         engine=used if used != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
+        reasons=reasons,
     )
 
 
@@ -552,16 +855,15 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it scripts functions, which is deprecated
         from fvcore.nn import FlopCountAnalysis
-    model = unwrap(model)
-    elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
-    if elsewhere or any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
-        model = copy.deepcopy(model).cpu()
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                setattr(parent, name, unwrap(child))  # compiled functions cannot be traced
-    with _untouched(model, False), torch.no_grad(), warnings.catch_warnings():
+    call = _copy(unwrap(model), inputs, {}, torch.clone)
+    model = call.model.cpu().eval()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if (plain := unwrap(child)) is not child:  # compiled functions cannot be traced
+                setattr(parent, name, plain)
+    with _same_afterwards(call.constants), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it traces, which is deprecated too
-        analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, inputs))
+        analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, call.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         for name in COSTS:
             analysis.set_op_handle(name, _registry_handler(name))

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vizoo.tools.common import (
+    MOST,
+    MOST_THREADS,
+    Failure,
+    Parser,
     UserError,
-    atomic_write,
+    append_table,
     build_model,
+    check_table,
+    compute_device,
+    explain,
+    number,
     print_table,
     progress,
-    resolve_device,
+    read_size,
     resolve_models,
     run_tool,
+    short,
 )
 
 EXAMPLES = """\
@@ -70,12 +81,17 @@ LAYER: dict[str, Any] = {"dim": 384, "num_heads": 12, "window_size": 2, "alpha":
 HALO_LAYER: dict[str, Any] = {"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3}
 ULSAM_LAYER: dict[str, Any] = {"dim": 512, "num_splits": 4}
 SIDES = {"hilo": 56, "halo": 64, "ulsam": 14, "reversed": 32}  # of the layers' maps
+NO_OFFICIAL = {
+    "halo": "there is no official code of 'halo'; it is timed against timm's layer",
+    "ulsam": "the official code of 'ulsam' has no licence; it is timed against a loop like it",
+    "reversed": "there is no official code of 'reversed'; it is timed against its plain form",
+}
 REVERSED_LAYER: dict[str, Any] = {"dim": 96, "num_heads": 3}
 
 
 def parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo bench",
         description=__doc__,
         epilog=EXAMPLES,
@@ -88,8 +104,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="checkout of the official code (default: timm's model if it has one, else plain PyTorch)",
     )
-    p.add_argument("--batch", type=int, nargs="+", default=[1], help="images at once (1)")
-    p.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads, each in a fresh process (torch's)")
+    p.add_argument("--batch", type=number(int, 1, MOST), nargs="+", default=[1], help="images at once (1)")
+    p.add_argument(
+        "--threads",
+        type=number(int, 1, MOST_THREADS),
+        nargs="+",
+        metavar="N",
+        help="CPU threads, each in a fresh process (torch's)",
+    )
     p.add_argument(
         "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
     )
@@ -99,8 +121,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"side of the image (the model's), or of the map ({', '.join(f'{k} {v}' for k, v in SIDES.items())})",
     )
-    p.add_argument("--window", type=int, default=LAYER["window_size"], help="window of hilo (2)")
-    p.add_argument("--alpha", type=float, default=LAYER["alpha"], help="share of low-frequency heads of hilo (0.9)")
+    p.add_argument("--window", type=number(int, 1), metavar="N", help="window of hilo (2)")
+    p.add_argument("--alpha", type=number(float, 0, 1), metavar="X", help="share of low-frequency heads of hilo (0.9)")
     p.add_argument(
         "--mode", choices=["infer", "train"], default="infer", help="forward, or forward and backward (infer)"
     )
@@ -111,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
     )
-    p.add_argument("--rounds", type=int, default=20, help="timed calls of each side (20)")
+    p.add_argument("--rounds", type=number(int, 1, MOST), default=20, help="timed calls of each side (20)")
     p.add_argument("--out", type=Path, metavar="FILE.csv", help="append the rows to this file")
     return p
 
@@ -142,7 +164,6 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     Returns:
         Our module, the peer, the peer's name, and the input's shape without the batch.
     """
-    import timm
     from timm.layers import set_fused_attn
 
     from vizoo.tools._official import ULSAMLoop, official_hilo, official_model, timm_model
@@ -180,7 +201,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     if args.name == "hilo":
         from vizoo.backbones.layers import HiLo
 
-        arguments = {**LAYER, "window_size": args.window, "alpha": args.alpha}
+        arguments = _hilo(args)
         side = args.size or SIDES[args.name]
         ours = HiLo(qkv_bias=True, **arguments)
         draw_weights(ours)
@@ -190,9 +211,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
             peer.fused_attn = False
         return ours, peer, "official" if args.official else "plain", [side * side, LAYER["dim"]]
 
-    (name,) = resolve_models([args.name]) if not any(c in args.name for c in "*?[") else [""]
-    if not name or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
-        raise UserError(f"{args.name!r} is not one model of the zoo; 'vizoo models' lists them")
+    name = args.name
     kwargs: dict[str, Any] = {"deploy": True} if args.reparam else {}
     ours = build_model(name, **kwargs)
     side = args.size or ours.pretrained_cfg["input_size"][-1]
@@ -216,6 +235,25 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     return ours, peer, "plain", [3, side, side]
 
 
+def _hilo(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"window_size": args.window, "alpha": args.alpha}
+    return {**LAYER, **{k: v for k, v in given.items() if v is not None}}
+
+
+@contextlib.contextmanager
+def _explained(args: argparse.Namespace, what: str, kind: type[Exception]) -> Iterator[None]:
+    """Turn whatever official code, constructors and kernels raise into one line."""
+    from vizoo.tools.profiler import one_line
+
+    try:
+        yield
+    except Exception as e:
+        if explain(e) is not None:
+            raise
+        given = " ".join(f"--{k} {v}" for k in ("size", "official") if (v := getattr(args, k)) is not None)
+        raise kind(f"{args.name!r} {what}{' with ' * bool(given)}{given}: {one_line(e)}") from e
+
+
 def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     """Check and time one batch size and dtype with the current number of threads.
 
@@ -228,7 +266,8 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         A row by column name.
 
     Raises:
-        UserError: If the outputs of the two sides differ.
+        UserError: If a side cannot be built or run as the options say.
+        Failure: If the outputs of the two sides differ, or it fails while being timed.
     """
     import numpy as np
     import timm
@@ -237,37 +276,42 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     import vizoo
     from vizoo.tools.profiler import compare
 
-    device = resolve_device(args.device)
-    ours, peer, peer_name, shape = build_sides(args)
-    peer_dtype = "float32" if peer_name == "official" and device.type == "cpu" else dtype
-    train = args.mode == "train"
-    memory_format = torch.channels_last if args.channels_last else torch.preserve_format
-    sides = []
-    for module, name in ((ours, dtype), (peer, peer_dtype)):
-        module = module.to(device, getattr(torch, name)).train(train)
-        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(device, getattr(torch, name))
-        if args.channels_last:
-            module, x = module.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
-        compiled = torch.compile(module) if args.compile else module
-        inputs = (x, *((int(shape[0] ** 0.5),) * 2 if args.name == "hilo" and module is peer and args.official else ()))
+    device = compute_device(args.device)
+    with _explained(args, "cannot be built", UserError):
+        ours, peer, peer_name, shape = build_sides(args)
+        peer_dtype = "float32" if peer_name == "official" and device.type == "cpu" else dtype
+        train = args.mode == "train"
+        memory_format = torch.channels_last if args.channels_last else torch.preserve_format
+        sides = []
+        for module, name in ((ours, dtype), (peer, peer_dtype)):
+            module = module.to(device, getattr(torch, name)).train(train)
+            x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(device, getattr(torch, name))
+            if args.channels_last:
+                module, x = module.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+            compiled = torch.compile(module) if args.compile else module
+            inputs = (
+                x,
+                *((int(shape[0] ** 0.5),) * 2 if args.name == "hilo" and module is peer and args.official else ()),
+            )
 
-        def call(compiled: Any = compiled, inputs: Any = inputs, module: Any = module) -> Any:
-            out = compiled(*inputs)
-            out = out[0] if isinstance(out, tuple) else out  # reversed attention also returns its messages
-            if train:
-                module.zero_grad(set_to_none=True)
-                out.square().mean().backward()
-            return out
+            def call(compiled: Any = compiled, inputs: Any = inputs, module: Any = module) -> Any:
+                out = compiled(*inputs)
+                out = out[0] if isinstance(out, tuple) else out  # reversed attention also returns its messages
+                if train:
+                    module.zero_grad(set_to_none=True)
+                    out.square().mean().backward()
+                return out
 
-        sides.append(call)
+            sides.append(call)
     with torch.set_grad_enabled(train), torch.inference_mode(not train):
-        a, b = (f().detach().float() for f in sides)
-        error = float((a - b).norm() / b.norm())
+        with _explained(args, f"cannot run in {dtype} on {device}", UserError if args.size else Failure):
+            a, b = (f().detach().float() for f in sides)
+            error = float((a - b).norm() / b.norm())
         if not error <= TOLERANCE[dtype]:
-            raise UserError(
+            raise Failure(
                 f"{args.name}, {dtype}: outputs differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
             )
-        with progress() as bar:
+        with _explained(args, f"fails in {dtype} on {device}", Failure), progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
             functions = dict(zip(("ours", "theirs"), sides, strict=True))
             clock = time.process_time if args.cpu_time else time.perf_counter
@@ -284,7 +328,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         return [f"{1e3 * q:.2f}" for q in np.quantile(seconds, [0.5, 0.2, 0.8])]
 
     labels = {
-        "hilo": f"hilo w{args.window} alpha {args.alpha:g}",
+        "hilo": f"hilo w{_hilo(args)['window_size']} alpha {_hilo(args)['alpha']:g}",
         "halo": f"halo {shape[0]}@{shape[-1]} b{HALO_LAYER['block_size']} h{HALO_LAYER['halo_size']}",
         "ulsam": f"ulsam {shape[0]}@{shape[-1]} g{ULSAM_LAYER['num_splits']}",
         "reversed": f"reversed {REVERSED_LAYER['num_heads']} heads",
@@ -338,40 +382,31 @@ def commit() -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("batch", "threads"):
-        for value in getattr(args, option) or []:
-            if value < 1:
-                raise UserError(f"--{option} {value}: at least 1")
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: at least 1")
-    if args.size is not None and args.size < 1:
-        raise UserError(f"--size {args.size}: at least 1 pixel")
-    if args.official and not args.official.is_dir():
-        raise UserError(f"--official {str(args.official)!r}: no such folder")
-    if args.out and args.out.suffix != ".csv":
-        raise UserError(f"--out {str(args.out)!r}: the ending must be .csv")
+    import timm
+
+    check_table(args.out, "--out", COLUMNS)
+    if args.size is not None:
+        read_size(args.size)
+    if args.official and not os.path.isdir(args.official):
+        raise UserError(f"--official {short(str(args.official))}: no such folder")
     if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
         raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
-    if args.name == "halo" and args.official:
-        raise UserError("--official: there is no official code of 'halo'; it is timed against timm's layer")
-    if args.name == "ulsam" and args.official:
-        raise UserError("--official: the official code of 'ulsam' has no licence; it is timed against a loop like it")
-    if args.name == "reversed" and args.official:
-        raise UserError("--official: there is no official code of 'reversed'; it is timed against its plain form")
+    if args.official and args.name in NO_OFFICIAL:
+        raise UserError(f"--official: {NO_OFFICIAL[args.name]}")
+    for option in ("window", "alpha"):
+        if getattr(args, option) is not None and args.name != "hilo":
+            raise UserError(f"--{option}: is for 'hilo', got {short(args.name)}")
+    if args.name in SIDES and args.reparam:
+        raise UserError(f"--reparam: {args.name!r} has no branches to merge")
+    if args.name in ("hilo", "reversed") and args.channels_last:
+        raise UserError(f"--channels-last: {args.name!r} takes tokens, not a map")
     if args.name not in SIDES:
-        resolve_models([args.name])
-    resolve_device(args.device)
-
-
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, replacing it in one step."""
-    old: list[dict[str, Any]] = []
-    if path.is_file():
-        old = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    with atomic_write(path) as f:
-        writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
+        names = [] if args.name.startswith(("hf", "local-dir:")) else resolve_models([args.name])
+        if names != [args.name] or not timm.models.model_entrypoint(args.name.partition(".")[0]).__module__.startswith(
+            "vizoo."
+        ):
+            raise UserError(f"{short(args.name)} is not one model of the zoo; 'vizoo models' lists them")
+    compute_device(args.device)
 
 
 def _run(argv: list[str]) -> int:
@@ -390,6 +425,8 @@ def _run(argv: list[str]) -> int:
                     stdout=subprocess.DEVNULL,
                     check=False,
                 )
+                if done.returncode < 0:
+                    raise Failure(f"the process with {n} threads was killed, perhaps because memory ran out")
                 if done.returncode:
                     return done.returncode
                 rows += csv.DictReader(part.read_text(encoding="utf-8").splitlines())
@@ -399,8 +436,6 @@ def _run(argv: list[str]) -> int:
             for batch in args.batch:
                 torch._dynamo.reset()
                 rows.append(one_case(args, batch, dtype))
-    if args.out:
-        append(args.out, rows)
     shown = {
         "name": "what",
         "peer": "against",
@@ -416,6 +451,8 @@ def _run(argv: list[str]) -> int:
         "cpu_use": "cpu use",
     }
     print_table(list(shown.values()), [[str(row[k]) for k in shown] for row in rows], numeric=range(5, 12))
+    if args.out:
+        append_table(args.out, COLUMNS, rows)
     if not args.cpu_time and any(row["cpu_use"] and float(row["cpu_use"]) < 0.8 for row in rows):
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
     return 0

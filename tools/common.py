@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import difflib
 import errno
 import fnmatch
@@ -15,7 +16,7 @@ import reprlib
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -103,6 +104,10 @@ class KeyValues(argparse.Action):
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 found[key] = text
         setattr(namespace, self.dest, found)
+
+
+MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
+MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
 
 
 def short(value: Any, length: int = 120) -> str:
@@ -531,12 +536,12 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
         ``(height, width)`` in pixels.
 
     Raises:
-        UserError: If a side is below 1 or there are more than two values.
+        UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
     """
     sides = [values] if isinstance(values, int) else list(values)
-    if len(sides) not in (1, 2) or any(s < 1 for s in sides):
+    if len(sides) not in (1, 2) or not all(1 <= s <= MOST for s in sides):
         got = " ".join(map(str, sides))
-        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel")
+        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
     return sides[0], sides[-1]
 
 
@@ -653,17 +658,64 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
         json.dump({"vizoo": vizoo.__version__, **result}, f, indent=2)
 
 
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure of matplotlib as PNG that says who wrote it.
+def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:
+    """Say before any work starts that rows cannot be added to a CSV file.
+
+    Args:
+        path: File to add to; None is nothing to check.
+        name: Argument name for the message.
+        columns: The columns that the rows will have.
+
+    Raises:
+        UserError: As :func:`check_output`, and for an existing file with other columns.
+    """
+    check_output(path, name, ".csv")
+    if path is None or not Path(path).exists():
+        return
+    try:
+        header = next(csv.reader(read_text(path, name).splitlines()), [])
+    except csv.Error as e:
+        raise UserError(f"{name} {short(str(path))} is no CSV: {e}") from None
+    if header and header != list(columns):
+        raise UserError(f"{name} {short(str(path))}: has other columns than these rows; give a new file")
+
+
+def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file, new or with the same columns, in one step; what it holds stays as it is.
+
+    Args:
+        path: File to add to.
+        columns: Its columns; what a row lacks stays empty.
+        rows: Values by column.
+
+    Raises:
+        UserError: As :func:`check_table`.
+        Failure: As :func:`atomic_write`.
+    """
+    check_table(path, "file", columns)
+    old = read_text(path, "file") if Path(path).exists() else ""
+    with atomic_write(path) as f:
+        f.write(old if old.endswith("\n") or not old else f"{old}\n")
+        writer = csv.DictWriter(f, fieldnames=columns, lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
+    """Write a figure of matplotlib, in the format of the file's ending, that says who wrote it.
 
     Args:
         figure: The figure.
-        path: PNG file to write.
+        path: PNG, PDF or SVG file to write.
+        **options: Passed on to ``savefig``.
 
     Raises:
         Failure: As :func:`atomic_write`.
     """
     import vizoo
 
+    kind = Path(path).suffix[1:]
+    who = {"Software" if kind == "png" else "Creator": f"vizoo {vizoo.__version__} with Matplotlib"}
     with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", metadata={"Software": f"vizoo {vizoo.__version__} with Matplotlib"})
+        figure.savefig(f, format=kind, metadata=who, **options)

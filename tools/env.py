@@ -10,7 +10,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from vizoo.tools.common import run_tool
+from vizoo.tools.common import Parser, run_tool
 
 PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
 PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
@@ -64,7 +64,7 @@ def cpu_name() -> str:
 
 
 def _run(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo env",
         description="Print versions, devices and which backends can be used here.",
         epilog=EXAMPLES,

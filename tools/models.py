@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import UserError, match_names, print_table, run_tool
+from vizoo.tools.common import Parser, UserError, match_names, print_table, run_tool, short
 
 EXAMPLES = """\
 examples:
@@ -82,7 +82,7 @@ def list_zoo(patterns: Sequence[str] = ()) -> list[Entry]:
 
 def parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="vizoo models",
         description="List the models of the zoo.",
         epilog=EXAMPLES,
@@ -97,7 +97,7 @@ def _run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     entries = list_zoo(args.patterns)
     if not entries:
-        raise UserError(f"no model of the zoo matches {' '.join(map(repr, args.patterns))}; 'vizoo models' lists all")
+        raise UserError(f"no model of the zoo matches {' '.join(map(short, args.patterns))}; 'vizoo models' lists all")
     columns = ["model", "params M", "GMACs", "input", "paper top-1 %", "source", "licence"]
     rows = [
         [

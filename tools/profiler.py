@@ -5,28 +5,39 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import importlib
 import json
 import multiprocessing
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from vizoo.backbones.ops._cost import Cost, register_cost
 from vizoo.tools.common import (
+    MOST,
+    MOST_THREADS,
+    Failure,
+    Parser,
     UserError,
+    append_table,
     atomic_write,
     build_model,
+    check_file,
+    check_output,
+    check_table,
+    explain,
+    number,
     print_table,
     progress,
     read_size,
     resolve_device,
     resolve_models,
     run_tool,
+    save_figure,
+    short,
     stderr,
 )
 
@@ -41,7 +52,7 @@ DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "flo
 FOOTNOTE = """\
 GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
 print them as FLOPs.  GFLOPs = 2 GMACs + other GFLOPs (norms, softmax, activations, biases, by fixed costs per element).
-acts: elements written by those contractions, attention scores included."""
+acts: elements written by those contractions, attention scores included.  Counted by vizoo profile."""
 FVCORE = "fvcore G: fvcore's total in 1e9: a multiply-accumulate counts one, and norms and pooling are in it."
 EXAMPLES = """\
 examples:
@@ -52,7 +63,14 @@ examples:
   vizoo profile litv2_s --device cuda --dtype bf16 --compile --batch 128
   vizoo profile litv2_s resnet50 --device cpu --threads 1,2 --out speed.csv
   vizoo profile litv2_s litv2_m swin_tiny_patch4_window7_224 --device cpu --mode latency --plot cost.png
-  vizoo profile litv2_s --strict --check                   fail on anything uncounted; compare two engines"""
+  vizoo profile litv2_s --strict --check                   fail on a partial count; compare two engines"""
+COLUMNS = [
+    "model", "height", "width", "params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total", "status",
+    "reasons", "latency_batch", "latency_median_ms", "latency_p10_ms", "latency_p90_ms", "latency_iqr_ms",
+    "latency_n", "latency_first_ms", "throughput_batch", "throughput", "peak_bytes", "cpu_use", "device", "dtype",
+    "amp", "channels_last", "compile", "threads", "fused", "reparam", "features", "vizoo", "commit", "python",
+    "torch", "timm", "cuda", "machine", "instructions", "cores", "load", "date", "notes",
+]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -69,7 +87,7 @@ class Profile:
         throughput: Images a second at ``throughput_batch``.
         memory: Peak memory at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
         fvcore_total: Total as fvcore counts, with its norms and pooling.
-        notes: What was uncounted, doubtful or changed on the way.
+        notes: What was doubtful or changed while measuring.
     """
 
     model: str
@@ -115,6 +133,16 @@ class Profile:
         """Operators nobody could price, with their calls."""
         return self.counts.uncounted
 
+    @property
+    def status(self) -> str:
+        """``complete``, or ``partial`` when the counts miss something or hold for some inputs only."""
+        return self.counts.status
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the counts are partial, one line each."""
+        return self.counts.reasons
+
     def by_module(self, depth: int = 1, sort: str = "", top: int = 0) -> list[dict[str, Any]]:
         """Costs of the modules down to a depth.
 
@@ -138,7 +166,10 @@ class Profile:
         c = self.counts
         return {
             "model": self.model,
+            "environment": self.environment,  # near the beginning, where a file of ours is told by
             "size": list(self.size) if self.size else None,
+            "status": c.status,
+            "reasons": c.reasons,
             "params": c.params,
             "trainable": c.trainable,
             "buffers": c.buffers,
@@ -159,7 +190,6 @@ class Profile:
             "throughput": self.throughput,
             "memory": self.memory._asdict() if self.memory else None,
             "config": self.config,
-            "environment": self.environment,
             "notes": self.notes,
         }
 
@@ -172,7 +202,8 @@ class Profile:
             "height": self.size[0] if self.size else "",
             "width": self.size[1] if self.size else "",
             **{k: d[k] for k in ("params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total")},
-            "uncounted": " ".join(f"{k}:{v}" for k, v in self.uncounted.items()),
+            "status": self.status,
+            "reasons": "; ".join(self.reasons),
             "latency_batch": d["latency_batch"],
             **{f"latency_{k}": latency.get(k) for k in ("median_ms", "p10_ms", "p90_ms", "iqr_ms", "n", "first_ms")},
             "throughput_batch": d["throughput_batch"],
@@ -295,6 +326,7 @@ def profile(
 
     Raises:
         UserError: For an unknown name, device, dtype or mode, a size the model cannot take, or a bad combination.
+        Failure: If it cannot be run on the device: a kernel or memory is missing.
     """
     import torch
 
@@ -317,13 +349,14 @@ def profile(
     tell = step or (lambda text: None)
     real = bool(timed or check or fvcore or (model_kwargs or {}).get("checkpoint_path"))
     tell("building")
-    net, name, side, inputs = _build(model, inputs, size, dict(model_kwargs or {}), real)
+    kwargs, given = dict(model_kwargs or {}), inputs is not None
+    net, name, side, inputs = _build(model, inputs, size, kwargs, real)
     modes_before = {m: m.training for m in net.modules()}
     net.eval()
     try:
         tell("counting")
-        result = Profile(name, side, {}, {}, _counted(net, inputs, name, side))
-        result.notes += [f"uncounted: {op} ({calls} calls)" for op, calls in result.uncounted.items()]
+        anew = None if given else lambda: _build(model, None, size, kwargs, real=True)[0].eval()
+        result = Profile(name, side, {}, {}, _counted(net, inputs, name, side, anew))
         if check or fvcore:
             _second_engine(result, net, inputs, check, fvcore)
         result.config = {
@@ -369,32 +402,62 @@ def _build(
     return net, name, (side[0], side[1]), (torch.empty(1, config["input_size"][0], *side, device="meta"),)
 
 
-def _counted(net: Any, inputs: Sequence[Any], name: str, side: tuple[int, int] | None) -> Count:
+def _counted(
+    net: Any, inputs: Sequence[Any], name: str, side: tuple[int, int] | None, real: Callable[[], Any] | None
+) -> Count:
+    """Counts on the meta device, or where that cannot settle them of ``real()`` weights and random inputs."""
+    from vizoo.tools._timing import random_like
+
+    found: Count | None = None
     try:
-        return count(net, *inputs)
+        try:
+            found = count(net, *inputs)
+            settled = found.engine not in ("meta", "fake") or len(found.reasons) <= len(found.uncounted)
+            if settled or real is None:
+                return found
+        except (AssertionError, ValueError):  # what the model itself checks
+            raise
+        except Exception:
+            if real is None:
+                raise
+        net = real()
+        return count(net, *(random_like(x, 1, "cpu", _dtype(net)) for x in inputs), engine="real")
     except Exception as e:
+        if found is not None:
+            return found
+        if explain(e) is not None:
+            raise
         at = f" at size {side[0]}x{side[1]}" if side else ""
-        raise UserError(f"{name!r} cannot run{at}: {_one_line(e)}") from e
+        raise UserError(f"{name!r} cannot run{at}: {one_line(e)}") from e
 
 
-def _one_line(e: BaseException) -> str:
+def one_line(e: BaseException) -> str:
+    """Message of an error on one line, or its name where it has none."""
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 
-def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool, fvcore: bool) -> None:
+def _dtype(net: Any) -> Any:
     import torch
 
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool, fvcore: bool) -> None:
     from vizoo.tools._counting import differences, fvcore_counts
     from vizoo.tools._timing import random_like
 
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-    one = [random_like(x, 1, "cpu", dtype) for x in inputs]
-    if fvcore:
-        result.fvcore_total = fvcore_counts(net, *one, contractions=False).get("", 0)
+    try:
+        one = [random_like(x, 1, "cpu", _dtype(net)) for x in inputs]
+        total = fvcore_counts(net, *one, contractions=False).get("", 0) if fvcore else None
+        second = fvcore_counts(net, *one) if check else {}
+    except Exception as e:  # whatever a trace raises
+        raise Failure(f"{result.model!r}: the second engine cannot trace it: {one_line(e)}") from e
+    result.fvcore_total = total
     if check:
-        wrong = differences(result.counts, fvcore_counts(net, *one))
+        wrong = differences(result.counts, second)
         result.notes += [f"engines differ: multiply-accumulates of {text}" for text in wrong]
-        three = count(net, *(random_like(x, 3, "meta", dtype) for x in inputs)).macs
+        where = "meta" if result.counts.engine in ("meta", "fake") else "cpu"
+        three = count(net, *(random_like(x, 3, where, _dtype(net)) for x in inputs)).macs
         if three != 3 * result.macs:
             result.notes.append(f"not linear in the batch: {three:,} multiply-accumulates for 3 images")
 
@@ -435,11 +498,11 @@ def _measure(
                 **options,
             )
     except torch.cuda.OutOfMemoryError:
-        raise UserError(f"{result.model!r}: one image does not fit into the memory of {device}") from None
+        raise Failure(f"{result.model!r}: one image does not fit into the memory of {device}") from None
     except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
         given = "".join(f" --{k.replace('_', '-')}" for k in ("amp", "channels_last", "compile") if config[k])
-        text = f"{result.model!r} cannot run on {device} with --dtype {config['dtype']}{given}: {_one_line(e)}"
-        raise UserError(text) from e
+        text = f"{result.model!r} cannot run on {device} with --dtype {config['dtype']}{given}: {one_line(e)}"
+        raise Failure(text) from e
     result.latency, result.latency_batch = found.latency, found.latency_batch
     result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
     result.memory = found.memory
@@ -450,7 +513,7 @@ def _measure(
 
 
 def _cells(profiles: Sequence[Profile]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells; columns that no profile fills are left out."""
+    """Headers and cells, partial counts with a star; columns that no profile fills are left out."""
 
     def fmt(value: Any, scale: float, digits: int) -> str:
         return "" if value is None else f"{value / scale:.{digits}f}"
@@ -472,14 +535,15 @@ def _cells(profiles: Sequence[Profile]) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for p in profiles:
+        star = "*" if p.reasons else ""
         rows.append(
             [
                 p.model,
                 f"{p.size[0]}x{p.size[1]}" if p.size else "",
                 fmt(p.params, 1e6, 2),
-                fmt(p.macs, 1e9, 3),
-                fmt(p.flops_other, 1e9, 3),
-                fmt(p.acts, 1e6, 2),
+                fmt(p.macs, 1e9, 3) + star,
+                fmt(p.flops_other, 1e9, 3) + star,
+                fmt(p.acts, 1e6, 2) + star,
                 fmt(p.fvcore_total, 1e9, 3),
                 f"{p.memory.peak / 1e6:.0f}" if p.memory else "",
                 f"{1e3 * p.latency.median:.1f}" if p.latency else "",
@@ -514,9 +578,10 @@ def _conditions(profiles: Sequence[Profile]) -> str:
 
 
 def _footnotes(profiles: Sequence[Profile]) -> list[str]:
-    """Conventions of the columns that are shown."""
+    """Why counts are partial, and the conventions of the columns that are shown."""
+    partial = [f"* {p.model}: partial count: {reason}." for p in profiles for reason in p.reasons]
     total = any(p.fvcore_total is not None for p in profiles)
-    return list(filter(None, [_conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
+    return list(filter(None, [*dict.fromkeys(partial), _conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
 
 
 def markdown_table(profiles: Sequence[Profile]) -> str:
@@ -546,25 +611,13 @@ def write_results(profiles: Sequence[Profile], path: Path, kind: str) -> None:
     """Write profiles to a file in one step: JSON and Markdown anew, CSV appended with one row each.
 
     Raises:
-        UserError: If the folder cannot be written, or an existing CSV file has other columns.
+        UserError: If an existing CSV file has other columns.
+        Failure: If the file cannot be written.
     """
-    if kind == "json":
-        text = json.dumps([p.to_dict() for p in profiles], indent=1)
-    elif kind == "md":
-        text = markdown_table(profiles)
-    else:
-        import io
-
-        rows = [p.to_row() for p in profiles]
-        old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        elif next(csv.reader(old.splitlines())) != list(rows[0]):
-            raise UserError(f"--out {str(path)!r}: the file has other columns; give a new one")
-        writer.writerows(rows)
-        text = old + out.getvalue()
+    if kind == "csv":
+        append_table(path, COLUMNS, [p.to_row() for p in profiles])
+        return
+    text = json.dumps([p.to_dict() for p in profiles], indent=1) if kind == "json" else markdown_table(profiles)
     with atomic_write(path) as f:
         f.write(text)
 
@@ -600,6 +653,7 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
     markers, colors = "osD^vP*X", plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for i, p in enumerate(profiles):
         name = f"{p.model}, {p.config.get('threads')} threads" if several else p.model
+        name += " (partial count)" if p.reasons else ""
         axes.scatter(
             p.macs / 1e9, values[i], s=45, color=colors[i % 10], marker=markers[i // 10 % 8], label=name, zorder=2
         )
@@ -612,22 +666,16 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
     threads = profiles[0].config.get("threads")
     where = _conditions(profiles).split(";")[:2] + ([f" {threads} threads"] if threads and not several else [])
     axes.set_title(",".join(where) if len(where) > 1 else "counts", fontsize=9)
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path, dpi=150)
     plt.close(figure)
 
 
 # command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see 'vizoo profile --help'")
-
-
 def parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = _Parser(
+    p = Parser(
         prog="vizoo profile",
         description=str(__doc__).replace("`", ""),
         epilog=EXAMPLES,
@@ -639,7 +687,10 @@ def parser() -> argparse.ArgumentParser:
         "--size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels (the model's)"
     )
     p.add_argument(
-        "--batch", type=int, metavar="N", help="images at once (latency 1; throughput 8 on a CPU, 64 on a GPU)"
+        "--batch",
+        type=number(int, 1, MOST),
+        metavar="N",
+        help="images at once (latency 1; throughput 8 on a CPU, 64 on a GPU)",
     )
     p.add_argument("--device", help="cpu, cuda, cuda:N or meta")
     p.add_argument(
@@ -665,19 +716,23 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--reparam", action="store_true", help="merge branches for inference where the model can")
     p.add_argument("--features", action="store_true", help="the backbone as features_only")
-    p.add_argument("--in-chans", type=int, metavar="N", help="channels of the image")
-    p.add_argument("--num-classes", type=int, metavar="N", help="classes of the head; 0 for none")
+    p.add_argument("--in-chans", type=number(int, 1, MOST), metavar="N", help="channels of the image")
+    p.add_argument("--num-classes", type=number(int, 0, MOST), metavar="N", help="classes of the head; 0 for none")
     p.add_argument("--model-kwargs", nargs="+", default=[], metavar="K=V", help="further arguments of the model")
     p.add_argument("--checkpoint", metavar="FILE", help="weights, as timm's checkpoint_path")
-    p.add_argument("--depth", type=int, metavar="N", help="also list modules down to this depth")
+    p.add_argument("--depth", type=number(int, 0), metavar="N", help="also list modules down to this depth")
     p.add_argument("--by", choices=["module", "op"], help="list modules (depth 1) or operators")
     p.add_argument("--sort", choices=["macs", "params", "acts", "other"], default="", help="order of the modules")
-    p.add_argument("--top", type=int, default=0, metavar="N", help="most rows of that list")
+    p.add_argument("--top", type=number(int, 0), default=0, metavar="N", help="most rows of that list")
     p.add_argument("--fvcore", action="store_true", help="also fvcore's total, with its norms and pooling")
-    p.add_argument("--check", action="store_true", help="compare both counting engines and batch sizes; exit status 3")
-    p.add_argument("--strict", action="store_true", help="exit status 3 when an operator could not be counted")
-    p.add_argument("--min-time", type=float, default=2.0, metavar="S", help="least seconds of sampling (2)")
-    p.add_argument("--max-time", type=float, default=10.0, metavar="S", help="most seconds of sampling (10)")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="compare both counting engines and batches; exit status 1",
+    )
+    p.add_argument("--strict", action="store_true", help="exit status 1 when a count is partial")
+    p.add_argument("--min-time", type=number(float, 0), default=2.0, metavar="S", help="least seconds of sampling (2)")
+    p.add_argument("--max-time", type=number(float, 0), default=10.0, metavar="S", help="most seconds of sampling (10)")
     p.add_argument("--out", type=Path, metavar="FILE", help="write .json, .csv (appended) or .md")
     p.add_argument("--plot", type=Path, metavar="FILE", help="picture of speed or size over GMACs: .png, .pdf or .svg")
     p.add_argument(
@@ -696,14 +751,9 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--model-kwargs {item!r}: write NAME=VALUE")
         try:
             kwargs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # text, whatever it looks like
             kwargs[key] = value
-    for key, least in (("in_chans", 1), ("num_classes", 0)):
-        value = getattr(args, key)
-        if value is not None:
-            if value < least:
-                raise UserError(f"--{key.replace('_', '-')} {value}: at least {least}")
-            kwargs[key] = value
+    kwargs.update({key: value for key in ("in_chans", "num_classes") if (value := getattr(args, key)) is not None})
     if args.checkpoint:
         kwargs["checkpoint_path"] = args.checkpoint
     if args.features:
@@ -720,33 +770,26 @@ def _threads(args: argparse.Namespace) -> list[int]:
         threads = [int(n) for n in args.threads.split(",")]
     except ValueError:
         threads = [0]
-    if min(threads) < 1:
-        raise UserError(f"--threads {args.threads}: give numbers from 1, separated by commas")
+    if min(threads) < 1 or max(threads) > MOST_THREADS:
+        raise UserError(f"--threads {short(args.threads)}: give numbers from 1 to {MOST_THREADS}, separated by commas")
     return threads
 
 
 def _check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Refuse bad input before anything runs; returns the names and modes."""
-    _import(args.packages)
-    for option, allowed in (("out", (".json", ".csv", ".md")), ("plot", (".png", ".pdf", ".svg"))):
-        path = getattr(args, option)
-        if path is None:
-            continue
-        if path.suffix not in allowed:
-            raise UserError(f"--{option} {str(path)!r}: the ending must be one of {', '.join(allowed)}")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"--{option} {str(path)!r}: the folder does not exist")
-        try:
-            with tempfile.TemporaryFile(dir=path.absolute().parent):
-                pass
-        except OSError as e:
-            raise UserError(f"--{option} {str(path)!r}: cannot write into the folder: {e.strerror}") from None
+    if args.out and args.out.suffix == ".csv":
+        check_table(args.out, "--out", COLUMNS)
+    check_output(args.out, "--out", ".json", ".csv", ".md")
+    check_output(args.plot, "--plot", ".png", ".pdf", ".svg")
+    if args.checkpoint is not None:
+        check_file(args.checkpoint, "--checkpoint")
     if args.size is not None:
         read_size(args.size)
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch {args.batch}: at least 1")
-    if args.min_time < 0 or args.max_time < args.min_time:
+    if args.max_time < args.min_time:
         raise UserError(f"--min-time {args.min_time:g} --max-time {args.max_time:g}: need 0 <= min <= max seconds")
+    _model_kwargs(args)
+    _threads(args)
+    _import(args.packages)
     resolve_device(args.device or "cpu")
     modes = args.mode or (["all"] if args.device not in (None, "meta") else ["count"])
     return resolve_models(args.models), modes
@@ -756,8 +799,8 @@ def _import(packages: Sequence[str]) -> None:
     for package in packages:
         try:
             importlib.import_module(package)
-        except ImportError as e:
-            raise UserError(f"--import {package}: {e}") from None
+        except (Exception, SystemExit) as e:  # whatever a package does when it is imported
+            raise UserError(f"--import {short(package)}: cannot be imported: {one_line(e)}") from e
 
 
 @contextlib.contextmanager
@@ -869,18 +912,23 @@ def _run(argv: list[str]) -> int:
         for n in threads:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn, initializer=_one_interop_thread) as pool:
-                profiles += pool.submit(_profile_all, args, names, modes, n).result()
-    if args.out:
-        write_results(profiles, args.out, args.out.suffix[1:])
-    if args.plot:
-        plot(profiles, args.plot)
+                try:
+                    profiles += pool.submit(_profile_all, args, names, modes, n).result()
+                except BrokenProcessPool:
+                    raise Failure(f"the process with {n} threads died, killed perhaps because memory ran out") from None
     print_profiles(profiles)
     if args.by or args.depth is not None:
         for p in profiles:
             _breakdown(args, p)
-    uncounted = args.strict and any(p.uncounted for p in profiles)
-    differ = args.check and any(n.startswith(("engines differ", "not linear")) for p in profiles for n in p.notes)
-    return 3 if uncounted or differ else 0
+    if args.out:
+        write_results(profiles, args.out, args.out.suffix[1:])
+    if args.plot:
+        plot(profiles, args.plot)
+    partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]
+    if args.strict and partial:
+        raise Failure(f"--strict: partial counts: {'; '.join(partial)}")
+    differ = [n for p in profiles for n in p.notes if n.startswith(("engines differ", "not linear"))]
+    return int(args.check and bool(differ))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

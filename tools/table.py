@@ -9,11 +9,12 @@ import argparse
 import ast
 import csv
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vizoo.tools.common import UserError, atomic_write, run_tool
+from vizoo.tools.common import Failure, Parser, UserError, atomic_write, build_model, read_text, run_tool, short
 from vizoo.tools.models import list_zoo
 
 EXAMPLES = """\
@@ -36,18 +37,26 @@ def recount(text: str) -> str:
 
     Returns:
         The new contents, ordered by name.
+
+    Raises:
+        UserError: If the columns are others, or a name is unknown.
+        Failure: If a count is partial.
     """
-    import timm
     import torch
     from timm.models import get_model_input_config
 
     import vizoo  # noqa: F401 - registers the zoo
     from vizoo.tools.profiler import count
 
-    rows = sorted(csv.DictReader(text.splitlines()), key=lambda row: row["name"])
+    reader = csv.DictReader(text.splitlines())
+    if not {"name", "params", "macs"} <= set(reader.fieldnames or []):
+        raise UserError(f"models.csv has the columns {short(reader.fieldnames)}, need name, params and macs among them")
+    rows = sorted(reader, key=lambda row: row["name"])
     for row in rows:
-        model = timm.create_model(row["name"], device="meta")
+        model = build_model(row["name"], device="meta")
         counted = count(model, torch.empty(1, *get_model_input_config(model)["input_size"], device="meta"))
+        if counted.reasons:
+            raise Failure(f"{row['name']}: partial count: {counted.reasons[0]}; not written")
         row["params"], row["macs"] = str(counted.params), str(counted.macs)
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
@@ -158,7 +167,7 @@ def rewrite(text: str, root: Path) -> str:
 
 
 def _run(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m vizoo.tools.table",
         description=__doc__,
         epilog=EXAMPLES,
@@ -168,12 +177,12 @@ def _run(argv: list[str]) -> int:
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is out of date")
     args = p.parse_args(argv)
     stale = 0
-    readmes = [r for r in READMES if r == "README.md" or (args.root / r).is_file()]
+    readmes = [r for r in READMES if r == "README.md" or os.path.isfile(args.root / r)]
     for name in ("backbones/models.csv", *readmes):
         path = args.root / name
-        if not path.is_file():
-            raise UserError(f"--root {str(args.root)!r}: no {name} there; give the checkout")
-        old = path.read_text(encoding="utf-8")
+        if not os.path.isfile(path):
+            raise UserError(f"--root {short(str(args.root))}: no {name} there; give the checkout")
+        old = read_text(path, "--root")
         text = recount(old) if name.endswith(".csv") else rewrite(old, args.root)
         if text == old:
             continue

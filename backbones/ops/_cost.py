@@ -89,7 +89,7 @@ def find_operator(name: str) -> Any:
 
 def _formula(name: str) -> Callable[..., int]:
     def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return 2 * COSTS[name](*args, out=first_shape(out_shape), **kwargs).macs
+        return 2 * COSTS[name](*args, **{**kwargs, "out": first_shape(out_shape)}).macs
 
     return formula
 

@@ -134,9 +134,63 @@ def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "build_sides", broken)
     out = tmp_path / "out.csv"
-    assert bench.main(["test_litv2", "--rounds", "1", "--threads", "1", "--size", "32", "--out", str(out)]) == 2
+    assert bench.main(["test_litv2", "--rounds", "1", "--threads", "1", "--size", "32", "--out", str(out)]) == 1
     assert "outputs differ" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["name,peer\nmine,kept\n", "vizoo,mine\n1,kept\n"], ids=["foreign", "ours"])
+def test_other_columns_are_refused_before_anything_is_timed(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "one_case", lambda *args: pytest.fail("something was timed"))
+    out = tmp_path / "out.csv"
+    out.write_text(text, encoding="utf-8")
+    assert bench.main(["test_litv2", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert out.read_text(encoding="utf-8") == text
+
+
+def test_rows_are_added_and_nothing_is_rewritten(tmp_path):
+    out = tmp_path / "out.csv"
+    old = ",".join(bench.COLUMNS) + "\n" + '\'07,"a\nb"' + "," * (len(bench.COLUMNS) - 2)  # no end of line
+    out.write_text(old, encoding="utf-8")
+    assert bench.main(["ulsam", "--size", "2", "--rounds", "1", "--threads", "1", "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert text.startswith(f"{old}\nulsam 512@2")
+    assert text.count("ulsam") == 1
+
+
+def test_the_table_is_printed_before_it_is_written(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vizoo.tools.common.os.fsync", full)
+    out = tmp_path / "out.csv"
+    assert bench.main(["ulsam", "--size", "2", "--rounds", "1", "--threads", "1", "--out", str(out)]) == 1
+    printed, err = capsys.readouterr()
+    assert "ulsam 512@2" in printed
+    assert "No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_that_fails_is_one_line(capsys, monkeypatch):
+    build = bench.build_sides
+
+    def broken(args):
+        ours, peer, name, shape = build(args)
+        ours.forward = lambda x: (_ for _ in ()).throw(NotImplementedError("no kernel\nhere"))
+        return ours, peer, name, shape
+
+    monkeypatch.setattr(bench, "build_sides", broken)
+    assert bench.main(["ulsam", "--threads", "1"]) == 1
+    assert capsys.readouterr().err == "vizoo bench: error: 'ulsam' cannot run in float32 on cpu: no kernel here\n"
+
+
+def test_official_code_that_fails_is_one_line(tmp_path, capsys):
+    (tmp_path / "hilo.py").write_text("raise KeyError('moved')\n", encoding="utf-8")
+    assert bench.main(["hilo", "--threads", "1", "--official", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "'hilo' cannot be built with --official" in err
 
 
 def test_model_against_timm(tmp_path):

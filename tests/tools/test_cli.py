@@ -62,13 +62,26 @@ def test_unknown_command(capsys):
         (["bench", "resnet18"], "'resnet18' is not one model of the zoo"),
         (["bench", "litv2_*"], "'litv2_*' is not one model of the zoo"),
         (["bench", "litv2_s.nope"], "unknown tag 'nope' of model 'litv2_s'; known: alpha09_in1k, in1k"),
-        (["bench", "test_litv2", "--batch", "0"], "--batch 0: at least 1"),
-        (["bench", "test_litv2", "--size", "0"], "--size 0: at least 1 pixel"),
+        (["bench", "test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
+        (["bench", "test_litv2", "--size", "0"], "--size 0: give one side"),
         (["bench", "test_litv2", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu"),
         (["bench", "test_litv2", "--device", "cuda:77"], "device 'cuda:77' is not on this machine"),
         (["bench", "test_litv2", "--official", "/nowhere"], "--official '/nowhere': no such folder"),
         (["bench", "litv2_s", "--official", "."], "give a checkout of the official code"),
         (["bench", "test_litv2", "--out", "x.txt"], "--out 'x.txt': the ending must be .csv"),
+        (["bench", "hf-hub:a/b"], "'hf-hub:a/b' is not one model of the zoo"),
+        (["bench", "hilo", "--window", "0"], "--window: got 0, must be a whole number of at least 1"),
+        (["bench", "hilo", "--alpha", "2"], "--alpha: got 2, must be a finite number between 0 and 1"),
+        (["bench", "halo", "--alpha", "0.5"], "--alpha: is for 'hilo', got 'halo'"),
+        (["bench", "hilo", "--channels-last"], "--channels-last: 'hilo' takes tokens"),
+        (["bench", "halo", "--reparam"], "--reparam: 'halo' has no branches to merge"),
+        (["bench", "halo", "--size", "1", "--threads", "1"], "'halo' cannot run in float32 on cpu with --size 1"),
+        (["bench", "test_litv2", "--size", "1", "--threads", "1"], "with --size 1: got a 1x1 map to merge"),
+        (["bench", "test_litv2", "--reparam", "--threads", "1"], "cannot build 'test_litv2'"),
+        (["bench", "test_litv2", "--device", "meta"], "'meta' holds no values"),
+        (["bench"], "required: name"),
+        (["models", "--json"], "unrecognized arguments: --json"),
+        (["env", "now"], "unrecognized arguments: now"),
         (["models", "nothing*"], "no model of the zoo matches 'nothing*'"),
         (["profile", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["profile", "test_litv2", "--size", "0"], "--size 0"),
@@ -177,6 +190,20 @@ def test_table_check_and_write(tmp_path, capsys):
     capsys.readouterr()
     assert table.main(["--root", str(tmp_path / "backbones")]) == 2
     assert "give the checkout" in capsys.readouterr().err
+
+
+def test_table_refuses_partial_counts(monkeypatch):
+    """A figure that misses a part is never recorded."""
+    from vizoo.tools import profiler
+
+    count = profiler.count
+    reasons = ["a thread was started in the model"]
+    monkeypatch.setattr(profiler, "count", lambda *args: count(*args)._replace(reasons=reasons))
+    text = "name,params,macs,paper_top1,source\ntest_litv2,1,2,,for tests\n"
+    with pytest.raises(common.Failure, match="test_litv2: partial count: a thread was started"):
+        table.recount(text)
+    with pytest.raises(common.UserError, match="need name, params and macs"):
+        table.recount("a,b\n1,2\n")
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):

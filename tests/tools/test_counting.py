@@ -1,11 +1,16 @@
 """Counting: the published anchors, hand numbers of every construct, both engines, and a model left as it was."""
 
 import copy
+import ctypes
 import functools
 import math
+import random
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -603,7 +608,265 @@ def test_engines_that_differ_name_the_module(monkeypatch):
     assert wrong == ["1.0: 24 and by fvcore 1"]
 
 
+# what a count must say about itself
+
+X = torch.randn(8, 8)
+WAITING = ThreadPoolExecutor(1)  # its thread runs before anything is counted
+WAITING.submit(int).result()
+
+
+def in_thread(m, x):
+    out = []
+    thread = threading.Thread(target=lambda: out.append(m.fc(x)))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+def in_new_pool(m, x):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.mm, x, m.fc.weight).result()
+
+
+def in_waiting_pool(m, x):
+    return WAITING.submit(torch.mm, x, m.fc.weight).result() + 1
+
+
+def into_zeros(m, x):
+    out = torch.zeros_like(x)
+    WAITING.submit(lambda: out.copy_(x @ m.fc.weight)).result()
+    return out
+
+
+def into_memory(m, x):
+    """As an extension or a kernel does, which gets an address."""
+    out = torch.empty_like(x)
+    ctypes.memmove(out.data_ptr(), m.fc(x).data_ptr(), 4 * x.numel())
+    return out + 1
+
+
+def caught(m, x):
+    try:
+        return torch.from_numpy(m.fc(x).detach().numpy())
+    except (NotImplementedError, RuntimeError):
+        return x
+
+
+PARTIAL = {  # what runs, and what the reasons say
+    "thread": (in_thread, "a thread was started in the model"),
+    "module in a thread": (in_thread, "fc runs in another thread"),
+    "new pool": (in_new_pool, "a thread was started in the model"),
+    "waiting pool": (in_waiting_pool, "aten::add in the model reads numbers that no operator wrote"),
+    "returned": (lambda m, x: WAITING.submit(m.fc, x).result(), "the model returns numbers that no operator wrote"),
+    "written by a thread": (into_zeros, "another thread writes into tensors"),
+    "written from outside": (into_memory, "aten::add in the model reads numbers that no operator wrote"),
+    "numpy": (lambda m, x: torch.from_numpy(m.fc(x).detach().numpy()), "numbers leave torch in the model"),
+    "numpy in place": (lambda m, x: (np.add(m.fc(x).numpy(), 1), x)[1], "(torch.Tensor.numpy)"),
+    "array": (lambda m, x: torch.as_tensor(np.asarray(m.fc(x).detach())), "numbers leave torch"),
+    "list": (lambda m, x: torch.tensor(m.fc(x).tolist()), "(torch.Tensor.tolist)"),
+    "dlpack": (lambda m, x: torch.from_dlpack(np.from_dlpack(m.fc(x).detach())), "numbers leave torch"),
+    "text": (lambda m, x: x @ x if "nan" in str(m.fc(x)) else x, "numbers leave torch"),
+    "caught error": (caught, "numbers leave torch in the model (torch.Tensor.numpy)"),
+    "item": (lambda m, x: x @ x if m.fc(x).sum().item() > 1e9 else x, "_local_scalar_dense in the model asks for"),
+    "truth": (lambda m, x: x @ x if m.fc(x.relu_()).sum() > 1e9 else x, "asks for numbers of the input"),
+    "nonzero": (lambda m, x: m.fc(x[x[:, 0].nonzero()[:, 0]]), "aten::nonzero in the model asks"),
+    "mask": (lambda m, x: m.fc(x[x[:, 0] > 0]), "aten::index in the model asks"),
+    "cond": (lambda m, x: torch.cond(x.sum() > 0, lambda t: t @ t, lambda t: t, (x,)), "the dearer one is counted"),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "real"])
+@pytest.mark.parametrize(("forward", "reason"), PARTIAL.values(), ids=PARTIAL)
+def test_partial_counts_say_why(forward, reason, engine):
+    model = Call(forward, fc=nn.Linear(8, 8, bias=False))
+    found = count(model, X, engine=engine)
+    assert found.status == "partial"
+    assert [text for text in found.reasons if reason in text], found.reasons
+    assert not [text for text in found.reasons if "\n" in text]
+
+
+def test_reasons_name_the_modules():
+    """Nested ones, each once, and the calls of all of them."""
+    block = Call(lambda m, x: torch.from_numpy(m.fc(x).numpy()), fc=nn.Linear(8, 8))
+    found = count(nn.Sequential(block, nn.Sequential(nn.ReLU(), copy.deepcopy(block)), block), X)
+    assert found.reasons[0].startswith("numbers leave torch in 0, 1.1 (torch.Tensor.numpy)")
+    found = count(nn.Sequential(*(Call(lambda x: define()(x, x)) for _ in range(5))), X)
+    assert found.reasons == ["operator vizoo_test::product has no cost formula: 5 calls in 0, 1, 2 and 2 more"]
+
+
+CONSTANT = torch.randn(8, 8)
+
+
+class Constants(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain, self.listed = torch.randn(8, 8), [torch.randn(8, 8)]
+        self.register_buffer("buffer", torch.tensor(3.0))
+
+    def forward(self, x):
+        scale = sum(v.item() for v in torch.linspace(0, 1, 3)) + self.buffer.item()
+        x = x @ self.plain @ self.listed[0] @ CONSTANT * scale
+        return x[[0, 2]] + torch.tensor([[1.0] * 8] * 2) + torch.from_numpy(np.ones((2, 8), np.float32))
+
+
+@functools.lru_cache
+def remembered(device):
+    return torch.ones(8, 8, device=device)
+
+
+COMPLETE = {  # what looks like it, and is not
+    "constants": (Constants(), 3 * 512),
+    "remembered": (Call(lambda x: x @ remembered(x.device)), 512),
+    "first term not read": (Call(lambda x: torch.addmm(torch.empty(8, 8), x, x, beta=0)), 512),
+    "empty tensor": (Call(lambda x: torch.cat([torch.empty(0, 8), x @ x])), 512),
+    "output given": (Call(lambda x: torch.mm(x, x, out=torch.empty(8, 8))), 512),
+    "filled": (Call(lambda x: x @ x.new_empty(8, 8).fill_(1)), 512),
+    "random": (Call(lambda x: x @ x * random.random() + torch.randn(8)), 512),
+    "mask without a choice": (Call(lambda x: torch.where(x > 0, x @ x, 0.0)), 512),
+    "numbers of a weight": (Call(lambda m, x: m.fc(x) * m.fc.weight.max().item(), fc=nn.Linear(8, 8)), 512),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 512),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)).eval(), 512 + 64),
+}
+
+
+@pytest.mark.parametrize(("model", "macs"), COMPLETE.values(), ids=COMPLETE)
+def test_complete_counts(model, macs):
+    for engine in ("auto", "real"):
+        found = count(model, X, engine=engine)
+        assert (found.status, found.reasons) == ("complete", [])
+        if model is not COMPLETE["spectral norm"][0]:
+            assert found.macs == macs
+
+
+def test_old_weight_norm():
+    """Its weight is a result, which cannot be copied as a parameter can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.utils.weight_norm(nn.Linear(8, 8))
+    model(X)
+    found = count(model, X)
+    assert (found.macs, found.status) == (512, "complete")
+
+
+ASKING = {
+    "is_meta": lambda x: x.is_meta,
+    "type": lambda x: x.device.type == "meta",
+    "device": lambda x: x.device == torch.device("meta"),
+    "text": lambda x: "meta" in str(x.device),
+    "not on a CPU": lambda x: not x.is_cpu,
+    "index": lambda x: x.get_device() != -1 or x.device.type == "meta",
+}
+
+
+@pytest.mark.parametrize("asks", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_branch_for_the_meta_device(asks, place, what):
+    """The path of a real device is counted, whether there are weights or not."""
+    model = Call(lambda m, x: x if asks(m.fc.weight if what == "weight" else x) else m.fc(x), fc=nn.Linear(8, 8))
+    found = count(model.to(place), X.to(place))
+    assert (found.macs, found.status, found.engine) == (512, "complete", "fake")
+    found = count(model.to(place), X.to(place), engine="meta")
+    assert found.reasons == ["the model asks in the model where its tensors are: counted for the meta device"]
+
+
+def test_numbers_of_a_meta_model_cannot_be_had():
+    """A model that goes on without them is partial; one that does not fails with its own error."""
+    model = Call(PARTIAL["caught error"][0], fc=nn.Linear(8, 8)).to("meta")
+    found = count(model, X.to("meta"))
+    assert found.status == "partial"
+    assert [r for r in found.reasons if "goes on in the model after an error of tensors without numbers" in r]
+    with pytest.raises(NotImplementedError, match="a tensor without numbers"):
+        count(Call(PARTIAL["numpy"][0], fc=nn.Linear(8, 8)).to("meta"), X.to("meta"), engine="meta")
+
+
+def test_gradients_inside():
+    """They cannot be taken in inference mode."""
+
+    def step(m, x):
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            (grad,) = torch.autograd.grad((x @ m.fc.weight).square().sum(), x)
+        return x - grad
+
+    found = count(Call(step, fc=nn.Linear(8, 8)), X)
+    assert (found.macs, found.status) == (2 * 512, "complete")
+
+
+@pytest.mark.parametrize("kind", ["script", "trace", "frozen", "inside"])
+def test_torchscript(kind):
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(plain, X) if kind == "trace" else torch.jit.script(plain)
+        scripted = torch.jit.freeze(scripted) if kind == "frozen" else scripted
+    model = nn.Sequential(nn.Linear(8, 8), scripted) if kind == "inside" else scripted
+    found = count(model, X)
+    assert (found.macs, found.uncounted, found.engine) == (512 * (3 if kind == "inside" else 2), {}, "cpu")
+    if kind == "inside":
+        assert (found.modules["0"].macs, found.modules["1"].macs) == (512, 1024)
+
+
+def test_quantized_operators_are_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {nn.Linear})
+    found = count(model, X)
+    assert found.reasons == ["operator quantized::linear_dynamic has no cost formula: 1 call in 0"]
+
+
 # a model is left as it was
+
+
+class Restless(nn.Module):
+    """Changes whatever a forward pass can change; ``need`` makes it ask for numbers first."""
+
+    def __init__(self, need):
+        super().__init__()
+        self.fc, self.other, self.need = nn.Linear(8, 8), nn.Linear(8, 8), need
+        self.register_buffer("seen", torch.zeros(8))
+        self.calls, self.cache, self.log = 0, {}, []
+        self.lock, self.pool = threading.Lock(), WAITING  # cannot be copied
+
+    def forward(self, x):
+        if self.need and x.sum().item() > 1e9:
+            return x
+        self.calls += 1
+        self.cache["last"] = self.fc(x)
+        self.log.append(self.calls)
+        self.seen += 1
+        self.seen = self.seen * 2
+        with torch.no_grad():
+            self.fc.weight.mul_(0.5)
+        self.other.weight.requires_grad_(False)
+        self.other.train()
+        self.other.register_forward_hook(print)
+        np.random.rand()
+        random.random()
+        torch.rand(3)
+        return self.fc(x.mul_(2))
+
+
+@pytest.mark.parametrize("need", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "real", "fvcore"])
+def test_a_restless_model_is_untouched(engine, need):
+    model, x = Restless(need).eval(), X.clone()
+    before = snapshot(model)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    if engine == "fvcore":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            assert fvcore_counts(model, x)[""] == 512  # the trace drops what is kept and not returned
+    else:
+        assert count(model, x, engine=engine).macs == 2 * 512
+    after = snapshot(model)
+    torch.testing.assert_close(after.pop("state"), before.pop("state"), rtol=0, atol=0)
+    assert torch.equal(after.pop("rng"), before.pop("rng"))
+    assert after == before
+    assert (model.calls, model.cache, model.log) == (0, {}, [])
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(x, X)
+    assert threading.getprofile() is None
 
 
 def snapshot(model):

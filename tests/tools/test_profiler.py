@@ -72,11 +72,12 @@ def test_csv_is_appended_and_checked(capsys, tmp_path):
     assert [(r["height"], int(r["params"])) for r in rows] == [("64", 494_240), ("96", 494_240)]
     assert int(rows[1]["macs"]) == 9_668_864
     other = tmp_path / "other.csv"
-    other.write_text("a,b\n1,2\n", encoding="utf-8")
-    status, _, err = run(capsys, "test_litv2", "--out", str(other))
-    assert status == 2
-    assert "has other columns" in err
-    assert other.read_text(encoding="utf-8") == "a,b\n1,2\n"
+    for text, message in (("vizoo,b\n1,2\n", "has other columns"), ("a,b\n1,2\n", "vizoo did not write")):
+        other.write_text(text, encoding="utf-8")
+        status, _, err = run(capsys, "test_litv2", "--out", str(other))
+        assert (status, err.count("\n")) == (2, 1)
+        assert message in err
+        assert other.read_text(encoding="utf-8") == text
 
 
 def test_markdown(capsys, tmp_path):
@@ -131,20 +132,89 @@ def _(x):
     return torch.empty_like(x)
 
 
-def test_strict_and_check_bite(capsys, monkeypatch):
+@pytest.fixture
+def opaque_resnet(monkeypatch):
+    """ResNets of timm with an operator that nobody can price."""
     forward = timm.models.resnet.ResNet.forward_head
     monkeypatch.setattr(
         timm.models.resnet.ResNet, "forward_head", lambda self, x, *a, **k: forward(self, opaque(x), *a, **k)
     )
-    status, out, err = run(capsys, "resnet18", "--size", "64")
-    assert status == 0
-    assert "uncounted: vizoo_test::opaque (1 calls)" in err
-    assert run(capsys, "resnet18", "--size", "64", "--strict")[0] == 3
-    monkeypatch.undo()
+
+
+REASON = "operator vizoo_test::opaque has no cost formula: 1 call in the model"
+
+
+def test_partial_counts_are_marked_everywhere(opaque_resnet, capsys, tmp_path):
+    words = ("resnet18", "test_litv2", "--size", "64")
+    files = [tmp_path / f"out.{kind}" for kind in ("json", "csv", "md")]
+    for path in files:
+        status, out, err = run(capsys, *words, "--out", str(path))
+        assert (status, err) == (0, "")
+        rows = {
+            line.split()[0]: line for line in out.splitlines() if line.split()[:1] in (["resnet18"], ["test_litv2"])
+        }
+        assert rows["resnet18"].count("*") == 3  # not the parameters
+        assert "*" not in rows["test_litv2"]
+        assert f"* resnet18: partial count: {REASON}." in out
+    found = json.loads(files[0].read_text(encoding="utf-8"))
+    assert [(d["status"], d["reasons"]) for d in found] == [("partial", [REASON]), ("complete", [])]
+    with files[1].open(encoding="utf-8") as f:
+        assert [(r["status"], r["reasons"]) for r in csv.DictReader(f)] == [("partial", REASON), ("complete", "")]
+    assert f"* resnet18: partial count: {REASON}." in files[2].read_text(encoding="utf-8")
+
+
+def test_strict_fails_on_partial_counts(opaque_resnet, capsys):
+    status, out, err = run(capsys, "resnet18", "test_litv2", "--size", "64", "--strict")
+    assert (status, err) == (1, f"vizoo profile: error: --strict: partial counts: resnet18: {REASON}\n")
+    assert "test_litv2" in out
+    assert run(capsys, "test_litv2", "--size", "64", "--strict")[0] == 0
+
+
+def test_check_bites(capsys, monkeypatch):
     monkeypatch.setattr("vizoo.tools._counting.fvcore_counts", lambda *a, **k: {"": 5})
     status, _, err = run(capsys, "resnet18", "--size", "64", "--check")
-    assert status == 3
+    assert status == 1
     assert "by fvcore 0" in err
+
+
+def test_second_engine_that_cannot_trace(capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no\ntrace")
+
+    monkeypatch.setattr("vizoo.tools._counting.fvcore_counts", broken)
+    status, out, err = run(capsys, "resnet18", "--size", "64", "--check")
+    assert (status, out) == (1, "")
+    assert err == "vizoo profile: error: 'resnet18': the second engine cannot trace it: no trace\n"
+
+
+@pytest.mark.parametrize("value", ["numpy", "branch", "device"])
+def test_a_named_model_that_needs_numbers(value, capsys, monkeypatch):
+    """It is built with weights and counted on a random image, and the result says so; a device is no number."""
+    forward = timm.models.resnet.ResNet.forward_head
+
+    def head(self, x, *args, **kwargs):
+        if value == "numpy":
+            x = torch.from_numpy(x.detach().numpy())
+        elif (value == "branch" and x.sum().item() > 1e9) or (value == "device" and x.is_meta):
+            x = x @ x
+        return forward(self, x, *args, **kwargs)
+
+    plain = json_of(capsys, "resnet18", "--size", "64")
+    monkeypatch.setattr(timm.models.resnet.ResNet, "forward_head", head)
+    found = json_of(capsys, "resnet18", "--size", "64")
+    assert found["macs"] == plain["macs"]
+    assert found["status"] == ("complete" if value == "device" else "partial")
+    if value != "device":
+        assert {"numpy": "numbers leave torch", "branch": "asks for numbers"}[value] in found["reasons"][0]
+
+
+def test_columns_are_those_of_a_row(capsys, tmp_path):
+    path = tmp_path / "x.csv"
+    assert run(capsys, "test_litv2", "--size", "64", "--out", str(path))[0] == 0
+    with path.open(encoding="utf-8") as f:
+        row = next(csv.DictReader(f))
+    assert list(row) == profiler.COLUMNS
+    assert all(row[c] for c in ("model", "status", "device", "features", "vizoo", "date"))
 
 
 @pytest.mark.parametrize(
@@ -206,20 +276,23 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
         (["test_litv2", "--device", "cuda:63"], "not on this machine"),
         (["test_litv2", "--device", "meta", "--mode", "latency"], "the meta device computes nothing"),
-        (["test_litv2", "--batch", "0"], "--batch 0"),
-        (["test_litv2", "--threads", "0"], "--threads 0"),
-        (["test_litv2", "--threads", "x"], "--threads x"),
-        (["test_litv2", "--out", "x.txt"], "must be one of .json, .csv, .md"),
-        (["test_litv2", "--out", "/nowhere/x.csv"], "the folder does not exist"),
-        (["test_litv2", "--plot", "x.gif"], "must be one of .png"),
+        (["test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
+        (["test_litv2", "--threads", "0"], "--threads '0'"),
+        (["test_litv2", "--threads", "x"], "--threads 'x'"),
+        (["test_litv2", "--out", "x.txt"], "the ending must be .json or .csv or .md"),
+        (["test_litv2", "--out", "/nowhere/x.csv"], "no such folder"),
+        (["test_litv2", "--plot", "x.gif"], "the ending must be .png"),
         (["test_litv2", "--model-kwargs", "alpha"], "write NAME=VALUE"),
         (["test_litv2", "--model-kwargs", "alpha=3"], "got alpha=3"),
         (["test_litv2", "--model-kwargs", "no_such=3"], "no_such"),
-        (["test_litv2", "--num-classes", "-1"], "--num-classes -1"),
-        (["test_litv2", "--checkpoint", "/nowhere.pth"], "'/nowhere.pth' does not exist"),
+        (["test_litv2", "--num-classes", "-1"], "--num-classes: got -1"),
+        (["test_litv2", "--checkpoint", "/nowhere.pth"], "--checkpoint '/nowhere.pth' does not exist"),
         (["test_litv2", "--amp"], "give dtype bf16 or fp16"),
         (["test_litv2", "--min-time", "3", "--max-time", "1"], "need 0 <= min <= max"),
-        (["test_litv2", "--import", "no_such_package"], "--import no_such_package"),
+        (["test_litv2", "--import", "no_such_package"], "--import 'no_such_package'"),
+        (["test_litv2", "--import", ""], "--import ''"),
+        (["test_litv2", "--import", "."], "--import '.'"),
+        (["test_litv2", "--size", "9" * 30], "--size 999"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys):
@@ -317,18 +390,34 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("vizoo.tools._timing.measure", broken)
     status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--mode", "latency")
-    assert (status, out) == (2, "")
+    assert (status, out) == (1, "")
     assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")
 
 
-def test_folder_that_cannot_be_written(capsys, monkeypatch):
-    """It is noticed before anything is built."""
+@pytest.mark.parametrize("ending", ["json", "csv", "md"])
+def test_out_is_checked_before_anything_is_built(ending, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("vizoo.tools.profiler.build_model", lambda *args, **kwargs: pytest.fail("a model was built"))
+    folder, readonly, foreign = (tmp_path / f"{name}.{ending}" for name in ("folder", "readonly", "foreign"))
+    folder.mkdir()
+    readonly.write_text("vizoo", encoding="utf-8")
+    readonly.chmod(0o444)
+    foreign.write_text("mine", encoding="utf-8")
+    for path, message in ((folder, "is a folder"), (readonly, "is read-only"), (foreign, "vizoo did not write")):
+        status, out, err = run(capsys, "test_litv2", "--out", str(path))
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert foreign.read_text(encoding="utf-8") == "mine"
 
-    def refuse(**kwargs):
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    status, out, err = run(capsys, "test_litv2", "--out", "x.csv")
-    assert (status, out) == (2, "")
-    assert err == "vizoo profile: error: --out 'x.csv': cannot write into the folder: Permission denied\n"
+def test_the_table_is_printed_before_it_is_written(capsys, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vizoo.tools.common.os.fsync", full)
+    for option in ("--out", "--plot"):
+        path = tmp_path / ("x.csv" if option == "--out" else "x.png")
+        status, out, err = run(capsys, "test_litv2", "--size", "64", option, str(path))
+        assert (status, err.count("\n")) == (1, 1)
+        assert "test_litv2" in out
+        assert "No space left" in err
+        assert list(tmp_path.iterdir()) == []
