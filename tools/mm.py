@@ -564,7 +564,8 @@ def _convert(cfg: Any, args: argparse.Namespace) -> int:
         raise UserError("--load-from and --out are missing: the authors' checkpoint and where to write ours")
     _check_converted(args.out, args.load_from)
     checkpoint = _read_checkpoint(args.load_from)
-    cfg.load_from = None
+    for key in ("load_from", "val_evaluator", "test_evaluator"):  # files that converting does not need
+        cfg[key] = None
     _build(lambda: check_config(cfg))
     if not _is_ours(cfg.model.backbone):
         raise UserError(f"model.backbone.type={_type(cfg.model.backbone)!r}, need {ADAPTER!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,14 @@ FILES: dict[str, Callable[[Path], object]] = {
     "foreign.json": lambda p: p.write_text('{"mine": 1}'),
     "foreign.png": lambda p: Image.new("RGB", (8, 8)).save(p),
     "foreign.csv": lambda p: p.write_text("a,b\n1,2\n"),
+    "folder.csv": lambda p: p.mkdir(),
+    "pipe": lambda p: os.mkfifo(p),
+    "broken.pth": lambda p: p.write_bytes(b"PK broken"),
+    "ours.csv": lambda p: p.write_text("vizoo,b\n1,2\n"),
+    "readonly.csv": lambda p: (p.write_text("vizoo\n"), p.chmod(0o444)),
+    "latin.csv": lambda p: p.write_bytes(b"vizoo\xe4\n"),
+    "empty.py": lambda p: p.write_text(""),
+    "syntax.py": lambda p: p.write_text("model = dict(\n"),
     "list.yaml": lambda p: p.write_text("- a\n- b\n"),
     "unknown.yaml": lambda p: p.write_text("qqqq_zzzz: 1\n"),
     "near.yaml": lambda p: p.write_text("epoch: 1\n"),
@@ -50,6 +59,7 @@ FILES: dict[str, Callable[[Path], object]] = {
 
 CLS, DET, SEG, GAZE = "TRAIN-classification", "TRAIN-detection", "TRAIN-segmentation", "TRAIN-scanpath"
 LONG = "x" * 5000
+CONFIG = "litv2_s_mask-rcnn_8xb2-1x_coco"
 # the words after a command that is right without them, and what the line must name
 TRAIN: dict[str, list[tuple[str, str]]] = {
     CLS: [
@@ -265,6 +275,155 @@ BROKEN = {
 MORE: list[tuple[str, int, str]] = [
     ("nonsense", 2, "unknown command 'nonsense'"),
     ("trian", 2, "did you mean 'train'"),
+    ("show", 2, "IMAGE"),
+    ("show IMG --model test_medusa", 2, "--checkpoint is missing"),
+    ("show IMG --model nothing --pretrained", 2, "unknown model 'nothing'"),
+    ("show IMG --model 'test_*' --pretrained", 2, "models; name one"),
+    ("show IMG --model test_medusa --checkpoint BAD/text", 2, "checkpoint file"),
+    ("show IMG --model test_medusa --checkpoint BAD/fifo", 2, "is a pipe or device"),
+    ("show IMG --model test_medusa --checkpoint nowhere", 2, "does not exist"),
+    ("show IMG --model test_medusa --pretrained --img-size 0", 2, "--img-size: got 0"),
+    ("show IMG --model test_medusa --pretrained --img-size -5", 2, "--img-size: got -5"),
+    ("show IMG --model test_medusa --pretrained --window nan 10", 2, "--window"),
+    ("show IMG --model test_medusa --pretrained --window 1 -10", 2, "--window"),
+    ("show IMG --model test_medusa --pretrained --num-classes -1", 2, "--num-classes: got -1"),
+    ("show IMG --model test_medusa --pretrained --model-kwargs foo", 2, "must be KEY=VALUE"),
+    ("show IMG --model test_medusa --pretrained --out x.jpg", 2, "the ending must be .png"),
+    ("show IMG --model test_medusa --pretrained --out nowhere/x.png", 2, "no such folder"),
+    ("show IMG --model test_medusa --pretrained --out BAD/foreign.png", 2, "vizoo did not write"),
+    ("dependency IMG --model resnet18", 2, "resnet18"),
+    ("dependency nowhere.png --model test_dependencyvit", 2, "nowhere.png"),
+    ("dependency BAD/text --model test_dependencyvit", 2, "cannot identify image file"),
+    ("dependency BAD/fifo --model test_dependencyvit", 2, "is a pipe or device"),
+    ("dependency BAD/folder --model test_dependencyvit", 2, "is a folder"),
+    ("dependency IMG --model test_dependencyvit --layers 0", 2, "--layers"),
+    ("dependency IMG --model test_dependencyvit --layers 99", 2, "--layers 99"),
+    ("dependency IMG --model test_dependencyvit --parts 0", 2, "--parts: got 0"),
+    ("dependency IMG --model test_dependencyvit --min-size -1", 2, "--min-size: got -1"),
+    ("dependency IMG --model test_dependencyvit --img-size 0", 2, "--img-size: got 0"),
+    ("dependency IMG --model test_dependencyvit --method x", 2, "invalid choice: 'x'"),
+    ("dependency IMG --model test_dependencyvit --out BAD/foreign.png", 2, "vizoo did not write"),
+    ("dependency IMG --model test_dependencyvit --out x.pdf", 2, "the ending must be .png"),
+    ("mm", 2, "action"),
+    ("mm fly", 2, "invalid choice: 'fly'"),
+    ("mm train", 2, "CONFIG is missing"),
+    ("mm train nowhere.py", 2, "does not exist"),
+    ("mm train BAD/folder", 2, "config"),
+    ("mm train BAD/empty.py", 2, "need a dictionary, the model's config"),
+    ("mm train BAD/syntax.py", 2, "cannot be read"),
+    ("mm train BAD/zeros", 2, "config"),
+    (f"mm train {LONG}", 2, "File name too long"),
+    ("mm train CFG --cfg-options foo", 2, "write KEY=VALUE"),
+    ("mm train CFG --resume nowhere", 2, "--resume"),
+    ("mm train CFG --load-from nowhere", 2, "--load-from 'nowhere' does not exist"),
+    ("mm train CFG --launcher x", 2, "invalid choice: 'x'"),
+    ("mm test CFG", 2, "--load-from is missing"),
+    ("mm test CFG --load-from BAD/tensor.pth", 2, "ann_file"),
+    ("mm convert CFG", 2, "--out"),
+    ("mm convert CFG --load-from BAD/other.pth --out BAD/folder", 2, "is a folder"),
+    ("mm convert CFG --load-from BAD/other.pth --out nowhere/x.pth", 2, "no such folder"),
+    ("mm convert CFG --load-from BAD/other.pth --out BAD/tensor.pth", 2, "exists"),
+    ("mm convert CFG --load-from BAD/other.pth --out BAD/other.pth", 2, "--load-from"),
+    ("mm convert CFG --load-from BAD/other.pth --out x.pth", 2, "does not fit"),
+    ("mm convert CFG --load-from BAD/zeros --out x.pth", 2, "--load-from"),
+    ("profile", 2, "MODEL"),
+    ("profile litv2_x", 2, "did you mean litv2_"),
+    ("profile nothing*", 2, "no model matches 'nothing*'"),
+    ("profile litv2_s.nope", 2, "unknown tag 'nope'"),
+    ("profile test_litv2 --size 0", 2, "--size 0"),
+    ("profile test_litv2 --size 1", 2, "cannot run at size 1x1"),
+    ("profile test_litv2 --size -4", 2, "--size"),
+    ("profile test_litv2 --size 1 2 3", 2, "--size 1 2 3"),
+    ("profile test_litv2 --size big", 2, "--size"),
+    ("profile test_litv2 --size 9999999999999999999999", 2, "--size 99999"),
+    ("profile test_vit --size 1", 2, "cannot run at size 1x1"),
+    ("profile test_litv2 --batch 0", 2, "--batch"),
+    ("profile test_litv2 --batch 1.5", 2, "--batch"),
+    ("profile test_litv2 --threads 0", 2, "--threads"),
+    ("profile test_litv2 --threads 1,x", 2, "--threads"),
+    ("profile test_litv2 --threads 100000", 2, "--threads"),
+    ("profile test_litv2 --import ''", 2, "--import ''"),
+    ("profile test_litv2 --import .", 2, "--import '.'"),
+    ("profile test_litv2 --import no_such_package", 2, "no_such_package"),
+    ("profile test_litv2 --device tpu", 2, "unknown device 'tpu'"),
+    ("profile test_litv2 --device cuda:63", 2, "not on this machine"),
+    ("profile test_litv2 --device meta --mode latency", 2, "meta device"),
+    ("profile test_litv2 --mode speed", 2, "--mode"),
+    ("profile test_litv2 --dtype int8", 2, "--dtype"),
+    ("profile test_litv2 --amp", 2, "bf16 or fp16"),
+    ("profile test_litv2 --min-time 3 --max-time 1", 2, "--min-time 3"),
+    ("profile test_litv2 --max-time nan", 2, "--max-time"),
+    ("profile test_litv2 --depth -1", 2, "--depth"),
+    ("profile test_litv2 --top -3", 2, "--top"),
+    ("profile test_litv2 --in-chans 0", 2, "--in-chans"),
+    ("profile test_litv2 --num-classes -1", 2, "--num-classes"),
+    ("profile test_litv2 --model-kwargs alpha", 2, "--model-kwargs 'alpha'"),
+    ("profile test_litv2 --model-kwargs no_such=3", 2, "no_such"),
+    ("profile test_litv2 --model-kwargs alpha=3", 2, "alpha=3"),
+    ("profile test_litv2 --checkpoint nowhere.pth", 2, "--checkpoint"),
+    ("profile test_litv2 --checkpoint BAD/folder", 2, "is a folder"),
+    ("profile test_litv2 --checkpoint BAD/pipe", 2, "a pipe"),
+    ("profile test_litv2 --checkpoint BAD/broken.pth", 2, "broken.pth"),
+    (f"profile test_litv2 --checkpoint {LONG}.pth", 2, "--checkpoint"),
+    ("profile test_litv2 --out x.txt", 2, "--out 'x.txt'"),
+    ("profile test_litv2 --out BAD/folder.csv", 2, "is a folder"),
+    ("profile test_litv2 --out nowhere/x.csv", 2, "no such folder"),
+    (f"profile test_litv2 --out {LONG}.json", 2, "--out"),
+    ("profile test_litv2 --out BAD/foreign.csv", 2, "did not write"),
+    ("profile test_litv2 --out BAD/ours.csv", 2, "other columns"),
+    ("profile test_litv2 --out BAD/foreign.json", 2, "did not write"),
+    ("profile test_litv2 --out BAD/readonly.csv", 2, "read-only"),
+    ("profile test_litv2 --out BAD/latin.csv", 2, "UTF-8"),
+    ("profile test_litv2 --plot x.gif", 2, "--plot 'x.gif'"),
+    ("profile test_litv2 --plot BAD/foreign.png", 2, "did not write"),
+    ("profile test_litv2 --sise 3", 2, "--sise"),
+    ("profile test_litv2 --depth 1 --sort size", 2, "--sort"),
+    ("profile test_litv2 --features --model-kwargs out_indices=(9,)", 2, "test_litv2"),
+    ("bench", 2, "name"),
+    ("bench litv2_x", 2, "did you mean litv2_"),
+    ("bench resnet18", 2, "not one model of the zoo"),
+    ("bench litv2_*", 2, "not one model of the zoo"),
+    ("bench hf-hub:a/b", 2, "not one model of the zoo"),
+    ("bench local-dir:/nowhere", 2, "not one model of the zoo"),
+    (f"bench {LONG}", 2, "unknown model"),
+    ("bench test_litv2 --batch 0", 2, "--batch"),
+    ("bench test_litv2 --threads 0", 2, "--threads"),
+    ("bench test_litv2 --rounds 0", 2, "--rounds"),
+    ("bench test_litv2 --size 0", 2, "--size 0"),
+    ("bench test_litv2 --size 1 --threads 1", 2, "--size 1"),
+    ("bench halo --size 1 --threads 1", 2, "--size 1"),
+    ("bench hilo --window 0", 2, "--window"),
+    ("bench hilo --alpha 2", 2, "--alpha"),
+    ("bench hilo --alpha nan", 2, "--alpha"),
+    ("bench halo --window 2", 2, "--window"),
+    ("bench test_litv2 --alpha 0.5", 2, "--alpha"),
+    ("bench halo --reparam", 2, "--reparam"),
+    ("bench test_litv2 --reparam --threads 1", 2, "deploy"),
+    ("bench hilo --channels-last", 2, "--channels-last"),
+    ("bench test_litv2 --dtype int8", 2, "--dtype"),
+    ("bench test_litv2 --device meta", 2, "meta"),
+    ("bench test_litv2 --device tpu", 2, "unknown device 'tpu'"),
+    ("bench test_litv2 --cpu-time --threads 2", 2, "--cpu-time"),
+    ("bench test_litv2 --official nowhere", 2, "--official"),
+    ("bench litv2_s --official BAD/folder --threads 1", 2, "--official"),
+    ("bench oat_small --official BAD/folder --threads 1", 2, "--official"),
+    (f"bench litv2_s --official {LONG}", 2, "--official"),
+    ("bench halo --official BAD/folder", 2, "no official code of 'halo'"),
+    ("bench test_litv2 --out x.txt", 2, "--out 'x.txt'"),
+    ("bench test_litv2 --out BAD/folder.csv", 2, "is a folder"),
+    ("bench test_litv2 --out nowhere/x.csv", 2, "no such folder"),
+    ("bench test_litv2 --out BAD/foreign.csv", 2, "did not write"),
+    ("bench test_litv2 --out BAD/ours.csv", 2, "other columns"),
+    ("bench test_litv2 --out BAD/readonly.csv", 2, "read-only"),
+    (f"bench test_litv2 --out {LONG}.csv", 2, "--out"),
+    ("bench test_litv2 --size 9999999999999999999999", 2, "--size 99999"),
+    ("bench test_litv2 --batch 99999999999", 2, "--batch"),
+    ("models nothing*", 2, "no model of the zoo matches 'nothing*'"),
+    ("models resnet18", 2, "no model of the zoo matches 'resnet18'"),
+    ("models --json", 2, "--json"),
+    (f"models {LONG}", 2, "no model of the zoo matches"),
+    ("env now", 2, "now"),
+    ("env --yaml", 2, "--yaml"),
 ]
 
 
@@ -298,12 +457,18 @@ def cases() -> list:
         out += [(f"{command} --plot BAD/foreign.png", 2, "vizoo did not write")]
     out += [(f"evaluate {given}", 2, word) for given, word in EVALUATE]
     out += MORE
-    return [pytest.param(*case, id=case[0].replace(LONG, "LONG")[:90]) for case in out]
+    return [
+        pytest.param(*case, id=case[0].replace(LONG, "LONG"), marks=[pytest.mark.mm] * case[0].startswith("mm"))
+        for case in out
+    ]
 
 
 @pytest.mark.parametrize(("command", "status", "word"), cases())
 def test_bad_input(command, status, word, bad, folders, runs, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
+    if command.startswith("mm"):
+        importlib.import_module("vizoo.tools.mm")  # its packages may warn, once
+        capfd.readouterr()
     given: list[str] = []
     for text in command.split(" "):
         text = text.strip("'")
@@ -311,6 +476,7 @@ def test_bad_input(command, status, word, bad, folders, runs, tmp_path, monkeypa
             given += [*words(text.removeprefix("TRAIN-"), folders), "--output", "out", "--experiment", "new"]
             continue
         text = text.replace("BAD/", f"{bad}/").replace("DATA", str(folders / "images"))
+        text = {"IMG": str(folders / "images" / "val" / "dark" / "0.png"), "CFG": CONFIG}.get(text, text)
         text = text.replace("RUN-", f"{runs}/") if text.startswith("RUN-") else text
         text = text.replace("BROKEN-", f"{bad}/run-") if text.startswith("BROKEN-") else text
         given.append(text)
