@@ -8,9 +8,8 @@ import math
 import pickle
 import pickletools
 import random
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vizoo.heads.checkpoints import NUMPY_GLOBALS
 from vizoo.tools._images import MOST_PIXELS, read_image
 from vizoo.tools.common import UserError, check_file, read_json, short
 
@@ -166,90 +166,15 @@ def _read_pickle(path: str) -> Any:
         raise UserError(f"--data {path!r}: cannot read it: {reason}") from None
 
 
-class _Kind:
-    """Stands for a type of numbers while a pickle is read: the states that NumPy's own takes can crash it."""
-
-    def __init__(self, kind: Any = None, *_: Any) -> None:
-        if type(kind) is not str or not re.fullmatch(r"[biuf][1248]|O8|U\d{1,3}", kind):
-            raise pickle.UnpicklingError(f"an array of type {short(kind)}; only numbers are loaded")
-        self.dtype = np.dtype(kind)
-
-    def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        if order not in ("<", ">", "|"):
-            raise pickle.UnpicklingError(f"bytes in order {short(order)}")
-        self.dtype = self.dtype.newbyteorder(order)
-
-    def array(self, data: Any, shape: Any, order: Any) -> np.ndarray:
-        """The array of some bytes, or of a list of objects.
-
-        Raises:
-            pickle.UnpicklingError: If they do not fill it.
-        """
-        kind: Any = list if self.dtype.hasobject else (bytes, bytearray)
-        if type(shape) is not tuple or {*map(type, shape)} - {int} or not isinstance(data, kind):
-            raise pickle.UnpicklingError("an array without a shape or without contents")
-        if not self.dtype.hasobject:
-            return np.frombuffer(data, self.dtype).reshape(shape, order=order)
-        objects = np.empty(len(data), object)
-        for i, value in enumerate(data):  # at once, NumPy would look into arrays among them
-            objects[i] = value
-        return objects.reshape(shape, order=order)
-
-
-class _Array(np.ndarray):
-    """An array that a pickle fills by its state, of which NumPy gets only what :class:`_Kind` understood."""
-
-    def __setstate__(self, state: Any) -> None:
-        *_, shape, kind, fortran, data = state
-        found = kind.array(data, shape, "F" if fortran else "C")
-        filled: Any = found.ravel().tolist() if found.dtype.hasobject else found.tobytes()
-        super().__setstate__((1, found.shape, found.dtype, False, filled))  # type: ignore[arg-type]
-
-
-def _new_array(*_: Any) -> np.ndarray:
-    return np.empty(0).view(_Array)  # and never of a size that the file asks for
-
-
-def _no_array(*_: Any) -> Any:
-    raise pickle.UnpicklingError("an array of a size of its own choice")
-
-
-def _buffer(data: Any, kind: _Kind, shape: Any, order: Any) -> np.ndarray:
-    return kind.array(data, shape, order)
-
-
-def _latin(text: str, encoding: str = "") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes written as {short(encoding)}")
-    return text.encode("latin-1")
-
-
-def _scalar(kind: _Kind, value: bytes) -> Any:
-    return kind.array(value, (1,), "C")[0].item()
-
-
-PICKLED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "dtype"): _Kind,
-    ("numpy", "ndarray"): _no_array,  # a mere argument of _reconstruct
-    ("numpy.core.multiarray", "_reconstruct"): _new_array,  # NumPy 1
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy.core.numeric", "_frombuffer"): _buffer,
-    ("numpy._core.multiarray", "_reconstruct"): _new_array,  # NumPy 2
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    ("numpy._core.numeric", "_frombuffer"): _buffer,
-    ("_codecs", "encode"): _latin,  # how old protocols write the bytes of an array
-}
-
-
 class _NumbersOnly(pickle.Unpickler):
     """Loads containers, text, numbers and NumPy arrays; imports nothing, whatever is asked for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in PICKLED:
+        if (module, name) not in NUMPY_GLOBALS:
             raise pickle.UnpicklingError(f"it wants to import {module}.{name}; only NumPy arrays are loaded")
-        found = PICKLED[module, name]
-        return lambda *args: found(*args)  # a new one: a pickle can set attributes of what it is given
+        found = NUMPY_GLOBALS[module, name]
+        # of functions a new one: a pickle can set attributes of what it is given
+        return found if isinstance(found, type) else lambda *args: found(*args)
 
 
 def _members(value: Any) -> Sequence[Any] | None:

@@ -320,14 +320,20 @@ def spoilt_type():
 
 
 PICKLES = {
-    "type that lies": (spoilt_type, "need an object of images or a list"),
+    "type that lies": (spoilt_type, "NumPy type float64 with the state"),
     "code": (lambda: pickle.dumps(Calls(eval, "1/0")), "it wants to import builtins.eval"),
     "module of numpy": (lambda: b"cnumpy.testing\nrundocs\n.", "it wants to import numpy.testing.rundocs"),
     "name of numpy": (lambda: b"cnumpy\nload\n.", "it wants to import numpy.load"),
     "dotted name": (lambda: pickle.dumps(Calls(np.ndarray.dump, 1)), "it wants to import"),
-    "array of a terabyte": (lambda: pickle.dumps(Calls(np.ndarray, (10**12,))), "an array of a size of its own choice"),
-    "type of a terabyte": (lambda: pickle.dumps(Calls(np.dtype, "V1000000000")), "only numbers are loaded"),
-    "codec": (lambda: b"c_codecs\nencode\n(Vabc\nVrot13\ntR.", "bytes written as 'rot13'"),
+    "array of a terabyte": (
+        lambda: pickle.dumps(Calls(np.ndarray, (10**12,))),
+        "a NumPy array that NumPy did not write",
+    ),
+    "type of a terabyte": (
+        lambda: pickle.dumps(Calls(np.dtype, "V1000000000")),
+        "is none of numbers, text and objects",
+    ),
+    "codec": (lambda: b"c_codecs\nencode\n(Vabc\nVrot13\ntR.", "in the encoding .rot13."),
     "memo": (lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "it keeps a value number 2147483647"),
     "length": (lambda: b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"a.", "cannot read it"),
     "cut": (lambda: pickle.dumps([1, 2])[:5], "cannot read it"),
