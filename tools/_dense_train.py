@@ -31,16 +31,13 @@ from vizoo.tools._data import seed_everything, seeded_batches
 from vizoo.tools._dense_data import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
 from vizoo.tools._train_options import add_skip_unreadable, check_range, stored_arguments
 from vizoo.tools._train_output import (
-    check_kept,
+    EpochRun,
     check_loss,
     draw_curves,
-    load_optimizer,
     load_training_checkpoint,
     match_classes,
     open_run,
     refuse_processes,
-    save_checkpoint,
-    say_changes,
     say_unnamed,
     skipped_text,
     write_options,
@@ -71,7 +68,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 METRIC = {"detection": ("AP", "box AP"), "segmentation": ("mIoU", "mean IoU")}
 PICTURED = 4  # images of a picture
-KEPT = ("arch", "model", "model_kwargs", "arch_kwargs", "size", "epochs", "batch_size", "opt", "seed")
 SHOWN = 0.5  # score from which a picture shows a box
 TRAIN_EXAMPLES = """\
 examples:
@@ -403,13 +399,16 @@ def _statistics(options: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float
     return tuple(cfg.mean), tuple(cfg.std)
 
 
-class _Trainer:
+class _Trainer(EpochRun):
     """One training run."""
+
+    kept = ("arch", "model", "model_kwargs", "arch_kwargs", "size", "epochs", "batch_size", "opt", "seed")
 
     def __init__(
         self, model: nn.Module, parts: Parts, options: dict[str, Any], device: torch.device, folder: Path
     ) -> None:
-        self.model, self.parts, self.options, self.device, self.folder = model, parts, options, device, folder
+        super().__init__(model, options, folder)
+        self.parts, self.device, self.metric = parts, device, METRIC[options["task"]][0]
         batch = options["batch_size"]
         generator = torch.Generator()
         self.loader = DataLoader(
@@ -437,62 +436,16 @@ class _Trainer:
         else:
             steps = [epoch * len(self.loader) for epoch in options["decay_milestones"]]
             self.scheduler = MultiStepLRScheduler(self.optimizer, steps, options["decay_rate"], **shared)
-        self.epoch = 0
-        self.history: list[dict[str, float]] = []
-        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
-        self.elapsed, self.started = 0.0, time.monotonic()
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of a run.
+    def entries(self) -> dict[str, Any]:
+        """What else a checkpoint holds."""
+        return {"arch": self.options["arch"], "classes": self.parts.classes, "skipped": self.parts.skipped}
 
-        Args:
-            path: The file.
-
-        Raises:
-            UserError: If it is of another task, other classes, or options that must not change.
-        """
-        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
-        before = check_kept(checkpoint, self.options, KEPT, who)
-        order = match_classes(checkpoint.get("classes"), self.parts.classes, f"--data {self.options['data']!r}", who)
-        self.parts.reorder(order)
-        try:
-            self.model.load_state_dict(checkpoint["state_dict"])
-            load_optimizer(self.optimizer, checkpoint["optimizer"])
-            self.history, self.elapsed = list(checkpoint["history"]), float(checkpoint["elapsed"])
-            self.epoch = int(checkpoint["epoch"]) + 1
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
-        if path.parent.resolve() != self.folder.resolve():
-            self.taken_over = len(self.history)
-            if self.epoch >= self.options["epochs"]:
-                raise UserError(f"{who}: all {self.epoch} epochs are done already")
-        say_unnamed(checkpoint.get("classes"), who)
-        say_changes(before, self.options)
-        print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
-
-    def save(self, epoch: int, *others: str) -> None:
-        """Write last.pth.tar, and others of the same contents before it.
-
-        Args:
-            epoch: The last one that is finished, -1 for none.
-            *others: Names without ending.
-        """
-        key, _ = METRIC[self.options["task"]]
-        contents = {
-            "task": self.options["task"],
-            "arch": self.options["arch"],
-            "classes": self.parts.classes,
-            "skipped": self.parts.skipped,
-            "epoch": epoch,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "options": self.options,
-            "history": self.history,
-            "elapsed": self.elapsed + time.monotonic() - self.started,
-            "metric": self.history[-1][key] if self.history else None,
-        }
-        for name in (*others, "last"):
-            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
+    def check(self, checkpoint: dict[str, Any], who: str) -> None:
+        """Refuse a checkpoint of other classes; another order is mended."""
+        trained = checkpoint.get("classes")
+        self.parts.reorder(match_classes(trained, self.parts.classes, f"--data {self.options['data']!r}", who))
+        say_unnamed(trained, who)
 
     def fit(self) -> None:
         """Train to the last epoch."""

@@ -23,14 +23,10 @@ from vizoo.tools._images import read_image
 from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
 from vizoo.tools._train_options import stored_arguments
 from vizoo.tools._train_output import (
-    check_kept,
+    EpochRun,
     check_loss,
-    load_optimizer,
-    load_training_checkpoint,
     open_run,
     refuse_processes,
-    save_checkpoint,
-    say_changes,
     write_options,
     write_summary,
 )
@@ -54,7 +50,6 @@ from vizoo.tools.scanpaths import Behaviour, average, compare, sim
 BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
 SHOWN = 4  # trials of a picture
-KEPT = ("model", "model_kwargs", "max_len", "trials_of_parts", "split_by", "batch_size", "eval_metric", "seed")
 TRAIN_EXAMPLES = """\
 examples:
   vizoo train --task scanpath --data search --model oat_small --lr 3e-4 --epochs 5 --experiment search
@@ -288,66 +283,21 @@ def train_scanpaths(argv: list[str]) -> int:
     return 0
 
 
-class _Trainer:
+class _Trainer(EpochRun):
     """One training run."""
+
+    kept = ("model", "model_kwargs", "max_len", "trials_of_parts", "split_by", "batch_size", "eval_metric", "seed")
 
     def __init__(
         self, model: OAT, parts: dict[str, list[Trial]], options: dict[str, Any], device: torch.device, folder: Path
     ) -> None:
-        self.model, self.parts, self.options, self.device, self.folder = model, parts, options, device, folder
+        super().__init__(model, options, folder)
+        self.parts, self.device, self.metric = parts, device, options["eval_metric"]
         self.optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
-        self.epoch = 0
-        self.history: list[dict[str, float]] = []
-        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
-        self.elapsed, self.started = 0.0, time.monotonic()
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of a run.
-
-        Args:
-            path: The file.
-
-        Raises:
-            UserError: If it is of another task, other data, or options that must not change.
-        """
-        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
-        before = check_kept(checkpoint, self.options, KEPT, who)
-        try:
-            self.model.load_state_dict(checkpoint["state_dict"])
-            load_optimizer(self.optimizer, checkpoint["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.options["lr"]
-            self.history, self.elapsed = list(checkpoint["history"]), float(checkpoint["elapsed"])
-            self.epoch = int(checkpoint["epoch"]) + 1
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
-        if path.parent.resolve() != self.folder.resolve():
-            self.taken_over = len(self.history)
-            if self.epoch >= self.options["epochs"]:
-                raise UserError(f"{who}: all {self.epoch} epochs are done already; raise --epochs")
-        say_changes(before, self.options)
-        print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
-
-    def save(self, epoch: int, *others: str) -> None:
-        """Write last.pth.tar, and others of the same contents before it.
-
-        Args:
-            epoch: The last one that is finished, -1 for none.
-            *others: Names without ending.
-        """
-        contents = {
-            "task": "scanpath",
-            "arch": self.options["model"],
-            "epoch": epoch,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "options": self.options,
-            "history": self.history,
-            "elapsed": self.elapsed + time.monotonic() - self.started,
-            "metric": self.history[-1][self.options["eval_metric"]] if self.history else None,
-        }
-        for name in (*others, "last"):
-            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
+    def entries(self) -> dict[str, Any]:
+        """What else a checkpoint holds."""
+        return {"arch": self.options["model"]}
 
     def best(self) -> dict[str, float] | None:
         """The best row of this folder's epochs, the first of equal ones."""

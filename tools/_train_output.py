@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
+from torch import nn
 
 from vizoo.tools.common import Failure, UserError, atomic_write, check_file, replace, save_figure, short
 
@@ -403,7 +405,7 @@ def _names(classes: Sequence[str]) -> str:
     return f"{', '.join(map(str, classes[:NAMED]))}{more}"
 
 
-def check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequence[str], who: str) -> dict[str, Any]:
+def _check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequence[str], who: str) -> dict[str, Any]:
     """Refuse to go on with a checkpoint of another task, or with options that would make another run of it.
 
     Args:
@@ -464,6 +466,118 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         if missing := sorted(known - group.keys()):
             raise ValueError(f"it has no {missing[0]!r}")
         group.update(settings)
+
+
+def read_history(history: Any, keys: Sequence[str]) -> list[dict[str, float]]:
+    """The rows of summary.csv in a checkpoint.
+
+    Args:
+        history: What it holds.
+        keys: Columns that every row has.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: If they are no numbers by name.
+    """
+    for row in history if isinstance(history, list) else [history]:
+        fits = isinstance(row, dict) and {"epoch", *keys} <= row.keys()
+        if not fits or not all(isinstance(v, (int, float)) for v in row.values()):
+            raise ValueError(f"its history holds {short(row)}, need numbers by name, also {', '.join(keys)}")
+    return list(history)
+
+
+class EpochRun:
+    """A run that is saved after every whole epoch: what a checkpoint of it holds, and how it goes on from one.
+
+    Args:
+        model: The model.
+        options: Of the command, with ``task``, ``epochs`` and ``lr``.
+        folder: Of the run.
+
+    Attributes:
+        kept: Options that must be equal when it goes on.
+        metric: Column of summary.csv that says which epoch is the best.
+        optimizer: Set by the subclass.
+    """
+
+    kept: Sequence[str] = ()
+    metric = ""
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, model: nn.Module, options: dict[str, Any], folder: Path) -> None:
+        self.model: Any = model
+        self.options, self.folder = options, folder
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
+        self.elapsed, self.started = 0.0, time.monotonic()
+
+    def entries(self) -> dict[str, Any]:
+        """What else a checkpoint holds, ``arch`` at least."""
+        raise NotImplementedError
+
+    def check(self, checkpoint: dict[str, Any], who: str) -> None:
+        """Refuse a checkpoint of other data, before anything of it is loaded.
+
+        Args:
+            checkpoint: Its entries.
+            who: The checkpoint, for the message.
+        """
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of a run.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UserError: If it is of another task, other data, or options that must not change.
+        """
+        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
+        before = _check_kept(checkpoint, self.options, self.kept, who)
+        self.check(checkpoint, who)
+        try:
+            self.history = read_history(checkpoint.get("history"), ("train_loss", self.metric))
+            self.epoch, self.elapsed = int(checkpoint["epoch"]) + 1, float(checkpoint["elapsed"])
+            if self.epoch != len(self.history):
+                raise ValueError(f"it is of epoch {self.epoch}, its history of {len(self.history)}")
+            self.model.load_state_dict(checkpoint["state_dict"])
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.options["lr"]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
+        if path.parent.resolve() != self.folder.resolve():
+            self.taken_over = self.epoch
+            if self.epoch >= self.options["epochs"]:
+                raise UserError(f"{who}: all {self.epoch} epochs are done already")
+        say_changes(before, self.options)
+        print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
+        if self.history:
+            write_summary(self.folder, self.history)
+
+    def save(self, epoch: int, *others: str) -> None:
+        """Write last.pth.tar, and others of the same contents before it.
+
+        Args:
+            epoch: The last one that is finished, -1 for none.
+            *others: Names without ending.
+        """
+        contents = {
+            "task": self.options["task"],
+            **self.entries(),
+            "epoch": epoch,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "options": self.options,
+            "history": self.history,
+            "elapsed": self.elapsed + time.monotonic() - self.started,
+            "metric": self.history[-1][self.metric] if self.history else None,
+        }
+        for name in (*others, "last"):
+            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
 
 
 def refuse_processes(task: str) -> None:

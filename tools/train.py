@@ -61,6 +61,7 @@ from vizoo.tools._train_output import (
     load_training_checkpoint,
     match_classes,
     open_run,
+    read_history,
     say_changes,
     say_unnamed,
     skipped_text,
@@ -367,7 +368,8 @@ class Trainer:
         sums = run.get("sums", [])
         if len(sums) == self.world.world_size:
             self.sums = sums[self.world.global_rank]
-        self.history, self.elapsed = run.get("history", []), run.get("elapsed", 0.0)
+        self.history = read_history(run.get("history", []), ("train_loss", "eval_loss", f"eval_{args.eval_metric}"))
+        self.elapsed = float(run.get("elapsed", 0.0))
         if self.epoch < 0 or self.batch < 0:
             raise ValueError(f"it stopped in epoch {self.epoch}, batch {self.batch}")
         if self.batch > len(self.loader):

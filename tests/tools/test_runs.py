@@ -246,6 +246,9 @@ def test_saver_removes_its_own_files_only(tmp_path: Path) -> None:
         {"optimizer": []},
         {"saver": {"checkpoint_files": 7}},
         {"args": 3},
+        {"run": {"epoch": 1, "batch": 0, "history": [1, 2]}},
+        {"run": {"epoch": 1, "batch": 0, "history": [{"epoch": 0, "train_loss": "x"}]}},
+        {"run": {"epoch": 1, "batch": 0, "sums": 3}},
         {"classes": 3},
     ],
     ids=str,
@@ -261,6 +264,31 @@ def test_crafted_checkpoints(change, folders, run, capsys) -> None:
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert status == (0 if {"classes", "saver"} & change.keys() else 2), err
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"history": 3},
+        {"history": [{"epoch": 0}]},
+        {"history": []},
+        {"epoch": "x"},
+        {"elapsed": None},
+        {"options": []},
+        {"state_dict": {}},
+        {"optimizer": {"param_groups": 3}},
+    ],
+    ids=str,
+)
+def test_crafted_checkpoints_of_other_tasks(change, task, folders, run, capsys) -> None:
+    folder = run(task)
+    state = {**read(folder / "last.pth.tar"), **change}
+    (folder / "last.pth.tar").unlink()
+    torch.save(state, folder / "last.pth.tar")
+    capsys.readouterr()
+    assert start(task, folders, folder, "--resume", str(folder / "last.pth.tar")) == 2
+    assert "--resume" in line(capsys)
 
 
 # classes
