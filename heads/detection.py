@@ -74,7 +74,6 @@ def detector(
         ValueError: If an argument is out of range, the backbone is unknown or lacks a stride; the message names it.
     """
     need(num_classes >= 2, "at least 2: the background counts", num_classes=num_classes)
-    check_names(kwargs, _arguments(ARCHS[arch]), f"arch={arch!r}")
     if strides is None:
         strides = (4, 8, 16, 32) if arch in TWO_STAGES else (8, 16, 32)
     body = FeatureLevels(
@@ -85,6 +84,7 @@ def detector(
         norm_eval=norm_eval,
         **(backbone_kwargs or {}),
     )
+    check_names(kwargs, _arguments(ARCHS[arch]), f"arch={arch!r}")
     data = resolve_model_data_config(body.body)
     shared: dict[str, Any] = {
         "num_classes": num_classes,

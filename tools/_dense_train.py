@@ -216,7 +216,7 @@ def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
 
 def open_parts(options: dict[str, Any], statistics: tuple[Any, Any] = ((0.0,) * 3, (1.0,) * 3)) -> Parts:
     """The data of a run; arguments as the options of the command say."""
-    checked, skip = options["check_data"] == "full", options["skip_unreadable"]
+    checked, skip = options["check_data"] == "full", options.get("skip_unreadable", False)
     if options["task"] == "detection":
         return detection_parts(options["data"], options["arch"] == "mask_rcnn", options["hflip"], checked, skip)
     return segmentation_parts(
