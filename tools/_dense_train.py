@@ -50,6 +50,7 @@ from vizoo.tools.common import (
     check_output,
     check_weights,
     compute_device,
+    is_exhausted,
     number,
     print_table,
     progress,
@@ -211,6 +212,8 @@ def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
         short, long = options["size"]
         return detector(options["arch"], names[0], classes + 1, min_size=short, max_size=long, **settings)
     except (ValueError, TypeError, RuntimeError) as e:
+        if is_exhausted(e):
+            raise
         raise UserError(f"--arch {options['arch']} with --model {options['model']!r}: {e}") from e
 
 

@@ -173,6 +173,12 @@ LIBRARY_FAILURES = {
 WRONG_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # bad input wherever they are noticed
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether memory, threads or a worker gave out, which no other argument of a constructor would mend."""
+    known = isinstance(error, RuntimeError) and any(key in str(error) for key in LIBRARY_FAILURES)
+    return known or isinstance(error, MemoryError)
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that is no fault of this package.
 
@@ -276,6 +282,8 @@ def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwarg
     except (UserError, Failure):
         raise
     except Exception as e:  # whatever a constructor or an unpickler raises; --debug shows it whole
+        if is_exhausted(e):
+            raise
         if not given or isinstance(e, TypeError):
             raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e
         why = _first_line(e) if isinstance(e, RuntimeError) else "not a checkpoint that PyTorch reads safely"
@@ -292,11 +300,13 @@ def check_weights(model: Any, file: str | Path) -> None:
     Raises:
         Failure: Names the first parameter or statistic.
     """
-    values = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, value in values if value.is_floating_point() and value.isnan().any()]
+    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    # of buffers some are infinite on purpose, such as masks of attention
+    bad += [name for name, value in model.named_buffers() if value.is_floating_point() and value.isnan().any()]
     if bad:
         more = f" and in {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise Failure(f"checkpoint file {short(str(file))} holds NaN in {bad[0]}{more}; take an earlier checkpoint")
+        what = f"holds NaN or infinity in {bad[0]}{more}"
+        raise Failure(f"checkpoint file {short(str(file))} {what}; take an earlier checkpoint")
 
 
 def _first_line(e: BaseException) -> str:

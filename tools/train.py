@@ -73,6 +73,7 @@ from vizoo.tools.common import (
     UserError,
     build_model,
     compute_device,
+    is_exhausted,
     progress,
     resolve_models,
     run_tool,
@@ -180,6 +181,8 @@ class Trainer:
                 batch = min(2, self.args.batch_size)
                 trained = copy.deepcopy(model).train()(torch.zeros(batch, *size, device=self.device))
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as e:
+            if is_exhausted(e):
+                raise
             what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
             reason = (str(e).strip() or "no message").splitlines()[0][:200]
             raise UserError(f"model {self.args.model!r} cannot take {what}: {type(e).__name__}: {reason}") from None

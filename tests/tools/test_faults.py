@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from runs import TASKS, words
 
-from vizoo.tools import cli
+from vizoo.tools import cli, common
 
 FILES: dict[str, Callable[[Path], object]] = {
     "empty": lambda p: p.write_bytes(b""),
@@ -425,6 +427,51 @@ MORE: list[tuple[str, int, str]] = [
     ("env now", 2, "now"),
     ("env --yaml", 2, "--yaml"),
 ]
+
+
+def fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.csv")
+
+
+def check_nan() -> None:
+    layer = torch.nn.BatchNorm1d(1)
+    layer.running_mean.fill_(float("nan"))  # type: ignore[union-attr]
+    common.check_weights(layer, "x.pth")
+
+
+RUNNING = {  # what goes wrong while a tool runs, as libraries really raise it
+    "memory of PyTorch": (lambda: torch.empty(1 << 50), "out of memory; lower --batch-size"),
+    "memory of NumPy": (lambda: np.empty(1 << 50), "out of memory; lower --batch-size"),
+    "memory of Python": (lambda: bytearray(1 << 60), "out of memory; lower --batch-size"),
+    "full disk": (fill_disk, "the system refuses 'x.csv': No space left on device"),
+    "file that went away": (lambda: Path("gone").read_bytes(), "the system refuses 'gone': No such file"),
+    "weights that are no numbers": (check_nan, "checkpoint file 'x.pth' holds NaN or infinity in running_mean"),
+}
+
+
+@pytest.mark.parametrize("case", RUNNING)
+def test_what_goes_wrong_while_running(case, capsys) -> None:
+    """Status 1 and one line; a fault of ours keeps its traceback."""
+    raises, words = RUNNING[case]
+    assert common.run_tool(lambda argv: raises() and 0, [], "train") == 1
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) == 1
+    with pytest.raises(KeyError):
+        common.run_tool(lambda argv: {}["x"], [], "train")
+    with pytest.raises((RuntimeError, MemoryError, OSError, common.Failure)):
+        common.run_tool(lambda argv: raises() and 0, ["--debug"], "train")
+
+
+def test_too_large_a_model_is_no_bad_input(capsys, folders, tmp_path, monkeypatch) -> None:
+    """Memory that gives out is status 1 wherever it happens."""
+    monkeypatch.chdir(tmp_path)
+    for more in (["--num-classes", str(1 << 45)], ["--img-size", "8000000"]):
+        assert cli.main([*words("classification", folders), *more]) == 1, more
+        err = capsys.readouterr().err
+        assert "out of memory" in err
+        assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
