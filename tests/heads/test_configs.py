@@ -305,7 +305,9 @@ def published_count(name: str, height: int, width: int) -> float:
         return lambda module, args, out: values.__setitem__(kind, values[kind] + out.numel())
 
     hooks = [m.register_forward_hook(hook(kind)) for m in model.modules() for kind in values if isinstance(m, kind)]
-    counted = count(Whole(model), torch.empty(1, 3, height, width, device="meta"))
+    whole = Whole(model)  # counting may take more than one pass: the last one counts
+    hooks.append(whole.register_forward_pre_hook(lambda *_: values.update(dict.fromkeys(values, 0))))
+    counted = count(whole, torch.empty(1, 3, height, width, device="meta"))
     for h in hooks:
         h.remove()
     layer, batch, relu = values.values()
