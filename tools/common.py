@@ -141,15 +141,13 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     try:
-        return tool(args)
+        with contextlib.redirect_stdout(_UnreadOutput(sys.stdout)):  # type: ignore[type-var]
+            return tool(args)
     except KeyboardInterrupt:
         if debug:
             raise
         print(f"vizoo {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as e:
         known = None if debug else explain(e)
         if known is None:
@@ -157,6 +155,33 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
         status, text = known
         print(f"vizoo {name}: error: {text}", file=sys.stderr)
         return status
+
+
+class _UnreadOutput:
+    """Standard output whose reader (head, less) may go away: the rest is not printed, but the work is done."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # what is left in the buffer goes there
+            os.close(null)
+
+    def write(self, text: str) -> int:
+        """Print, if anybody reads."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Print what is left, if anybody reads."""
+        self._try(self._stream.flush)
 
 
 # beginnings of messages that libraries give a bare RuntimeError, and what helps

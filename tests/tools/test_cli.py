@@ -239,3 +239,21 @@ def test_sizes(values):
     assert common.read_size([5]) == (5, 5)
     assert common.read_size([5, 7]) == (5, 7)
     assert common.read_size(9) == (9, 9)
+
+
+def test_a_reader_that_goes_away_ends_the_printing_only(tmp_path):
+    """``vizoo evaluate ... --out figures.json | head`` writes its file."""
+    code = (
+        "import pathlib, sys\nfrom vizoo.tools import common\n"
+        "def tool(argv):\n    for _ in range(9000):\n        print('x' * 99)\n"
+        "    common.print_table(['a'], [['b']])\n    pathlib.Path('done').touch()\n    return 0\n"
+        "sys.exit(common.run_tool(tool, [], 'x'))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "x" * 99 + "\n"
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == ""
+    assert (tmp_path / "done").exists()
