@@ -247,6 +247,8 @@ def test_reset_classifier_keeps_pooling(name: str) -> None:
     before, classes, expected = dict(model.named_modules()), model.num_classes, model(x)
     with pytest.raises(ValueError, match="got global_pool='no_such_pool', need"):
         model.reset_classifier(9, "no_such_pool")
+    with pytest.raises(AssertionError, match="got global_pool"):  # what code for timm's models expects
+        model.reset_classifier(9, "no_such_pool")
     assert dict(model.named_modules()) == before
     assert model.num_classes == classes
     close(model(x), expected, "same")

@@ -90,6 +90,10 @@ rates, which have ``drop`` in their names, all but NaN and infinity for others."
 _LAYERS = {"act_layer": get_act_layer, "norm_layer": get_norm_layer, "embed_norm_layer": get_norm_layer}
 
 
+class _PoolError(ValueError, AssertionError):
+    """A pooling that a model does not have, for which code written for timm's models expects an AssertionError."""
+
+
 def need(ok: object, what: str, **values: Any) -> None:
     """Refuse arguments.
 
@@ -103,7 +107,7 @@ def need(ok: object, what: str, **values: Any) -> None:
     """
     if not ok:
         given = " and ".join(f"{name}={_short(value)}" for name, value in values.items())
-        raise ValueError(f"got {given}, need {what}")
+        raise (_PoolError if "global_pool" in values else ValueError)(f"got {given}, need {what}")
 
 
 def checked(**ranges: Bounds) -> Callable[[_Function], _Function]:
