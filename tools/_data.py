@@ -210,6 +210,11 @@ def _open_split(root: str, split: str, mode: str, window: tuple[float, float] | 
     return dataset
 
 
+def reordered(classes: Sequence[str], order: Sequence[int]) -> list[str]:
+    """Names of classes, that of class ``i`` at ``order[i]``."""
+    return [name for _, name in sorted(zip(order, classes, strict=True))]
+
+
 def reorder_classes(dataset: Any, order: Sequence[int]) -> None:
     """Give class ``i`` of a data set the index ``order[i]``, as a model knows it that was trained with another order.
 

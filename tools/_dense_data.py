@@ -26,7 +26,7 @@ from vizoo.tools._check_data import (
     list_names,
     read_coco,
 )
-from vizoo.tools._data import say_skipped, unreadable
+from vizoo.tools._data import reordered, say_skipped, unreadable
 from vizoo.tools._images import read_image, read_mask
 from vizoo.tools.common import UserError, read_text, short
 
@@ -50,8 +50,7 @@ class Parts:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Give class ``i`` the id ``order[i]``, as a model knows it that was trained with another order."""
-        names = dict(zip(order, self.classes, strict=True))
-        self.classes = [names[i] for i in range(len(names))]
+        self.classes = reordered(self.classes, order)
         self.train.reorder(order)
         self.val.reorder(order)
 

@@ -13,6 +13,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -381,11 +382,9 @@ def match_classes(trained: Sequence[str] | None, found: Sequence[str], where: st
     Raises:
         UserError: If the names are not the same.
     """
-    twice = (
-        next((name for name in found if list(found).count(name) > 1), None) if len(set(found)) < len(found) else None
-    )
-    if twice is not None:
-        raise UserError(f"{where} has two classes named {short(twice)}")
+    twice = [name for name, times in Counter(found).items() if times > 1]
+    if twice:
+        raise UserError(f"{where} has two classes named {short(twice[0])}")
     if not isinstance(trained, (list, tuple)):
         return list(range(len(found)))
     trained = [str(name) for name in trained]

@@ -99,11 +99,16 @@ class KeyValues(argparse.Action):
             key, equals, text = word.partition("=")
             if not equals or not key.isidentifier():
                 raise argparse.ArgumentError(self, f"got {short(word)}, must be KEY=VALUE")
-            try:
-                found[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                found[key] = text
+            found[key] = literal(text)
         setattr(namespace, self.dest, found)
+
+
+def literal(text: str) -> Any:
+    """The value of a literal of Python, or the text itself, whatever it looks like."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # TypeError: {[]: 1}
+        return text
 
 
 MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
@@ -200,8 +205,7 @@ WRONG_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # 
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether memory, threads or a worker gave out, which no other argument of a constructor would mend."""
-    known = isinstance(error, RuntimeError) and any(key in str(error) for key in LIBRARY_FAILURES)
-    return known or isinstance(error, MemoryError)
+    return isinstance(error, RuntimeError | MemoryError) and explain(error) is not None
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy, reduce_tensor
 from torch import nn
 
-from vizoo.tools._data import digits_splits, held_out_loader, open_split, reorder_classes
+from vizoo.tools._data import digits_splits, held_out_loader, open_split, reorder_classes, reordered
 from vizoo.tools._images import add_window
 from vizoo.tools._scanpath_train import evaluate_scanpaths
 from vizoo.tools._train_options import (
@@ -229,7 +229,7 @@ def _evaluate(argv: list[str]) -> int:
         trained, who = stored_classes(checkpoint, args.run), f"checkpoint {checkpoint!r}"
     order = match_classes(trained, classes, f"--data {options.data!r}", who)
     reorder_classes(dataset, order)
-    classes = [name for _, name in sorted(zip(order, classes, strict=True))]
+    classes = reordered(classes, order)
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
     model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)

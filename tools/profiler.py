@@ -29,6 +29,7 @@ from vizoo.tools.common import (
     check_output,
     check_table,
     explain,
+    literal,
     number,
     print_table,
     progress,
@@ -742,17 +743,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    import ast
-
     kwargs: dict[str, Any] = {}
     for item in args.model_kwargs:
         key, equal, value = item.partition("=")
         if not equal or not key.isidentifier():
             raise UserError(f"--model-kwargs {item!r}: write NAME=VALUE")
-        try:
-            kwargs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # text, whatever it looks like
-            kwargs[key] = value
+        kwargs[key] = literal(value)
     kwargs.update({key: value for key in ("in_chans", "num_classes") if (value := getattr(args, key)) is not None})
     if args.checkpoint:
         kwargs["checkpoint_path"] = args.checkpoint

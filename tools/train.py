@@ -48,6 +48,7 @@ from vizoo.tools._data import (
     digits_splits,
     folder_splits,
     reorder_classes,
+    reordered,
     seed_everything,
     seeded_batches,
 )
@@ -340,11 +341,10 @@ class Trainer:
         before = checkpoint.get("args") or {}
         before = before if isinstance(before, dict) else vars(before)  # a namespace in those of timm's script
         data, who = f"--data {args.data!r}", f"--resume {str(path)!r}"
-        data, who = f"--data {args.data!r}", f"--resume {str(path)!r}"
         order = match_classes(checkpoint.get("classes"), self.classes, data, who)
         for part in (self.splits.train, self.splits.held_out):
             reorder_classes(part, order)
-        self.classes = [name for _, name in sorted(zip(order, self.classes, strict=True))]
+        self.classes = reordered(self.classes, order)
         try:
             self.model.load_state_dict(checkpoint["state_dict"])
             if self.ema:

@@ -108,6 +108,7 @@ TRAIN: dict[str, list[tuple[str, str]]] = {
         ("--model-kwargs foo=1", "foo"),
         ("--model-kwargs foo", "--model-kwargs: got 'foo', must be KEY=VALUE"),
         ("--model-kwargs =3", "must be KEY=VALUE"),
+        ("--model-kwargs foo={[]:1}", "foo"),
         ("--num-classes 1", "--num-classes 1 is below the 2 classes"),
         ("--num-classes -1", "--num-classes: got -1"),
         ("--epochs 0", "--epochs: got 0"),
