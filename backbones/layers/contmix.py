@@ -14,7 +14,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops._backend import plain_only, use_onednn
+from ..ops._backend import on_kernel_device, plain_only, use_onednn
 from ..ops.contmix import contmix, contmix_from_logits, working_size
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
@@ -41,6 +41,9 @@ def as_written(x: Tensor) -> bool:
 
     Profilers count there, and published counts are those of that order.  Results are equal up to rounding.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if on_kernel_device(x):  # the meta device is one while kernels are compiled without a GPU
+            return torch.jit.is_tracing()
     return x.is_meta or torch.jit.is_tracing()
 
 

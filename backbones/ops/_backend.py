@@ -20,6 +20,7 @@ _ONEDNN_OPS = ("_linear_pointwise", "_convolution_pointwise")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # operators define their kernels only if it is there
 _NATTEN = (0, 21, 7)  # the first release whose CUTLASS backward pass gives no NaN on partial tiles
 _whole = False  # see whole_operators
+_kernel_devices: tuple[str, ...] = ("cuda",)  # see kernels_on
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # kernels run in Python, also on CPU tensors
 
 
@@ -86,6 +87,22 @@ def whole_operators() -> Iterator[None]:
         yield
     finally:
         _whole = before
+
+
+@contextlib.contextmanager
+def kernels_on(device: str) -> Iterator[None]:
+    """Context in which ``"auto"`` takes Triton kernels for tensors of this device type too: to compile without a GPU."""
+    global _kernel_devices
+    before, _kernel_devices = _kernel_devices, (*_kernel_devices, device)
+    try:
+        yield
+    finally:
+        _kernel_devices = before
+
+
+def on_kernel_device(x: Tensor) -> bool:
+    """Whether ``"auto"`` takes kernels on the device of a tensor."""
+    return x.device.type in _kernel_devices
 
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -173,7 +190,7 @@ def choose_backend(backend: str, x: Tensor, unsupported: dict[str, str]) -> str:
         if reason:
             raise ValueError(f"got backend={backend!r}, but {reason}; use 'auto' or 'torch'")
         return backend
-    if backend == "torch" or x.device.type != "cuda" or plain_only():
+    if backend == "torch" or not on_kernel_device(x) or plain_only():
         return "torch"
     return next((name for name, limit in unsupported.items() if not (limit or _missing(name, x))), "torch")
 
