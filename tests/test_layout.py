@@ -89,7 +89,8 @@ def refused(path: Path, found: Import) -> str | None:
     name = module_name(path)
     if found.within("heads", "tools", "backbones", "configs"):
         return "our folders are imported by their vizoo name"
-    if found.within(*KERNELS) and (found.always or not name.startswith(OPS)) and name != f"{OPS}._backend":
+    compiles = name.startswith(OPS) or name == "vizoo.tools._machine_code"
+    if found.within(*KERNELS) and (found.always or not compiles) and name != f"{OPS}._backend":
         return "kernel libraries are imported behind the probe of ops/_backend.py"
     if name.startswith(OPS):
         if name == OPS and found.within(OPS):

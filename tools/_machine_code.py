@@ -1,8 +1,8 @@
 """What the zoo's Triton kernels cost in machine code: compiled for a GPU that need not be there, and read.
 
 A model is run on the meta device, so that every operator gets the arguments of a real training step.  A driver that
-knows nothing but a compute capability takes the place of the CUDA driver: Triton's own launch compiles each kernel as it
-would there, into its own cache, and nothing is run.
+knows only a compute capability takes the place of the CUDA driver: Triton's own launch compiles each kernel as it would
+there, into its own cache, and nothing is run.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ MODELS = (  # one or more of each family that has kernels, so that together they
 ISSUE_RATE, BYTES_RATE, FLOP_RATES = 132 * 4 * 1.755e9, 3.0e12, {"float32": 5.0e13}
 HALF_RATE = 6.0e14
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32  # of a multiprocessor of compute capability 9.0
-MIX = {  # kinds of instructions by the start of their name
+MIX = {  # kinds of instructions by the start of their name, the first that fits
     "shuffles": "SHFL",
-    "integer": "IMAD|IADD|LEA|LOP3|ISETP|SEL|PRMT|SHF|IABS|IMNMX|VIMNMX|I2F|F2I",
-    "float": "FFMA|FMUL|FADD|FSEL|FSETP|FMNMX|MUFU|F2F|HADD|HMUL|HFMA",
-    "global": "LDG|STG|ATOM|RED",
-    "async": "LDGSTS|UTMALDG",
-    "shared": "LDS|STS|LDSM|STSM",
-    "products": "HMMA|HGMMA",
+    "async_copies": "LDGSTS|UTMA",
+    "global_memory": "LDG|STG|ATOM|RED",
+    "shared_memory": "LDS|STS",
     "spills": "LDL|STL",
+    "tensor_cores": "HMMA|HGMMA",
+    "float": "FFMA|FMUL|FADD|FSEL|FSETP|FMNMX|MUFU|F2F|HADD|HMUL|HFMA",
+    "integer": "U?(?:IMAD|IADD|LEA|LOP3|ISETP|SEL|PRMT|SHF|IABS|IMNMX)|VIMNMX|VIADD|I2F|F2I",
 }
-_KINDS = {kind: re.compile(rf"\s(?:@!?U?P\d\s+)?(?:{names})(?:\.|\s)") for kind, names in MIX.items()}
+_KINDS = {kind: re.compile(names) for kind, names in MIX.items()}
+_NAME = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?(\w+)")
 
 
 class Loop(NamedTuple):
@@ -297,7 +298,13 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def _mix(lines: Sequence[str]) -> dict[str, int]:
-    return {kind: sum(bool(pattern.search(line)) for line in lines) for kind, pattern in _KINDS.items()}
+    mix = dict.fromkeys(MIX, 0)
+    for line in lines:
+        name = _NAME.search(line)
+        kind = next((k for k, starts in _KINDS.items() if name and starts.match(name[1])), None)
+        if kind:
+            mix[kind] += 1
+    return mix
 
 
 def read_listing(listing: str) -> tuple[int, list[Loop]]:
@@ -535,7 +542,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], batch: int, capability: 
         UserError: If no machine code can be read here.
     """
     if reason := missing():
-        raise UserError(f"--sass: {reason}")
+        raise UserError(f"--sass: no machine code can be read here: {reason}")
     for dtype, name in itertools.product(dtypes, names):
         for operator, args, found in launches(name, dtype, batch, capability):
             floor_ms = _floor_ms(operator, args, dtype)
@@ -590,6 +597,14 @@ def row(code: Code) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Versions of what compiles the kernels."""
+    import torch
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
 def print_report(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows of a report, a line a kernel."""
     from vizoo.tools.common import print_table
@@ -602,7 +617,7 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
         "tiles": "tiles",
         "registers": "registers",
         "stack": "stack bytes",
-        "shared": "shared bytes",
+        "shared_memory": "shared bytes",
         "occupancy": "occu- pancy",
         "loop": "loop instructions",
         "shuffles": "shuffles",
@@ -635,7 +650,7 @@ def warm(
         UserError: If nothing can be compiled here.
     """
     if reason := missing(disassembler=False):
-        raise UserError(f"--warm: {reason}")
+        raise UserError(f"--warm: no kernel can be compiled here: {reason}")
     from triton import knobs
 
     compiled: list[str] = []

@@ -46,6 +46,9 @@ examples:
   vizoo bench halo --size 64 --batch 1 8                the first one of halo_h1 against timm's, on a 64x64 map
   vizoo bench ulsam --size 14 --batch 1 32              dim 512, against a loop over its 4 subspaces
   vizoo bench reversed --size 64 --mode train           reversed attention, 4,096 tokens, 3 heads
+  vizoo bench --sass                                    machine code of all GPU kernels, no GPU needed
+  vizoo bench --sass nat_tiny --dtype bfloat16 --batch 128 --out kernels.csv
+  vizoo bench --warm nat_tiny --dtype bfloat16          compile the kernels of a model before its first step
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
 stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
@@ -97,14 +100,31 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer")
+    p.add_argument(
+        "name", nargs="*", help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer"
+    )
+    what = p.add_mutually_exclusive_group()
+    what.add_argument(
+        "--sass",
+        action="store_true",
+        help="what the Triton kernels of a training step cost in machine code, by model (default: one of each family)",
+    )
+    what.add_argument("--warm", action="store_true", help="compile these kernels into Triton's cache, run nothing")
+    p.add_argument(
+        "--capability",
+        type=number(int, 80, MOST),
+        metavar="N",
+        help="with --sass and --warm: compute capability times 10 of the GPU to compile for (this one's, else 90)",
+    )
     p.add_argument(
         "--official",
         type=Path,
         metavar="DIR",
         help="checkout of the official code (default: timm's model if it has one, else plain PyTorch)",
     )
-    p.add_argument("--batch", type=number(int, 1, MOST), nargs="+", default=[1], help="images at once (1)")
+    p.add_argument(
+        "--batch", type=number(int, 1, MOST), nargs="+", help="images at once (1; with --sass and --warm one, 128)"
+    )
     p.add_argument(
         "--threads",
         type=number(int, 1, MOST_THREADS),
@@ -381,10 +401,56 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_of_zoo(name: str) -> None:
     import timm
 
+    names = [] if name.startswith(("hf", "local-dir:")) else resolve_models([name])
+    if names != [name] or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
+        raise UserError(f"{short(name)} is not one model of the zoo; 'vizoo models' lists them")
+
+
+def _compile(args: argparse.Namespace) -> None:
+    """Compile kernels for a GPU that need not be there: report on them, or only fill the cache."""
+    import torch
+
+    from vizoo.tools import _machine_code as code
+
+    option = "--sass" if args.sass else "--warm"
+    given = vars(parser().parse_args(["name"]))
+    allowed = {"name", "sass", "warm", "capability", "batch", "dtype", *(["out"] if args.sass else [])}
+    for key, value in vars(args).items():
+        if key not in allowed and value != given[key]:
+            raise UserError(f"--{key.replace('_', '-')}: has no meaning with {option}")
+    for name in args.name:
+        _check_of_zoo(name)
+    if len(args.batch or [0]) > 1:
+        raise UserError(f"--batch: {option} takes one number, got {' '.join(map(str, args.batch))}")
+    check_table(args.out, "--out", code.COLUMNS)
+    capability = args.capability
+    if capability is None:
+        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        capability = 10 * major + minor
+    todo = args.name or code.MODELS, args.dtype, (args.batch or [128])[0], capability
+    if args.warm:
+        table = [[*map(str, line)] for line in code.warm(*todo)]
+        print_table(["model", "dtype", "kernels", "compiled"], table, numeric=(2, 3))
+        return
+    versions = {"capability": capability, **code.versions(), "commit": commit()}
+    with progress() as bar:
+        task = bar.add_task("compiling", total=None)
+        rows = []
+        for found in code.report(*todo):
+            rows.append({**code.row(found), **versions})
+            bar.advance(task)
+    code.print_report(rows)
+    if args.out:
+        append_table(args.out, code.COLUMNS, rows)
+
+
+def _check(args: argparse.Namespace) -> None:
     check_table(args.out, "--out", COLUMNS)
+    if args.capability is not None:
+        raise UserError("--capability: has no meaning without --sass or --warm")
     if args.size is not None:
         read_size(args.size)
     if args.official and not os.path.isdir(args.official):
@@ -401,16 +467,18 @@ def _check(args: argparse.Namespace) -> None:
     if args.name in ("hilo", "reversed") and args.channels_last:
         raise UserError(f"--channels-last: {args.name!r} takes tokens, not a map")
     if args.name not in SIDES:
-        names = [] if args.name.startswith(("hf", "local-dir:")) else resolve_models([args.name])
-        if names != [args.name] or not timm.models.model_entrypoint(args.name.partition(".")[0]).__module__.startswith(
-            "vizoo."
-        ):
-            raise UserError(f"{short(args.name)} is not one model of the zoo; 'vizoo models' lists them")
+        _check_of_zoo(args.name)
     compute_device(args.device)
 
 
 def _run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.sass or args.warm:
+        _compile(args)
+        return 0
+    if len(args.name) != 1:
+        raise UserError(f"give the name of one model or layer, got {' '.join(map(short, args.name)) or 'none'}")
+    args.name, args.batch = args.name[0], args.batch or [1]
     _check(args)
     import torch
 
