@@ -1,17 +1,23 @@
 """Triton kernels of halo attention: see ``halo.py`` for the formula.
 
 A forward program owns a tile of the queries of one block and one head, and walks over the keys of its window, which it
-reads in place.  Its products with the two tables stay in registers; each score gathers its two terms from them.
+reads in place, a few rows by a few columns at a time.  Its products with the two tables are put in the order of the
+window once.  The columns' terms of a tile of keys then serve all rows of the window: they are what its products with the
+queries are added to.  The rows' terms enter by a product with a one-hot matrix, in two halves where the inputs are half,
+which together keep 16 bits or more.
 
 Letters: ``i, m`` row and column of a query in its block, ``j, n`` of a key in its window, ``y, x`` in a map.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
+from ._kernels import gradient_scale, power_of_two, product_precision
 
 MAX_CHANNELS = 256  # of a head: a tile of keys and one of queries have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
@@ -21,67 +27,102 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from ._kernels import index_type, load_vectors, store_vectors
+
+    OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
+    UNIT = tl.constexpr(64.0)  # entry of one-hot matrices: it widens the range of float16 terms, which are divided by it
+    LOG2E = tl.constexpr(1.4426950408889634)
+    _COUNTS = ("programs", "heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
+
+    def _jit(function):
+        return triton.jit(function, do_not_specialize=[n for n in _COUNTS if n in function.__code__.co_varnames])
+
     @triton.jit
     def _place(pid, heads, nh, nw, tiles):
         """Image (int64), block row, block column, tile and head of a program: heads, which lie side by side, first."""
-        head, rest = (pid % heads).to(tl.int32), pid // heads
-        tile, rest = (rest % tiles).to(tl.int32), rest // tiles
-        return rest // nw // nh, (rest // nw % nh).to(tl.int32), (rest % nw).to(tl.int32), tile, head
+        head, rest = pid % heads, pid // heads
+        tile, rest = rest % tiles, rest // tiles
+        return (rest // nw // nh).to(tl.int64), rest // nw % nh, rest % nw, tile, head
 
     @triton.jit
-    def _load(base, y, x, mask, stride_y, stride_x, C: tl.constexpr, CP: tl.constexpr):
-        """Vectors of the pixels ``y, x``: ``[pixels, CP]``, zero where masked."""
-        c = tl.arange(0, CP)
-        p = base + (y * stride_y + x * stride_x)[:, None] + c[None, :]
-        return tl.load(p, mask=mask[:, None] & (c < C)[None, :], other=0.0)
+    def _queries(start, by, bx, QH, QW, SIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+        """A tile of a block's queries: positions in the block and in the map, and which of them exist."""
+        t = start + tl.arange(0, BLOCK_M)
+        i, m = t // SIDE, t % SIDE
+        y, x = by * SIDE + i, bx * SIDE + m
+        return i, m, y, x, (t < SIDE * SIDE) & (y < QH) & (x < QW)
 
     @triton.jit
-    def _load_table(table_ptr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-        """Table ``[RP, DP]``."""
-        t, c = tl.arange(0, RP), tl.arange(0, DP)
-        return tl.load(table_ptr + t[:, None] * D + c[None, :], mask=(t < R)[:, None] & (c < D)[None, :], other=0.0)
+    def _load_table(table_ptr, R: tl.constexpr, RP: tl.constexpr, WIN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+        """The rows of a table that are read ``[RP, DP]``: its last ``R``."""
+        t = tl.arange(0, RP)
+        return load_vectors(table_ptr, (2 * WIN - 1 - R + t) * D, t < R, D, DP)
 
     @triton.jit
-    def _products(
-        q32, table_ptr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr
-    ):
-        """Queries times a table ``[queries, RP]``; to load it anew each time takes less shared memory."""
-        return tl.dot(q32, tl.trans(_load_table(table_ptr, R, RP, D, DP)), input_precision=PRECISION)
+    def _products(q, table, PRECISION: tl.constexpr):
+        """Queries times a table ``[queries, RP]``; one in float32 counts as two halves if the queries are half."""
+        high = table.to(q.dtype)
+        products = tl.dot(q, tl.trans(high), input_precision=PRECISION)
+        if table.dtype != q.dtype:
+            low = (table - high.to(table.dtype)).to(q.dtype)
+            products = tl.dot(q, tl.trans(low), products, input_precision=PRECISION)
+        return products
 
     @triton.jit
-    def _window(start, by, bx, H, W, BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_N: tl.constexpr):
-        """A tile of keys: positions in the window and in the map, which are in the window, and which in both."""
-        WIN: tl.constexpr = BLOCK + 2 * HALO
-        o = start + tl.arange(0, BLOCK_N)
-        j, n = o // WIN, o % WIN
-        y, x = by * BLOCK - HALO + j, bx * BLOCK - HALO + n
-        own = o < WIN * WIN
-        return j, n, y, x, own, own & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    def _dot(x, y, acc, PRECISION: tl.constexpr):
+        """``acc + x @ y`` for a float32 ``x``: two products of its halves where ``y`` is half."""
+        if y.dtype == tl.float32:
+            return tl.dot(x, y, acc, input_precision=PRECISION)
+        high = x.to(y.dtype)
+        return tl.dot((x - high.to(tl.float32)).to(y.dtype), y, tl.dot(high, y, acc))
+
+    @triton.jit
+    def _factors(grow_ptr, dtype: tl.constexpr):
+        """Factor of gradients of logits before their products, and its inverse: 1 but in float16."""
+        if dtype == tl.float16:
+            grow = tl.load(grow_ptr)
+            return grow, 1 / grow
+        return 1.0, 1.0
+
+    @triton.jit
+    def _rows_of_window(products, i, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr, WP: tl.constexpr):
+        """Products with a table ``[queries, RP]`` in the order of the window ``[queries, WP]``."""
+        j = (SIDE - 1 - i)[:, None] * STEP + tl.arange(0, WP)[None, :]
+        return tl.gather(products, tl.minimum(tl.maximum(j, 0), R - 1), 1)
+
+    @triton.jit
+    def _keys(n0, left, W, WIN: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """A tile of keys of a window: row in the tile, column in the window and in the map, and which are in both."""
+        o = tl.arange(0, ROWS * COLS)
+        n = n0 + o % COLS
+        x = left + n
+        return o // COLS, n, x, (n < WIN) & (x >= 0) & (x < W)
 
     @triton.jit
     def _scores(
         q,
         k,
-        rows,
-        cols,
-        i,
-        m,
+        column_terms,
+        row_terms,
         j,
-        n,
-        scale,
-        SIDE: tl.constexpr,
-        STEP: tl.constexpr,
-        R: tl.constexpr,
+        y_ok,
+        WIN: tl.constexpr,
+        WP: tl.constexpr,
+        ROWS: tl.constexpr,
+        MASK: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Logits ``[queries, keys]`` from the products ``rows, cols`` ``[queries, RP]`` with the tables."""
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        row = (SIDE - 1 - i)[:, None] * STEP + j[None, :]
-        col = (SIDE - 1 - m)[:, None] * STEP + n[None, :]
-        row, col = tl.minimum(tl.maximum(row, 0), R - 1), tl.minimum(tl.maximum(col, 0), R - 1)  # of masked pairs
-        return s + tl.gather(rows, row, 1) + tl.gather(cols, col, 1)
+        """Logits ``[queries, keys]`` over the scale, with ``OFF`` for keys that take no part."""
+        s = tl.dot(q, tl.trans(k), column_terms, input_precision=PRECISION)
+        one_hot = tl.where(tl.arange(0, WP)[:, None] == j[None, :], UNIT, 0.0).to(q.dtype)
+        s = _dot(row_terms, one_hot, s, "ieee" if PRECISION == "ieee" else "tf32x3")
+        if MASK:
+            s = tl.where(y_ok[None, :], s, OFF)
+        elif WIN % ROWS != 0:
+            s = tl.where((j < WIN)[None, :], s, OFF)
+        return s
 
-    @triton.jit
+    @_jit
     def _halo_fwd_kernel(
         q_ptr,
         k_ptr,
@@ -89,8 +130,10 @@ if HAS_TRITON:
         rows_ptr,
         cols_ptr,
         out_ptr,
+        rest_ptr,
         lse_ptr,
         scale,
+        rel_scale,
         heads,
         H,
         W,
@@ -110,57 +153,75 @@ if HAS_TRITON:
         stride_vy,
         stride_vx,
         stride_vh,
+        SIGN: tl.constexpr,
         BLOCK: tl.constexpr,
         HALO: tl.constexpr,
         SIDE: tl.constexpr,
         STEP: tl.constexpr,
         MASK: tl.constexpr,
+        WP: tl.constexpr,
         D: tl.constexpr,
         DV: tl.constexpr,
         DP: tl.constexpr,
         DVP: tl.constexpr,
         RP: tl.constexpr,
         PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
     ):
         WIN: tl.constexpr = BLOCK + 2 * HALO
         R: tl.constexpr = (SIDE - 1) * STEP + WIN
-        tiles = tl.cdiv(SIDE * SIDE, BLOCK_M)
-        b, by, bx, tile, head = _place(tl.program_id(0).to(tl.int64), heads, nh, nw, tiles)
-        t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        i, m = t // SIDE, t % SIDE
-        y, x = by * SIDE + i, bx * SIDE + m
-        m_q = (t < SIDE * SIDE) & (y < QH) & (x < QW)
-        q = _load(q_ptr + b * stride_qb + head * stride_qh, y, x, m_q, stride_qy, stride_qx, D, DP)
-        q32 = q.to(tl.float32)
-        rows = _products(q32, rows_ptr, R, RP, D, DP, PRECISION)
-        cols = _products(q32, cols_ptr, R, RP, D, DP, PRECISION)
+        unit = scale * SIGN if SIGN != 0 else 1.0  # of the scores: positive, so that the largest stays the largest
+        b, by, bx, tile, head = _place(tl.program_id(0), heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
+        i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
+        place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
+        q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, place, m_q, D, DP)
+        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
+        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
+        if SIGN != 1:
+            q = (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
         v_base = v_ptr + b * stride_vb + head * stride_vh
-        peak = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: a whole tile of keys may be masked
+        top, left = by * BLOCK - HALO, bx * BLOCK - HALO
+        peak = tl.full((BLOCK_M,), -1e38, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DVP), tl.float32)
-        for start in range(0, WIN * WIN, BLOCK_N):
-            j, n, ky, kx, own, inside = _window(start, by, bx, H, W, BLOCK, HALO, BLOCK_N)
-            k = _load(k_base, ky, kx, inside, stride_ky, stride_kx, D, DP)
-            v = _load(v_base, ky, kx, inside, stride_vy, stride_vx, DV, DVP)
-            s = _scores(q, k, rows, cols, i, m, j, n, scale, SIDE, STEP, R, PRECISION)
-            counts = inside if MASK else own
-            s = tl.where(counts[None, :], s, float("-inf"))
-            higher = tl.maximum(peak, tl.max(s, 1))
-            shrink = tl.exp(peak - higher)
-            p = tl.exp(s - higher[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p, v.to(tl.float32), input_precision=PRECISION)
-            peak = higher
+        unit *= LOG2E
+        for n0 in range(0, WIN, COLS):
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
+            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
+            column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
+            if MASK:
+                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
+            elif WIN % COLS != 0:
+                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
+            v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
+            for j0 in range(0, WIN, ROWS):
+                j = j0 + r
+                y_ok = (j < WIN) & (top + j >= 0) & (top + j < H)
+                first = (top + j0).to(INDEX)
+                k = load_vectors(k_base, first * stride_ky + k_place, x_ok & y_ok, D, DP)
+                v = load_vectors(v_base, first * stride_vy + v_place, x_ok & y_ok, DV, DVP)
+                s = _scores(q, k, column_terms, row_terms, j, y_ok, WIN, WP, ROWS, MASK, PRECISION)
+                higher = tl.maximum(peak, tl.max(s, 1))
+                shrink = tl.exp2((peak - higher) * unit)
+                p = tl.exp2(s * unit - (higher * unit)[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+                peak = higher
         image, place = b * QH * QW * heads, (y * QW + x) * heads + head
-        c = tl.arange(0, DVP)
-        p_out = out_ptr + image * DV + place[:, None] * DV + c[None, :]
-        tl.store(p_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=m_q[:, None] & (c < DV)[None, :])
-        tl.store(lse_ptr + image + place, peak + tl.log(total), mask=m_q)
+        acc = acc / total[:, None]
+        store_vectors(out_ptr + image * DV, place.to(INDEX) * DV, acc, m_q, DV, DVP)
+        if q.dtype != tl.float32:
+            rest = acc - acc.to(q.dtype).to(tl.float32)
+            store_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, rest, m_q, DV, DVP)
+        tl.store(lse_ptr + image + place, peak * unit + tl.log2(total), mask=m_q)
 
-    @triton.jit
+    @_jit
     def _halo_bwd_query_kernel(
         q_ptr,
         k_ptr,
@@ -170,9 +231,13 @@ if HAS_TRITON:
         lse_ptr,
         dout_ptr,
         delta_ptr,
+        grow_ptr,
+        out_ptr,
+        rest_ptr,
         dq_ptr,
         dtable_ptr,
         scale,
+        rel_scale,
         programs,
         heads,
         H,
@@ -193,88 +258,105 @@ if HAS_TRITON:
         stride_vy,
         stride_vx,
         stride_vh,
+        SIGN: tl.constexpr,
         BLOCK: tl.constexpr,
         HALO: tl.constexpr,
         SIDE: tl.constexpr,
         STEP: tl.constexpr,
         MASK: tl.constexpr,
+        WP: tl.constexpr,
         D: tl.constexpr,
         DV: tl.constexpr,
         DP: tl.constexpr,
         DVP: tl.constexpr,
         RP: tl.constexpr,
-        WP: tl.constexpr,
         PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
     ):
         """Gradient of the queries, ``delta`` for the keys' kernel, and this program's share of that of the tables."""
         WIN: tl.constexpr = BLOCK + 2 * HALO
         R: tl.constexpr = (SIDE - 1) * STEP + WIN
-        tiles = tl.cdiv(SIDE * SIDE, BLOCK_M)
-        c, cv, t_r, t_w = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, RP), tl.arange(0, WP)
+        unit = scale * SIGN if SIGN != 0 else 1.0
+        relative = rel_scale / unit
+        unit *= LOG2E
+        grow, shrink = _factors(grow_ptr, q_ptr.dtype.element_ty)
+        t_r, t_w = tl.arange(0, RP), tl.arange(0, WP)
         d_row_table = tl.zeros((RP, DP), tl.float32)
         d_col_table = tl.zeros((RP, DP), tl.float32)
-        first = tl.program_id(0).to(tl.int64)
-        for pid in range(first, programs, tl.num_programs(0)):
-            b, by, bx, tile, head = _place(pid, heads, nh, nw, tiles)
-            t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            i, m = t // SIDE, t % SIDE
-            y, x = by * SIDE + i, bx * SIDE + m
-            m_q = (t < SIDE * SIDE) & (y < QH) & (x < QW)
+        for pid in range(tl.program_id(0), programs, tl.num_programs(0)):
+            b, by, bx, tile, head = _place(pid, heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
+            i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
             image, place = b * QH * QW * heads, (y * QW + x) * heads + head
-            q = _load(q_ptr + b * stride_qb + head * stride_qh, y, x, m_q, stride_qy, stride_qx, D, DP)
-            q32 = q.to(tl.float32)
-            rows = _products(q32, rows_ptr, R, RP, D, DP, PRECISION)
-            cols = _products(q32, cols_ptr, R, RP, D, DP, PRECISION)
-            m_qv = m_q[:, None] & (cv < DV)[None, :]
-            dout = tl.load(dout_ptr + image * DV + place[:, None] * DV + cv[None, :], mask=m_qv, other=0.0)
-            lse = tl.load(lse_ptr + image + place, mask=m_q, other=0.0)
+            q_place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
+            q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, q_place, m_q, D, DP)
+            dout = load_vectors(dout_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+            out = load_vectors(out_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+            delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+            if q.dtype != tl.float32:
+                rest = load_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+                delta += tl.sum(dout.to(tl.float32) * rest.to(tl.float32), 1)
+            tl.store(delta_ptr + image + place, delta, mask=m_q)
+            delta *= grow
+            lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
+            rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+            cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+            row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
+            signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
             k_base = k_ptr + b * stride_kb + head * stride_kh
             v_base = v_ptr + b * stride_vb + head * stride_vh
-            # the mean gradient comes from the float32 weights: the stored output of a half precision run is rounded
-            delta = tl.zeros((BLOCK_M,), tl.float32)
-            for start in range(0, WIN * WIN, BLOCK_N):
-                j, n, ky, kx, own, inside = _window(start, by, bx, H, W, BLOCK, HALO, BLOCK_N)
-                k = _load(k_base, ky, kx, inside, stride_ky, stride_kx, D, DP)
-                v = _load(v_base, ky, kx, inside, stride_vy, stride_vx, DV, DVP)
-                s = _scores(q, k, rows, cols, i, m, j, n, scale, SIDE, STEP, R, PRECISION)
-                p = tl.where(m_q[:, None] & inside[None, :], tl.exp(s - lse[:, None]), 0.0)
-                delta += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision=PRECISION), 1)
-            tl.store(delta_ptr + image + place, delta, mask=m_q)
+            top, left = by * BLOCK - HALO, bx * BLOCK - HALO
             dq = tl.zeros((BLOCK_M, DP), tl.float32)
             d_rows = tl.zeros((BLOCK_M, WP), tl.float32)
             d_cols = tl.zeros((BLOCK_M, WP), tl.float32)
-            for start in range(0, WIN * WIN, BLOCK_N):
-                j, n, ky, kx, own, inside = _window(start, by, bx, H, W, BLOCK, HALO, BLOCK_N)
-                k = _load(k_base, ky, kx, inside, stride_ky, stride_kx, D, DP)
-                v = _load(v_base, ky, kx, inside, stride_vy, stride_vx, DV, DVP)
-                s = _scores(q, k, rows, cols, i, m, j, n, scale, SIDE, STEP, R, PRECISION)
-                counts = inside if MASK else own
-                p = tl.where(m_q[:, None] & counts[None, :], tl.exp(s - lse[:, None]), 0.0)
-                ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-                # weights and gradients stay float32: in float16 the products of small ones would vanish
-                dq += tl.dot(ds, k.to(tl.float32), input_precision=PRECISION)
-                d_rows += tl.dot(ds, (j[:, None] == t_w[None, :]).to(tl.float32), input_precision=PRECISION)
-                d_cols += tl.dot(ds, (n[:, None] == t_w[None, :]).to(tl.float32), input_precision=PRECISION)
+            for n0 in range(0, WIN, COLS):
+                r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
+                at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
+                column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
+                if MASK:
+                    column_terms = tl.where(x_ok[None, :], column_terms, OFF)
+                elif WIN % COLS != 0:
+                    column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+                k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
+                v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
+                d_column_terms = tl.zeros((BLOCK_M, ROWS * COLS), tl.float32)
+                for j0 in range(0, WIN, ROWS):
+                    j = j0 + r
+                    y_ok = (j < WIN) & (top + j >= 0) & (top + j < H)
+                    first = (top + j0).to(INDEX)
+                    k = load_vectors(k_base, first * stride_ky + k_place, x_ok & y_ok, D, DP)
+                    v = load_vectors(v_base, first * stride_vy + v_place, x_ok & y_ok, DV, DVP)
+                    s = _scores(signed, k, column_terms, row_terms, j, y_ok, WIN, WP, ROWS, MASK, PRECISION)
+                    p = tl.exp2(s * unit - lse[:, None])
+                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    ds = p * (dp * grow - delta[:, None])
+                    d_column_terms += ds
+                    dq = _dot(ds, k, dq, PRECISION)
+                    one_hot = (j[:, None] == t_w[None, :]).to(q.dtype)
+                    d_rows = _dot(ds, one_hot, d_rows, PRECISION)
+                one_hot = (n[:, None] == t_w[None, :]).to(q.dtype)
+                d_cols = _dot(d_column_terms, one_hot, d_cols, PRECISION)
             j_r = t_r[None, :] - (SIDE - 1 - i)[:, None] * STEP  # the key's row that meets row t_r of the table
             n_r = t_r[None, :] - (SIDE - 1 - m)[:, None] * STEP
             d_rows = tl.gather(d_rows, tl.minimum(tl.maximum(j_r, 0), WP - 1), 1)
             d_cols = tl.gather(d_cols, tl.minimum(tl.maximum(n_r, 0), WP - 1), 1)
             d_rows = tl.where((j_r >= 0) & (j_r < WIN), d_rows, 0.0)
             d_cols = tl.where((n_r >= 0) & (n_r < WIN), d_cols, 0.0)
-            dq = dq * scale + tl.dot(d_rows, _load_table(rows_ptr, R, RP, D, DP), input_precision=PRECISION)
-            dq += tl.dot(d_cols, _load_table(cols_ptr, R, RP, D, DP), input_precision=PRECISION)
-            p_dq = dq_ptr + image * D + place[:, None] * D + c[None, :]
-            tl.store(p_dq, dq.to(dq_ptr.dtype.element_ty), mask=m_q[:, None] & (c < D)[None, :])
-            d_row_table += tl.dot(tl.trans(d_rows), q32, input_precision=PRECISION)
-            d_col_table += tl.dot(tl.trans(d_cols), q32, input_precision=PRECISION)
-        p_table = dtable_ptr + first * 2 * R * D + t_r[:, None] * D + c[None, :]
-        m_table = (t_r < R)[:, None] & (c < D)[None, :]
-        tl.store(p_table, d_row_table, mask=m_table)
-        tl.store(p_table + R * D, d_col_table, mask=m_table)
+            row_table = _load_table(rows_ptr, R, RP, WIN, D, DP).to(q.dtype)
+            col_table = _load_table(cols_ptr, R, RP, WIN, D, DP).to(q.dtype)
+            d_terms = _dot(d_rows, row_table, tl.zeros((BLOCK_M, DP), tl.float32), PRECISION)
+            d_terms = _dot(d_cols, col_table, d_terms, PRECISION)
+            dq = (dq * scale + d_terms * rel_scale) * shrink
+            store_vectors(dq_ptr + image * D, place.to(INDEX) * D, dq, m_q, D, DP)
+            d_row_table = _dot(tl.trans(d_rows), q, d_row_table, PRECISION)
+            d_col_table = _dot(tl.trans(d_cols), q, d_col_table, PRECISION)
+        base = dtable_ptr + tl.program_id(0).to(tl.int64) * 2 * R * D
+        store_vectors(base, t_r * D, d_row_table * (rel_scale * shrink), t_r < R, D, DP)
+        store_vectors(base + R * D, t_r * D, d_col_table * (rel_scale * shrink), t_r < R, D, DP)
 
-    @triton.jit
+    @_jit
     def _halo_bwd_key_kernel(
         q_ptr,
         k_ptr,
@@ -284,9 +366,11 @@ if HAS_TRITON:
         lse_ptr,
         dout_ptr,
         delta_ptr,
+        grow_ptr,
         dk_ptr,
         dv_ptr,
         scale,
+        rel_scale,
         heads,
         H,
         W,
@@ -306,6 +390,7 @@ if HAS_TRITON:
         stride_vy,
         stride_vx,
         stride_vh,
+        SIGN: tl.constexpr,
         BLOCK: tl.constexpr,
         HALO: tl.constexpr,
         SIDE: tl.constexpr,
@@ -316,23 +401,39 @@ if HAS_TRITON:
         DVP: tl.constexpr,
         RP: tl.constexpr,
         PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_Y: tl.constexpr,
         BLOCK_X: tl.constexpr,
     ):
-        """Gradients of a rectangle of keys and values: it adds up the queries of all blocks whose window covers it."""
+        """Gradients of a rectangle of keys and values: it adds up the queries of all blocks whose window covers it.
+
+        The rectangle has up to 8 rows and 8 columns, whose terms one one-hot matrix picks, the rows' first.
+        """
+        EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
         WIN: tl.constexpr = BLOCK + 2 * HALO
         R: tl.constexpr = (SIDE - 1) * STEP + WIN
-        b, ty, tx, _, head = _place(tl.program_id(0).to(tl.int64), heads, tl.cdiv(H, BLOCK_Y), tl.cdiv(W, BLOCK_X), 1)
-        o = tl.arange(0, BLOCK_Y * BLOCK_X)
+        unit = scale * SIGN if SIGN != 0 else 1.0
+        relative = rel_scale / unit
+        unit *= LOG2E
+        grow, shrink = _factors(grow_ptr, q_ptr.dtype.element_ty)
+        b, ty, tx, _, head = _place(tl.program_id(0), heads, tl.cdiv(H, BLOCK_Y), tl.cdiv(W, BLOCK_X), 1)
+        o, e = tl.arange(0, BLOCK_Y * BLOCK_X), tl.arange(0, 16)
         y0, x0 = ty * BLOCK_Y, tx * BLOCK_X
         ky, kx = y0 + o // BLOCK_X, x0 + o % BLOCK_X
         m_k = (ky < H) & (kx < W)
-        k = _load(k_ptr + b * stride_kb + head * stride_kh, ky, kx, m_k, stride_ky, stride_kx, D, DP)
-        v = _load(v_ptr + b * stride_vb + head * stride_vh, ky, kx, m_k, stride_vy, stride_vx, DV, DVP)
+        k_place = ky.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
+        v_place = ky.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
+        k = load_vectors(k_ptr + b * stride_kb + head * stride_kh, k_place, m_k, D, DP)
+        v = load_vectors(v_ptr + b * stride_vb + head * stride_vh, v_place, m_k, DV, DVP)
+        if SIGN != 1:
+            k = (k * SIGN).to(k.dtype)
+        picks = (e[None, :] == (o // BLOCK_X)[:, None]) | (e[None, :] == (8 + o % BLOCK_X)[:, None])
+        one_hot = tl.where(picks, UNIT, 0.0).to(k.dtype)
+        row_table = _load_table(rows_ptr, R, RP, WIN, D, DP)
+        col_table = _load_table(cols_ptr, R, RP, WIN, D, DP)
         q_base = q_ptr + b * stride_qb + head * stride_qh
         image = b * QH * QW * heads
-        cv = tl.arange(0, DVP)
         dk = tl.zeros((BLOCK_Y * BLOCK_X, DP), tl.float32)
         dv = tl.zeros((BLOCK_Y * BLOCK_X, DVP), tl.float32)
         by0, bx0 = tl.maximum(y0 - HALO, 0) // BLOCK, tl.maximum(x0 - HALO, 0) // BLOCK
@@ -340,33 +441,37 @@ if HAS_TRITON:
         bx1 = tl.minimum((x0 + BLOCK_X - 1 + HALO) // BLOCK, nw - 1)
         for by in range(by0, by1 + 1):
             for bx in range(bx0, bx1 + 1):
-                j, n = ky - by * BLOCK + HALO, kx - bx * BLOCK + HALO
-                covered = m_k & (j >= 0) & (j < WIN) & (n >= 0) & (n < WIN)
+                top, left = by * BLOCK - HALO, bx * BLOCK - HALO
+                covered = (ky >= top) & (ky < top + WIN) & (kx >= left) & (kx < left + WIN)
                 for start in range(0, SIDE * SIDE, BLOCK_M):
-                    t = start + tl.arange(0, BLOCK_M)
-                    i, m = t // SIDE, t % SIDE
-                    y, x = by * SIDE + i, bx * SIDE + m
-                    m_q = (t < SIDE * SIDE) & (y < QH) & (x < QW)
+                    i, m, y, x, m_q = _queries(start, by, bx, QH, QW, SIDE, BLOCK_M)
                     place = (y * QW + x) * heads + head
-                    q = _load(q_base, y, x, m_q, stride_qy, stride_qx, D, DP)
-                    q32 = q.to(tl.float32)
-                    rows = _products(q32, rows_ptr, R, RP, D, DP, PRECISION)
-                    cols = _products(q32, cols_ptr, R, RP, D, DP, PRECISION)
-                    m_qv = m_q[:, None] & (cv < DV)[None, :]
-                    dout = tl.load(dout_ptr + image * DV + place[:, None] * DV + cv[None, :], mask=m_qv, other=0.0)
-                    lse = tl.load(lse_ptr + image + place, mask=m_q, other=0.0)
-                    delta = tl.load(delta_ptr + image + place, mask=m_q, other=0.0)
-                    s = _scores(q, k, rows, cols, i, m, j, n, scale, SIDE, STEP, R, PRECISION)
-                    p = tl.where(m_q[:, None] & covered[None, :], tl.exp(s - lse[:, None]), 0.0)
-                    dv += tl.dot(tl.trans(p), dout.to(tl.float32), input_precision=PRECISION)
-                    ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-                    dk += tl.dot(tl.trans(ds), q32, input_precision=PRECISION)
-        image, place = b * H * W * heads, (ky * W + kx) * heads + head
-        c = tl.arange(0, DP)
-        p_dk = dk_ptr + image * D + place[:, None] * D + c[None, :]
-        p_dv = dv_ptr + image * DV + place[:, None] * DV + cv[None, :]
-        tl.store(p_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=m_k[:, None] & (c < D)[None, :])
-        tl.store(p_dv, dv.to(dv_ptr.dtype.element_ty), mask=m_k[:, None] & (cv < DV)[None, :])
+                    q_place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
+                    q = load_vectors(q_base, q_place, m_q, D, DP)
+                    dout = load_vectors(dout_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+                    lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
+                    delta = tl.load(delta_ptr + image + place, mask=m_q, other=0.0) * grow
+                    both = tl.join(_products(q, row_table, PRECISION), _products(q, col_table, PRECISION))
+                    both = tl.reshape(both, (BLOCK_M, 2 * RP)) * relative
+                    row = (SIDE - 1 - i)[:, None] * STEP + (y0 - top + e)[None, :]
+                    col = (SIDE - 1 - m)[:, None] * STEP + (x0 - left + e - 8)[None, :]
+                    at = tl.minimum(tl.maximum(tl.where(e[None, :] < 8, row, col), 0), R - 1)
+                    terms = tl.gather(both, 2 * at + (e[None, :] >= 8).to(tl.int32), 1) * (1 / UNIT)
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    if q.dtype == tl.float32:
+                        s = tl.dot(one_hot, tl.trans(terms), s, input_precision=EXACT)
+                    else:
+                        high = terms.to(q.dtype)
+                        low = (terms - high.to(tl.float32)).to(q.dtype)
+                        s = tl.dot(one_hot, tl.trans(low), tl.dot(one_hot, tl.trans(high), s))
+                    p = tl.where(covered[:, None], tl.exp2(s * unit - lse[None, :]), 0.0)
+                    dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                    ds = p * (dp * grow - delta[None, :])
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        image, place = b * H * W * heads, ((ky * W + kx) * heads + head).to(INDEX)
+        store_vectors(dk_ptr + image * D, place * D, dk * (scale * shrink), m_k, D, DP)
+        store_vectors(dv_ptr + image * DV, place * DV, dv, m_k, DV, DVP)
 
 
 def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
@@ -378,27 +483,30 @@ def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
     return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}" if rows > MAX_ROWS else ""
 
 
-def _power(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
+class Tile(NamedTuple):
+    """Queries of a program, rows and columns of keys that it works on at once, warps, and stages of its loads."""
+
+    queries: int
+    rows: int
+    cols: int
+    warps: int
+    stages: int
 
 
-def _tile(width: int, half: bool) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program for vectors that are ``width`` wide together.
-
-    Chosen by the registers and spills that the assembler reports for sm_90, and to need less than 100 KiB of shared
-    memory; not by measured times.
-    """
+def _tile(kernel, width, half, queries, window) -> Tile:
+    import os
+    e = os.environ.get("HT_" + kernel)
+    if e:
+        return Tile(*map(int, e.split(",")))
     if width > 128:
-        return (32, 16, 8) if half else (16, 16, 8)
-    return 64 if half else 32, 32, 4 if width <= 64 else 8
-
-
-def _rows_last(t: Tensor) -> Tensor:
-    return t if t.stride(4) == 1 else t.contiguous()
+        return Tile(min(32 if half else 16, power_of_two(queries)), 2, 8, 8, 2)
+    if kernel == "key":
+        return Tile(min(64 if half else 32, power_of_two(queries)), 4, 8, 4 if width <= 64 else 8, 2)
+    return Tile(min(64 if half else 32, power_of_two(queries)), 2, 16, 4 if width <= 64 else 8, 2)
 
 
 class _Launch:
-    """What the three kernels share: arguments, block counts and tile sizes."""
+    """What the three kernels share: arguments, and tile sizes of each."""
 
     def __init__(self, q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel):
         q, k, v = (t if t.stride(4) == 1 else t.contiguous() for t in (q, k, v))
@@ -406,22 +514,19 @@ class _Launch:
         nh, nw = -(-H // block_size), -(-W // block_size)
         side, step, dv = block_size // stride, stride if pixel else 1, v.shape[4]
         self.rows = (side - 1) * step + block_size + 2 * halo_size  # those before are never read
-        self.rel_scale, self.mask, self.win = rel_scale, mask, block_size + 2 * halo_size
-        tables = [(t[-self.rows :].float() * rel_scale).contiguous() for t in (height_rel, width_rel)]
-        DP, DVP = _power(d), _power(dv)
-        half = q.dtype != torch.float32
-        RP = _power(self.rows)
-        block_m, self.block_n, warps = _tile(max(DP + DVP, 2 * RP), half)
-        block_m = min(block_m, _power(side * side))
-        self.programs = q.shape[0] * nh * nw * h * -(-(side * side) // block_m)
-        named = (("q", q), ("k", k), ("v", v))
+        self.window = block_size + 2 * halo_size
+        self.mask = {"MASK": mask, "WP": power_of_two(self.window)}
+        DP, DVP, RP = power_of_two(d), power_of_two(dv), power_of_two(self.rows)
+        self.queries, self.width, self.half = side * side, max(DP + DVP, 2 * RP), q.dtype != torch.float32
+        self.blocks = q.shape[0] * nh * nw * h
         self.arguments = {
             "q_ptr": q,
             "k_ptr": k,
             "v_ptr": v,
-            "rows_ptr": tables[0],
-            "cols_ptr": tables[1],
+            "rows_ptr": height_rel.contiguous(),
+            "cols_ptr": width_rel.contiguous(),
             "scale": scale,
+            "rel_scale": rel_scale,
             "heads": h,
             "H": H,
             "W": W,
@@ -429,7 +534,8 @@ class _Launch:
             "QW": q.shape[2],
             "nh": nh,
             "nw": nw,
-            **{f"stride_{n}{axis}": t.stride(i) for n, t in named for i, axis in enumerate("byxh")},
+            **{f"stride_{n}{axis}": s for n, t in zip("qkv", (q, k, v)) for axis, s in zip("byxh", t.stride())},
+            "SIGN": (scale > 0) - (scale < 0),
             "BLOCK": block_size,
             "HALO": halo_size,
             "SIDE": side,
@@ -439,47 +545,68 @@ class _Launch:
             "DP": DP,
             "DVP": DVP,
             "RP": RP,
-            "PRECISION": "tf32" if half else "ieee",  # tf32 keeps as many bits as float16
-            "BLOCK_M": block_m,
-            "num_warps": warps,
+            "PRECISION": product_precision(q.device),
+            "INDEX": index_type(q, k, v),
         }
 
+    def tile(self, kernel: str) -> Tile:
+        return _tile(kernel, self.width, self.half, self.queries, self.window)
 
-def kernel_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, Wq, h, dv]`` and log-sum of the logits ``[B, Hq, Wq, h]``."""
+    def programs(self, tile: Tile) -> int:
+        return self.blocks * -(-self.queries // tile.queries)
+
+
+def kernel_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[B, Hq, Wq, h, dv]``, what its rounding to half took off, and base-2 log-sum ``[B, Hq, Wq, h]``."""
     out = torch.empty(*q.shape[:4], v.shape[4], dtype=v.dtype, device=v.device)
+    rest = torch.empty_like(out) if out.dtype != torch.float32 else out.new_empty(0)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     if out.numel() > 0:
         launch = _Launch(q, k, v, *args)
+        tile = launch.tile("forward")
         with on_device(q):
-            _halo_fwd_kernel[(launch.programs,)](
-                **launch.arguments, out_ptr=out, lse_ptr=lse, MASK=launch.mask, BLOCK_N=launch.block_n
+            _halo_fwd_kernel[(launch.programs(tile),)](
+                **launch.arguments, **launch.mask, out_ptr=out, rest_ptr=rest, lse_ptr=lse, **_sizes(tile)
             )
-    return out, lse
+    return out, rest, lse
+
+
+def _sizes(tile: Tile) -> dict[str, int]:
+    queries, rows, cols, warps, stages = tile
+    return {"BLOCK_M": queries, "ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": stages}
 
 
 def kernel_backward(
-    dout: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args
+    dout: Tensor, out: Tensor, rest: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *args
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and of the used rows of both tables (float32)."""
     launch = _Launch(q, k, v, *args)
+    tile, key_tile = launch.tile("query"), launch.tile("key")
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    programs = min(launch.programs, PROGRAMS)
+    programs = min(launch.programs(tile), PROGRAMS)
     dtables = torch.empty(programs, 2, launch.rows, q.shape[4], dtype=torch.float32, device=q.device)
     if programs > 0:
-        delta = torch.empty_like(lse)
-        shared = {**launch.arguments, "lse_ptr": lse, "dout_ptr": dout.contiguous(), "delta_ptr": delta}
-        block_y, block_x = launch.block_n // 8, 8
-        keys = k.shape[0] * k.shape[3] * -(-k.shape[1] // block_y) * -(-k.shape[2] // block_x)
+        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        shared = {
+            **launch.arguments,
+            "lse_ptr": lse,
+            "dout_ptr": dout,
+            "delta_ptr": delta,
+            "grow_ptr": gradient_scale(dout) if dout.dtype == torch.float16 else lse,
+        }
+        sizes = _sizes(key_tile)
+        BLOCK_Y, BLOCK_X = sizes.pop("ROWS"), sizes.pop("COLS")
+        keys = k.shape[0] * k.shape[3] * -(-k.shape[1] // BLOCK_Y) * -(-k.shape[2] // BLOCK_X)
         with on_device(q):
             _halo_bwd_query_kernel[(programs,)](
                 **shared,
+                **launch.mask,
+                out_ptr=out,
+                rest_ptr=rest,
                 dq_ptr=dq,
                 dtable_ptr=dtables,
-                programs=launch.programs,
-                MASK=launch.mask,
-                WP=_power(launch.win),
-                BLOCK_N=launch.block_n,
+                programs=launch.programs(tile),
+                **_sizes(tile),
             )
-            _halo_bwd_key_kernel[(keys,)](**shared, dk_ptr=dk, dv_ptr=dv, BLOCK_Y=block_y, BLOCK_X=block_x)
-    return dq, dk, dv, *(dtables.sum(0) * launch.rel_scale).unbind(0)
+            _halo_bwd_key_kernel[(keys,)](**shared, dk_ptr=dk, dv_ptr=dv, BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, **sizes)
+    return dq, dk, dv, *dtables.sum(0).unbind(0)

@@ -344,23 +344,27 @@ def _halo_attention(
     mask: bool,
     pixel: bool,
     triton_kernel: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
     if triton_kernel:
         return kernel_forward(*args)
     with without_autocast(q):
-        return _chunked_forward(*args), q.new_empty(0, dtype=torch.float32)
+        out = _chunked_forward(*args)
+    return out, out.new_empty(0), out.new_empty(0, dtype=torch.float32)
 
 
 @_halo_attention.register_fake
 def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, triton_kernel):
-    lse = q.new_empty(q.shape[:4] if triton_kernel else 0, dtype=torch.float32)
-    return v.new_empty(*q.shape[:4], v.shape[4]), lse
+    out = v.new_empty(*q.shape[:4], v.shape[4])
+    rest = v.new_empty(out.shape if triton_kernel and v.dtype != torch.float32 else 0)
+    return out, rest, q.new_empty(q.shape[:4] if triton_kernel else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vizoo::halo_attention_backward", mutates_args=())
 def _halo_attention_backward(
     dout: Tensor,
+    out: Tensor,
+    rest: Tensor,
     lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -378,7 +382,7 @@ def _halo_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
     if triton_kernel:
-        dq, dk, dv, *dtables = kernel_backward(dout, lse, *args)
+        dq, dk, dv, *dtables = kernel_backward(dout, out, rest, lse, *args)
     else:
         with without_autocast(q):
             dq, dk, dv, *dtables = _chunked_backward(dout, *args)
@@ -388,23 +392,24 @@ def _halo_attention_backward(
 
 
 @_halo_attention_backward.register_fake
-def _(dout, lse, q, k, v, height_rel, width_rel, *args):
+def _(dout, out, rest, lse, q, k, v, height_rel, width_rel, *args):
     return tuple(t.new_empty(t.shape) for t in (q, k, v, height_rel, width_rel))
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.sizes = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.mark_non_differentiable(output[1])
+    out, rest, lse = output
+    ctx.save_for_backward(*inputs[:5], out if inputs[-1] else rest, rest, lse)  # only kernels need the output
+    ctx.mark_non_differentiable(rest, lse)
 
 
-def _differentiate(ctx, dout, _):
-    *tensors, lse = ctx.saved_tensors
+def _differentiate(ctx, dout, *_):
+    *tensors, out, rest, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
         sizes = ctx.sizes[:-1]  # without the choice of kernel
         grads = plain_gradients(lambda *t: _plain_form(*t, *sizes), tensors, dout, ctx.needs_input_grad[:5])
         return *grads, *[None] * len(ctx.sizes)
-    return *_halo_attention_backward(dout, lse, *tensors, *ctx.sizes), *[None] * len(ctx.sizes)
+    return *_halo_attention_backward(dout, out, rest, lse, *tensors, *ctx.sizes), *[None] * len(ctx.sizes)
 
 
 _halo_attention.register_autograd(_differentiate, setup_context=_save)
@@ -428,7 +433,7 @@ def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, *args, out=
 
 
 @register_cost("vizoo::halo_attention_backward", torch.ops.vizoo.halo_attention_backward)
-def _(dout, lse, q, k, v, height_rel, width_rel, block_size, halo_size, stride, *args, out=None) -> Cost:
+def _(dout, o, rest, lse, q, k, v, height_rel, width_rel, block_size, halo_size, stride, *args, out=None) -> Cost:
     # the gradients' products; the recomputed weights are not counted, so that no path counts more
     queries, keys, rows = _scores(q, k, block_size, halo_size, stride)
     return Cost(macs=2 * queries * (keys * (q[4] + v[4]) + rows * q[4]), other=queries * keys * 8)
@@ -485,7 +490,7 @@ def halo_attention(
         if not plain_only():
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             tensors = q.to(common), k.to(common), v.to(common), height_rel, width_rel
-            out, _ = _halo_attention(*tensors, block_size, halo_size, stride, scale, rel_scale, mask, pixel, use)
+            out, _, _ = _halo_attention(*tensors, block_size, halo_size, stride, scale, rel_scale, mask, pixel, use)
             return out.to(v.dtype)
         with without_autocast(q):
             return _plain_form(
