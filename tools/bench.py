@@ -1,4 +1,7 @@
-"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation."""
+"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation.
+
+``--suite gpu`` measures all of the zoo on a GPU in one command instead.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vizoo.tools._gpu_suite import BUDGET, SECTIONS, run
 from vizoo.tools.common import (
     MOST,
     MOST_THREADS,
@@ -46,9 +50,12 @@ examples:
   vizoo bench halo --size 64 --batch 1 8                the first one of halo_h1 against timm's, on a 64x64 map
   vizoo bench ulsam --size 14 --batch 1 32              dim 512, against a loop over its 4 subspaces
   vizoo bench reversed --size 64 --mode train           reversed attention, 4,096 tokens, 3 heads
+  vizoo bench --suite gpu --out gpu.jsonl               tests, operators and models on a GPU, in eight minutes
+  vizoo bench --suite gpu --out gpu.jsonl --sections ops --only halo
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
-stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
+stays in float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
+nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
 COLUMNS = [
     "name",
     "peer",
@@ -97,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer")
+    p.add_argument(
+        "name",
+        nargs="?",
+        help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer",
+    )
     p.add_argument(
         "--official",
         type=Path,
@@ -134,8 +145,22 @@ def parser() -> argparse.ArgumentParser:
         "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
     )
     p.add_argument("--rounds", type=number(int, 1, MOST), default=20, help="timed calls of each side (20)")
-    p.add_argument("--out", type=Path, metavar="FILE.csv", help="append the rows to this file")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="append the rows to this file: FILE.csv, or FILE.jsonl of a suite"
+    )
+    p.add_argument("--suite", choices=["gpu"], help="measure the whole zoo on a GPU, with --out")
+    suite = p.add_argument_group("options of --suite gpu")
+    suite.add_argument(
+        "--budget", type=number(float, 1, MOST), default=BUDGET, metavar="SECONDS", help=f"for everything ({BUDGET:g})"
+    )
+    chosen = [s for s in SECTIONS if s != "env"]
+    suite.add_argument("--sections", nargs="+", choices=chosen, default=chosen, help="what to run (everything)")
+    suite.add_argument("--only", default="", metavar="TEXT", help="operators and models with this in their name")
+    suite.add_argument("--dry", action="store_true", help="try it on a CPU with tiny shapes")
     return p
+
+
+SUITE = ("budget", "sections", "only", "dry")  # options that only a suite has
 
 
 def draw_weights(model: Any) -> None:
@@ -381,6 +406,25 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def _check_kind(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
+    """Refuse options of the one kind of benchmark in the other, and neither kind.
+
+    Raises:
+        UserError: If they do not go together.
+    """
+    given = [k for k, v in vars(args).items() if v != p.get_default(k) and k not in ("suite", "out")]
+    if args.suite:
+        wrong = [k for k in given if k not in SUITE]
+        if wrong:
+            names = ", ".join(short(args.name) if k == "name" else f"--{k.replace('_', '-')}" for k in wrong)
+            raise UserError(f"--suite {args.suite}: goes with --out, {', '.join(f'--{k}' for k in SUITE)}; got {names}")
+        return
+    if wrong := [k for k in given if k in SUITE]:
+        raise UserError(f"--{wrong[0]}: needs --suite gpu")
+    if args.name is None:
+        raise UserError("give the name of a model or an attention layer, or --suite gpu")
+
+
 def _check(args: argparse.Namespace) -> None:
     import timm
 
@@ -410,7 +454,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    _check_kind(args, p)
+    if args.suite:
+        return run(args)
     _check(args)
     import torch
 
