@@ -53,6 +53,11 @@ class Case(NamedTuple):
         return [*self.forms, *(f"{name} compiled" for name in self.compiled)]
 
 
+def bind(form: Callable[..., Tensor], *last: Any, **options: Any) -> Callable[..., Tensor]:
+    """A function of the inputs alone: ``form(*inputs, *last, **options)``."""
+    return lambda *inputs: form(*inputs, *last, **options)
+
+
 def draw(device: torch.device, *shape: int) -> Tensor:
     """Standard normal values."""
     return torch.randn(*shape, device=device)
@@ -119,8 +124,9 @@ def neighborhood(H: int, h: int, d: int, K: int, D: int = 1, bias: bool = True, 
         steps = ((i[None] - i[:, None]).div(D, rounding_mode="floor") + K - 1).clamp(0, 2 * K - 2)
         table: Any = q.new_zeros(()) if rpb is None else rpb[:, steps[:, None, :, None], steps[None, :, None, :]].to(q)
         mask = torch.where(seen, table, -torch.inf).reshape(1, -1, H * H, H * H)
-        out = F.scaled_dot_product_attention(*_tokens(q, k, v), attn_mask=mask)
-        return out.transpose(1, 2).reshape(v.shape)
+        q, k, v = _tokens(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (H, H))
 
     forms: Forms = {"triton": by("triton"), "torch": by("torch"), "flex": flex}
     forms["natten"] = by("natten")
@@ -142,12 +148,6 @@ def halo_attention(H: int, h: int, d: int, block: int, halo_size: int, stride: i
         maps = [draw(device, B, H // stride, H // stride, h, d), *(draw(device, B, H, H, h, d) for _ in range(2))]
         return [*maps, *(draw(device, 2 * window - 1, d) for _ in range(2))]
 
-    def by(backend: str) -> Callable[..., Tensor]:
-        return lambda *args: halo.halo_attention(*args, *sizes, backend=backend)
-
-    def reference(*args: Any) -> Tensor:
-        return halo.reference_halo_attention(*args, *sizes)
-
     def biased(q: Tensor, k: Tensor, v: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:
         n = H // block
 
@@ -164,7 +164,9 @@ def halo_attention(H: int, h: int, d: int, block: int, halo_size: int, stride: i
         out = F.scaled_dot_product_attention(blocks.flatten(2, 3), windows(k), windows(v), attn_mask=bias)
         return out.view(-1, n, n, h, side, side, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(q.shape)
 
-    forms: Forms = {"triton": by("triton"), "torch": by("torch"), "sdpa with bias": biased, "reference": reference}
+    reference = bind(halo.reference_halo_attention, *sizes)
+    forms: Forms = {backend: bind(halo.halo_attention, *sizes, backend=backend) for backend in ("triton", "torch")}
+    forms |= {"sdpa with bias": biased, "reference": reference}
     name = f"halo {H}x{H} h{h} d{d} b{block} r{halo_size}{f' s{stride}' * (stride > 1)}"
     flops = (H // stride) ** 2 * h * d * (4 * window**2 + 4 * (2 * window - 1))
     return Case(name, batch, inputs, frozenset({0, 1, 2}), reference, forms, flops, ("torch", "sdpa with bias"))
@@ -208,11 +210,9 @@ def reversed_(h: int, N: int, d: int, batch: int = 128) -> Case:
     def inputs(B: int, device: torch.device) -> Inputs:
         return [*(draw(device, B, N, h, d).transpose(1, 2) for _ in range(3)), torch.rand(B, h, N, device=device)]
 
-    def by(backend: str) -> Callable[..., Tensor]:
-        return lambda *args: ra.reversed_attention(*args, backend=backend)
-
     reference = ra.reference_reversed_attention
-    forms: Forms = {"triton": by("triton"), "sdpa": by("sdpa"), "reference": reference, "plain sdpa": _sdpa}
+    forms: Forms = {backend: bind(ra.reversed_attention, backend=backend) for backend in ("triton", "sdpa")}
+    forms |= {"reference": reference, "plain sdpa": _sdpa}
     every, floors = frozenset(range(4)), frozenset({"plain sdpa"})
     name = f"reversed N{N} h{h} d{d}"
     return Case(name, batch, inputs, every, reference, forms, 4 * h * N * N * d, ("reference",), floors)
@@ -230,13 +230,9 @@ def contmix(G: int, C: int, H: int, k1: int, k2: int, last: bool = False, batch:
         S = k1 * k1 + k2 * k2
         return [image(G * C), draw(device, B, G, C, S), draw(device, S), *tables, image(2 * G * C)]
 
-    def by(backend: str) -> Callable[..., Tensor]:
-        return lambda *args: cm.contmix(*args, k1, k2, backend=backend)
-
-    def reference(*args: Any) -> Tensor:
-        return cm.reference_contmix(*args, k1, k2)
-
-    forms: Forms = {"triton": by("triton"), "torch": by("torch"), "reference": reference}
+    reference = bind(cm.reference_contmix, k1, k2)
+    forms: Forms = {backend: bind(cm.contmix, k1, k2, backend=backend) for backend in ("triton", "torch")}
+    forms["reference"] = reference
     name = f"contmix {H}x{H} g{G} c{C} k{k1}+{k2}{' channels_last' * last}"
     flops = 4 * G * H * H * (k1 * k1 + k2 * k2) * C
     return Case(name, batch, inputs, frozenset({0, 1, 5}), reference, forms, flops, ("torch",))
@@ -248,13 +244,9 @@ def na2d_av(G: int, C: int, H: int, K: int, batch: int = 128) -> Case:
     def inputs(B: int, device: torch.device) -> Inputs:
         return [draw(device, B, G, H, H, K * K).softmax(-1), draw(device, B, G, H, H, C)]
 
-    def by(backend: str) -> Callable[..., Tensor]:
-        return lambda attn, value: na.na2d_av(attn, value, K, backend)
-
-    def reference(attn: Tensor, value: Tensor) -> Tensor:
-        return na.reference_na2d_av(attn, value, K)
-
-    forms: Forms = {"triton": by("triton"), "torch": by("torch"), "reference": reference}
+    reference = bind(na.reference_na2d_av, K)
+    forms: Forms = {backend: bind(na.na2d_av, K, backend) for backend in ("triton", "torch")}
+    forms["reference"] = reference
     flops = 2 * G * H * H * K * K * C
     return Case(f"na2d_av {H}x{H} g{G} c{C} k{K}", batch, inputs, frozenset({0, 1}), reference, forms, flops)
 
@@ -267,11 +259,8 @@ def ulsam_logits(C: int, g: int, H: int, last: bool = False, batch: int = 128) -
         shared = [draw(device, g, C // g), draw(device, g), draw(device, C), draw(device, C)]
         return [x.contiguous(memory_format=torch.channels_last) if last else x, *shared]
 
-    def kernel(*args: Any) -> Tensor:
-        return ulsam.ulsam_logits(*args, backend="triton")
-
     reference = ulsam.reference_ulsam_logits
-    forms: Forms = {"triton": kernel, "reference": reference}
+    forms: Forms = {"triton": bind(ulsam.ulsam_logits, backend="triton"), "reference": reference}
     name = f"ulsam {H}x{H} c{C} g{g}{' channels_last' * last}"
     return Case(name, batch, inputs, frozenset({0}), reference, forms, 13 * C * H * H, ("reference",))
 
@@ -282,13 +271,8 @@ def hifi(H: int, h: int, d: int, window: int, batch: int = 128) -> Case:
     def inputs(B: int, device: torch.device) -> Inputs:
         return [draw(device, B, H, H, 3 * h * d)]
 
-    def ours(qkv: Tensor) -> Tensor:
-        return hilo.hifi_attention(qkv, h, window)
-
-    def reference(qkv: Tensor) -> Tensor:
-        return hilo.reference_hifi_attention(qkv, h, window)
-
-    forms: Forms = {"sdpa": ours, "reference": reference}
+    reference = bind(hilo.reference_hifi_attention, h, window)
+    forms: Forms = {"sdpa": bind(hilo.hifi_attention, h, window), "reference": reference}
     name, flops = f"hifi {H}x{H} h{h} d{d} w{window}", 4 * H * H * window**2 * h * d
     return Case(name, batch, inputs, frozenset({0}), reference, forms, flops, ("reference",))
 
@@ -299,13 +283,8 @@ def lofi(H: int, h: int, d: int, window: int, batch: int = 128) -> Case:
     def inputs(B: int, device: torch.device) -> Inputs:
         return [draw(device, B, H, H, h * d), draw(device, B, H // window, H // window, 2 * h * d)]
 
-    def ours(q: Tensor, kv: Tensor) -> Tensor:
-        return hilo.lofi_attention(q, kv, h)
-
-    def reference(q: Tensor, kv: Tensor) -> Tensor:
-        return hilo.reference_lofi_attention(q, kv, h)
-
-    forms: Forms = {"sdpa": ours, "reference": reference}
+    reference = bind(hilo.reference_lofi_attention, h)
+    forms: Forms = {"sdpa": bind(hilo.lofi_attention, h), "reference": reference}
     name, flops = f"lofi {H}x{H} h{h} d{d} w{window}", 4 * H * H * (H // window) ** 2 * h * d
     return Case(name, batch, inputs, frozenset({0, 1}), reference, forms, flops)
 
@@ -368,13 +347,9 @@ def prompts(N: int, P: int, h: int, d: int, batch: int = 128) -> Case:
         chosen[..., 0] = False
         return [*tokens, *(draw(device, 1, h, P, d) for _ in range(2)), chosen]
 
-    def fused(*args: Any) -> Tensor:
-        return prompt_tuning.prompt_attention(*args, scale=d**-0.5)
-
-    def reference(*args: Any) -> Tensor:
-        return prompt_tuning.reference_prompt_attention(*args, scale=d**-0.5)
-
-    forms: Forms = {"sdpa": fused, "reference": reference, "plain sdpa": _sdpa}
+    reference = bind(prompt_tuning.reference_prompt_attention, d**-0.5)
+    forms: Forms = {"sdpa": bind(prompt_tuning.prompt_attention, d**-0.5), "reference": reference}
+    forms["plain sdpa"] = _sdpa
     name, flops = f"prompt attention N{N} P{P} h{h} d{d}", 4 * h * N * (N + P) * d
     images, floors = frozenset({0, 1, 2, 5}), frozenset({"plain sdpa"})
     return Case(name, batch, inputs, images, reference, forms, flops, ("reference",), floors)

@@ -88,6 +88,10 @@ class Record:
         self.failed += "failed" in row
         print(line(row), flush=True)
 
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
 
 def line(row: dict[str, Any]) -> str:
     """A row as people read it while it runs."""
@@ -120,7 +124,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.results: int | None = None
         self.unread = b""
-        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+        self.log: IO[bytes] | None = None
 
     def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Result of a job.
@@ -149,7 +153,7 @@ class Worker:
         return row
 
     def _start(self) -> None:
-        self.log.truncate(0)
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.results, writing = os.pipe()
         self.unread = b""
         self.process = subprocess.Popen(
@@ -187,6 +191,7 @@ class Worker:
     def _end(self) -> str:
         """Why the child ended: the signal or status, and its last line."""
         assert self.process is not None
+        assert self.log is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         status = self.process.poll()
@@ -206,6 +211,9 @@ class Worker:
         if self.results is not None:
             os.close(self.results)
             self.results = None
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -317,12 +325,11 @@ def warming(jobs: Sequence[dict[str, Any]], mode: str, until: float) -> Iterator
     stopped = threading.Event()
 
     def compile_part(part: Sequence[dict[str, Any]]) -> None:
-        worker = Worker(mode)
-        for job in part:
-            left = until - time.monotonic()
-            if not stopped.is_set() and left > 0:
-                worker.ask({**job, "warm": True}, min(left, MOST[job["section"]]))
-        worker.close()
+        with contextlib.closing(Worker(mode)) as worker:
+            for job in part:
+                left = until - time.monotonic()
+                if not stopped.is_set() and left > 0:
+                    worker.ask({**job, "warm": True}, min(left, MOST[job["section"]]))
 
     with ThreadPoolExecutor(count) as pool:
         done = [pool.submit(compile_part, part) for part in parts]
@@ -392,13 +399,11 @@ def run(args: argparse.Namespace) -> int:
     mode = "dry" if args.dry else "gpu"
     sections = [s for s in SECTIONS if s in args.sections or s == "env"]  # no time means anything without its device
     jobs = plan(args.dry, args.only)
-    record = Record(args.out)
     end = begin + 0.98 * args.budget
     head = {MARK.decode(): vizoo.__version__, "commit": commit(), "date": datetime.date.today().isoformat()}
-    record.write({"section": "start", **head, "dry": args.dry, "sections": sections, "budget": args.budget})
     peaks: dict[str, Any] = {}
-    worker = Worker(mode)
-    try:
+    with contextlib.closing(Record(args.out)) as record, contextlib.closing(Worker(mode)) as worker:
+        record.write({"section": "start", **head, "dry": args.dry, "sections": sections, "budget": args.budget})
         for i, section in enumerate(sections):
             # what a section leaves goes to those after it
             share = SECTIONS[section] / sum(SECTIONS[s] for s in sections[i:])
@@ -406,16 +411,13 @@ def run(args: argparse.Namespace) -> int:
             if section != "tests":
                 run_jobs(record, worker, jobs[section], until, peaks)
                 continue
-            later = [job for s in sections[1:] if s in ("ops", "compile") for job in jobs[s] if needs_compiler(job)]
+            later = [job for s in sections if s in ("ops", "compile") for job in jobs[s] if needs_compiler(job)]
             with warming(later[:1] if args.dry else later, mode, until):
                 run_tests(record, args.dry, until)
-    finally:
-        worker.close()
-    record.write(
-        {"section": "end", "summary": f"{record.failed} of {record.rows - 1} rows failed", "failures": record.failed}
-    )
+        failed = f"{record.failed} of {record.rows - 1} rows failed"
+        record.write({"section": "end", "summary": failed, "failures": record.failed})
     if record.failed:
-        raise Failure(f"{record.failed} of {record.rows - 2} rows failed; {short(str(args.out))} says why")
+        raise Failure(f"{failed}; {short(str(args.out))} says why")
     return 0
 
 

@@ -133,10 +133,12 @@ def gpu_table(folder: Path) -> str:
     place = ["device", "torch", "triton"]
     operators, models = [], []
     for row in found.values():
+        if "failed" in row:
+            continue
         where = [row["run"].get(key, "") for key in place]
         if "forward_ms" in row:
             times = [digits(row, key, ".3f") for key in ("forward_ms", "both_ms", "floor_ms")]
-            what = [f"`{row['item']}`", row["form"], row["dtype"], digits(row, "batch", "d")]
+            what = [f"`{row['item']}`", row["form"], row["dtype"], str(row["batch"])]
             operators.append([*what, *times, digits(row, "error", ".0e"), *where])
         elif "images_per_s" in row:
             what = [f"`{row['item']}`", row["mode"], str(row["batch"])]
