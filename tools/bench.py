@@ -1,4 +1,7 @@
-"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation."""
+"""``vizoo bench``: a model or an attention layer against official code, timm, or plain PyTorch, in alternation.
+
+``--suite gpu`` measures all of the zoo on a GPU in one command instead.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vizoo.tools._gpu_suite import BUDGET, SECTIONS, run
 from vizoo.tools.common import (
     MOST,
     MOST_THREADS,
@@ -49,9 +53,12 @@ examples:
   vizoo bench --sass                                    machine code of all GPU kernels, no GPU needed
   vizoo bench --sass nat_tiny --dtype bfloat16 --batch 128 --out kernels.csv
   vizoo bench --warm nat_tiny --dtype bfloat16          compile the kernels of a model before its first step
+  vizoo bench --suite gpu --out gpu.jsonl               tests, operators and models on a GPU, in eight minutes
+  vizoo bench --suite gpu --out gpu.jsonl --sections ops --only halo
 
 Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bfloat16 the official side
-stays in float32 on a CPU, where its deformable convolution has no bfloat16."""
+stays in float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
+nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
 COLUMNS = [
     "name",
     "peer",
@@ -103,19 +110,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "name", nargs="*", help="a model of the zoo, or 'hilo', 'halo', 'ulsam' or 'reversed' for one attention layer"
     )
-    what = p.add_mutually_exclusive_group()
-    what.add_argument(
+    kind = p.add_argument_group("in place of timing one model or layer").add_mutually_exclusive_group()
+    kind.add_argument("--suite", choices=["gpu"], help="measure the whole zoo on a GPU, with --out")
+    kind.add_argument(
         "--sass",
         action="store_true",
         help="what the Triton kernels of a training step cost in machine code, by model (default: one of each family)",
     )
-    what.add_argument("--warm", action="store_true", help="compile these kernels into Triton's cache, run nothing")
-    p.add_argument(
-        "--capability",
-        type=number(int, 80, MOST),
-        metavar="N",
-        help="with --sass and --warm: compute capability times 10 of the GPU to compile for (this one's, else 90)",
-    )
+    kind.add_argument("--warm", action="store_true", help="compile these kernels into Triton's cache, run nothing")
     p.add_argument(
         "--official",
         type=Path,
@@ -133,7 +135,10 @@ def parser() -> argparse.ArgumentParser:
         help="CPU threads, each in a fresh process (torch's)",
     )
     p.add_argument(
-        "--dtype", nargs="+", choices=list(TOLERANCE), default=["float32"], help="dtype of our side (float32)"
+        "--dtype",
+        nargs="+",
+        choices=list(TOLERANCE),
+        help="dtype of our side (float32; with --sass and --warm of the model, bfloat16)",
     )
     p.add_argument(
         "--size",
@@ -154,8 +159,32 @@ def parser() -> argparse.ArgumentParser:
         "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
     )
     p.add_argument("--rounds", type=number(int, 1, MOST), default=20, help="timed calls of each side (20)")
-    p.add_argument("--out", type=Path, metavar="FILE.csv", help="append the rows to this file")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="append the rows to this file: FILE.csv, or FILE.jsonl of a suite"
+    )
+    p.add_argument(
+        "--capability",
+        type=number(int, 80, MOST),
+        metavar="N",
+        help="with --sass and --warm: compute capability times 10 of the GPU to compile for (this one's, else 90)",
+    )
+    suite = p.add_argument_group("options of --suite gpu")
+    suite.add_argument(
+        "--budget", type=number(float, 1, MOST), default=BUDGET, metavar="SECONDS", help=f"for everything ({BUDGET:g})"
+    )
+    chosen = [s for s in SECTIONS if s != "env"]
+    suite.add_argument("--sections", nargs="+", choices=chosen, default=chosen, help="what to run (everything)")
+    suite.add_argument("--only", default="", metavar="TEXT", help="operators and models with this in their name")
+    suite.add_argument("--dry", action="store_true", help="try it on a CPU with tiny shapes")
     return p
+
+
+COMMON = ("name", "batch", "dtype", "out")  # options that timings of one model or layer have too
+KINDS = {  # other kinds of benchmark, with the options that go with each
+    "suite": ("out", "budget", "sections", "only", "dry"),
+    "sass": ("name", "batch", "dtype", "capability", "out"),
+    "warm": ("name", "batch", "dtype", "capability"),
+}
 
 
 def draw_weights(model: Any) -> None:
@@ -401,6 +430,39 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def _check_kind(args: argparse.Namespace, p: argparse.ArgumentParser) -> str:
+    """Refuse options of one kind of benchmark in another.
+
+    Returns:
+        The option that says what kind it is: a key of ``KINDS``, empty for timings of one model or layer.
+
+    Raises:
+        UserError: If they do not go together.
+    """
+    given = [k for k, v in vars(args).items() if v != p.get_default(k) and not (k == "name" and v == [])]
+    kind = next((k for k in KINDS if k in given), "")
+    if kind:
+        wrong = [k for k in given if k != kind and k not in KINDS[kind]]
+        if wrong:
+            names = ", ".join(" ".join(map(short, args.name)) if k == "name" else _option(k) for k in wrong)
+            goes = ", ".join("names of models" if k == "name" else _option(k) for k in KINDS[kind])
+            raise UserError(f"--{kind}: goes with {goes}; got {names}")
+        return kind
+    for k in given:
+        if k not in COMMON and (needs := [f"--{name}" for name, options in KINDS.items() if k in options]):
+            raise UserError(f"{_option(k)}: needs {' or '.join(needs).replace('--suite', '--suite gpu')}")
+    if len(args.name) != 1:
+        got = " ".join(map(short, args.name)) or "none"
+        raise UserError(
+            f"give the name of one model or attention layer, or {', '.join(f'--{k}' for k in KINDS)}; got {got}"
+        )
+    return ""
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def _check_of_zoo(name: str) -> None:
     import timm
 
@@ -416,11 +478,6 @@ def _compile(args: argparse.Namespace) -> None:
     from vizoo.tools import _machine_code as code
 
     option = "--sass" if args.sass else "--warm"
-    given = vars(parser().parse_args(["name"]))
-    allowed = {"name", "sass", "warm", "capability", "batch", "dtype", *(["out"] if args.sass else [])}
-    for key, value in vars(args).items():
-        if key not in allowed and value != given[key]:
-            raise UserError(f"--{key.replace('_', '-')}: has no meaning with {option}")
     for name in args.name:
         _check_of_zoo(name)
     if len(args.batch or [0]) > 1:
@@ -430,7 +487,7 @@ def _compile(args: argparse.Namespace) -> None:
     if capability is None:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
         capability = 10 * major + minor
-    todo = args.name or code.MODELS, args.dtype, (args.batch or [128])[0], capability
+    todo = args.name or code.MODELS, args.dtype or ["bfloat16"], (args.batch or [128])[0], capability
     if args.warm:
         table = [[*map(str, line)] for line in code.warm(*todo)]
         print_table(["model", "dtype", "kernels", "compiled"], table, numeric=(2, 3))
@@ -449,8 +506,6 @@ def _compile(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     check_table(args.out, "--out", COLUMNS)
-    if args.capability is not None:
-        raise UserError("--capability: has no meaning without --sass or --warm")
     if args.size is not None:
         read_size(args.size)
     if args.official and not os.path.isdir(args.official):
@@ -472,13 +527,15 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
-    if args.sass or args.warm:
+    p = parser()
+    args = p.parse_args(argv)
+    kind = _check_kind(args, p)
+    if kind == "suite":
+        return run(args)
+    if kind:
         _compile(args)
         return 0
-    if len(args.name) != 1:
-        raise UserError(f"give the name of one model or layer, got {' '.join(map(short, args.name)) or 'none'}")
-    args.name, args.batch = args.name[0], args.batch or [1]
+    args.name, args.batch, args.dtype = args.name[0], args.batch or [1], args.dtype or ["float32"]
     _check(args)
     import torch
 

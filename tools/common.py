@@ -9,6 +9,7 @@ import csv
 import difflib
 import errno
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -18,13 +19,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 
 class UserError(ValueError):
@@ -584,6 +583,14 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
     return sides[0], sides[-1]
 
 
+@functools.cache
+def console(stderr: bool = False) -> Console:
+    """Standard output or error of rich, which a GPU machine may lack, so it is imported where something is drawn."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
     """Print a table that is never squeezed: cells do not wrap, headers wrap at spaces.
 
@@ -593,6 +600,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         numeric: Columns to align right.
     """
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -601,7 +609,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         table.add_column(header, justify="right" if i in numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = max(stdout.width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
+    width = max(console().width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
     Console(highlight=False, width=width).print(table)
 
 
@@ -615,6 +623,16 @@ def progress(**kwargs: Any) -> Progress:
 
     Nothing is drawn when standard error is no terminal.
     """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    stderr = console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -28,6 +28,7 @@ from vizoo.tools.common import (
     check_file,
     check_output,
     check_table,
+    console,
     explain,
     literal,
     number,
@@ -39,7 +40,6 @@ from vizoo.tools.common import (
     run_tool,
     save_figure,
     short,
-    stderr,
 )
 
 if TYPE_CHECKING:
@@ -605,7 +605,7 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
     for line in _footnotes(profiles):
         print(line)
     for name, note in notes:
-        stderr.print(f"{name}: {note}", style="yellow", soft_wrap=True)
+        console(stderr=True).print(f"{name}: {note}", style="yellow", soft_wrap=True)
 
 
 def write_results(profiles: Sequence[Profile], path: Path, kind: str) -> None:

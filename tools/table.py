@@ -13,7 +13,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from vizoo.tools._gpu_suite import FIELDS, read_record
 from vizoo.tools.common import Failure, Parser, UserError, atomic_write, build_model, read_text, run_tool, short
 from vizoo.tools.models import list_zoo
 
@@ -110,6 +112,46 @@ def speed_table(folder: Path) -> str:
     return markdown(columns, rows, (4, 5, 7, 8, 9))
 
 
+def gpu_table(folder: Path) -> str:
+    """Operators and models measured on GPUs by ``vizoo bench --suite gpu``, as two Markdown tables.
+
+    Args:
+        folder: Holds records ``gpu-<card>-torch<version>.jsonl``; of a repeated measurement the last one counts.
+
+    Raises:
+        UserError: If a record holds something else.
+    """
+    found = {
+        (path.name, *(row.get(k, "") for k in FIELDS)): row
+        for path in sorted(folder.glob("gpu-*.jsonl"))
+        for row in read_record(path)
+    }
+
+    def digits(row: dict[str, Any], key: str, form: str, unit: float = 1.0) -> str:
+        return "" if row.get(key) is None else f"{row[key] / unit:{form}}"
+
+    place = ["device", "torch", "triton"]
+    operators, models = [], []
+    for row in found.values():
+        if "failed" in row:
+            continue
+        where = [row["run"].get(key, "") for key in place]
+        if "forward_ms" in row:
+            times = [digits(row, key, ".3f") for key in ("forward_ms", "both_ms", "floor_ms")]
+            what = [f"`{row['item']}`", row["form"], row["dtype"], str(row["batch"])]
+            operators.append([*what, *times, digits(row, "error", ".0e"), *where])
+        elif "images_per_s" in row:
+            what = [f"`{row['item']}`", row["mode"], str(row["batch"])]
+            speed = [digits(row, "images_per_s", ",.0f"), digits(row, "peak_bytes", ".2f", 2**30)]
+            models.append([*what, *speed, *where])
+    if not operators and not models:
+        return "Not measured yet.\n"
+    columns = ["operator", "form", "dtype", "batch", "forward, ms", "with backward, ms", "floor, ms", "error", *place]
+    head = ["model", "mode", "batch", "images/s", "peak, GiB", *place]
+    tables = [markdown(columns, operators, (3, 4, 5, 6, 7)), markdown(head, models, (2, 3, 4))]
+    return "\n".join(text for text, rows in zip(tables, (operators, models), strict=True) if rows)
+
+
 def configs_table(folder: Path) -> str:
     """Configs of detectors or segmentors as a Markdown table, from the head comment of each file below ``folder``.
 
@@ -154,6 +196,7 @@ def rewrite(text: str, root: Path) -> str:
     tables = {
         "models": models_table,
         "speed": lambda: speed_table(root / "tools/results"),
+        "gpu": lambda: gpu_table(root / "tools/results"),
         "detection": lambda: configs_table(root / "configs/detection"),
         "segmentation": lambda: configs_table(root / "configs/segmentation"),
     }

@@ -74,11 +74,11 @@ from vizoo.tools.common import (
     UserError,
     build_model,
     compute_device,
+    console,
     is_exhausted,
     progress,
     resolve_models,
     run_tool,
-    stderr,
 )
 from vizoo.tools.evaluate import evaluate
 
@@ -501,7 +501,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.batch == steps:
             return  # stopped while the held-out images were measured
-        bar = progress(disable=not (self.primary and stderr.is_terminal))
+        bar = progress(disable=not (self.primary and console(stderr=True).is_terminal))
         with bar:
             task = bar.add_task(f"epoch {self.epoch + 1}/{self.epochs}", total=steps, completed=self.batch)
             for k, (images, target) in enumerate(
@@ -544,7 +544,7 @@ class Trainer:
                 if self.ema:
                     self.ema.update(self.model, step=total)
                 self.scheduler.step_update(total)
-                if self.primary and done % args.log_interval == 0 and not stderr.is_terminal:
+                if self.primary and done % args.log_interval == 0 and not console(stderr=True).is_terminal:
                     mean = self.sums[0] / self.sums[2]
                     print(f"epoch {self.epoch + 1} batch {k + 1}/{steps} loss {mean:.4f}", file=sys.stderr)
                 self.stop_if_asked(agreed=not self.world.distributed or done % args.log_interval == 0)

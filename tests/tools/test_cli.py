@@ -171,7 +171,7 @@ def test_tables_are_up_to_date():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert table.rewrite(text, ROOT) == text, f"{name}; run: python -m vizoo.tools.table"
         marked += [m[2] for m in table.MARKED.finditer(text)]
-    assert marked == ["models", "speed", "detection", "segmentation"]
+    assert marked == ["models", "speed", "gpu", "detection", "segmentation"]
 
 
 def test_table_check_and_write(tmp_path, capsys):

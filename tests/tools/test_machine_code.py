@@ -160,15 +160,18 @@ def test_warm_fills_the_cache(tmp_path, monkeypatch):
     [
         (["--sass", "--warm"], "not allowed with argument --sass"),
         (["--sass", "resnet50"], "'resnet50' is not one model of the zoo"),
-        (["--sass", "--mode", "train"], "--mode: has no meaning with --sass"),
-        (["--warm", "--out", "x.csv"], "--out: has no meaning with --warm"),
+        (
+            ["--sass", "--mode", "train"],
+            "goes with names of models, --batch, --dtype, --capability, --out; got --mode",
+        ),
+        (["--warm", "--out", "x.csv"], "got --out"),
         (["--sass", "--batch", "1", "2"], "--batch: --sass takes one number, got 1 2"),
         (["--sass", "--capability", "70"], "--capability"),
-        (["litv2_s", "--capability", "90"], "--capability: has no meaning without --sass or --warm"),
+        (["litv2_s", "--capability", "90"], "--capability: needs --sass or --warm"),
         (["--warm", "nat_tiny"], "TRITON_INTERPRET=1"),
         (["--sass", "nat_tiny"], "TRITON_INTERPRET=1"),
-        ([], "give the name of one model or layer, got none"),
-        (["litv2_s", "halo"], "give the name of one model or layer, got 'litv2_s' 'halo'"),
+        ([], "got none"),
+        (["litv2_s", "halo"], "got 'litv2_s' 'halo'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
