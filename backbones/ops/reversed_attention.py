@@ -22,19 +22,21 @@ order.  Second derivatives, and all under transforms of ``torch.func``, are thos
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, INTERPRETED, on_device, plain_only, use_triton, without_autocast
+from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import gradient_scale, power_of_two, product_precision
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
 EAGER_SCORES = 2**19  # up to here inference is as fast in plain operators, without the call of an operator
 MAX_HEAD_SIZE = 128  # of the Triton kernels
-ROW_TOKENS, ROW_HEAD_SIZE = 256, 64  # up to these sizes whole rows of scores and a whole head stay on the chip
+ROW_TOKENS, ROW_ELEMENTS = 256, 2**13  # up to these sizes whole rows of scores and a whole head stay on the chip
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> None:
@@ -192,42 +194,47 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from ._kernels import index_type, load_vectors, store_vectors
+
     LOG2E = tl.constexpr(1.4426950408889634)
+    _COUNTS = ["h", "N"]  # one compilation serves all: nothing is faster where one is 1 or divisible by 16
 
-    def row_configs() -> list[triton.Config]:
-        """Senders per step and warps of the row kernels; one under the interpreter, which cannot tune."""
-        choices = [(32, 4)] if INTERPRETED else [(16, 4), (32, 4), (32, 8)]
-        return [triton.Config({"BLOCK_I": i}, num_warps=w) for i, w in choices]
+    class Tile(NamedTuple):
+        """What a program works on at a time, and how; the row kernels take all receivers."""
 
-    def tile_configs() -> list[triton.Config]:
-        """Senders and receivers of a tile, and warps; one under the interpreter."""
-        choices = [(32, 64, 4)] if INTERPRETED else [(64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8)]
-        return [triton.Config({"BLOCK_I": i, "BLOCK_J": j}, num_warps=w) for i, j, w in choices]
+        senders: int
+        receivers: int
+        num_warps: int
+        num_stages: int
 
-    @triton.jit
-    def _load(ptr, n, stride, N, D: tl.constexpr, DP: tl.constexpr):
-        """Tokens ``n`` of one head: ``[len(n), DP]``, 0 outside."""
-        d = tl.arange(0, DP)
-        return tl.load(ptr + n[:, None] * stride + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-
-    @triton.jit
-    def _store(ptr, n, stride, N, value, D: tl.constexpr, DP: tl.constexpr):
-        d = tl.arange(0, DP)
-        p_value = ptr + n[:, None] * stride + d[None, :]
-        tl.store(p_value, value.to(ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+    # by compute capability, kind of product and padded channels of a head up to which an entry holds: those of least
+    # instructions without a spill in the machine code for sm_90, not of least measured time
+    CHOICES = {
+        90: {
+            "rows": {128: Tile(16, 0, 4, 1)},
+            "half": {128: Tile(64, 64, 4, 1)},
+            "tf32": {32: Tile(64, 64, 4, 1), 64: Tile(64, 64, 8, 1), 128: Tile(16, 16, 4, 1)},
+            "ieee": {32: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1)},
+        }
+    }
 
     @triton.jit
-    def _products(a, b):
+    def _products(a, b, PRECISION: tl.constexpr):
         """Inner products of the tokens of two tiles: ``[len(a), len(b)]``."""
-        return tl.dot(a, tl.trans(b), input_precision="ieee")
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
     @triton.jit
-    def _gradient_dot(ds, x, PRECISION: tl.constexpr):
-        """``ds @ x`` with float32 ``ds``: float16 would lose small gradients; half ``x`` is exact in tf32."""
-        return tl.dot(ds, x.to(tl.float32), input_precision=PRECISION)
+    def _places(head, h, N, stride_qb, stride_qh, D: tl.constexpr, INDEX: tl.constexpr):
+        """Where a head of ``q`` and ``k``, and of tensors in the order ``[B, N, h, d]``, begins."""
+        image, head = (head // h).to(tl.int64), head % h
+        return image * stride_qb + head.to(INDEX) * stride_qh, image * N * h * D + head * D
 
-    @triton.autotune(configs=row_configs(), key=["NP", "DP"])
     @triton.jit
+    def _range(grad_scale_ptr, dtype: tl.constexpr):
+        """Factor that keeps gradients of scores in the range of ``dtype``, in which their products are done."""
+        return tl.load(grad_scale_ptr) if dtype == tl.float16 else 1.0
+
+    @triton.jit(do_not_specialize=_COUNTS)
     def _rows_fwd_kernel(
         q_ptr,
         k_ptr,
@@ -243,35 +250,39 @@ if HAS_TRITON:
         D: tl.constexpr,
         DP: tl.constexpr,
         NP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
     ):
-        pid = tl.program_id(0).to(tl.int64)
-        q_head = pid // h * stride_qb + pid % h * stride_qh
-        u_head = (pid // h * N * h + pid % h) * D
+        pid = tl.program_id(0)
+        q_head, u_head = _places(pid, h, N, stride_qb, stride_qh, D, INDEX)
+        stride_un = h * D
+        lse_ptr += pid.to(tl.int64) * N
         j = tl.arange(0, NP)
-        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+        beyond = tl.where(j < N, 0.0, float("-inf"))  # a term costs less than a choice
         acc = tl.zeros((NP, DP), tl.float32)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
-            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
-            s = tl.where((j < N)[:, None], _products(k, q) * (scale * LOG2E), float("-inf"))  # receiver, sender
-            peak = tl.max(s, 0)
-            p = tl.exp2(s - peak[None, :])
-            total = tl.sum(p, 0)
-            p = (p * (1.0 / total)[None, :]).to(u.dtype)
-            acc += tl.dot(p, u, input_precision="ieee")
-            tl.store(lse_ptr + pid * N + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
-        _store(out_ptr + u_head, j, h * D, N, acc, D, DP)
+            q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
+            u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
+            s = _products(q, k, PRECISION) * (scale * LOG2E) + beyond[None, :]  # sender, receiver
+            peak = tl.max(s, 1)
+            p = tl.exp2(s - peak[:, None])
+            total = tl.sum(p, 1)
+            p = (p * (1.0 / total)[:, None]).to(u.dtype)
+            acc = tl.dot(tl.trans(p), u, acc, input_precision=PRECISION)
+            tl.store(lse_ptr + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
+        store_vectors(out_ptr + u_head, j.to(INDEX) * stride_un, acc, j < N, D, DP)
 
-    @triton.autotune(configs=row_configs(), key=["NP", "DP"])
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def _rows_bwd_kernel(
         q_ptr,
         k_ptr,
         u_ptr,
         dout_ptr,
         lse_ptr,
+        grad_scale_ptr,
         dq_ptr,
         dk_ptr,
         du_ptr,
@@ -281,39 +292,43 @@ if HAS_TRITON:
         stride_qh,
         stride_qn,
         scale,
-        PRECISION: tl.constexpr,
         D: tl.constexpr,
         DP: tl.constexpr,
         NP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
     ):
-        pid = tl.program_id(0).to(tl.int64)
-        q_head = pid // h * stride_qb + pid % h * stride_qh
-        u_head = (pid // h * N * h + pid % h) * D
+        pid = tl.program_id(0)
+        q_head, u_head = _places(pid, h, N, stride_qb, stride_qh, D, INDEX)
+        stride_un = h * D
+        lse_ptr += pid.to(tl.int64) * N
         j = tl.arange(0, NP)
-        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
-        dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+        k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+        dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
         dk = tl.zeros((NP, DP), tl.float32)
+        grad_scale = _range(grad_scale_ptr, k.dtype)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
-            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
-            lse = tl.load(lse_ptr + pid * N + i, mask=i < N, other=0.0)
-            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
+            q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
+            u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
+            lse = tl.load(lse_ptr + i, mask=i < N, other=0.0) * LOG2E
+            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
             p = tl.where((j < N)[:, None], p, 0.0)
-            dp = _products(dout, u)
-            ds = p * (dp - tl.sum(p * dp, 0)[None, :]) * scale
-            dk += _gradient_dot(ds, q, PRECISION)
-            du = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
-            _store(du_ptr + u_head, i, h * D, N, du, D, DP)
-            _store(dq_ptr + u_head, i, h * D, N, _gradient_dot(tl.trans(ds), k, PRECISION), D, DP)
-        _store(dk_ptr + u_head, j, h * D, N, dk, D, DP)
+            dp = _products(dout, u, PRECISION)
+            ds = (p * (dp * grad_scale - (tl.sum(p * dp, 0) * grad_scale)[None, :])).to(k.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            du = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision=PRECISION)
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * (scale / grad_scale)
+            store_vectors(du_ptr + u_head, i.to(INDEX) * stride_un, du, i < N, D, DP)
+            store_vectors(dq_ptr + u_head, i.to(INDEX) * stride_un, dq, i < N, D, DP)
+        store_vectors(dk_ptr + u_head, j.to(INDEX) * stride_un, dk * (scale / grad_scale), j < N, D, DP)
 
-    @triton.autotune(configs=tile_configs(), key=["DP"])
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def _tiles_lse_kernel(
         q_ptr,
         k_ptr,
+        u_ptr,
         lse_ptr,
         h,
         N,
@@ -323,28 +338,28 @@ if HAS_TRITON:
         scale,
         D: tl.constexpr,
         DP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
         BLOCK_J: tl.constexpr,
     ):
         tiles = tl.cdiv(N, BLOCK_I)
-        pid = tl.program_id(0).to(tl.int64)
-        head = pid // tiles
-        q_head = head // h * stride_qb + head % h * stride_qh
-        i = pid % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
-        q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
+        head = tl.program_id(0) // tiles
+        q_head, _ = _places(head, h, N, stride_qb, stride_qh, D, INDEX)
+        i = tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+        q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
         peak = tl.full((BLOCK_I,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_I,), tl.float32)
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            s = _products(q, _load(k_ptr + q_head, j, stride_qn, N, D, DP)) * (scale * LOG2E)
-            s = tl.where((j < N)[None, :], s, float("-inf"))
+            k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+            s = _products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < N, 0.0, float("-inf"))[None, :]
             higher = tl.maximum(peak, tl.max(s, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
             peak = higher
-        tl.store(lse_ptr + head * N + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
+        tl.store(lse_ptr + head.to(tl.int64) * N + i, (peak + tl.log2(total)) / LOG2E, mask=i < N)
 
-    @triton.autotune(configs=tile_configs(), key=["DP"])
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def _tiles_fwd_kernel(
         q_ptr,
         k_ptr,
@@ -359,34 +374,36 @@ if HAS_TRITON:
         scale,
         D: tl.constexpr,
         DP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
         BLOCK_J: tl.constexpr,
     ):
         tiles = tl.cdiv(N, BLOCK_J)
-        pid = tl.program_id(0).to(tl.int64)
-        head = pid // tiles
-        q_head = head // h * stride_qb + head % h * stride_qh
-        u_head = (head // h * N * h + head % h) * D
-        j = pid % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
-        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
+        head = tl.program_id(0) // tiles
+        q_head, u_head = _places(head, h, N, stride_qb, stride_qh, D, INDEX)
+        stride_un = h * D
+        lse_ptr += head.to(tl.int64) * N
+        j = tl.program_id(0) % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+        k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
         acc = tl.zeros((BLOCK_J, DP), tl.float32)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
-            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
-            lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0)
-            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
-            acc += tl.dot(p.to(u.dtype), u, input_precision="ieee")
-        _store(out_ptr + u_head, j, h * D, N, acc, D, DP)
+            q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
+            u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
+            lse = tl.load(lse_ptr + i, mask=i < N, other=0.0) * LOG2E
+            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
+            acc = tl.dot(p.to(u.dtype), u, acc, input_precision=PRECISION)
+        store_vectors(out_ptr + u_head, j.to(INDEX) * stride_un, acc, j < N, D, DP)
 
-    @triton.autotune(configs=tile_configs(), key=["DP"])
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def _tiles_bwd_senders_kernel(
         q_ptr,
         k_ptr,
         u_ptr,
         dout_ptr,
         lse_ptr,
+        grad_scale_ptr,
         delta_ptr,
         dq_ptr,
         du_ptr,
@@ -396,49 +413,55 @@ if HAS_TRITON:
         stride_qh,
         stride_qn,
         scale,
-        PRECISION: tl.constexpr,
         D: tl.constexpr,
         DP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
         BLOCK_J: tl.constexpr,
     ):
         tiles = tl.cdiv(N, BLOCK_I)
-        pid = tl.program_id(0).to(tl.int64)
-        head = pid // tiles
-        q_head = head // h * stride_qb + head % h * stride_qh
-        u_head = (head // h * N * h + head % h) * D
-        i = pid % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
-        q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
-        u = _load(u_ptr + u_head, i, h * D, N, D, DP)
-        lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0) * LOG2E
+        head = tl.program_id(0) // tiles
+        q_head, u_head = _places(head, h, N, stride_qb, stride_qh, D, INDEX)
+        stride_un = h * D
+        entry = head.to(tl.int64) * N
+        i = tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+        q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
+        u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
+        lse = tl.load(lse_ptr + entry + i, mask=i < N, other=0.0) * LOG2E
         du = tl.zeros((BLOCK_I, DP), tl.float32)
-        delta = tl.zeros((BLOCK_I,), tl.float32)
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
-            dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
-            p = tl.exp2(_products(q, k) * (scale * LOG2E) - lse[:, None])  # sender, receiver; dout is 0 past the last
-            du += tl.dot(p.to(dout.dtype), dout, input_precision="ieee")
-            delta += tl.sum(p * _products(u, dout), 1)
+            k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+            dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
+            p = tl.exp2(_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])  # sender, receiver
+            p = tl.where((j < N)[None, :], p, 0.0)
+            du = tl.dot(p.to(dout.dtype), dout, du, input_precision=PRECISION)
+        delta = tl.sum(u * du, 1)
+        store_vectors(du_ptr + u_head, i.to(INDEX) * stride_un, du, i < N, D, DP)
+        tl.store(delta_ptr + entry + i, delta, mask=i < N)
+        grad_scale = _range(grad_scale_ptr, q.dtype)
         dq = tl.zeros((BLOCK_I, DP), tl.float32)
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
-            dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
-            p = tl.exp2(_products(q, k) * (scale * LOG2E) - lse[:, None])  # k is 0 past the last
-            dq += _gradient_dot(p * (_products(u, dout) - delta[:, None]) * scale, k, PRECISION)
-        _store(du_ptr + u_head, i, h * D, N, du, D, DP)
-        _store(dq_ptr + u_head, i, h * D, N, dq, D, DP)
-        tl.store(delta_ptr + head * N + i, delta, mask=i < N)
+            k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+            dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
+            p = tl.exp2(_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
+            p = tl.where((j < N)[None, :], p, 0.0)
+            dp = _products(u, dout, PRECISION)
+            ds = (p * (dp * grad_scale - (delta * grad_scale)[:, None])).to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        dq *= scale / grad_scale
+        store_vectors(dq_ptr + u_head, i.to(INDEX) * stride_un, dq, i < N, D, DP)
 
-    @triton.autotune(configs=tile_configs(), key=["DP"])
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def _tiles_bwd_receivers_kernel(
         q_ptr,
         k_ptr,
         u_ptr,
         dout_ptr,
         lse_ptr,
+        grad_scale_ptr,
         delta_ptr,
         dk_ptr,
         h,
@@ -447,30 +470,35 @@ if HAS_TRITON:
         stride_qh,
         stride_qn,
         scale,
-        PRECISION: tl.constexpr,
         D: tl.constexpr,
         DP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_I: tl.constexpr,
         BLOCK_J: tl.constexpr,
     ):
         tiles = tl.cdiv(N, BLOCK_J)
-        pid = tl.program_id(0).to(tl.int64)
-        head = pid // tiles
-        q_head = head // h * stride_qb + head % h * stride_qh
-        u_head = (head // h * N * h + head % h) * D
-        j = pid % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
-        k = _load(k_ptr + q_head, j, stride_qn, N, D, DP)
-        dout = _load(dout_ptr + u_head, j, h * D, N, D, DP)
+        head = tl.program_id(0) // tiles
+        q_head, u_head = _places(head, h, N, stride_qb, stride_qh, D, INDEX)
+        stride_un = h * D
+        entry = head.to(tl.int64) * N
+        j = tl.program_id(0) % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+        k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
+        dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
+        grad_scale = _range(grad_scale_ptr, k.dtype)
         dk = tl.zeros((BLOCK_J, DP), tl.float32)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            q = _load(q_ptr + q_head, i, stride_qn, N, D, DP)
-            u = _load(u_ptr + u_head, i, h * D, N, D, DP)
-            lse = tl.load(lse_ptr + head * N + i, mask=i < N, other=0.0)
-            delta = tl.load(delta_ptr + head * N + i, mask=i < N, other=0.0)
-            p = tl.exp2(_products(k, q) * (scale * LOG2E) - (lse * LOG2E)[None, :])  # receiver, sender
-            dk += _gradient_dot(p * (_products(dout, u) - delta[None, :]) * scale, q, PRECISION)
-        _store(dk_ptr + u_head, j, h * D, N, dk, D, DP)
+            q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
+            u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
+            lse = tl.load(lse_ptr + entry + i, mask=i < N, other=0.0) * LOG2E
+            delta = tl.load(delta_ptr + entry + i, mask=i < N, other=0.0)
+            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
+            dp = _products(dout, u, PRECISION)
+            ds = (p * (dp * grad_scale - (delta * grad_scale)[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dk *= scale / grad_scale
+        store_vectors(dk_ptr + u_head, j.to(INDEX) * stride_un, dk, j < N, D, DP)
 
 
 def _tokens_first(like: Tensor) -> Tensor:
@@ -488,49 +516,71 @@ def _same_strides(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return (q, k) if q.stride() == k.stride() and q.stride(3) == 1 else (_in_order(q), _in_order(k))
 
 
-def _sizes(q: Tensor, scale: float) -> tuple[bool, dict[str, object]]:
-    """Whether the row kernels take these sizes, and the arguments that all kernels share."""
-    D, N = q.shape[3], q.shape[2]
-    DP, NP = max(16, 1 << (D - 1).bit_length()), max(16, 1 << (N - 1).bit_length())
-    strides = {"stride_qb": q.stride(0), "stride_qh": q.stride(1), "stride_qn": q.stride(2)}
-    rows = NP <= ROW_TOKENS and DP <= ROW_HEAD_SIZE
-    return rows, {"h": q.shape[1], "N": N, **strides, "scale": scale, "D": D, "DP": DP, **({"NP": NP} if rows else {})}
+def _rows(q: Tensor) -> bool:
+    """Whether the row kernels take these queries; float32 products in three parts need more memory on the chip."""
+    N, D = power_of_two(q.shape[2]), power_of_two(q.shape[3])
+    return q.element_size() == 2 and N <= ROW_TOKENS and N * D <= ROW_ELEMENTS
+
+
+def _tile(q: Tensor, rows: bool) -> Tile:
+    half = "rows" if rows else "half"
+    kind = half if q.element_size() == 2 else product_precision(q.device).removesuffix("x3")
+    sizes = CHOICES[90][kind]  # other capabilities take the same until something is measured there
+    return sizes[min(n for n in sizes if n >= q.shape[3])]
+
+
+def _launch(kernel, pointers: tuple[Tensor, ...], scale: float) -> None:
+    """A program for each head, or for each of its tiles of tokens; the pointers begin with ``q, k, u``."""
+    q, _, u = pointers[:3]
+    B, h, N, D = q.shape
+    rows = kernel in (_rows_fwd_kernel, _rows_bwd_kernel)
+    tile = _tile(q, rows)
+    own = tile.senders if kernel in (_tiles_lse_kernel, _tiles_bwd_senders_kernel) else tile.receivers
+    kernel[(B * h * (1 if rows else triton.cdiv(N, own)),)](
+        *pointers,
+        h=h,
+        N=N,
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qn=q.stride(2),
+        scale=scale,
+        D=D,
+        DP=power_of_two(D),
+        PRECISION=product_precision(q.device),
+        INDEX=index_type(q, u),
+        BLOCK_I=tile.senders,
+        **({"NP": power_of_two(N)} if rows else {"BLOCK_J": tile.receivers}),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _triton_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    B, h, N, D = q.shape
     (q, k), u = _same_strides(q, k), _in_order(u)
     out = _tokens_first(u)
-    lse = torch.empty((B, h, N), dtype=torch.float32, device=q.device)
-    rows, sizes = _sizes(q, scale)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on_device(q):
-        if rows:
-            _rows_fwd_kernel[(B * h,)](q, k, u, out, lse, **sizes)
+        if _rows(q):
+            _launch(_rows_fwd_kernel, (q, k, u, out, lse), scale)
         else:
-            _tiles_lse_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_I"]),)](q, k, lse, **sizes)
-            _tiles_fwd_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_J"]),)](q, k, u, out, lse, **sizes)
+            _launch(_tiles_lse_kernel, (q, k, u, lse), scale)
+            _launch(_tiles_fwd_kernel, (q, k, u, out, lse), scale)
     return out, lse
 
 
 def _triton_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, h, N, D = q.shape
     (q, k), u, dout = _same_strides(q, k), _in_order(u), _in_order(dout)
     dq, dk, du = (_tokens_first(t) for t in (q, k, u))
-    rows, sizes = _sizes(q, scale)
-    sizes["PRECISION"] = "ieee" if q.dtype == torch.float32 else "tf32"
+    inputs = q, k, u, dout, lse, gradient_scale(dout)
     with on_device(q):
-        if rows:
-            _rows_bwd_kernel[(B * h,)](q, k, u, dout, lse, dq, dk, du, **sizes)
+        if _rows(q):
+            _launch(_rows_bwd_kernel, (*inputs, dq, dk, du), scale)
         else:
             delta = torch.empty_like(lse)
-            _tiles_bwd_senders_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_I"]),)](
-                q, k, u, dout, lse, delta, dq, du, **sizes
-            )
-            _tiles_bwd_receivers_kernel[lambda meta: (B * h * triton.cdiv(N, meta["BLOCK_J"]),)](
-                q, k, u, dout, lse, delta, dk, **sizes
-            )
+            _launch(_tiles_bwd_senders_kernel, (*inputs, delta, dq, du), scale)
+            _launch(_tiles_bwd_receivers_kernel, (*inputs, delta, dk), scale)
     return dq, dk, du
 
 
@@ -636,8 +686,8 @@ def reversed_attention(
     if not torch.jit.is_scripting():
         form = _choose(backend, q, u)
         if form == "triton":
-            common = torch.promote_types(q.dtype, k.dtype)
-            q, k = q.to(common), k.to(common)
+            common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), u.dtype)
+            return _reversed_attention(q.to(common), k.to(common), u.to(common), factor, form)[0].to(v.dtype)
         if form != "eager":
             return _reversed_attention(q, k, u, factor, form)[0]
         with without_autocast(u):

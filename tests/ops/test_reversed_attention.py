@@ -22,9 +22,13 @@ from vizoo.backbones.ops.reversed_attention import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
+INTERPRETED_FP32 = pytest.param(  # float32 is theirs in the interpreter only, where it shows the smallest errors
+    torch.float32, marks=pytest.mark.skipif(DEVICE == "cuda", reason="the row kernels take half precision")
+)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 NAMES = ("out", "dq", "dk", "dv", "d_weight")
 CASES = [(1, 2, 1, 3), (2, 3, 37, 16), (1, 2, 61, 12), (1, 1, 131, 33), (2, 1, 16, 32)]  # B, h, N, d
+ROWS = [(1, 2, 1, 3), (2, 3, 37, 16), (1, 2, 61, 12), (1, 1, 131, 27), (2, 1, 16, 100)]  # of the row kernels
 TILES = [(1, 2, 45, 20), (1, 1, 70, 16), (1, 1, 23, 100)]  # of the tile kernels: partial last tiles both ways
 GOLDEN = load("reversed_attention_op")
 
@@ -79,6 +83,24 @@ def test_is_the_definition(f, case):
     op_close(f(*tensors), loop(*tensors))
     with torch.no_grad():
         op_close(f(*tensors), loop(*tensors))
+
+
+def launches(monkeypatch, run=True):
+    """Keyword arguments of every launch of a kernel from here on; with ``run=False`` none is made."""
+    found = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *pointers, **arguments: (
+                found.append(arguments) or (run and self.kernel[grid](*pointers, **arguments))
+            )
+
+    for name in [x for x in vars(module) if x.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    return found
 
 
 @pytest.mark.parametrize("f", [reference_reversed_attention, reversed_attention, through("sdpa")])
@@ -211,10 +233,11 @@ def test_eager_inference(dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=ids)
-def test_row_kernels(case, dtype):
-    assert module._sizes(inputs(*case)[0], 1.0)[0]
+@pytest.mark.parametrize("dtype", [INTERPRETED_FP32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("case", ROWS, ids=ids)
+def test_row_kernels(case, dtype, monkeypatch):
+    assert module._rows(inputs(*case)[0].half())
+    monkeypatch.setattr(module, "_rows", lambda q: True)
     check(through("triton"), inputs(*case), dtype, DEVICE)
 
 
@@ -223,13 +246,71 @@ def test_row_kernels(case, dtype):
 @pytest.mark.parametrize("case", TILES, ids=ids)
 def test_tile_kernels(case, dtype, monkeypatch):
     monkeypatch.setattr(module, "ROW_TOKENS", 0)
-    assert not module._sizes(inputs(*case)[0], 1.0)[0]
+    assert not module._rows(inputs(*case)[0].half())
     check(through("triton"), inputs(*case), dtype, DEVICE)
 
 
 def test_row_kernels_end_where_a_head_no_longer_fits():
-    for N, D, rows in [(256, 64, True), (257, 8, False), (16, 65, False)]:
-        assert module._sizes(torch.empty(1, 1, N, D), 1.0)[0] is rows
+    for N, D, rows in [(256, 32, True), (257, 8, False), (256, 33, False), (128, 64, True), (16, 128, True)]:
+        assert module._rows(torch.empty(1, 1, N, D, dtype=torch.bfloat16)) is rows
+        assert not module._rows(torch.empty(1, 1, N, D))
+
+
+@needs_triton
+@pytest.mark.parametrize("limit", [256, 0], ids=["rows", "tiles"])
+@pytest.mark.parametrize("size", [1e-6, 1e-7, 1e3])
+def test_tiny_and_large_float16_gradients(size, limit, monkeypatch):
+    """Of the output; those of the scores, a small part of it, would be 0 or infinite in float16."""
+    monkeypatch.setattr(module, "ROW_TOKENS", limit)
+    q, k, v, _ = (t.half().to(DEVICE) for t in inputs(1, 2, 37, 16))
+    q, k = q * 0.25, k * 4  # so that the gradient of q can be held in float16
+    out, lse = torch.ops.vizoo.reversed_attention(q, k, v, 0.25, "triton")
+    grad = (torch.sign(out.float()) * size).half()
+    unit = (grad.double() / grad.abs().max().double()).cpu()
+    truth = run(lambda *t: reference_reversed_attention(*t, None, 0.25), [t.double().cpu() for t in (q, k, v)], unit)
+    found = torch.ops.vizoo.reversed_attention_backward(grad, q, k, v, lse, 0.25, "triton")
+    scale = grad.abs().max().double().cpu()
+    for actual, expected, name in zip(found, truth[1:], NAMES[1:4], strict=True):
+        step = 2.0**-24  # of float16 near 0
+        wanted = expected * scale
+        error = (actual.double().cpu() - wanted).abs()
+        assert (error <= 2e-3 * wanted.abs().max() + step / 2).all(), name
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [pytest.param(True, marks=INTERPRETED_FP32.marks), False], ids=["rows", "tiles"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: of receivers that are not stored
+def test_scores_far_below_zero(rows, monkeypatch):
+    """What stands for receivers past the last must not be larger than any number."""
+    monkeypatch.setattr(module, "_rows", lambda q: rows)
+    q, k, v, weight = inputs(1, 1, 21, 16)
+    tensors = [t.float().to(DEVICE) for t in (q + 5, k - 5, v, weight)]
+    truth = run(reference_reversed_attention, [t.double() for t in tensors], tensors[2].double())
+    for actual, expected in zip(run(through("triton"), tensors, tensors[2]), truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@needs_triton
+@pytest.mark.parametrize("limit", [256, 0], ids=["rows", "tiles"])
+def test_precision_of_products_reaches_the_kernels(limit, monkeypatch):
+    monkeypatch.setattr(module, "ROW_TOKENS", limit)
+    monkeypatch.setattr(module, "product_precision", lambda device: "tf32")
+    found = launches(monkeypatch)
+    q, k, v, weight = (t.half().to(DEVICE) for t in inputs(1, 2, 21, 16))
+    run(through("triton"), (q, k, v, weight), v)
+    assert len(found) == (2 if limit else 4)
+    assert {x["PRECISION"] for x in found} == {"tf32"}
+
+
+@needs_triton
+def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
+    found = launches(monkeypatch, run=False)
+    for tokens, bits in [(2**10, 32), (2**27, 64)]:
+        q = torch.empty(2, 1, tokens, 16, dtype=torch.float16, device="meta")
+        module._triton_forward(q, q, q, 1.0)
+        module._triton_backward(q, q, q, q, q[..., 0].float(), 1.0)
+        assert {x["INDEX"].primitive_bitwidth for x in found} == {bits}
+        found.clear()
 
 
 def test_routes_agree():

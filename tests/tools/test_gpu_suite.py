@@ -196,7 +196,6 @@ def test_a_second_run_adds_rows(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "give the name"),
         ("--suite cpu", "--suite"),
         ("--suite gpu --dry", "needs --out"),
         ("--suite gpu --dry --out x.csv", "must be .jsonl"),
