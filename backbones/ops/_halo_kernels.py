@@ -170,17 +170,21 @@ if HAS_TRITON:
         BLOCK_M: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
+        TRAIN: tl.constexpr,
     ):
+        """With ``TRAIN``, halves keep the weights and the output to twice their bits, for ``delta`` in the gradients."""
         WIN: tl.constexpr = BLOCK + 2 * HALO
         R: tl.constexpr = (SIDE - 1) * STEP + WIN
         unit = scale * SIGN if SIGN != 0 else 1.0  # of the scores: positive, so that the largest stays the largest
+        relative = rel_scale / unit
+        unit *= LOG2E
         b, by, bx, tile, head = _place(tl.program_id(0), heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
         i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
         place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
         q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, place, m_q, D, DP)
-        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
+        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
+        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
         if SIGN != 1:
             q = (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
@@ -189,11 +193,10 @@ if HAS_TRITON:
         peak = tl.full((BLOCK_M,), -1e38, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DVP), tl.float32)
-        unit *= LOG2E
         for n0 in range(0, WIN, COLS):
             r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
             at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
+            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
             if MASK:
                 column_terms = tl.where(x_ok[None, :], column_terms, OFF)
             elif WIN % COLS != 0:
@@ -211,12 +214,13 @@ if HAS_TRITON:
                 shrink = tl.exp2((peak - higher) * unit)
                 p = tl.exp2(s * unit - (higher * unit)[:, None])
                 total = total * shrink + tl.sum(p, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+                acc *= shrink[:, None]
+                acc = _dot(p, v, acc, PRECISION) if TRAIN else tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                 peak = higher
         image, place = b * QH * QW * heads, (y * QW + x) * heads + head
         acc = acc / total[:, None]
         store_vectors(out_ptr + image * DV, place.to(INDEX) * DV, acc, m_q, DV, DVP)
-        if q.dtype != tl.float32:
+        if TRAIN and q.dtype != tl.float32:
             rest = acc - acc.to(q.dtype).to(tl.float32)
             store_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, rest, m_q, DV, DVP)
         tl.store(lse_ptr + image + place, peak * unit + tl.log2(total), mask=m_q)
@@ -301,9 +305,9 @@ if HAS_TRITON:
             tl.store(delta_ptr + image + place, delta, mask=m_q)
             delta *= grow
             lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
-            rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * relative
-            cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
-            row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
+            rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
+            cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
+            row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
             signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
             k_base = k_ptr + b * stride_kb + head * stride_kh
             v_base = v_ptr + b * stride_vb + head * stride_vh
@@ -314,7 +318,7 @@ if HAS_TRITON:
             for n0 in range(0, WIN, COLS):
                 r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
                 at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-                column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
+                column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
                 if MASK:
                     column_terms = tl.where(x_ok[None, :], column_terms, OFF)
                 elif WIN % COLS != 0:
@@ -452,11 +456,11 @@ if HAS_TRITON:
                     lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
                     delta = tl.load(delta_ptr + image + place, mask=m_q, other=0.0) * grow
                     both = tl.join(_products(q, row_table, PRECISION), _products(q, col_table, PRECISION))
-                    both = tl.reshape(both, (BLOCK_M, 2 * RP)) * relative
+                    both = tl.reshape(both, (BLOCK_M, 2 * RP))
                     row = (SIDE - 1 - i)[:, None] * STEP + (y0 - top + e)[None, :]
                     col = (SIDE - 1 - m)[:, None] * STEP + (x0 - left + e - 8)[None, :]
                     at = tl.minimum(tl.maximum(tl.where(e[None, :] < 8, row, col), 0), R - 1)
-                    terms = tl.gather(both, 2 * at + (e[None, :] >= 8).to(tl.int32), 1) * (1 / UNIT)
+                    terms = tl.gather(both, 2 * at + (e[None, :] >= 8).to(tl.int32), 1) * (relative / UNIT)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                     if q.dtype == tl.float32:
                         s = tl.dot(one_hot, tl.trans(terms), s, input_precision=EXACT)
@@ -465,10 +469,10 @@ if HAS_TRITON:
                         low = (terms - high.to(tl.float32)).to(q.dtype)
                         s = tl.dot(one_hot, tl.trans(low), tl.dot(one_hot, tl.trans(high), s))
                     p = tl.where(covered[:, None], tl.exp2(s * unit - lse[None, :]), 0.0)
-                    dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION)
+                    dv = _dot(p, dout, dv, PRECISION)
                     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                     ds = p * (dp * grow - delta[None, :])
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                    dk = _dot(ds, q, dk, PRECISION)
         image, place = b * H * W * heads, ((ky * W + kx) * heads + head).to(INDEX)
         store_vectors(dk_ptr + image * D, place * D, dk * (scale * shrink), m_k, D, DP)
         store_vectors(dv_ptr + image * DV, place * DV, dv, m_k, DV, DVP)
@@ -556,17 +560,20 @@ class _Launch:
         return self.blocks * -(-self.queries // tile.queries)
 
 
-def kernel_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B, Hq, Wq, h, dv]``, what its rounding to half took off, and base-2 log-sum ``[B, Hq, Wq, h]``."""
+def kernel_forward(train: bool, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[B, Hq, Wq, h, dv]``, what rounding to half took off it, and base-2 log-sum ``[B, Hq, Wq, h]``.
+
+    The second is empty unless gradients are needed: those of one query add up to 0 only if they use the exact output.
+    """
     out = torch.empty(*q.shape[:4], v.shape[4], dtype=v.dtype, device=v.device)
-    rest = torch.empty_like(out) if out.dtype != torch.float32 else out.new_empty(0)
+    rest = torch.empty_like(out) if train and out.dtype != torch.float32 else out.new_empty(0)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     if out.numel() > 0:
         launch = _Launch(q, k, v, *args)
         tile = launch.tile("forward")
         with on_device(q):
             _halo_fwd_kernel[(launch.programs(tile),)](
-                **launch.arguments, **launch.mask, out_ptr=out, rest_ptr=rest, lse_ptr=lse, **_sizes(tile)
+                **launch.arguments, **launch.mask, out_ptr=out, rest_ptr=rest, lse_ptr=lse, TRAIN=train, **_sizes(tile)
             )
     return out, rest, lse
 
