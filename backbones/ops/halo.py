@@ -355,10 +355,10 @@ def _halo_attention(
 
 
 @_halo_attention.register_fake
-def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, triton_kernel, train):
+def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, kernel, train):
     out = v.new_empty(*q.shape[:4], v.shape[4])
-    rest = v.new_empty(out.shape if triton_kernel and train and v.dtype != torch.float32 else 0)
-    return out, rest, q.new_empty(q.shape[:4] if triton_kernel else 0, dtype=torch.float32)
+    rest = v.new_empty(out.shape if kernel and train and v.dtype != torch.float32 else 0)
+    return out, rest, q.new_empty(q.shape[:4] if kernel else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vizoo::halo_attention_backward", mutates_args=())
