@@ -1,10 +1,10 @@
 """Triton kernels of halo attention: see ``halo.py`` for the formula.
 
-A forward program owns a tile of the queries of one block and one head, and walks over the keys of its window, which it
-reads in place, a few rows by a few columns at a time.  Its products with the two tables are put in the order of the
-window once.  The columns' terms of a tile of keys then serve all rows of the window: they are what its products with the
-queries are added to.  The rows' terms enter by a product with a one-hot matrix, in two halves where the inputs are half,
-which together keep 16 bits or more.
+A program owns a tile of the queries of one block and one head, and walks over the keys of its window, which it reads in
+place, a few rows by a few columns at a time.  Its products with the two tables are put in the order of the window once.
+The columns' terms of a tile of keys then serve all rows of the window: products of queries and keys are added to them.
+The rows' terms enter by a product with a one-hot matrix, in two halves where the inputs are half: together they keep
+16 bits or more.  The same halves keep gradients as exact as float32 ones but for their last rounding.
 
 Letters: ``i, m`` row and column of a query in its block, ``j, n`` of a key in its window, ``y, x`` in a map.
 """
@@ -21,7 +21,6 @@ from ._kernels import gradient_scale, power_of_two, product_precision
 
 MAX_CHANNELS = 256  # of a head: a tile of keys and one of queries have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
-PROGRAMS = 4096  # of the kernel that leaves one partial gradient of the tables for each
 
 if HAS_TRITON:
     import triton
@@ -30,9 +29,11 @@ if HAS_TRITON:
     from ._kernels import index_type, load_vectors, store_vectors
 
     OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
-    UNIT = tl.constexpr(64.0)  # entry of one-hot matrices: it widens the range of float16 terms, which are divided by it
+    UNIT = tl.constexpr(
+        64.0
+    )  # entry of one-hot matrices: it widens the range of float16 terms, which are divided by it
     LOG2E = tl.constexpr(1.4426950408889634)
-    _COUNTS = ("programs", "heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
+    _COUNTS = ("heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
 
     def _jit(function):
         return triton.jit(function, do_not_specialize=[n for n in _COUNTS if n in function.__code__.co_varnames])
@@ -170,17 +171,21 @@ if HAS_TRITON:
         BLOCK_M: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
+        TRAIN: tl.constexpr,
     ):
+        """With ``TRAIN``, weights and output are kept to twice the bits of a half, for ``delta`` in the gradients."""
         WIN: tl.constexpr = BLOCK + 2 * HALO
         R: tl.constexpr = (SIDE - 1) * STEP + WIN
         unit = scale * SIGN if SIGN != 0 else 1.0  # of the scores: positive, so that the largest stays the largest
+        relative = rel_scale / unit
+        unit *= LOG2E
         b, by, bx, tile, head = _place(tl.program_id(0), heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
         i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
         place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
         q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, place, m_q, D, DP)
-        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * (rel_scale / unit)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
+        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
+        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
         if SIGN != 1:
             q = (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
@@ -189,11 +194,10 @@ if HAS_TRITON:
         peak = tl.full((BLOCK_M,), -1e38, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DVP), tl.float32)
-        unit *= LOG2E
         for n0 in range(0, WIN, COLS):
             r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
             at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
+            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
             if MASK:
                 column_terms = tl.where(x_ok[None, :], column_terms, OFF)
             elif WIN % COLS != 0:
@@ -211,12 +215,13 @@ if HAS_TRITON:
                 shrink = tl.exp2((peak - higher) * unit)
                 p = tl.exp2(s * unit - (higher * unit)[:, None])
                 total = total * shrink + tl.sum(p, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+                acc *= shrink[:, None]
+                acc = _dot(p, v, acc, PRECISION) if TRAIN else tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                 peak = higher
         image, place = b * QH * QW * heads, (y * QW + x) * heads + head
         acc = acc / total[:, None]
         store_vectors(out_ptr + image * DV, place.to(INDEX) * DV, acc, m_q, DV, DVP)
-        if q.dtype != tl.float32:
+        if TRAIN and q.dtype != tl.float32:
             rest = acc - acc.to(q.dtype).to(tl.float32)
             store_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, rest, m_q, DV, DVP)
         tl.store(lse_ptr + image + place, peak * unit + tl.log2(total), mask=m_q)
@@ -238,7 +243,6 @@ if HAS_TRITON:
         dtable_ptr,
         scale,
         rel_scale,
-        programs,
         heads,
         H,
         W,
@@ -284,77 +288,74 @@ if HAS_TRITON:
         unit *= LOG2E
         grow, shrink = _factors(grow_ptr, q_ptr.dtype.element_ty)
         t_r, t_w = tl.arange(0, RP), tl.arange(0, WP)
-        d_row_table = tl.zeros((RP, DP), tl.float32)
-        d_col_table = tl.zeros((RP, DP), tl.float32)
-        for pid in range(tl.program_id(0), programs, tl.num_programs(0)):
-            b, by, bx, tile, head = _place(pid, heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
-            i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
-            image, place = b * QH * QW * heads, (y * QW + x) * heads + head
-            q_place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
-            q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, q_place, m_q, D, DP)
-            dout = load_vectors(dout_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
-            out = load_vectors(out_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
-            delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-            if q.dtype != tl.float32:
-                rest = load_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
-                delta += tl.sum(dout.to(tl.float32) * rest.to(tl.float32), 1)
-            tl.store(delta_ptr + image + place, delta, mask=m_q)
-            delta *= grow
-            lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
-            rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION) * relative
-            cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
-            row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (1 / UNIT)
-            signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
-            k_base = k_ptr + b * stride_kb + head * stride_kh
-            v_base = v_ptr + b * stride_vb + head * stride_vh
-            top, left = by * BLOCK - HALO, bx * BLOCK - HALO
-            dq = tl.zeros((BLOCK_M, DP), tl.float32)
-            d_rows = tl.zeros((BLOCK_M, WP), tl.float32)
-            d_cols = tl.zeros((BLOCK_M, WP), tl.float32)
-            for n0 in range(0, WIN, COLS):
-                r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
-                at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-                column_terms = tl.gather(cols, tl.maximum(at, 0), 1)
-                if MASK:
-                    column_terms = tl.where(x_ok[None, :], column_terms, OFF)
-                elif WIN % COLS != 0:
-                    column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
-                k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
-                v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
-                d_column_terms = tl.zeros((BLOCK_M, ROWS * COLS), tl.float32)
-                for j0 in range(0, WIN, ROWS):
-                    j = j0 + r
-                    y_ok = (j < WIN) & (top + j >= 0) & (top + j < H)
-                    first = (top + j0).to(INDEX)
-                    k = load_vectors(k_base, first * stride_ky + k_place, x_ok & y_ok, D, DP)
-                    v = load_vectors(v_base, first * stride_vy + v_place, x_ok & y_ok, DV, DVP)
-                    s = _scores(signed, k, column_terms, row_terms, j, y_ok, WIN, WP, ROWS, MASK, PRECISION)
-                    p = tl.exp2(s * unit - lse[:, None])
-                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-                    ds = p * (dp * grow - delta[:, None])
-                    d_column_terms += ds
-                    dq = _dot(ds, k, dq, PRECISION)
-                    one_hot = (j[:, None] == t_w[None, :]).to(q.dtype)
-                    d_rows = _dot(ds, one_hot, d_rows, PRECISION)
-                one_hot = (n[:, None] == t_w[None, :]).to(q.dtype)
-                d_cols = _dot(d_column_terms, one_hot, d_cols, PRECISION)
-            j_r = t_r[None, :] - (SIDE - 1 - i)[:, None] * STEP  # the key's row that meets row t_r of the table
-            n_r = t_r[None, :] - (SIDE - 1 - m)[:, None] * STEP
-            d_rows = tl.gather(d_rows, tl.minimum(tl.maximum(j_r, 0), WP - 1), 1)
-            d_cols = tl.gather(d_cols, tl.minimum(tl.maximum(n_r, 0), WP - 1), 1)
-            d_rows = tl.where((j_r >= 0) & (j_r < WIN), d_rows, 0.0)
-            d_cols = tl.where((n_r >= 0) & (n_r < WIN), d_cols, 0.0)
-            row_table = _load_table(rows_ptr, R, RP, WIN, D, DP).to(q.dtype)
-            col_table = _load_table(cols_ptr, R, RP, WIN, D, DP).to(q.dtype)
-            d_terms = _dot(d_rows, row_table, tl.zeros((BLOCK_M, DP), tl.float32), PRECISION)
-            d_terms = _dot(d_cols, col_table, d_terms, PRECISION)
-            dq = (dq * scale + d_terms * rel_scale) * shrink
-            store_vectors(dq_ptr + image * D, place.to(INDEX) * D, dq, m_q, D, DP)
-            d_row_table = _dot(tl.trans(d_rows), q, d_row_table, PRECISION)
-            d_col_table = _dot(tl.trans(d_cols), q, d_col_table, PRECISION)
+        b, by, bx, tile, head = _place(tl.program_id(0), heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
+        i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
+        image, place = b * QH * QW * heads, (y * QW + x) * heads + head
+        q_place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
+        q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, q_place, m_q, D, DP)
+        dout = load_vectors(dout_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+        out = load_vectors(out_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        if q.dtype != tl.float32:
+            rest = load_vectors(rest_ptr + image * DV, place.to(INDEX) * DV, m_q, DV, DVP)
+            delta += tl.sum(dout.to(tl.float32) * rest.to(tl.float32), 1)
+        tl.store(delta_ptr + image + place, delta, mask=m_q)
+        delta *= grow
+        lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
+        rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
+        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
+        signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
+        k_base = k_ptr + b * stride_kb + head * stride_kh
+        v_base = v_ptr + b * stride_vb + head * stride_vh
+        top, left = by * BLOCK - HALO, bx * BLOCK - HALO
+        dq = tl.zeros((BLOCK_M, DP), tl.float32)
+        d_rows = tl.zeros((BLOCK_M, WP), tl.float32)
+        d_cols = tl.zeros((BLOCK_M, WP), tl.float32)
+        for n0 in range(0, WIN, COLS):
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
+            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
+            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
+            if MASK:
+                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
+            elif WIN % COLS != 0:
+                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
+            v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
+            d_column_terms = tl.zeros((BLOCK_M, ROWS * COLS), tl.float32)
+            for j0 in range(0, WIN, ROWS):
+                j = j0 + r
+                y_ok = (j < WIN) & (top + j >= 0) & (top + j < H)
+                first = (top + j0).to(INDEX)
+                k = load_vectors(k_base, first * stride_ky + k_place, x_ok & y_ok, D, DP)
+                v = load_vectors(v_base, first * stride_vy + v_place, x_ok & y_ok, DV, DVP)
+                s = _scores(signed, k, column_terms, row_terms, j, y_ok, WIN, WP, ROWS, MASK, PRECISION)
+                p = tl.exp2(s * unit - lse[:, None])
+                dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                ds = p * (dp * grow - delta[:, None])
+                d_column_terms += ds
+                dq = _dot(ds, k, dq, PRECISION)
+                one_hot = (j[:, None] == t_w[None, :]).to(q.dtype)
+                d_rows = _dot(ds, one_hot, d_rows, PRECISION)
+            one_hot = (n[:, None] == t_w[None, :]).to(q.dtype)
+            d_cols = _dot(d_column_terms, one_hot, d_cols, PRECISION)
+        j_r = t_r[None, :] - (SIDE - 1 - i)[:, None] * STEP  # the key's row that meets row t_r of the table
+        n_r = t_r[None, :] - (SIDE - 1 - m)[:, None] * STEP
+        d_rows = tl.gather(d_rows, tl.minimum(tl.maximum(j_r, 0), WP - 1), 1)
+        d_cols = tl.gather(d_cols, tl.minimum(tl.maximum(n_r, 0), WP - 1), 1)
+        d_rows = tl.where((j_r >= 0) & (j_r < WIN), d_rows, 0.0)
+        d_cols = tl.where((n_r >= 0) & (n_r < WIN), d_cols, 0.0)
+        row_table = _load_table(rows_ptr, R, RP, WIN, D, DP).to(q.dtype)
+        col_table = _load_table(cols_ptr, R, RP, WIN, D, DP).to(q.dtype)
+        d_terms = _dot(d_rows, row_table, tl.zeros((BLOCK_M, DP), tl.float32), PRECISION)
+        d_terms = _dot(d_cols, col_table, d_terms, PRECISION)
+        dq = (dq * scale + d_terms * rel_scale) * shrink
+        store_vectors(dq_ptr + image * D, place.to(INDEX) * D, dq, m_q, D, DP)
         base = dtable_ptr + tl.program_id(0).to(tl.int64) * 2 * R * D
-        store_vectors(base, t_r * D, d_row_table * (rel_scale * shrink), t_r < R, D, DP)
-        store_vectors(base + R * D, t_r * D, d_col_table * (rel_scale * shrink), t_r < R, D, DP)
+        d_table = _dot(tl.trans(d_rows), q, tl.zeros((RP, DP), tl.float32), PRECISION)
+        store_vectors(base, t_r * D, d_table * (rel_scale * shrink), t_r < R, D, DP)
+        d_table = _dot(tl.trans(d_cols), q, tl.zeros((RP, DP), tl.float32), PRECISION)
+        store_vectors(base + R * D, t_r * D, d_table * (rel_scale * shrink), t_r < R, D, DP)
 
     @_jit
     def _halo_bwd_key_kernel(
@@ -452,11 +453,11 @@ if HAS_TRITON:
                     lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
                     delta = tl.load(delta_ptr + image + place, mask=m_q, other=0.0) * grow
                     both = tl.join(_products(q, row_table, PRECISION), _products(q, col_table, PRECISION))
-                    both = tl.reshape(both, (BLOCK_M, 2 * RP)) * relative
+                    both = tl.reshape(both, (BLOCK_M, 2 * RP))
                     row = (SIDE - 1 - i)[:, None] * STEP + (y0 - top + e)[None, :]
                     col = (SIDE - 1 - m)[:, None] * STEP + (x0 - left + e - 8)[None, :]
                     at = tl.minimum(tl.maximum(tl.where(e[None, :] < 8, row, col), 0), R - 1)
-                    terms = tl.gather(both, 2 * at + (e[None, :] >= 8).to(tl.int32), 1) * (1 / UNIT)
+                    terms = tl.gather(both, 2 * at + (e[None, :] >= 8).to(tl.int32), 1) * (relative / UNIT)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                     if q.dtype == tl.float32:
                         s = tl.dot(one_hot, tl.trans(terms), s, input_precision=EXACT)
@@ -465,10 +466,10 @@ if HAS_TRITON:
                         low = (terms - high.to(tl.float32)).to(q.dtype)
                         s = tl.dot(one_hot, tl.trans(low), tl.dot(one_hot, tl.trans(high), s))
                     p = tl.where(covered[:, None], tl.exp2(s * unit - lse[None, :]), 0.0)
-                    dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION)
+                    dv = _dot(p, dout, dv, PRECISION)
                     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                     ds = p * (dp * grow - delta[None, :])
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                    dk = _dot(ds, q, dk, PRECISION)
         image, place = b * H * W * heads, ((ky * W + kx) * heads + head).to(INDEX)
         store_vectors(dk_ptr + image * D, place * D, dk * (scale * shrink), m_k, D, DP)
         store_vectors(dv_ptr + image * DV, place * DV, dv, m_k, DV, DVP)
@@ -493,16 +494,36 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(kernel, width, half, queries, window) -> Tile:
-    import os
-    e = os.environ.get("HT_" + kernel)
-    if e:
-        return Tile(*map(int, e.split(",")))
-    if width > 128:
-        return Tile(min(32 if half else 16, power_of_two(queries)), 2, 8, 8, 2)
-    if kernel == "key":
-        return Tile(min(64 if half else 32, power_of_two(queries)), 4, 8, 4 if width <= 64 else 8, 2)
-    return Tile(min(64 if half else 32, power_of_two(queries)), 2, 16, 4 if width <= 64 else 8, 2)
+# for each compute capability by kernel, half precision, and the widest sum of the channels of a query and a value;
+# chosen by the machine code for 9.0 (no spills, then the fewest instructions times warps), not by measured times
+CHOICES = {
+    90: {
+        ("forward", True, 128): Tile(64, 2, 16, 4, 1),
+        ("forward", True, 512): Tile(32, 2, 16, 4, 1),
+        ("query", True, 64): Tile(64, 2, 16, 4, 1),
+        ("query", True, 128): Tile(64, 1, 16, 4, 1),
+        ("query", True, 512): Tile(32, 1, 16, 8, 1),
+        ("key", True, 64): Tile(32, 4, 8, 2, 2),
+        ("key", True, 128): Tile(32, 4, 8, 4, 1),
+        ("key", True, 512): Tile(16, 4, 4, 4, 1),
+        ("forward", False, 64): Tile(32, 2, 16, 4, 1),
+        ("forward", False, 512): Tile(16, 1, 16, 4, 1),
+        ("query", False, 64): Tile(32, 1, 16, 4, 1),
+        ("query", False, 512): Tile(16, 1, 16, 8, 1),
+        ("key", False, 64): Tile(32, 4, 8, 4, 1),
+        ("key", False, 512): Tile(16, 4, 4, 4, 1),
+    }
+}
+
+
+def _choice(kernel: str, half: bool, width: int, queries: int) -> Tile:
+    """Tile of a kernel, with no more queries, nor warps for them, than a block fills."""
+    choices = CHOICES[90]  # other devices take the same until something is measured there
+    tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
+    sizes = [n for n in (tile.queries, tile.queries // 2) if n >= 32] or [tile.queries]
+    size = min(sizes, key=lambda n: -(-queries // n) * n)  # the one that leaves the fewest unused
+    size = min(size, power_of_two(queries))
+    return tile._replace(queries=size, warps=max(1, tile.warps * size // tile.queries))
 
 
 class _Launch:
@@ -519,6 +540,7 @@ class _Launch:
         DP, DVP, RP = power_of_two(d), power_of_two(dv), power_of_two(self.rows)
         self.queries, self.width, self.half = side * side, max(DP + DVP, 2 * RP), q.dtype != torch.float32
         self.blocks = q.shape[0] * nh * nw * h
+        named = (("q", q), ("k", k), ("v", v))
         self.arguments = {
             "q_ptr": q,
             "k_ptr": k,
@@ -534,7 +556,7 @@ class _Launch:
             "QW": q.shape[2],
             "nh": nh,
             "nw": nw,
-            **{f"stride_{n}{axis}": s for n, t in zip("qkv", (q, k, v)) for axis, s in zip("byxh", t.stride())},
+            **{f"stride_{n}{axis}": t.stride(i) for n, t in named for i, axis in enumerate("byxh")},
             "SIGN": (scale > 0) - (scale < 0),
             "BLOCK": block_size,
             "HALO": halo_size,
@@ -550,23 +572,26 @@ class _Launch:
         }
 
     def tile(self, kernel: str) -> Tile:
-        return _tile(kernel, self.width, self.half, self.queries, self.window)
+        return _choice(kernel, self.half, self.width, self.queries)
 
     def programs(self, tile: Tile) -> int:
         return self.blocks * -(-self.queries // tile.queries)
 
 
-def kernel_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B, Hq, Wq, h, dv]``, what its rounding to half took off, and base-2 log-sum ``[B, Hq, Wq, h]``."""
+def kernel_forward(train: bool, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[B, Hq, Wq, h, dv]``, what rounding to half took off it, and base-2 log-sum ``[B, Hq, Wq, h]``.
+
+    The second is empty unless gradients are needed: those of one query add up to 0 only if they use the exact output.
+    """
     out = torch.empty(*q.shape[:4], v.shape[4], dtype=v.dtype, device=v.device)
-    rest = torch.empty_like(out) if out.dtype != torch.float32 else out.new_empty(0)
+    rest = torch.empty_like(out) if train and out.dtype != torch.float32 else out.new_empty(0)
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     if out.numel() > 0:
         launch = _Launch(q, k, v, *args)
         tile = launch.tile("forward")
         with on_device(q):
             _halo_fwd_kernel[(launch.programs(tile),)](
-                **launch.arguments, **launch.mask, out_ptr=out, rest_ptr=rest, lse_ptr=lse, **_sizes(tile)
+                **launch.arguments, **launch.mask, out_ptr=out, rest_ptr=rest, lse_ptr=lse, TRAIN=train, **_sizes(tile)
             )
     return out, rest, lse
 
@@ -583,7 +608,7 @@ def kernel_backward(
     launch = _Launch(q, k, v, *args)
     tile, key_tile = launch.tile("query"), launch.tile("key")
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    programs = min(launch.programs(tile), PROGRAMS)
+    programs = launch.programs(tile)
     dtables = torch.empty(programs, 2, launch.rows, q.shape[4], dtype=torch.float32, device=q.device)
     if programs > 0:
         dout, delta = dout.contiguous(), torch.empty_like(lse)
@@ -605,8 +630,8 @@ def kernel_backward(
                 rest_ptr=rest,
                 dq_ptr=dq,
                 dtable_ptr=dtables,
-                programs=launch.programs(tile),
                 **_sizes(tile),
             )
             _halo_bwd_key_kernel[(keys,)](**shared, dk_ptr=dk, dv_ptr=dv, BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, **sizes)
-    return dq, dk, dv, *dtables.sum(0).unbind(0)
+    drows, dcols = dtables.sum(0).unbind(0)
+    return dq, dk, dv, drows, dcols

@@ -344,20 +344,21 @@ def _halo_attention(
     mask: bool,
     pixel: bool,
     triton_kernel: bool,
+    train: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
     if triton_kernel:
-        return kernel_forward(*args)
+        return kernel_forward(train, *args)
     with without_autocast(q):
         out = _chunked_forward(*args)
     return out, out.new_empty(0), out.new_empty(0, dtype=torch.float32)
 
 
 @_halo_attention.register_fake
-def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, triton_kernel):
+def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, kernel, train):
     out = v.new_empty(*q.shape[:4], v.shape[4])
-    rest = v.new_empty(out.shape if triton_kernel and v.dtype != torch.float32 else 0)
-    return out, rest, q.new_empty(q.shape[:4] if triton_kernel else 0, dtype=torch.float32)
+    rest = v.new_empty(out.shape if kernel and train and v.dtype != torch.float32 else 0)
+    return out, rest, q.new_empty(q.shape[:4] if kernel else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("vizoo::halo_attention_backward", mutates_args=())
@@ -397,9 +398,9 @@ def _(dout, out, rest, lse, q, k, v, height_rel, width_rel, *args):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.sizes = inputs[5:]
+    ctx.sizes = inputs[5:-1]
     out, rest, lse = output
-    ctx.save_for_backward(*inputs[:5], out if inputs[-1] else rest, rest, lse)  # only kernels need the output
+    ctx.save_for_backward(*inputs[:5], out if inputs[-2] else rest, rest, lse)  # only kernels need the output
     ctx.mark_non_differentiable(rest, lse)
 
 
@@ -408,8 +409,8 @@ def _differentiate(ctx, dout, *_):
     if torch.is_grad_enabled():
         sizes = ctx.sizes[:-1]  # without the choice of kernel
         grads = plain_gradients(lambda *t: _plain_form(*t, *sizes), tensors, dout, ctx.needs_input_grad[:5])
-        return *grads, *[None] * len(ctx.sizes)
-    return *_halo_attention_backward(dout, out, rest, lse, *tensors, *ctx.sizes), *[None] * len(ctx.sizes)
+        return *grads, *[None] * (len(ctx.sizes) + 1)
+    return *_halo_attention_backward(dout, out, rest, lse, *tensors, *ctx.sizes), *[None] * (len(ctx.sizes) + 1)
 
 
 _halo_attention.register_autograd(_differentiate, setup_context=_save)
@@ -490,7 +491,9 @@ def halo_attention(
         if not plain_only():
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             tensors = q.to(common), k.to(common), v.to(common), height_rel, width_rel
-            out, _, _ = _halo_attention(*tensors, block_size, halo_size, stride, scale, rel_scale, mask, pixel, use)
+            train = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            sizes = block_size, halo_size, stride, scale, rel_scale, mask, pixel
+            out, _, _ = _halo_attention(*tensors, *sizes, use, train)
             return out.to(v.dtype)
         with without_autocast(q):
             return _plain_form(
