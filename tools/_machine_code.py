@@ -83,8 +83,8 @@ class Code(NamedTuple):
         occupancy: Share of the threads that a multiprocessor can hold.
         instructions: All.
         loops: In the order of their first instruction.
-        products: Products of tiles by the dtype of their inputs.
-        wide: Operations on 64-bit integers inside loops.
+        products: Products of tiles in its loops by the dtype of their inputs; all where it has no loop.
+        wide: Operations on tiles of 64-bit integers in its loops.
         programs: Of the launch.
         issue_ms: Time that issuing its instructions takes at least; None where loops could not be counted.
         floor_ms: Time that the whole operator takes at least, by its bytes and its products.
@@ -494,8 +494,9 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
     )
     ttir = kernel.asm["ttir"]
     program = _Program(ttir)
-    wide = [x for x in program.lines if re.search(r"= arith\.\w+ .*(xi64>|: i64|to i64)", x)]
-    products = collections.Counter(re.findall(r"tt\.dot [^\n]*? : tensor<[\dx]*x(\w+)", ttir))
+    looped = "\n".join(program.lines)
+    wide = re.findall(r"= arith\.\w+ .*xi64>", looped)
+    products = collections.Counter(re.findall(r"tt\.dot [^\n]*? : tensor<[\dx]*x(\w+)", looped or ttir))
     passes = None
     with contextlib.suppress(KeyError):  # bounds that depend on what a kernel reads
         passes = _passes(program, launch)
