@@ -1,410 +1,580 @@
 """Triton kernels of neighbourhood attention: see ``neighborhood`` for the formula and for who calls them.
 
-Sizes come in pairs of rows and columns: ``H`` queries, ``L`` keys, window ``K``, stride ``S``, dilation ``R``.  A
-program owns a tile of ``TH x TW`` queries (or keys) of one dilation group, head and image, and steps through the region
-of keys (or queries) that the tile needs.  Strides of ``q``, ``k`` and ``v`` are those of image, row, column and head;
-all channels are dense, the other maps are dense ``[B, H, W, h, C]``, and what is one number for a query
-``[B, h, H, W]``.
+A program owns a tile of ``TH x TW`` queries (or keys) of one dilation group, head and image, and steps through the
+region of keys (or queries) that the tile needs, ``BLOCK`` of them at once: whole rows, in ``CHUNKS`` pieces of 16
+columns.  Log-sums and logits are in base 2.  Strides of ``q``, ``k`` and ``v`` are those of image, row, column and
+head; all channels are dense, the other maps are dense ``[B, H, W, h, C]``, and what is one number for a query ``[B, h,
+H, W]``.
+
+Bias and mask come from a table ``[h, tiles, 2 Kh, TW, 16 CHUNKS]`` in which every tile of columns has, for each
+relative row, the bias of its pairs of columns in base 2, -inf outside the windows; the last row is -inf alone.  A pair
+finds its row by a few integers, the columns need no arithmetic, and the few KiB of a program's tile stay in the cache.
+
+The sizes of a map, its dilation and the number of heads are run-time numbers: a model compiles each kernel once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON, INTERPRETED, on_device
+from ._backend import HAS_TRITON, on_device
+from ._kernels import power_of_two, product_precision
+
+TILE = 8  # rows and columns of a tile: larger ones spend more on pairs outside the windows
+COLUMNS = 16  # of a step
+PROGRAMS = 1024  # of the kernel for the gradient of the bias: enough to fill a GPU
+
+
+class _Choice(NamedTuple):
+    """How a kernel runs: keys or queries of a step, warps, and stages of its pipeline."""
+
+    BLOCK: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability; then by bytes of an element and of a head, padded, and by kernel.  Chosen from the machine code
+# for 9.0 (no spill, fewest instructions), not from measured times; every other capability takes the same until
+# something is measured there.
+_HALF = dict.fromkeys(("fwd", "query", "key", "bias"), _Choice(32, 4, 2))
+_SINGLE = dict.fromkeys(_HALF, _Choice(16, 8, 1))
+CHOICES: dict[int, dict[tuple[int, int], dict[str, _Choice]]] = {
+    90: {
+        (2, 128): _HALF,
+        (2, 256): _HALF | {"query": _Choice(32, 8, 2)},
+        (4, 128): dict.fromkeys(_HALF, _Choice(16, 4, 2)),
+        (4, 256): _SINGLE,
+        (4, 512): _SINGLE | {"query": _Choice(16, 16, 1)},
+    }
+}
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    def _configs() -> list[triton.Config]:
-        """Tiles of queries or keys, and keys or queries per step; one under the interpreter, which cannot tune."""
-        choices = (
-            [(4, 4, 32, 4)]
-            if INTERPRETED
-            else [(8, 8, 64, 8), (8, 8, 32, 4), (4, 8, 64, 4), (4, 8, 32, 4), (4, 4, 16, 4)]
-        )
-        return [triton.Config({"TH": th, "TW": tw, "BLOCK": n}, num_warps=w) for th, tw, n, w in choices]
+    from ._kernels import load_vectors, store_vectors
 
-    _KEY = ["K", "S", "C", "CV"]
+    # a kernel must not be compiled again because one of these is 1 or divisible by 16
+    _COUNTS = ["heads", "rows", "cols", "key_rows", "key_cols", "dilate_i", "dilate_j", "tables"]
 
     @triton.jit
-    def _window_start(t, n, axis: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    def _window_start(t, n, K: tl.constexpr, S: tl.constexpr):
         """First key in the window of query ``t``, in a group of ``n`` keys."""
-        return tl.minimum(tl.maximum(t // S[axis] * S[axis] + (S[axis] // 2 - K[axis] // 2), 0), n - K[axis])
+        return tl.minimum(tl.maximum(t // S * S + (S // 2 - K // 2), 0), n - K)
 
     @triton.jit
-    def _first_query(j, axis: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    def _first_query(j, K: tl.constexpr, S: tl.constexpr):
         """First query whose window holds key ``j``."""
-        return tl.where(j < K[axis], 0, (j - K[axis] + K[axis] // 2 - S[axis] // 2 + S[axis]) // S[axis] * S[axis])
+        return tl.where(j < K, 0, (j - K + K // 2 - S // 2 + S) // S * S)
 
     @triton.jit
-    def _last_query(j, n, axis: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    def _last_query(j, n, K: tl.constexpr, S: tl.constexpr):
         """Last query whose window holds key ``j``, in a group of ``n`` keys."""
-        last = (j + K[axis] // 2 - S[axis] // 2) // S[axis] * S[axis] + S[axis] - 1
-        return tl.where(j >= n - K[axis], n - 1, tl.minimum(last, n - 1))
+        last = (j + K // 2 - S // 2) // S * S + S - 1
+        return tl.where(j >= n - K, n - 1, tl.minimum(last, n - 1))
 
     @triton.jit
-    def _place(size, heads, R: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-        """Image, head, dilation group, and first row and column in it, of the program's tile of a map."""
+    def _place(rows, cols, heads, dilate_i, dilate_j, TH: tl.constexpr, TW: tl.constexpr):
+        """Image, head, dilation group, first row and column in it, and tile of columns, of the program's tile."""
         pid = tl.program_id(0)
-        tiles_i, tiles_j = tl.cdiv(tl.cdiv(size[0], R[0]), TH), tl.cdiv(tl.cdiv(size[1], R[1]), TW)
-        j, pid = pid % tiles_j * TW, pid // tiles_j
+        tiles_i, tiles_j = tl.cdiv(tl.cdiv(rows, dilate_i), TH), tl.cdiv(tl.cdiv(cols, dilate_j), TW)
+        columns = pid % (dilate_j * tiles_j)
+        pid = pid // (dilate_j * tiles_j)
         i, pid = pid % tiles_i * TH, pid // tiles_i
-        gj, pid = pid % R[1], pid // R[1]
-        gi, pid = pid % R[0], pid // R[0]
-        return (pid // heads).to(tl.int64), (pid % heads).to(tl.int64), gi, gj, i, j
+        gi, pid = pid % dilate_i, pid // dilate_i
+        return pid // heads, pid % heads, gi, columns // tiles_j, i, columns % tiles_j * TW, columns
 
     @triton.jit
-    def _region(i, j, ni, nj, K: tl.constexpr, S: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
-        """First row and column, rows and columns of the keys that a tile of queries needs."""
-        top, left = _window_start(i, ni, 0, K, S), _window_start(j, nj, 1, K, S)
-        rows = _window_start(i + TH - 1, ni, 0, K, S) + K[0] - top
-        return top, left, rows, _window_start(j + TW - 1, nj, 1, K, S) + K[1] - left
+    def _step(step, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+        """Rows, columns and first column of a step, counted in the region."""
+        n = tl.arange(0, BLOCK)
+        first = step % CHUNKS * COLUMNS
+        return step // CHUNKS * (BLOCK // COLUMNS) + n // COLUMNS, first + n % COLUMNS, first
 
     @triton.jit
-    def _load(ptr, i, j, stride_i, stride_j, mask, C: tl.constexpr, CP: tl.constexpr):
-        """Channels of the tokens at rows ``i`` and columns ``j``: ``[tokens, CP]``."""
-        c = tl.arange(0, CP)
-        token = i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
-        return tl.load(ptr + token[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
+    def _bias(table_ptr, qi, ki, n_q, n_k, place, STRIDE: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+        """Bias and mask of pairs in rows ``qi`` and ``ki``; ``place`` is that of their columns in the table."""
+        start = _window_start(qi, n_k, K, S)
+        inside = (ki >= start) & (ki < start + K) & (qi < n_q)
+        return tl.load(table_ptr + (tl.where(inside, ki - qi + (K - 1), 2 * K - 1) * STRIDE + place))
 
-    @triton.jit
-    def _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K: tl.constexpr, S: tl.constexpr):
-        """Row and column of each key in each query's window, and whether it is inside: ``[queries, keys]``."""
-        di = ki[None, :] - _window_start(qi, ni, 0, K, S)[:, None]
-        dj = kj[None, :] - _window_start(qj, nj, 1, K, S)[:, None]
-        inside = (di >= 0) & (di < K[0]) & (dj >= 0) & (dj < K[1]) & m_q[:, None] & m_k[None, :]
-        return di, dj, inside
+    @triton.jit(do_not_specialize=["by_key", "cols", "key_cols", "dilate_j"])
+    def neighborhood_table_kernel(
+        rpb_ptr,
+        table_ptr,
+        by_key,
+        cols,
+        key_cols,
+        dilate_j,
+        K: tl.constexpr,
+        S: tl.constexpr,
+        TW: tl.constexpr,
+        WIDTH: tl.constexpr,
+        WIDTHP: tl.constexpr,
+    ):
+        """Table of bias and mask, for tiles of queries or of keys."""
+        columns, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        tiles = tl.cdiv(tl.cdiv(tl.where(by_key != 0, key_cols, cols), dilate_j), TW)
+        gj, j = columns // tiles, columns % tiles * TW
+        n_q, n_k = tl.cdiv(cols - gj, dilate_j), tl.cdiv(key_cols - gj, dilate_j)
+        w = tl.arange(0, WIDTHP)
+        own = (j + tl.arange(0, TW))[:, None]
+        other = (tl.where(by_key != 0, _first_query(j, K[1], S[1]), _window_start(j, n_k, K[1], S[1])) + w)[None, :]
+        qj, kj = tl.where(by_key != 0, other, own), tl.where(by_key != 0, own, other)
+        start = _window_start(qj, n_k, K[1], S[1])
+        inside = (kj >= start) & (kj < start + K[1]) & (qj < n_q) & (row < 2 * K[0] - 1)
+        place = (head * (2 * K[0] - 1) + row) * (2 * K[1] - 1) + (kj - qj + (K[1] - 1))
+        bias = tl.load(rpb_ptr + place, mask=inside, other=float("-inf")) * 1.4426950408889634  # log2(e)
+        out = ((head * tl.num_programs(0) + columns) * (2 * K[0]) + row) * (TW * WIDTH)
+        out += (tl.arange(0, TW) * WIDTH)[:, None] + w[None, :]
+        tl.store(table_ptr + out, bias, mask=(w < WIDTH)[None, :])
 
-    @triton.jit
-    def _scores(q, k, scale, table, qi, qj, ki, kj, inside, K: tl.constexpr, BIAS: tl.constexpr):
-        """Logits ``[queries, keys]``, -inf outside the windows; ``table`` is the bias of the head."""
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if BIAS:
-            row, col = ki[None, :] - qi[:, None] + (K[0] - 1), kj[None, :] - qj[:, None] + (K[1] - 1)
-            s += tl.load(table + row * (2 * K[1] - 1) + col, mask=inside, other=0.0)
-        return tl.where(inside, s, float("-inf"))
-
-    @triton.jit
-    def _grad_dot(ds, x, PRECISION: tl.constexpr):
-        """Product with gradients of logits: float16 has too small a range for them, TF32 has its precision."""
-        if x.dtype == tl.bfloat16:
-            return tl.dot(ds.to(tl.bfloat16), x)
-        return tl.dot(ds, x.to(tl.float32), input_precision=PRECISION)
-
-    @triton.autotune(configs=_configs(), key=_KEY)
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def neighborhood_fwd_kernel(
         q_ptr,
         k_ptr,
         v_ptr,
-        rpb_ptr,
+        table_ptr,
         out_ptr,
         lse_ptr,
-        scale,
+        factor,
         heads,
-        H,
-        L,
+        rows,
+        cols,
+        key_rows,
+        key_cols,
+        dilate_i,
+        dilate_j,
+        tables,
         stride_q,
         stride_k,
         stride_v,
         K: tl.constexpr,
         S: tl.constexpr,
-        R: tl.constexpr,
         C: tl.constexpr,
         CV: tl.constexpr,
         CP: tl.constexpr,
         CVP: tl.constexpr,
-        BIAS: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        b, head, gi, gj, i, j = _place(H, heads, R, TH, TW)
-        ni, nj = tl.cdiv(L[0] - gi, R[0]), tl.cdiv(L[1] - gj, R[1])
+        image, head, gi, gj, i, j, columns = _place(rows, cols, heads, dilate_i, dilate_j, TH, TW)
+        b = image.to(tl.int64)
+        ni, nj = tl.cdiv(key_rows - gi, dilate_i), tl.cdiv(key_cols - gj, dilate_j)
         m = tl.arange(0, TH * TW)
         qi, qj = i + m // TW, j + m % TW
-        yi, yj = qi * R[0] + gi, qj * R[1] + gj
-        m_q = (yi < H[0]) & (yj < H[1])
-        q = _load(q_ptr + b * stride_q[0] + head * stride_q[3], yi, yj, stride_q[1], stride_q[2], m_q, C, CP)
+        yi, yj = qi * dilate_i + gi, qj * dilate_j + gj
+        m_q = (yi < rows) & (yj < cols)
+        place = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
+        q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place, m_q, C, CP)
         keys, values = k_ptr + b * stride_k[0] + head * stride_k[3], v_ptr + b * stride_v[0] + head * stride_v[3]
-        table = rpb_ptr + head * ((2 * K[0] - 1) * (2 * K[1] - 1))
-        top, left, rows, cols = _region(i, j, ni, nj, K, S, TH, TW)
+        TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
+        table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
+        own = (m % TW * (CHUNKS * COLUMNS))[:, None]
+        n_q = tl.cdiv(rows - gi, dilate_i)
+        top, left = _window_start(i, ni, K[0], S[0]), _window_start(j, nj, K[1], S[1])
+        count = _window_start(i + TH - 1, ni, K[0], S[0]) + K[0] - top
         peak = tl.full((TH * TW,), -1e30, tl.float32)  # finite: a step may hold no key of a query
         total = tl.zeros((TH * TW,), tl.float32)
         acc = tl.zeros((TH * TW, CVP), tl.float32)
-        for start in range(0, rows * cols, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            m_k = n < rows * cols
-            ki, kj = top + n // cols, left + n % cols
-            zi, zj = ki * R[0] + gi, kj * R[1] + gj
-            _, _, inside = _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K, S)
-            k = _load(keys, zi, zj, stride_k[1], stride_k[2], m_k, C, CP)
-            s = _scores(q, k, scale, table, qi, qj, ki, kj, inside, K, BIAS)
+        for step in range(0, tl.cdiv(count, BLOCK // COLUMNS) * CHUNKS):
+            r, c, _ = _step(step, CHUNKS, BLOCK, COLUMNS)
+            zi, zj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
+            m_k = (zi < key_rows) & (zj < key_cols)
+            k = load_vectors(keys, zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2], m_k, C, CP)
+            v = load_vectors(values, zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2], m_k, CV, CVP)
+            bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0])
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
             higher = tl.maximum(peak, tl.max(s, 1))
-            shrink = tl.exp(peak - higher)
-            p = tl.exp(s - higher[:, None])
-            v = _load(values, zi, zj, stride_v[1], stride_v[2], m_k, CV, CVP)
+            shrink = tl.exp2(peak - higher)
+            p = tl.exp2(s - higher[:, None])
             total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             peak = higher
+        query = yi.to(INDEX) * cols + yj
         total = tl.where(m_q, total, 1.0)
-        c = tl.arange(0, CVP)
-        query = yi.to(tl.int64) * H[1] + yj
-        p_out = out_ptr + ((b * H[0] * H[1] + query) * heads + head)[:, None] * CV + c[None, :]
-        tl.store(p_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=m_q[:, None] & (c < CV)[None, :])
-        tl.store(lse_ptr + (b * heads + head) * H[0] * H[1] + query, peak + tl.log(total), mask=m_q)
+        first = b * rows * cols * heads
+        store_vectors(out_ptr + (first + head) * CV, query * (heads * CV), acc * (1 / total)[:, None], m_q, CV, CVP)
+        tl.store(lse_ptr + first + head * rows * cols + query, peak + tl.log2(total), mask=m_q)
 
-    @triton.autotune(configs=_configs(), key=_KEY)
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def neighborhood_bwd_query_kernel(
         q_ptr,
         k_ptr,
         v_ptr,
-        rpb_ptr,
+        table_ptr,
+        out_ptr,
         dout_ptr,
         lse_ptr,
         delta_ptr,
+        large_ptr,
         dq_ptr,
+        factor,
         scale,
         heads,
-        H,
-        L,
+        rows,
+        cols,
+        key_rows,
+        key_cols,
+        dilate_i,
+        dilate_j,
+        tables,
         stride_q,
         stride_k,
         stride_v,
         K: tl.constexpr,
         S: tl.constexpr,
-        R: tl.constexpr,
         C: tl.constexpr,
         CV: tl.constexpr,
         CP: tl.constexpr,
         CVP: tl.constexpr,
-        BIAS: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """Gradient of the queries, and ``delta``, the mean gradient of the logits of each."""
-        b, head, gi, gj, i, j = _place(H, heads, R, TH, TW)
-        ni, nj = tl.cdiv(L[0] - gi, R[0]), tl.cdiv(L[1] - gj, R[1])
+        image, head, gi, gj, i, j, columns = _place(rows, cols, heads, dilate_i, dilate_j, TH, TW)
+        b = image.to(tl.int64)
+        ni, nj = tl.cdiv(key_rows - gi, dilate_i), tl.cdiv(key_cols - gj, dilate_j)
         m = tl.arange(0, TH * TW)
         qi, qj = i + m // TW, j + m % TW
-        yi, yj = qi * R[0] + gi, qj * R[1] + gj
-        m_q = (yi < H[0]) & (yj < H[1])
-        q = _load(q_ptr + b * stride_q[0] + head * stride_q[3], yi, yj, stride_q[1], stride_q[2], m_q, C, CP)
-        own = (b * H[0] * H[1] * heads + head) * CV
-        dout = _load(dout_ptr + own, yi, yj, H[1] * heads * CV, heads * CV, m_q, CV, CVP)
-        query = yi.to(tl.int64) * H[1] + yj
-        scalar = (b * heads + head) * H[0] * H[1] + query
-        lse = tl.load(lse_ptr + scalar, mask=m_q, other=0.0)
+        yi, yj = qi * dilate_i + gi, qj * dilate_j + gj
+        m_q = (yi < rows) & (yj < cols)
+        place = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
+        q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place, m_q, C, CP)
+        query, first = yi.to(INDEX) * cols + yj, b * rows * cols * heads
+        dout = load_vectors(dout_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
+        out = load_vectors(out_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
+        rough = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        scalar = first + head * rows * cols
+        lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
+        large = 1.0
+        if q.dtype == tl.float16:
+            large = tl.load(large_ptr)
         keys, values = k_ptr + b * stride_k[0] + head * stride_k[3], v_ptr + b * stride_v[0] + head * stride_v[3]
-        table = rpb_ptr + head * ((2 * K[0] - 1) * (2 * K[1] - 1))
-        top, left, rows, cols = _region(i, j, ni, nj, K, S, TH, TW)
-        # not from the output, which a half precision run has rounded
-        delta = tl.zeros((TH * TW,), tl.float32)
-        for start in range(0, rows * cols, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            m_k = n < rows * cols
-            ki, kj = top + n // cols, left + n % cols
-            zi, zj = ki * R[0] + gi, kj * R[1] + gj
-            _, _, inside = _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K, S)
-            k = _load(keys, zi, zj, stride_k[1], stride_k[2], m_k, C, CP)
-            v = _load(values, zi, zj, stride_v[1], stride_v[2], m_k, CV, CVP)
-            p = tl.exp(_scores(q, k, scale, table, qi, qj, ki, kj, inside, K, BIAS) - lse[:, None])
-            delta += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision="ieee"), 1)
-        tl.store(delta_ptr + scalar, delta, mask=m_q)
+        TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
+        table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
+        own = (m % TW * (CHUNKS * COLUMNS))[:, None]
+        n_q = tl.cdiv(rows - gi, dilate_i)
+        top, left = _window_start(i, ni, K[0], S[0]), _window_start(j, nj, K[1], S[1])
+        count = _window_start(i + TH - 1, ni, K[0], S[0]) + K[0] - top
         dq = tl.zeros((TH * TW, CP), tl.float32)
-        for start in range(0, rows * cols, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            m_k = n < rows * cols
-            ki, kj = top + n // cols, left + n % cols
-            zi, zj = ki * R[0] + gi, kj * R[1] + gj
-            _, _, inside = _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K, S)
-            k = _load(keys, zi, zj, stride_k[1], stride_k[2], m_k, C, CP)
-            v = _load(values, zi, zj, stride_v[1], stride_v[2], m_k, CV, CVP)
-            p = tl.exp(_scores(q, k, scale, table, qi, qj, ki, kj, inside, K, BIAS) - lse[:, None])
-            ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dq += _grad_dot(ds, k, PRECISION)
-        c = tl.arange(0, CP)
-        p_dq = dq_ptr + ((b * H[0] * H[1] + query) * heads + head)[:, None] * C + c[None, :]
-        tl.store(p_dq, (dq * scale).to(dq_ptr.dtype.element_ty), mask=m_q[:, None] & (c < C)[None, :])
+        # the output has been rounded in half precision: correct what it gives by what is missing
+        EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+        missing, mean = tl.zeros((TH * TW,), tl.float32), tl.zeros((TH * TW, CP), tl.float32)
+        for step in range(0, tl.cdiv(count, BLOCK // COLUMNS) * CHUNKS):
+            r, c, _ = _step(step, CHUNKS, BLOCK, COLUMNS)
+            zi, zj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
+            m_k = (zi < key_rows) & (zj < key_cols)
+            k = load_vectors(keys, zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2], m_k, C, CP)
+            v = load_vectors(values, zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2], m_k, CV, CVP)
+            bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0])
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
+            p = tl.exp2(s - lse[:, None])
+            ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - rough[:, None])
+            dq = tl.dot((ds * large).to(k.dtype), k, dq, input_precision=PRECISION)
+            if not EXACT:
+                missing += tl.sum(ds, 1)
+                mean = tl.dot(p.to(k.dtype), k, mean)
+        tl.store(delta_ptr + scalar + query, rough + missing, mask=m_q)
+        if not EXACT:
+            dq -= mean * (missing * large)[:, None]
+        store_vectors(dq_ptr + (first + head) * C, query * (heads * C), dq * (scale / large), m_q, C, CP)
 
-    @triton.autotune(configs=_configs(), key=_KEY)
-    @triton.jit
+    @triton.jit(do_not_specialize=_COUNTS)
     def neighborhood_bwd_key_kernel(
         q_ptr,
         k_ptr,
         v_ptr,
-        rpb_ptr,
+        table_ptr,
         dout_ptr,
         lse_ptr,
         delta_ptr,
+        large_ptr,
         dk_ptr,
         dv_ptr,
+        factor,
         scale,
         heads,
-        H,
-        L,
+        rows,
+        cols,
+        key_rows,
+        key_cols,
+        dilate_i,
+        dilate_j,
+        tables,
         stride_q,
         stride_k,
         stride_v,
         K: tl.constexpr,
         S: tl.constexpr,
-        R: tl.constexpr,
         C: tl.constexpr,
         CV: tl.constexpr,
         CP: tl.constexpr,
         CVP: tl.constexpr,
-        BIAS: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """Gradients of the keys and values of a tile, from all queries whose windows reach into it."""
-        b, head, gi, gj, i, j = _place(L, heads, R, TH, TW)
-        ni, nj = tl.cdiv(L[0] - gi, R[0]), tl.cdiv(L[1] - gj, R[1])
+        image, head, gi, gj, i, j, columns = _place(key_rows, key_cols, heads, dilate_i, dilate_j, TH, TW)
+        b = image.to(tl.int64)
+        ni = tl.cdiv(key_rows - gi, dilate_i)
         n = tl.arange(0, TH * TW)
         ki, kj = i + n // TW, j + n % TW
-        zi, zj = ki * R[0] + gi, kj * R[1] + gj
-        m_k = (zi < L[0]) & (zj < L[1])
-        k = _load(k_ptr + b * stride_k[0] + head * stride_k[3], zi, zj, stride_k[1], stride_k[2], m_k, C, CP)
-        v = _load(v_ptr + b * stride_v[0] + head * stride_v[3], zi, zj, stride_v[1], stride_v[2], m_k, CV, CVP)
-        table = rpb_ptr + head * ((2 * K[0] - 1) * (2 * K[1] - 1))
-        top, left = _first_query(i, 0, K, S), _first_query(j, 1, K, S)
-        bottom = _last_query(tl.minimum(i + TH, ni) - 1, ni, 0, K, S)
-        right = _last_query(tl.minimum(j + TW, nj) - 1, nj, 1, K, S)
-        # a padded map has keys where there are no queries
-        rows = tl.maximum(tl.minimum(bottom, tl.cdiv(H[0] - gi, R[0]) - 1) + 1 - top, 0)
-        cols = tl.maximum(tl.minimum(right, tl.cdiv(H[1] - gj, R[1]) - 1) + 1 - left, 0)
-        queries, grads = q_ptr + b * stride_q[0] + head * stride_q[3], dout_ptr + (b * H[0] * H[1] * heads + head) * CV
+        zi, zj = ki * dilate_i + gi, kj * dilate_j + gj
+        m_k = (zi < key_rows) & (zj < key_cols)
+        place = zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2]
+        k = load_vectors(k_ptr + b * stride_k[0] + head * stride_k[3], place, m_k, C, CP)
+        place = zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2]
+        v = load_vectors(v_ptr + b * stride_v[0] + head * stride_v[3], place, m_k, CV, CVP)
+        first = b * rows * cols * heads
+        queries, grads = q_ptr + b * stride_q[0] + head * stride_q[3], dout_ptr + (first + head) * CV
+        scalar = first + head * rows * cols
+        large = 1.0
+        if q_ptr.dtype.element_ty == tl.float16:
+            large = tl.load(large_ptr)
+        TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
+        table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
+        own = (n % TW * (CHUNKS * COLUMNS))[:, None]
+        n_q = tl.cdiv(rows - gi, dilate_i)  # a padded map has keys where there are no queries
+        top, left = _first_query(i, K[0], S[0]), _first_query(j, K[1], S[1])
+        bottom = _last_query(tl.minimum(i + TH, ni) - 1, ni, K[0], S[0])
+        count = tl.maximum(tl.minimum(bottom, n_q - 1) + 1 - top, 0)
         dk = tl.zeros((TH * TW, CP), tl.float32)
         dv = tl.zeros((TH * TW, CVP), tl.float32)
-        for start in range(0, rows * cols, BLOCK):
-            m = start + tl.arange(0, BLOCK)
-            m_q = m < rows * cols
-            qi, qj = top + m // cols, left + m % cols
-            yi, yj = qi * R[0] + gi, qj * R[1] + gj
-            _, _, inside = _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K, S)
-            scalar = (b * heads + head) * H[0] * H[1] + yi.to(tl.int64) * H[1] + yj
-            lse = tl.load(lse_ptr + scalar, mask=m_q, other=0.0)
-            delta = tl.load(delta_ptr + scalar, mask=m_q, other=0.0)
-            q = _load(queries, yi, yj, stride_q[1], stride_q[2], m_q, C, CP)
-            dout = _load(grads, yi, yj, H[1] * heads * CV, heads * CV, m_q, CV, CVP)
-            p = tl.exp(_scores(q, k, scale, table, qi, qj, ki, kj, inside, K, BIAS) - lse[:, None])
-            dv += tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
-            ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dk += _grad_dot(tl.trans(ds), q, PRECISION)
-        c, cv = tl.arange(0, CP), tl.arange(0, CVP)
-        token = ((b * L[0] + zi.to(tl.int64)) * L[1] + zj) * heads + head
-        p_dk, p_dv = dk_ptr + token[:, None] * C + c[None, :], dv_ptr + token[:, None] * CV + cv[None, :]
-        tl.store(p_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=m_k[:, None] & (c < C)[None, :])
-        tl.store(p_dv, dv.to(dv_ptr.dtype.element_ty), mask=m_k[:, None] & (cv < CV)[None, :])
+        for step in range(0, tl.cdiv(count, BLOCK // COLUMNS) * CHUNKS):
+            r, c, _ = _step(step, CHUNKS, BLOCK, COLUMNS)
+            yi, yj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
+            m_q = (yi < rows) & (yj < cols)
+            query = yi.to(INDEX) * cols + yj
+            lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
+            delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
+            q = load_vectors(queries, yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2], m_q, C, CP)
+            dout = load_vectors(grads, query * (heads * CV), m_q, CV, CVP)
+            bias = _bias(table, (top + r)[None, :], ki[:, None], n_q, ni, own + c[None, :], TABLE, K[0], S[0])
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + bias
+            p = tl.exp2(s - lse[None, :])
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot((ds * large).to(q.dtype), q, dk, input_precision=PRECISION)
+        token = zi.to(INDEX) * key_cols + zj
+        first = b * key_rows * key_cols * heads + head
+        store_vectors(dk_ptr + first * C, token * (heads * C), dk * (scale / large), m_k, C, CP)
+        store_vectors(dv_ptr + first * CV, token * (heads * CV), dv, m_k, CV, CVP)
 
-    @triton.autotune(configs=_configs(), key=_KEY)
-    @triton.jit
+    @triton.jit(do_not_specialize=["images", "shares", *_COUNTS])
     def neighborhood_bwd_bias_kernel(
         q_ptr,
         k_ptr,
         v_ptr,
-        rpb_ptr,
+        table_ptr,
         dout_ptr,
         lse_ptr,
         delta_ptr,
-        ds_ptr,
-        scale,
+        drpb_ptr,
+        factor,
         images,
         shares,
         heads,
-        H,
-        L,
+        rows,
+        cols,
+        key_rows,
+        key_cols,
+        dilate_i,
+        dilate_j,
+        tables,
         stride_q,
         stride_k,
         stride_v,
         K: tl.constexpr,
         S: tl.constexpr,
-        R: tl.constexpr,
         C: tl.constexpr,
         CV: tl.constexpr,
         CP: tl.constexpr,
         CVP: tl.constexpr,
-        BIAS: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Gradient of the logits, summed over each share of the images: ``[shares, h, Kh * Kw, H * W]``."""
-        share, head, gi, gj, i, j = _place(H, heads, R, TH, TW)
-        ni, nj = tl.cdiv(L[0] - gi, R[0]), tl.cdiv(L[1] - gj, R[1])
+        """Gradient of the bias from one step of a tile, over a share of the images.
+
+        Programs store ``[steps, shares, h, tiles, bins]``.  Gradients of the logits are summed up pair by pair.
+        Only then are pairs with the same distance added, by products with ones and zeros, which are exact
+        whatever the precision of other products.
+        """
+        share, head, gi, gj, i, j, columns = _place(rows, cols, heads, dilate_i, dilate_j, TH, TW)
+        ni, nj = tl.cdiv(key_rows - gi, dilate_i), tl.cdiv(key_cols - gj, dilate_j)
         m = tl.arange(0, TH * TW)
         qi, qj = i + m // TW, j + m % TW
-        yi, yj = qi * R[0] + gi, qj * R[1] + gj
-        m_q = (yi < H[0]) & (yj < H[1])
-        query = yi.to(tl.int64) * H[1] + yj
-        table = rpb_ptr + head * ((2 * K[0] - 1) * (2 * K[1] - 1))
-        top, left, rows, cols = _region(i, j, ni, nj, K, S, TH, TW)
-        for start in range(0, rows * cols, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            m_k = n < rows * cols
-            ki, kj = top + n // cols, left + n % cols
-            zi, zj = ki * R[0] + gi, kj * R[1] + gj
-            di, dj, inside = _offsets(qi, qj, ki, kj, ni, nj, m_q, m_k, K, S)
-            acc = tl.zeros((TH * TW, BLOCK), tl.float32)
-            for b in range(share, images, shares):
-                queries, keys = (
-                    q_ptr + b * stride_q[0] + head * stride_q[3],
-                    k_ptr + b * stride_k[0] + head * stride_k[3],
+        yi, yj = qi * dilate_i + gi, qj * dilate_j + gj
+        m_q = (yi < rows) & (yj < cols)
+        query = yi.to(INDEX) * cols + yj
+        top, left = _window_start(i, ni, K[0], S[0]), _window_start(j, nj, K[1], S[1])
+        r, c, column = _step(tl.program_id(1), CHUNKS, BLOCK, COLUMNS)
+        row = tl.program_id(1) // CHUNKS * (BLOCK // COLUMNS)
+        zi, zj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
+        m_k = (zi < key_rows) & (zj < key_cols)
+        TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
+        table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
+        own, n_q = (m % TW * (CHUNKS * COLUMNS))[:, None], tl.cdiv(rows - gi, dilate_i)
+        bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0])
+        place_q = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
+        place_k = zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2]
+        place_v = zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2]
+        acc = tl.zeros((TH * TW, BLOCK), tl.float32)
+        for b in range(share.to(tl.int64), images, shares):
+            first = b * rows * cols * heads
+            scalar = first + head * rows * cols
+            lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
+            delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
+            q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place_q, m_q, C, CP)
+            dout = load_vectors(dout_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
+            k = load_vectors(k_ptr + b * stride_k[0] + head * stride_k[3], place_k, m_k, C, CP)
+            v = load_vectors(v_ptr + b * stride_v[0] + head * stride_v[3], place_v, m_k, CV, CVP)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
+            p = tl.exp2(s - lse[:, None])
+            acc += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        BR: tl.constexpr = BLOCK // COLUMNS
+        pairs = tl.permute(tl.reshape(acc, (TH, TW, BR, COLUMNS)), (0, 2, 1, 3))
+        pairs = tl.reshape(pairs, (TH * BR, TW * COLUMNS))
+        x, y = tl.arange(0, TW * COLUMNS), tl.arange(0, TH * BR)
+        d, e = tl.arange(0, 2 * COLUMNS), tl.arange(0, 16)  # distances of columns and rows, from the smallest
+        same = ((x % COLUMNS - x // COLUMNS + (TW - 1))[:, None] == d[None, :]).to(tl.float32)
+        found = tl.dot(pairs, same, input_precision="ieee")
+        same = ((y % BR - y // BR + (TH - 1))[None, :] == e[:, None]).to(tl.float32)
+        found = tl.sum(same[:, :, None] * found[None, :, :], 1)
+        e += (top + row - i) + (K[0] - TH)
+        d += (left + column - j) + (K[1] - TW)
+        slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        place = (slot * (2 * K[0] - 1) + e)[:, None] * (2 * K[1] - 1) + d[None, :]
+        mask = ((e >= 0) & (e < 2 * K[0] - 1))[:, None] & ((d >= 0) & (d < 2 * K[1] - 1))[None, :]
+        tl.store(drpb_ptr + place, found, mask=mask)
+
+    def _region(K: int, S: int) -> int:
+        """Most keys on an axis that a tile of queries needs, wherever it starts."""
+        return K + (TILE + S - 2) // S * S
+
+    @functools.lru_cache
+    def key_columns(queries: int, keys: int, K: int, S: int, R: int) -> int:
+        """Most columns of queries whose windows reach into one tile of columns of keys."""
+        most = 0
+        for g in {0, (keys - 1) % R, min(keys % R, R - 1), (queries - 1) % R, min(queries % R, R - 1)}:
+            n, n_q = -(-(keys - g) // R), -(-(queries - g) // R)
+            for j in range(0, n, TILE):
+                first = 0 if j < K else (j - K + K // 2 - S // 2 + S) // S * S
+                end = min(j + TILE, n) - 1
+                last = n - 1 if end >= n - K else min((end + K // 2 - S // 2) // S * S + S - 1, n - 1)
+                most = max(most, min(last, n_q - 1) + 1 - first)
+        return most
+
+    class Launcher:
+        """Runs the kernels on the tensors of one call; ``table`` belongs to tiles of queries, or of keys."""
+
+        def __init__(
+            self, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: Any, scale: float, index: Any
+        ) -> None:
+            self.q, self.window = q, window
+            self.sizes = q.shape[1:3], k.shape[1:3]
+            bins = (2 * n - 1 for n in window.kernel)
+            self.rpb = q.new_zeros(1, *bins, dtype=torch.float32) if rpb is None else rpb.float().contiguous()
+            self.shape = {
+                "cols": q.shape[2],
+                "key_cols": k.shape[2],
+                "dilate_j": window.dilation[1],
+                "K": window.kernel,
+                "S": window.stride,
+                "TW": TILE,
+            }
+            self.options: dict[str, Any] = self.shape | {
+                "q_ptr": q,
+                "k_ptr": k,
+                "v_ptr": v,
+                "factor": scale * math.log2(math.e),
+                "heads": q.shape[3],
+                "rows": q.shape[1],
+                "key_rows": k.shape[1],
+                "dilate_i": window.dilation[0],
+                "stride_q": q.stride()[:4],
+                "stride_k": k.stride()[:4],
+                "stride_v": v.stride()[:4],
+                "C": q.shape[4],
+                "CV": v.shape[4],
+                "CP": power_of_two(q.shape[4]),
+                "CVP": power_of_two(v.shape[4]),
+                "COLUMNS": COLUMNS,
+                "PRECISION": self.precision(max(q.shape[4], v.shape[4])),
+                "INDEX": index,
+                "TH": TILE,
+            }
+
+        def precision(self, channels: int) -> str:
+            """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
+            return "ieee" if channels > 64 else product_precision(self.q.device)
+
+        def reach(self, axis: int) -> int:
+            """Most keys on an axis that a tile of queries needs, on this map."""
+            K, S, R = (pair[axis] for pair in self.window)
+            return min(_region(K, S), triton.cdiv(self.sizes[1][axis], R))
+
+        def tiles(self, axis: int, by_key: bool) -> int:
+            R = self.window.dilation[axis]
+            return R * triton.cdiv(triton.cdiv(self.sizes[by_key][axis], R), TILE)
+
+        def make_table(self, by_key: bool) -> None:
+            K, S, R = (pair[1] for pair in self.window)
+            queries, keys = self.sizes[0][1], self.sizes[1][1]
+            columns = key_columns(queries, keys, K, S, R) if by_key else _region(K, S)
+            chunks, tiles = triton.cdiv(columns, COLUMNS), self.tiles(1, by_key)
+            width = chunks * COLUMNS
+            heads, rows = self.rpb.shape[0], self.rpb.shape[1] + 1
+            table = self.rpb.new_empty(heads, tiles, rows, TILE, width)
+            self.options |= {"table_ptr": table, "tables": 0 if heads == 1 else tiles, "CHUNKS": chunks}
+            with on_device(self.q):
+                neighborhood_table_kernel[(tiles, rows, heads)](
+                    self.rpb, table, int(by_key), **self.shape, WIDTH=width, WIDTHP=power_of_two(width)
                 )
-                values, grads = (
-                    v_ptr + b * stride_v[0] + head * stride_v[3],
-                    dout_ptr + (b * H[0] * H[1] * heads + head) * CV,
+
+        def choice(self, name: str) -> _Choice:
+            size = self.q.element_size()
+            return CHOICES[90][size, max(128, size * max(self.options["CP"], self.options["CVP"]))][name]
+
+        def run(self, kernel: Any, name: str, copies: int, by_key: bool = False, steps: int = 1, **others: Any) -> None:
+            """One program for each head and tile of so many maps, and for each step where ``steps`` is given."""
+            tiles = self.tiles(0, by_key) * self.tiles(1, by_key)
+            with on_device(self.q):
+                kernel[(copies * self.q.shape[3] * tiles, steps)](
+                    **self.options, **others, **self.choice(name)._asdict()
                 )
-                scalar = (b * heads + head) * H[0] * H[1] + query
-                lse = tl.load(lse_ptr + scalar, mask=m_q, other=0.0)
-                delta = tl.load(delta_ptr + scalar, mask=m_q, other=0.0)
-                q = _load(queries, yi, yj, stride_q[1], stride_q[2], m_q, C, CP)
-                dout = _load(grads, yi, yj, H[1] * heads * CV, heads * CV, m_q, CV, CVP)
-                k = _load(keys, zi, zj, stride_k[1], stride_k[2], m_k, C, CP)
-                v = _load(values, zi, zj, stride_v[1], stride_v[2], m_k, CV, CVP)
-                p = tl.exp(_scores(q, k, scale, table, qi, qj, ki, kj, inside, K, BIAS) - lse[:, None])
-                acc += p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-            place = ((share * heads + head) * (K[0] * K[1]) + di * K[1] + dj) * (H[0] * H[1]) + query[:, None]
-            tl.store(ds_ptr + place, acc, mask=inside)
 
-    def launch(
-        kernel: Any, size: tuple[int, int], copies: int, q: Tensor, k: Tensor, v: Tensor, window: Any, **others: Any
-    ) -> None:
-        """Run a kernel with one program for each head and tile of so many maps of a size."""
-        heads, C, CV = q.shape[3], q.shape[4], v.shape[4]
-
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            rows, cols = (triton.cdiv(n, d) for n, d in zip(size, window.dilation, strict=True))
-            tiles = math.prod(window.dilation) * triton.cdiv(rows, meta["TH"]) * triton.cdiv(cols, meta["TW"])
-            return (copies * heads * tiles,)
-
-        with on_device(q):
-            kernel[grid](
-                q_ptr=q,
-                k_ptr=k,
-                v_ptr=v,
-                **others,
-                heads=heads,
-                H=tuple(q.shape[1:3]),
-                L=tuple(k.shape[1:3]),
-                stride_q=q.stride()[:4],
-                stride_k=k.stride()[:4],
-                stride_v=v.stride()[:4],
-                K=window.kernel,
-                S=window.stride,
-                R=window.dilation,
-                C=C,
-                CV=CV,
-                CP=max(16, 1 << (C - 1).bit_length()),
-                CVP=max(16, 1 << (CV - 1).bit_length()),
-            )
+        def bias_gradient(self, images: int, **others: Any) -> Tensor:
+            """Gradient of the bias ``[h, 2 Kh - 1, 2 Kw - 1]``: one table of each program, summed up in order."""
+            tiles, heads = self.tiles(0, False) * self.tiles(1, False), self.q.shape[3]
+            steps = triton.cdiv(self.reach(0), self.choice("bias").BLOCK // COLUMNS) * self.options["CHUNKS"]
+            shares = min(images, triton.cdiv(PROGRAMS, tiles * heads * steps))
+            drpb = self.rpb.new_zeros(steps, shares, heads, tiles, *self.rpb.shape[1:])
+            options = {"drpb_ptr": drpb, "images": images, "shares": shares, **others}
+            self.run(neighborhood_bwd_bias_kernel, "bias", shares, steps=steps, **options)
+            return drpb.sum((0, 1, 3))

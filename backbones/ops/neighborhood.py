@@ -33,10 +33,10 @@ from torch import Tensor
 from ._backend import HAS_TRITON, choose_backend, is_transforming, load_natten, plain_only, without_autocast
 from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
 from ._derivative import plain_gradients
+from ._kernels import gradient_scale
 
 MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers
 _WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so that they stay in the cache
-_PROGRAMS = 512  # of the kernel for the gradient of the bias, with 64 queries each: enough to fill a GPU
 
 
 class _Window(NamedTuple):
@@ -420,6 +420,7 @@ def _tiles_backward(
 
 if HAS_TRITON:
     from . import _neighborhood_kernels as kernels
+    from ._kernels import index_type
 
 
 def _dense_channels(t: Tensor) -> Tensor:
@@ -433,84 +434,41 @@ def _triton_forward(
     q, k, v = (_dense_channels(t) for t in (q, k, v))
     out = q.new_empty(B, H, W, h, v.shape[4])
     lse = q.new_empty(B, h, H, W, dtype=torch.float32)
-    table = q if rpb is None else rpb.float().contiguous()
-    options = {"rpb_ptr": table, "out_ptr": out, "lse_ptr": lse, "scale": scale, "BIAS": rpb is not None}
-    kernels.launch(kernels.neighborhood_fwd_kernel, (H, W), B, q, k, v, window, **options)
+    if out.numel() > 0:
+        launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, out))
+        launcher.make_table(by_key=False)
+        launcher.run(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse)
     return out, lse
 
 
 def _triton_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, lse: Tensor, window: _Window, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: _Window,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, W, h, _ = q.shape
-    dout, q, k, v = dout.contiguous(), *(_dense_channels(t) for t in (q, k, v))
+    dout, out, q, k, v = dout.contiguous(), out.contiguous(), *(_dense_channels(t) for t in (q, k, v))
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = torch.empty_like(lse)
-    table = q if rpb is None else rpb.float().contiguous()
-    options = {"rpb_ptr": table, "dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "scale": scale}
-    options |= {"BIAS": rpb is not None}
-    precision = "tf32" if q.dtype == torch.float16 else "ieee"
-    kernels.launch(
-        kernels.neighborhood_bwd_query_kernel,
-        (H, W),
-        B,
-        q,
-        k,
-        v,
-        window,
-        dq_ptr=dq,
-        PRECISION=precision,
-        **options,
-    )
-    size = k.shape[1], k.shape[2]
-    kernels.launch(
-        kernels.neighborhood_bwd_key_kernel,
-        size,
-        B,
-        q,
-        k,
-        v,
-        window,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        PRECISION=precision,
-        **options,
-    )
-    if rpb is None:
-        return dq, dk, dv, q.new_empty(0)
-    shares = min(B, max(1, 64 * _PROGRAMS // (h * H * W)))
-    ds = q.new_empty(shares, h, *window.kernel, H, W, dtype=torch.float32)
-    kernels.launch(
-        kernels.neighborhood_bwd_bias_kernel,
-        (H, W),
-        shares,
-        q,
-        k,
-        v,
-        window,
-        ds_ptr=ds,
-        images=B,
-        shares=shares,
-        **options,
-    )
-    return dq, dk, dv, _bias_gradient(ds.sum(0), size, window).to(rpb.dtype).contiguous()
-
-
-def _skew_sum(t: Tensor) -> Tensor:
-    """Sum the entries whose two indices have the same sum, in a fixed order: ``[..., K, K]`` -> ``[..., 2K - 1]``."""
-    K = t.shape[-1]
-    skewed = F.pad(t, [0, K]).flatten(-2)[..., :-K]  # row ``i`` moves right by ``i``
-    return skewed.unflatten(-1, (K, 2 * K - 1)).sum(-2)
-
-
-def _bias_gradient(ds: Tensor, size: tuple[int, int], window: _Window) -> Tensor:
-    """Gradient of the table from that of the logits: ``[h, Kh, Kw, H, W]`` -> ``[h, 2 Kh - 1, 2 Kw - 1]``."""
-    axes = zip(ds.shape[3:], size, *window, strict=True)
-    rows, cols = (F.one_hot(_window_starts(*a, ds.device)[1], a[2]).to(ds.dtype) for a in axes)  # [H, Kh], [W, Kw]
-    with without_autocast(ds):
-        t = (ds @ cols).transpose(3, 4) @ rows  # [h, Kh, Kw, Kw, Kh]: offset in the window, relative index of its start
-    t = _skew_sum(t.permute(0, 1, 4, 2, 3))  # [h, Kh, Kh, 2 Kw - 1]
-    return _skew_sum(t.permute(0, 3, 1, 2)).transpose(1, 2)
+    drpb = q.new_zeros(0 if rpb is None else rpb.shape, dtype=q.dtype if rpb is None else rpb.dtype)
+    if out.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), drpb
+    delta, large = torch.empty_like(lse), gradient_scale(dout)
+    launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, dout, dq, dk, dv))
+    launcher.make_table(by_key=False)
+    options: dict[str, Any] = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
+    grads = {"large_ptr": large, "scale": scale, **options}
+    launcher.run(kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads)
+    if rpb is not None:
+        drpb = launcher.bias_gradient(B, **options).to(rpb.dtype)
+    launcher.make_table(by_key=True)
+    launcher.run(kernels.neighborhood_bwd_key_kernel, "key", B, by_key=True, dk_ptr=dk, dv_ptr=dv, **grads)
+    return dq, dk, dv, drpb
 
 
 @torch.library.custom_op("vizoo::neighborhood_attention", mutates_args=())
@@ -546,6 +504,7 @@ def _neighborhood_attention_backward(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     kernel_size: list[int],
     stride: list[int],
@@ -555,26 +514,26 @@ def _neighborhood_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     window = _Window(*map(tuple, (kernel_size, stride, dilation)))  # type: ignore[arg-type]
     if triton_kernel:
-        return _triton_backward(dout, q, k, v, rpb, lse, window, scale)
+        return _triton_backward(dout, q, k, v, rpb, out, lse, window, scale)
     with without_autocast(q):
         return _tiles_backward(dout, q, k, v, rpb, window, scale)
 
 
 @_neighborhood_attention_backward.register_fake
-def _(dout, q, k, v, rpb, lse, kernel_size, stride, dilation, scale, triton_kernel):
+def _(dout, q, k, v, rpb, out, lse, kernel_size, stride, dilation, scale, triton_kernel):
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return dq, dk, dv, q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, rpb, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, rpb, output[1])
+    ctx.save_for_backward(q, k, v, rpb, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, dout, _):
     if torch.is_grad_enabled():
-        *tensors, _ = ctx.saved_tensors
+        tensors = ctx.saved_tensors[:4]
         kernel_size, stride, dilation, scale, _ = ctx.arguments
         window = _Window(*map(tuple, (kernel_size, stride, dilation)))
         form = functools.partial(_gather_form, window=window, scale=scale)
@@ -592,7 +551,7 @@ def _(q, k, v, rpb, kernel_size, *rest, out=None) -> Cost:
 
 
 @register_cost("vizoo::neighborhood_attention_backward", torch.ops.vizoo.neighborhood_attention_backward)
-def _(dout, q, k, v, rpb, lse, kernel_size, *rest, out=None) -> Cost:
+def _(dout, q, k, v, rpb, saved, lse, kernel_size, *rest, out=None) -> Cost:
     return windows_backward_cost(math.prod(q[:4]) * math.prod(kernel_size), q, v)
 
 

@@ -257,9 +257,111 @@ def test_kernels_mask_channels(d, dv):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ((1, 3, 22, 1, 4, 4, (3, 7), (1, 1), (1, 1)), torch.float32),  # 17 columns of queries reach a tile of keys
+        ((1, 2, 17, 2, 3, 2, (1, 13), (1, 1), (1, 1)), torch.float16),  # 20 columns of keys for a tile of queries
+        ((1, 11, 2, 1, 2, 2, (9, 1), (2, 1), (1, 1)), torch.float32),  # several steps down the rows
+    ],
+    ids=str,
+)
+def test_kernels_take_several_steps(case, dtype):
+    check(triton_form, case, dtype, DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("small", [0, 1])
+def test_kernels_keep_small_gradients(small):
+    """Gradients of the logits far below the range of float16, of outputs that have 1e-7."""
+    case = (1, 3, 5, 1, 4, 4, (3, 3), (1, 1), (1, 1))
+    tensors = [t.to(DEVICE, torch.float16) for t in inputs(*case)]
+    tensors[small] = tensors[small] * 1e-4
+    grad = torch.full((1, 3, 5, 1, 4), 2e-7, dtype=torch.float16, device=DEVICE)
+
+    def found(f, tensors, grad):
+        return run(lambda t: call(f, t, case, 1e4), tensors, grad)[1 + small]
+
+    truth = found(reference_neighborhood_attention, [t.double() for t in tensors], grad.double())
+    assert truth.abs().max() > 1e-4
+    op_close(found(triton_form, tensors, grad), truth, found(reference_neighborhood_attention, tensors, grad), True)
+
+
+@needs_triton
+def test_columns_of_queries_for_a_tile_of_keys():
+    """What the kernels set aside is what the definition of the window needs, and no more."""
+    T = module.kernels.TILE
+    for K, S, R, extra in itertools.product((1, 2, 3, 7), (1, 2, 3), (1, 3), (0, 4)):
+        for L in range(K * R, 26) if K >= S else ():
+            queries = max(1, L - extra)
+            start, _ = module._window_starts(queries, L, K, S, R, torch.device("cpu"))
+            most = 0
+            for g in range(R):
+                first = start[g::R]
+                for j in range(0, -(-(L - g) // R), T):
+                    reach = ((first < j + T) & (first + K > j)).nonzero()
+                    most = max(most, int(reach[-1] - reach[0]) + 1 if len(reach) else 0)
+            assert module.kernels.key_columns(queries, L, K, S, R) == most, (queries, L, K, S, R)
+
+
+class Recorder:
+    """In place of a kernel: keeps the arguments of its launches."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append(kwargs)
+
+
+def launches(monkeypatch, q, kernel_size=7, dilation=1):
+    """Arguments of the launches of one training step, by kernel."""
+    names = ["table", "fwd", "bwd_query", "bwd_key", "bwd_bias"]
+    recorders = {name: Recorder() for name in names}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(module.kernels, f"neighborhood_{name}_kernel", recorder)
+    window = module._Window(*((n, n) for n in (kernel_size, 1, dilation)))
+    rpb = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
+    out, lse = module._triton_forward(q, q, q, rpb, window, 1.0)
+    module._triton_backward(out, q, q, q, rpb, out, lse, window, 1.0)
+    return {name: recorder.calls for name, recorder in recorders.items()}
+
+
+@needs_triton
+def test_kernels_are_compiled_once_for_a_model(monkeypatch):
+    """No map size, dilation, number of heads or batch of NAT or DiNAT changes a constant of a kernel."""
+    constants = {}
+    for size, heads, dilations in ((56, 2, (1, 8)), (28, 4, (1, 4)), (14, 8, (1, 2)), (7, 16, (1,))):
+        for dilation in dilations:
+            q = torch.empty(2, size, size, heads, 32, device="meta")
+            for name, calls in launches(monkeypatch, q, 7, dilation).items():
+                own = [{k: v for k, v in c.items() if k.isupper() or k.startswith("num_")} for c in calls]
+                constants.setdefault(name, set()).update(str(c) for c in own)
+    assert {name: len(c) for name, c in constants.items()} == dict.fromkeys(constants, 1)
+    assert len(constants) == 5
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_precision_of_products_is_pytorchs(monkeypatch, precision):
+    monkeypatch.setattr(module.kernels, "product_precision", lambda device: precision)
+    calls = launches(monkeypatch, torch.empty(1, 7, 7, 1, 4, device="meta"))
+    del calls["table"]
+    assert {c["PRECISION"] for found in calls.values() for c in found} == {precision}
+
+
+@needs_triton
+def test_offsets_are_wide_where_an_image_needs_it(monkeypatch):
+    for width, bits in ((64, 32), (1 << 14, 64)):
+        calls = launches(monkeypatch, torch.empty(1, 1 << 13, width, 1, 16, device="meta"))
+        del calls["table"]
+        assert {c["INDEX"].primitive_bitwidth for found in calls.values() for c in found} == {bits}
+
+
+@needs_triton
 def test_kernels_share_images(monkeypatch):
     """The bias' gradient of several images by one program."""
-    monkeypatch.setattr(module, "_PROGRAMS", 1)
+    monkeypatch.setattr(module.kernels, "PROGRAMS", 1)
     check(triton_form, (3, 5, 5, 1, 2, 2, (3, 3), (1, 1), (1, 1)), torch.float32, DEVICE)
 
 
@@ -398,7 +500,7 @@ def test_opcheck(backend, bias):
     plain[3] = plain[3] if bias else None
     out, lse = torch.ops.vizoo.neighborhood_attention(*plain, *args)
     backward = torch.ops.vizoo.neighborhood_attention_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(out), *plain, lse, *args))
+    torch.library.opcheck(backward, (torch.randn_like(out), *plain, out, lse, *args))
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
