@@ -2,8 +2,9 @@
 
 A program owns a tile of ``TH x TW`` queries (or keys) of one dilation group, head and image, and steps through the
 region of keys (or queries) that the tile needs, ``BLOCK`` of them at once: whole rows, in ``CHUNKS`` pieces of 16
-columns.  Strides of ``q``, ``k`` and ``v`` are those of image, row, column and head; all channels are dense, the other
-maps are dense ``[B, H, W, h, C]``, and what is one number for a query ``[B, h, H, W]``.
+columns.  Log-sums and logits are in base 2.  Strides of ``q``, ``k`` and ``v`` are those of image, row, column and
+head; all channels are dense, the other maps are dense ``[B, H, W, h, C]``, and what is one number for a query ``[B, h,
+H, W]``.
 
 Bias and mask come from a table ``[h, tiles, 2 Kh, TW, 16 CHUNKS]`` in which every tile of columns has, for each
 relative row, the bias of its pairs of columns in base 2, -inf outside the windows; the last row is -inf alone.  A pair
@@ -37,27 +38,18 @@ class _Choice(NamedTuple):
     num_stages: int
 
 
-# By compute capability; then by kernel, bytes of an element and whether a head has more than 128 bytes.  Chosen from
-# the machine code for 9.0 (no spill, fewest instructions), not from measured times; every other capability takes the
-# same until something is measured there.
-CHOICES: dict[int, dict[tuple[str, int, bool], _Choice]] = {
+# By compute capability; then by bytes of an element and of a head, padded, and by kernel.  Chosen from the machine code
+# for 9.0 (no spill, fewest instructions), not from measured times; every other capability takes the same until
+# something is measured there.
+_HALF = dict.fromkeys(("fwd", "query", "key", "bias"), _Choice(32, 4, 2))
+_SINGLE = dict.fromkeys(_HALF, _Choice(16, 8, 1))
+CHOICES: dict[int, dict[tuple[int, int], dict[str, _Choice]]] = {
     90: {
-        ("fwd", 2, False): _Choice(32, 4, 2),
-        ("query", 2, False): _Choice(32, 4, 2),
-        ("key", 2, False): _Choice(32, 4, 2),
-        ("bias", 2, False): _Choice(32, 4, 2),
-        ("fwd", 2, True): _Choice(32, 4, 2),
-        ("query", 2, True): _Choice(32, 8, 2),
-        ("key", 2, True): _Choice(32, 4, 2),
-        ("bias", 2, True): _Choice(32, 4, 2),
-        ("fwd", 4, False): _Choice(16, 4, 2),
-        ("query", 4, False): _Choice(16, 4, 2),
-        ("key", 4, False): _Choice(16, 4, 2),
-        ("bias", 4, False): _Choice(16, 4, 2),
-        ("fwd", 4, True): _Choice(16, 8, 1),
-        ("query", 4, True): _Choice(16, 16, 1),
-        ("key", 4, True): _Choice(16, 8, 1),
-        ("bias", 4, True): _Choice(16, 8, 1),
+        (2, 128): _HALF,
+        (2, 256): _HALF | {"query": _Choice(32, 8, 2)},
+        (4, 128): dict.fromkeys(_HALF, _Choice(16, 4, 2)),
+        (4, 256): _SINGLE,
+        (4, 512): _SINGLE | {"query": _Choice(16, 16, 1)},
     }
 }
 
@@ -539,9 +531,8 @@ if HAS_TRITON:
             }
 
         def precision(self, channels: int) -> str:
-            """PyTorch's setting, but three parts of the products of wide heads would not fit into the registers."""
-            precision = product_precision(self.q.device)
-            return "ieee" if precision == "tf32x3" and channels > 64 else precision
+            """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
+            return "ieee" if channels > 64 else product_precision(self.q.device)
 
         def reach(self, axis: int) -> int:
             """Most keys on an axis that a tile of queries needs, on this map."""
@@ -568,7 +559,7 @@ if HAS_TRITON:
 
         def choice(self, name: str) -> _Choice:
             size = self.q.element_size()
-            return CHOICES[90][name, size, size * max(self.options["CP"], self.options["CVP"]) > 128]
+            return CHOICES[90][size, max(128, size * max(self.options["CP"], self.options["CVP"]))][name]
 
         def run(self, kernel: Any, name: str, copies: int, by_key: bool = False, steps: int = 1, **others: Any) -> None:
             """One program for each head and tile of so many maps, and for each step where ``steps`` is given."""
