@@ -26,6 +26,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import product_precision
 from .na2d_av import channel_blocks, check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 
 
@@ -199,6 +200,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from ._kernels import index_type
     from .na2d_av import load_window, window_bwd_value_kernel, window_configs, window_start
 
     @triton.jit
@@ -216,6 +218,7 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         """Context ``[BLOCK_O, CP]`` and logits ``[BLOCK_O, BLOCK_N]`` of the offsets ``o``: -inf past the last one."""
         m_o = o < K * K
@@ -226,7 +229,7 @@ if HAS_TRITON:
         col = left[None, :] + (o % K)[:, None] + K - 1
         rpb = tl.load(rpb_ptr + row * (2 * K - 1) + col, mask=m_o[:, None] & m_n[None, :], other=0.0)
         bias = tl.load(bias_ptr + first + o, mask=m_o, other=0.0)
-        s = tl.dot(m, q, input_precision="ieee") + (rpb + bias[:, None]).to(tl.float32)
+        s = tl.dot(m, q, input_precision=PRECISION) + (rpb + bias[:, None]).to(tl.float32)
         return m, tl.where(m_o[:, None], s, float("-inf"))
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])
@@ -254,13 +257,15 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_O: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        b, g = pid // tiles // G, pid // tiles % G
+        pid = tl.program_id(0)
+        b, g = (pid // tiles // G).to(tl.int64), pid // tiles % G
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         y, x = n // W, n % W
@@ -268,27 +273,29 @@ if HAS_TRITON:
         c = tl.arange(0, CP)
         m_cn = (c < C)[:, None] & m_n[None, :]
         q = tl.load(
-            q_ptr + b * stride_qb + (g * C + c)[:, None] * stride_qc + n[None, :] * stride_qn, mask=m_cn, other=0.0
+            q_ptr + b * stride_qb + ((g * C + c).to(INDEX)[:, None] * stride_qc + n.to(INDEX)[None, :] * stride_qn),
+            mask=m_cn,
+            other=0.0,
         )
-        group = b * stride_vb + (half * G + g) * C * stride_vc
+        group = b * stride_vb + ((half * G + g) * C).to(INDEX) * stride_vc
+        own = group + (c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn)
         context = m_ptr + (b * G + g) * C * S
-        table = rpb_ptr + g * (2 * K - 1) * (2 * K - 1)
+        table = rpb_ptr + g * ((2 * K - 1) * (2 * K - 1))
         peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         acc = tl.zeros((CP, BLOCK_N), tl.float32)
         for start in range(0, K * K, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
-            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
+            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
             higher = tl.maximum(peak, tl.max(s, 0))
             shrink = tl.exp(peak - higher)
             p = tl.exp(s - higher[None, :])
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(v_ptr + group, pixel, o < K * K, m_n, stride_vc, stride_vn, C, CP)
+            w = load_window(v_ptr + group, pixel, o < K * K, m_n, stride_vc, stride_vn, C, CP, INDEX)
             total = total * shrink + tl.sum(p, 0)
             acc = acc * shrink[None, :] + tl.sum(p[:, None, :] * w, 0)
             peak = higher
-        p_out = out_ptr + group + c[:, None] * stride_vc + n[None, :] * stride_vn
-        tl.store(p_out, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=m_cn)
+        tl.store(out_ptr + own, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=m_cn)
         tl.store(lse_ptr + ((b * 2 + half) * G + g) * N + n, peak + tl.log(total), mask=m_n)
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])
@@ -319,14 +326,16 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_O: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         """Weights and gradient of the logits ``[B, G, S, N]``, and this kernel size's share of ``dq``."""
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        b, g = pid // tiles // G, pid // tiles % G
+        pid = tl.program_id(0)
+        b, g = (pid // tiles // G).to(tl.int64), pid // tiles % G
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         y, x = n // W, n % W
@@ -334,38 +343,43 @@ if HAS_TRITON:
         c = tl.arange(0, CP)
         m_cn = (c < C)[:, None] & m_n[None, :]
         q = tl.load(
-            q_ptr + b * stride_qb + (g * C + c)[:, None] * stride_qc + n[None, :] * stride_qn, mask=m_cn, other=0.0
+            q_ptr + b * stride_qb + ((g * C + c).to(INDEX)[:, None] * stride_qc + n.to(INDEX)[None, :] * stride_qn),
+            mask=m_cn,
+            other=0.0,
         )
-        group = b * stride_vb + (half * G + g) * C * stride_vc
-        dout = tl.load(dout_ptr + group + c[:, None] * stride_vc + n[None, :] * stride_vn, mask=m_cn, other=0.0)
-        dout = dout.to(tl.float32)
+        group = b * stride_vb + ((half * G + g) * C).to(INDEX) * stride_vc
+        own = group + (c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn)
+        dout = tl.load(dout_ptr + own, mask=m_cn, other=0.0).to(tl.float32)
         lse = tl.load(lse_ptr + ((b * 2 + half) * G + g) * N + n, mask=m_n, other=0.0)
         context = m_ptr + (b * G + g) * C * S
-        table = rpb_ptr + g * (2 * K - 1) * (2 * K - 1)
+        table = rpb_ptr + g * ((2 * K - 1) * (2 * K - 1))
+        weights = ((b * G + g) * S + first) * N
+        p_ptr += weights
+        ds_ptr += weights
         # the mean gradient comes from the float32 weights, since the stored output of a half precision run is rounded
         delta = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, K * K, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             m_o = o < K * K
-            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
+            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
             p = tl.exp(s - lse[None, :])
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(v_ptr + group, pixel, m_o, m_n, stride_vc, stride_vn, C, CP)
+            w = load_window(v_ptr + group, pixel, m_o, m_n, stride_vc, stride_vn, C, CP, INDEX)
             dp = tl.sum(dout[None, :, :] * w, 1)
             delta += tl.sum(p * dp, 0)
-            p_dp = ds_ptr + ((b * G + g) * S + first + o)[:, None] * N + n[None, :]
+            p_dp = ds_ptr + (o.to(INDEX)[:, None] * N + n[None, :])
             tl.store(p_dp, dp, mask=m_o[:, None] & m_n[None, :])
         tl.debug_barrier()  # another thread of the block may read back what this one wrote
         dq = tl.zeros((CP, BLOCK_N), tl.float32)
         for start in range(0, K * K, BLOCK_O):
             o = start + tl.arange(0, BLOCK_O)
             m_on = (o < K * K)[:, None] & m_n[None, :]
-            m, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP)
+            m, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
             p = tl.exp(s - lse[None, :])
-            place = ((b * G + g) * S + first + o)[:, None] * N + n[None, :]
+            place = o.to(INDEX)[:, None] * N + n[None, :]
             ds = p * (tl.load(ds_ptr + place, mask=m_on, other=0.0) - delta[None, :])
             # float32: a float16 product of small gradients would vanish
-            dq += tl.dot(tl.trans(m).to(tl.float32), ds, input_precision="ieee")
+            dq = tl.dot(tl.trans(m).to(tl.float32), ds, dq, input_precision=PRECISION)
             tl.store(p_ptr + place, p.to(p_ptr.dtype.element_ty), mask=m_on)
             tl.store(ds_ptr + place, ds, mask=m_on)
         p_dq = dq_ptr + (((b * 2 + half) * G + g) * C + c)[:, None] * N + n[None, :]
@@ -427,6 +441,8 @@ def _launch(kernel, q: Tensor, v: Tensor, M: Tensor, k1: int, k2: int, rpb: tupl
                 K=K,
                 C=C,
                 CP=CP,
+                PRECISION=product_precision(q.device),
+                INDEX=index_type(q, v, *pointers.values()),
                 BLOCK_O=BLOCK_O,
             )
 
@@ -519,6 +535,7 @@ def _contmix_backward(
                 K=K,
                 C=C,
                 CP=channel_blocks(C)[0],
+                INDEX=index_type(v, weights),
             )
     with without_autocast(q):
         dM = q.reshape(B, G, C, N).float() @ ds.transpose(2, 3)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, INTERPRETED, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import power_of_two
 
 MAX_CHANNELS = 64  # of a group, for the Triton kernels: a window tile has to fit into registers
 
@@ -279,6 +280,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from ._kernels import index_type
+
     def window_configs() -> list[triton.Config]:
         """Tile widths and warps that the kernels choose from; one under the interpreter, which cannot tune."""
         choices = [(32, 4)] if INTERPRETED else [(32, 4), (16, 2), (16, 4)]  # wider tiles spill registers
@@ -290,10 +293,10 @@ if HAS_TRITON:
         return tl.minimum(tl.maximum(i - (K - 1) // 2, 0), L - K)
 
     @triton.jit
-    def load_window(base, pixel, m_o, m_n, stride_c, stride_n, C: tl.constexpr, CP: tl.constexpr):
+    def load_window(base, pixel, m_o, m_n, stride_c, stride_n, C: tl.constexpr, CP: tl.constexpr, INDEX: tl.constexpr):
         """Values at ``pixel`` ``[BLOCK_O, BLOCK_N]`` in every channel: float32 ``[BLOCK_O, CP, BLOCK_N]``."""
         c = tl.arange(0, CP)
-        p_value = base + c[None, :, None] * stride_c + pixel[:, None, :] * stride_n
+        p_value = base + c.to(INDEX)[None, :, None] * stride_c + pixel.to(INDEX)[:, None, :] * stride_n
         mask = m_o[:, None, None] & (c < C)[None, :, None] & m_n[None, None, :]
         return tl.load(p_value, mask=mask, other=0.0).to(tl.float32)
 
@@ -308,13 +311,14 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_O: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        bg = pid // tiles
+        pid = tl.program_id(0)
+        image = (pid // tiles).to(tl.int64) * N
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
@@ -323,12 +327,12 @@ if HAS_TRITON:
         for first in range(0, K * K, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             m_o = o < K * K
-            p_attn = attn_ptr + (bg * N + n)[None, :] * (K * K) + o[:, None]
+            p_attn = attn_ptr + image * (K * K) + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
             p = tl.load(p_attn, mask=m_o[:, None] & m_n[None, :], other=0.0).to(tl.float32)
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr + bg * N * C, pixel, m_o, m_n, 1, C, C, CP)
+            w = load_window(value_ptr + image * C, pixel, m_o, m_n, 1, C, C, CP, INDEX)
             acc += tl.sum(p[:, None, :] * w, 0)
-        p_out = out_ptr + (bg * N + n)[None, :] * C + c[:, None]
+        p_out = out_ptr + image * C + (n.to(INDEX)[None, :] * C + c[:, None])
         tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=(c < C)[:, None] & m_n[None, :])
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])
@@ -342,26 +346,27 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_O: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        bg = pid // tiles
+        pid = tl.program_id(0)
+        image = (pid // tiles).to(tl.int64) * N
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
         c = tl.arange(0, CP)
-        p_dout = dout_ptr + (bg * N + n)[None, :] * C + c[:, None]
+        p_dout = dout_ptr + image * C + (n.to(INDEX)[None, :] * C + c[:, None])
         dout = tl.load(p_dout, mask=(c < C)[:, None] & m_n[None, :], other=0.0).to(tl.float32)
         for first in range(0, K * K, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             m_o = o < K * K
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr + bg * N * C, pixel, m_o, m_n, 1, C, C, CP)
+            w = load_window(value_ptr + image * C, pixel, m_o, m_n, 1, C, C, CP, INDEX)
             dp = tl.sum(dout[None, :, :] * w, 1)  # [BLOCK_O, BLOCK_N]
-            p_dattn = dattn_ptr + (bg * N + n)[None, :] * (K * K) + o[:, None]
+            p_dattn = dattn_ptr + image * (K * K) + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
             tl.store(p_dattn, dp.to(dattn_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])
@@ -384,6 +389,7 @@ if HAS_TRITON:
         K: tl.constexpr,
         C: tl.constexpr,
         CP: tl.constexpr,
+        INDEX: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         """Gradient of the values: each position adds up the queries whose window covers it, in a fixed order.
@@ -392,8 +398,8 @@ if HAS_TRITON:
         """
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        b, g = pid // tiles // G, pid // tiles % G
+        pid = tl.program_id(0)
+        b, g = (pid // tiles // G).to(tl.int64), (pid // tiles % G).to(tl.int64)
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         y, x = n // W, n % W
         half: tl.constexpr = (K - 1) // 2
@@ -410,18 +416,21 @@ if HAS_TRITON:
                 i, j = top + di, left + dj
                 o = (y - window_start(i, H, K)) * K + x - window_start(j, W, K)
                 covers = (di < count_h) & (dj < count_w)
-                query = i * W + j
-                p = tl.load(weights + o * stride_po + query * stride_pn, mask=covers, other=0.0).to(tl.float32)
-                p_dout = grads + c[:, None] * stride_vc + query[None, :] * stride_vn
+                query = (i * W + j).to(INDEX)
+                p = tl.load(weights + (o.to(INDEX) * stride_po + query * stride_pn), mask=covers, other=0.0).to(
+                    tl.float32
+                )
+                p_dout = grads + (c.to(INDEX)[:, None] * stride_vc + query[None, :] * stride_vn)
                 dout = tl.load(p_dout, mask=(c < C)[:, None] & covers[None, :], other=0.0).to(tl.float32)
                 acc += p[None, :] * dout
-        p_dvalue = dvalue_ptr + b * stride_vb + g * stride_vg + c[:, None] * stride_vc + n[None, :] * stride_vn
+        own = c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn
+        p_dvalue = dvalue_ptr + b * stride_vb + g * stride_vg + own
         tl.store(p_dvalue, acc.to(dvalue_ptr.dtype.element_ty), mask=(c < C)[:, None] & (n < N)[None, :])
 
 
 def channel_blocks(C: int) -> tuple[int, int]:
     """Padded channels of a group and offsets per step of the kernels: their product bounds the registers."""
-    CP = max(16, 1 << (C - 1).bit_length())
+    CP = power_of_two(C)
     return CP, 16 if CP <= 32 else 8
 
 
@@ -430,9 +439,10 @@ def _triton_forward(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     attn, value = attn.contiguous(), value.contiguous()
     out = torch.empty_like(value)
     CP, BLOCK_O = channel_blocks(C)
+    INDEX = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # a program is in one group of one image
     with on_device(value):
         _na2d_av_fwd_kernel[lambda meta: (B * G * triton.cdiv(H * W, meta["BLOCK_N"]),)](
-            attn, value, out, H=H, W=W, K=kernel_size, C=C, CP=CP, BLOCK_O=BLOCK_O
+            attn, value, out, H=H, W=W, K=kernel_size, C=C, CP=CP, INDEX=INDEX, BLOCK_O=BLOCK_O
         )
     return out
 
@@ -443,12 +453,13 @@ def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
     grad, attn, value = grad.contiguous(), attn.contiguous(), value.contiguous()
     dattn, dvalue = torch.empty_like(attn), torch.empty_like(value)
     CP, BLOCK_O = channel_blocks(C)
+    INDEX = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # a program is in one group of one image
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (B * G * triton.cdiv(N, meta["BLOCK_N"]),)
 
     with on_device(value):
-        _na2d_av_bwd_attn_kernel[grid](grad, value, dattn, H=H, W=W, K=K, C=C, CP=CP, BLOCK_O=BLOCK_O)
+        _na2d_av_bwd_attn_kernel[grid](grad, value, dattn, H=H, W=W, K=K, C=C, CP=CP, INDEX=INDEX, BLOCK_O=BLOCK_O)
         window_bwd_value_kernel[grid](
             grad,
             attn,
@@ -467,6 +478,7 @@ def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
             K=K,
             C=C,
             CP=CP,
+            INDEX=INDEX,
         )
     return dattn, dvalue
 

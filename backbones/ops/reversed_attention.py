@@ -214,7 +214,7 @@ if HAS_TRITON:
             "rows": {128: Tile(16, 0, 4, 1)},
             "half": {128: Tile(64, 64, 4, 1)},
             "tf32": {32: Tile(64, 64, 4, 1), 64: Tile(64, 64, 8, 1), 128: Tile(16, 16, 4, 1)},
-            "ieee": {32: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1)},
+            "ieee": {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1)},
         }
     }
 
@@ -222,6 +222,14 @@ if HAS_TRITON:
     def _products(a, b, PRECISION: tl.constexpr):
         """Inner products of the tokens of two tiles: ``[len(a), len(b)]``."""
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+    @triton.jit
+    def _sender_products(q, k, PRECISION: tl.constexpr):
+        """The same in loops over ``k``: the compiler keeps all of a first factor in registers, too many in float32."""
+        if PRECISION == "ieee" and q.dtype == tl.float32:
+            return tl.trans(_products(k, q, PRECISION))
+        else:
+            return _products(q, k, PRECISION)
 
     @triton.jit
     def _places(head, h, N, stride_qb, stride_qh, D: tl.constexpr, INDEX: tl.constexpr):
@@ -434,7 +442,7 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
             dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
-            p = tl.exp2(_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])  # sender, receiver
+            p = tl.exp2(_sender_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])  # sender, receiver
             p = tl.where((j < N)[None, :], p, 0.0)
             du = tl.dot(p.to(dout.dtype), dout, du, input_precision=PRECISION)
         delta = tl.sum(u * du, 1)
@@ -446,9 +454,9 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
             dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
-            p = tl.exp2(_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
+            p = tl.exp2(_sender_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
             p = tl.where((j < N)[None, :], p, 0.0)
-            dp = _products(u, dout, PRECISION)
+            dp = _sender_products(u, dout, PRECISION)
             ds = (p * (dp * grad_scale - (delta * grad_scale)[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         dq *= scale / grad_scale

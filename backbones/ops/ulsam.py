@@ -111,6 +111,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from ._kernels import index_type
+
     @triton.jit
     def _ulsam_logits_fwd_kernel(
         x_ptr,
@@ -127,6 +129,7 @@ if HAS_TRITON:
         stride_b,
         stride_c,
         stride_n,
+        INDEX: tl.constexpr,
         SAVE: tl.constexpr,
         BLOCK_C: tl.constexpr,
         BLOCK_N: tl.constexpr,
@@ -134,10 +137,12 @@ if HAS_TRITON:
         """One tile of positions of one group: the place of the maximum is 0 to 8 row by row, 9 for none above 0."""
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        b, group = pid // tiles // g, pid // tiles % g
+        pid = tl.program_id(0)
+        b, group = (pid // tiles // g).to(tl.int64), pid // tiles % g
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         row, col = n // W, n % W
+        x_ptr += b * stride_b
+        place_ptr += b * stride_b
         acc = tl.zeros((BLOCK_N,), tl.float32)
         for first in range(0, G, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
@@ -145,20 +150,22 @@ if HAS_TRITON:
             scale = tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             shift = tl.load(shift_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             weight = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            plane = b * stride_b + (group * G + c)[:, None] * stride_c
+            plane = (group * G + c).to(INDEX)[:, None] * stride_c
             best = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
             place = tl.full((BLOCK_C, BLOCK_N), 9, tl.int32)
             for k in tl.static_range(9):
                 i, j = row + (k // 3 - 1), col + (k % 3 - 1)
                 m_cn = m_c[:, None] & ((n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W))[None, :]
-                x = tl.load(x_ptr + plane + (i * W + j)[None, :] * stride_n, mask=m_cn, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + (plane + (i * W + j).to(INDEX)[None, :] * stride_n), mask=m_cn, other=0.0).to(
+                    tl.float32
+                )
                 a = x * scale[:, None] + shift[:, None]
                 better = m_cn & ((a > best) | (a != a))  # as in PyTorch the first of equals wins, and NaN over all
                 best = tl.where(better, a, best)
                 place = tl.where(better, k, place)
             acc += tl.sum(best * weight[:, None], 0)
             if SAVE:
-                p_place = place_ptr + plane + n[None, :] * stride_n
+                p_place = place_ptr + (plane + n.to(INDEX)[None, :] * stride_n)
                 tl.store(p_place, place.to(tl.int8), mask=m_c[:, None] & (n < N)[None, :])
         logits = acc + tl.load(bias_ptr + group).to(tl.float32)
         tl.store(logits_ptr + (b * g + group) * N + n, logits.to(logits_ptr.dtype.element_ty), mask=n < N)
@@ -180,36 +187,43 @@ if HAS_TRITON:
         stride_b,
         stride_c,
         stride_n,
+        INDEX: tl.constexpr,
         BLOCK_C: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
         """What reaches each element from the nine windows over it; its sum, and that of it times ``x``, per tile."""
         N = H * W
         tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0).to(tl.int64)
-        b, group = pid // tiles // g, pid // tiles % g
+        pid = tl.program_id(0)
+        b, group = (pid // tiles // g).to(tl.int64), pid // tiles % g
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         row, col = n // W, n % W
+        x_ptr += b * stride_b
+        place_ptr += b * stride_b
         gradients = dlogits_ptr + (b * g + group) * N
+        dx_ptr += b * stride_b
+        sums = (b * tiles + pid % tiles) * (g * G)
+        total_ptr += sums
+        product_ptr += sums
         for first in range(0, G, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             m_c = c < G
-            plane = b * stride_b + (group * G + c)[:, None] * stride_c
+            plane = (group * G + c).to(INDEX)[:, None] * stride_c
             d = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
             for k in tl.static_range(9):  # centre of the window whose k-th place this element is
                 i, j = row - (k // 3 - 1), col - (k % 3 - 1)
                 m_n = (n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
                 m_cn = m_c[:, None] & m_n[None, :]
-                place = tl.load(place_ptr + plane + (i * W + j)[None, :] * stride_n, mask=m_cn, other=9)
+                place = tl.load(place_ptr + (plane + (i * W + j).to(INDEX)[None, :] * stride_n), mask=m_cn, other=9)
                 dlogits = tl.load(gradients + i * W + j, mask=m_n, other=0.0).to(tl.float32)
                 d += tl.where(place == k, dlogits[None, :], 0.0)
             m_cn = m_c[:, None] & (n < N)[None, :]
-            element = plane + n[None, :] * stride_n
+            element = plane + n.to(INDEX)[None, :] * stride_n
             x = tl.load(x_ptr + element, mask=m_cn, other=0.0).to(tl.float32)
             factor = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             factor *= tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             tl.store(dx_ptr + element, (d * factor[:, None]).to(dx_ptr.dtype.element_ty), mask=m_cn)
-            entry = ((b * tiles + pid % tiles) * g + group) * G + c
+            entry = group * G + c
             tl.store(total_ptr + entry, tl.sum(d, 1), mask=m_c)
             tl.store(product_ptr + entry, tl.sum(d * x, 1), mask=m_c)
 
@@ -233,6 +247,7 @@ def _launch(kernel, x: Tensor, g: int, **arguments) -> None:
             stride_b=x.stride(0),
             stride_c=x.stride(1),
             stride_n=x.stride(3),
+            INDEX=index_type(x),
             **arguments,
             **_BLOCKS,
         )

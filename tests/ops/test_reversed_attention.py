@@ -250,6 +250,12 @@ def test_tile_kernels(case, dtype, monkeypatch):
     check(through("triton"), inputs(*case), dtype, DEVICE)
 
 
+@needs_triton
+def test_tile_kernels_without_tensor_cores(monkeypatch):
+    monkeypatch.setattr(module, "product_precision", lambda device: "ieee")
+    check(through("triton"), inputs(*TILES[0]), torch.float32, DEVICE)
+
+
 def test_row_kernels_end_where_a_head_no_longer_fits():
     for N, D, rows in [(256, 32, True), (257, 8, False), (256, 33, False), (128, 64, True), (16, 128, True)]:
         assert module._rows(torch.empty(1, 1, N, D, dtype=torch.bfloat16)) is rows
@@ -300,6 +306,17 @@ def test_precision_of_products_reaches_the_kernels(limit, monkeypatch):
     run(through("triton"), (q, k, v, weight), v)
     assert len(found) == (2 if limit else 4)
     assert {x["PRECISION"] for x in found} == {"tf32"}
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_every_size_has_tiles(precision, monkeypatch):
+    monkeypatch.setattr(module, "product_precision", lambda device: precision)
+    for dtype, D in itertools.product((torch.float32, torch.float16), range(1, module.MAX_HEAD_SIZE + 1)):
+        q = torch.empty(1, 1, 1, D, dtype=dtype)
+        for rows in {False, module._rows(q)}:
+            tile = module._tile(q, rows)
+            assert min(tile.senders, tile.receivers or 16) >= 16
 
 
 @needs_triton
