@@ -319,6 +319,9 @@ if HAS_TRITON:
         tiles = tl.cdiv(N, BLOCK_N)
         pid = tl.program_id(0)
         image = (pid // tiles).to(tl.int64) * N
+        attn_ptr += image * (K * K)
+        value_ptr += image * C
+        out_ptr += image * C
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
@@ -327,12 +330,12 @@ if HAS_TRITON:
         for first in range(0, K * K, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             m_o = o < K * K
-            p_attn = attn_ptr + image * (K * K) + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
+            p_attn = attn_ptr + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
             p = tl.load(p_attn, mask=m_o[:, None] & m_n[None, :], other=0.0).to(tl.float32)
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr + image * C, pixel, m_o, m_n, 1, C, C, CP, INDEX)
+            w = load_window(value_ptr, pixel, m_o, m_n, 1, C, C, CP, INDEX)
             acc += tl.sum(p[:, None, :] * w, 0)
-        p_out = out_ptr + image * C + (n.to(INDEX)[None, :] * C + c[:, None])
+        p_out = out_ptr + (n.to(INDEX)[None, :] * C + c[:, None])
         tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=(c < C)[:, None] & m_n[None, :])
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])
@@ -354,19 +357,22 @@ if HAS_TRITON:
         tiles = tl.cdiv(N, BLOCK_N)
         pid = tl.program_id(0)
         image = (pid // tiles).to(tl.int64) * N
+        dout_ptr += image * C
+        value_ptr += image * C
+        dattn_ptr += image * (K * K)
         n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = n < N
         si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
         c = tl.arange(0, CP)
-        p_dout = dout_ptr + image * C + (n.to(INDEX)[None, :] * C + c[:, None])
+        p_dout = dout_ptr + (n.to(INDEX)[None, :] * C + c[:, None])
         dout = tl.load(p_dout, mask=(c < C)[:, None] & m_n[None, :], other=0.0).to(tl.float32)
         for first in range(0, K * K, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             m_o = o < K * K
             pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr + image * C, pixel, m_o, m_n, 1, C, C, CP, INDEX)
+            w = load_window(value_ptr, pixel, m_o, m_n, 1, C, C, CP, INDEX)
             dp = tl.sum(dout[None, :, :] * w, 1)  # [BLOCK_O, BLOCK_N]
-            p_dattn = dattn_ptr + image * (K * K) + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
+            p_dattn = dattn_ptr + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
             tl.store(p_dattn, dp.to(dattn_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
     @triton.autotune(configs=window_configs(), key=["K", "C"])

@@ -14,8 +14,9 @@ it costs ``2 B h N^2 d`` multiply-accumulates.  The weights only scale the value
 No form but the folded eager one keeps an ``N x N`` matrix.  ``blocks`` goes through the senders in blocks whose scores
 fit a CPU's cache.  ``sdpa`` is exact on every backend of PyTorch: attention ``F z`` is linear in ``z`` and pulls a
 cotangent ``u`` back to ``F^T u``, so the forward pass is that pull-back, and the backward pass is attention over
-``dout`` and its own pull-back of ``u``.  The Triton kernels hold whole rows of scores in registers up to 256 tokens,
-with no second pass; above, tiles, with the log-sum of each sender from a pass of its own.  All sums run in a fixed
+``dout`` and its own pull-back of ``u``.  The Triton kernels hold whole rows of scores in registers up to 256 tokens in
+half precision, with no second pass; else, tiles, with the log-sum of each sender from a pass of its own, and
+``u_i . d u_i`` from the gradient itself.  Products are done in the dtype of the inputs.  All sums run in a fixed
 order.  Second derivatives, and all under transforms of ``torch.func``, are those of the folded eager form.
 """
 

@@ -7,6 +7,7 @@ from golden import image, load, weights
 from tolerance import close, golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from vizoo.backbones.ops import contmix as module
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
 from vizoo.backbones.ops.contmix import contmix, reference_contmix, working_size
@@ -129,6 +130,24 @@ def test_kernels(case, dtype):
 @pytest.mark.parametrize("C", [2, 17, 33, 64])
 def test_kernels_mask_channels(C):
     check(lambda *a: contmix(*a, backend="triton"), (1, 1, C, 3, 5, 3, 3), torch.float32, DEVICE)
+
+
+@needs_triton
+def test_precision_of_products_reaches_the_kernels(monkeypatch):
+    found = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda **arguments: found.append(arguments["PRECISION"]) or self.kernel[grid](**arguments)
+
+    for name in ("_contmix_fwd_kernel", "_contmix_bwd_logits_kernel"):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    monkeypatch.setattr(module, "product_precision", lambda device: "tf32")
+    check(lambda *a: contmix(*a, backend="triton"), (1, 1, 2, 3, 5, 3, 3), torch.float16, DEVICE)
+    assert found == ["tf32"] * 4  # forward and backward, for both kernel sizes
 
 
 def transposed(t):
