@@ -214,7 +214,7 @@ def compiling(capability: int) -> Iterator[list[Launch]]:
         driver.set_active(before)
 
 
-def _operator_calls(model: Any, shape: Sequence[int], dtype: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def _operator_calls(model: Any, x: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Distinct calls of the zoo's operators in one training step on the meta device: operator and arguments."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -233,7 +233,7 @@ def _operator_calls(model: Any, shape: Sequence[int], dtype: Any) -> Iterator[tu
             return func(*args, **(kwargs or {}))
 
     with kernels_on("meta"), Watch():
-        out = model(torch.empty(*shape, dtype=dtype, device="meta"))
+        out = model(x)
         while not isinstance(out, torch.Tensor):
             out = next(iter(out.values() if isinstance(out, dict) else out))
         if out.requires_grad:
@@ -241,7 +241,9 @@ def _operator_calls(model: Any, shape: Sequence[int], dtype: Any) -> Iterator[tu
     yield from calls.values()
 
 
-def launches(name: str, dtype: str, batch: int, capability: int) -> Iterator[tuple[Any, tuple[Any, ...], list[Launch]]]:
+def launches(
+    name: str, dtype: str, batch: int, capability: int, channels_last: bool = False
+) -> Iterator[tuple[Any, tuple[Any, ...], list[Launch]]]:
     """Compile every kernel of a model's training step.
 
     Args:
@@ -249,6 +251,7 @@ def launches(name: str, dtype: str, batch: int, capability: int) -> Iterator[tup
         dtype: Dtype of its weights and input.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
+        channels_last: Whether images and model are in that memory format.
 
     Yields:
         An operator, the arguments of a call, and what it launches.
@@ -257,9 +260,12 @@ def launches(name: str, dtype: str, batch: int, capability: int) -> Iterator[tup
     from torch._library.custom_ops import OPDEFS
 
     kind = getattr(torch, dtype)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = build_model(name, device="meta").to(kind).train()
-    calls = _operator_calls(model, (batch, *model.pretrained_cfg["input_size"]), kind)
-    for operator, args in calls:
+    x = torch.empty(batch, *model.pretrained_cfg["input_size"], dtype=kind, device="meta", memory_format=memory_format)
+    if channels_last:
+        model = model.to(memory_format=memory_format)
+    for operator, args in _operator_calls(model, x):
         body = OPDEFS[operator._schema.name]._init_fn  # on meta tensors the operator itself only answers with shapes
         with compiling(capability) as found, torch.no_grad():
             body(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
@@ -527,7 +533,9 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
     )
 
 
-def report(names: Sequence[str], dtypes: Sequence[str], batch: int, capability: int = 90) -> Iterator[Code]:
+def report(
+    names: Sequence[str], dtypes: Sequence[str], batch: int, capability: int = 90, channels_last: bool = False
+) -> Iterator[Code]:
     """Figures of every kernel that training steps of these models launch.
 
     Args:
@@ -535,6 +543,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], batch: int, capability: 
         dtypes: Dtypes of their weights and input.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
+        channels_last: Whether images and model are in that memory format.
 
     Yields:
         One entry for each kernel and call of an operator; an autotuned kernel has one for each configuration.
@@ -545,7 +554,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], batch: int, capability: 
     if reason := missing():
         raise UserError(f"--sass: no machine code can be read here: {reason}")
     for dtype, name in itertools.product(dtypes, names):
-        for operator, args, found in launches(name, dtype, batch, capability):
+        for operator, args, found in launches(name, dtype, batch, capability, channels_last):
             floor_ms = _floor_ms(operator, args, dtype)
             seen = set()
             for launch in found:
@@ -634,7 +643,7 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def warm(
-    names: Sequence[str], dtypes: Sequence[str], batch: int, capability: int
+    names: Sequence[str], dtypes: Sequence[str], batch: int, capability: int, channels_last: bool = False
 ) -> Iterator[tuple[str, str, int, int]]:
     """Compile every kernel of the models' training steps into Triton's cache.
 
@@ -643,6 +652,7 @@ def warm(
         dtypes: Dtypes of their weights and input.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
+        channels_last: Whether images and model are in that memory format.
 
     Yields:
         Model, dtype, kernels that it launches, and how many of them had to be compiled.
@@ -664,5 +674,6 @@ def warm(
         compiled.clear()
         with knobs.compilation.scope():
             knobs.compilation.listener = listen
-            kernels = {x.kernel.hash for _, _, found in launches(name, dtype, batch, capability) for x in found}
+            calls = launches(name, dtype, batch, capability, channels_last)
+            kernels = {launch.kernel.hash for _, _, found in calls for launch in found}
         yield name, dtype, len(kernels), len(compiled)

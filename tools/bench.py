@@ -179,11 +179,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-COMMON = ("name", "batch", "dtype", "out")  # options that timings of one model or layer have too
+COMMON = ("name", "batch", "dtype", "channels_last", "out")  # options that timings of one model or layer have too
 KINDS = {  # other kinds of benchmark, with the options that go with each
     "suite": ("out", "budget", "sections", "only", "dry"),
-    "sass": ("name", "batch", "dtype", "capability", "out"),
-    "warm": ("name", "batch", "dtype", "capability"),
+    "sass": ("name", "batch", "dtype", "channels_last", "capability", "out"),
+    "warm": ("name", "batch", "dtype", "channels_last", "capability"),
 }
 
 
@@ -487,7 +487,13 @@ def _compile(args: argparse.Namespace) -> None:
     if capability is None:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
         capability = 10 * major + minor
-    todo = args.name or code.MODELS, args.dtype or ["bfloat16"], (args.batch or [128])[0], capability
+    todo = (
+        args.name or code.MODELS,
+        args.dtype or ["bfloat16"],
+        (args.batch or [128])[0],
+        capability,
+        args.channels_last,
+    )
     if args.warm:
         table = [[*map(str, line)] for line in code.warm(*todo)]
         print_table(["model", "dtype", "kernels", "compiled"], table, numeric=(2, 3))

@@ -162,7 +162,7 @@ def test_warm_fills_the_cache(tmp_path, monkeypatch):
         (["--sass", "resnet50"], "'resnet50' is not one model of the zoo"),
         (
             ["--sass", "--mode", "train"],
-            "goes with names of models, --batch, --dtype, --capability, --out; got --mode",
+            "goes with names of models, --batch, --dtype, --channels-last, --capability, --out; got --mode",
         ),
         (["--warm", "--out", "x.csv"], "got --out"),
         (["--sass", "--batch", "1", "2"], "--batch: --sass takes one number, got 1 2"),
