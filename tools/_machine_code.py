@@ -74,6 +74,7 @@ class Code(NamedTuple):
         operator: Operator that launches it.
         shape: Shape of that operator's first tensor.
         kernel: Its name.
+        hash: What tells it from every other compilation.
         dtype: Dtype of the model.
         precision: How it multiplies float32 tiles; empty where it does not.
         constants: Compile-time arguments, warps and stages.
@@ -94,6 +95,7 @@ class Code(NamedTuple):
     operator: str
     shape: tuple[int, ...]
     kernel: str
+    hash: str
     dtype: str
     precision: str
     constants: dict[str, Any]
@@ -516,6 +518,7 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
         operator=operator._schema.name.partition("::")[2],
         shape=next(tuple(x.shape) for x in args if isinstance(x, torch.Tensor)),
         kernel=kernel.name,
+        hash=kernel.hash[:12],
         dtype=dtype,
         precision=constants.get("PRECISION", ""),
         constants={**constants, "num_warps": meta.num_warps, "num_stages": getattr(meta, "num_stages", None)},
@@ -568,6 +571,7 @@ COLUMNS = [
     "operator",
     "shape",
     "kernel",
+    "hash",
     "dtype",
     "precision",
     "constants",
@@ -627,7 +631,7 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
         "tiles": "tiles",
         "registers": "registers",
         "stack": "stack bytes",
-        "shared_memory": "shared bytes",
+        "shared": "shared bytes",
         "occupancy": "occu- pancy",
         "loop": "loop instructions",
         "shuffles": "shuffles",
