@@ -150,23 +150,23 @@ if HAS_TRITON:
             scale = tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             shift = tl.load(shift_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             weight = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            plane = (group * G + c).to(INDEX)[:, None] * stride_c
+            element = (group * G + c).to(INDEX)[:, None] * stride_c + n.to(INDEX)[None, :] * stride_n
             best = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
             place = tl.full((BLOCK_C, BLOCK_N), 9, tl.int32)
             for k in tl.static_range(9):
                 i, j = row + (k // 3 - 1), col + (k % 3 - 1)
                 m_cn = m_c[:, None] & ((n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W))[None, :]
-                x = tl.load(x_ptr + (plane + (i * W + j).to(INDEX)[None, :] * stride_n), mask=m_cn, other=0.0).to(
-                    tl.float32
-                )
+                step = (
+                    (k // 3 - 1) * W + (k % 3 - 1)
+                ) * stride_n  # added last: one address then serves all nine places
+                x = tl.load(x_ptr + element + step, mask=m_cn, other=0.0).to(tl.float32)
                 a = x * scale[:, None] + shift[:, None]
                 better = m_cn & ((a > best) | (a != a))  # as in PyTorch the first of equals wins, and NaN over all
                 best = tl.where(better, a, best)
                 place = tl.where(better, k, place)
             acc += tl.sum(best * weight[:, None], 0)
             if SAVE:
-                p_place = place_ptr + (plane + n.to(INDEX)[None, :] * stride_n)
-                tl.store(p_place, place.to(tl.int8), mask=m_c[:, None] & (n < N)[None, :])
+                tl.store(place_ptr + element, place.to(tl.int8), mask=m_c[:, None] & (n < N)[None, :])
         logits = acc + tl.load(bias_ptr + group).to(tl.float32)
         tl.store(logits_ptr + (b * g + group) * N + n, logits.to(logits_ptr.dtype.element_ty), mask=n < N)
 
@@ -208,17 +208,17 @@ if HAS_TRITON:
         for first in range(0, G, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             m_c = c < G
-            plane = (group * G + c).to(INDEX)[:, None] * stride_c
+            element = (group * G + c).to(INDEX)[:, None] * stride_c + n.to(INDEX)[None, :] * stride_n
             d = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
             for k in tl.static_range(9):  # centre of the window whose k-th place this element is
                 i, j = row - (k // 3 - 1), col - (k % 3 - 1)
                 m_n = (n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
                 m_cn = m_c[:, None] & m_n[None, :]
-                place = tl.load(place_ptr + (plane + (i * W + j).to(INDEX)[None, :] * stride_n), mask=m_cn, other=9)
+                step = ((k // 3 - 1) * W + (k % 3 - 1)) * stride_n
+                place = tl.load(place_ptr + element - step, mask=m_cn, other=9)
                 dlogits = tl.load(gradients + i * W + j, mask=m_n, other=0.0).to(tl.float32)
                 d += tl.where(place == k, dlogits[None, :], 0.0)
             m_cn = m_c[:, None] & (n < N)[None, :]
-            element = plane + n.to(INDEX)[None, :] * stride_n
             x = tl.load(x_ptr + element, mask=m_cn, other=0.0).to(tl.float32)
             factor = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
             factor *= tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
