@@ -11,7 +11,8 @@ from vizoo.backbones.ops._kernels import SHARED_BYTES
 from vizoo.tools import _machine_code as code
 from vizoo.tools import bench
 
-FIRST = ["nat_tiny", "dinat_tiny", "halo_h1", "halo_h4", "dependencyvit_small", "mobilenetv2_100_ulsam_r13_14_16_17_g4"]
+FIRST = ["nat_tiny", "halo_h1", "dependencyvit_small", "mobilenetv2_100_ulsam_r13_14_16_17_g4"]
+LARGE = ["dinat_tiny", "halo_h4"]  # of the same kernels
 SECOND = ["overlock_t"]  # its kernels are still to be rewritten
 COMPILATIONS = 6  # that a model's first training step may wait for, where its layers differ in size only
 # most instructions of the loop and registers, by kernel and shape of the queries, in bfloat16
@@ -125,7 +126,7 @@ def faults(row):
 @pytest.mark.parametrize(
     ("names", "dtype", "precision"),
     [
-        (FIRST, "bfloat16", "none"),
+        ([*FIRST, *LARGE], "bfloat16", "none"),
         (FIRST, "float16", "none"),
         (FIRST, "float32", "none"),  # three products in TF32
         (FIRST, "float32", "ieee"),
@@ -136,9 +137,9 @@ def faults(row):
 def test_budgets(names, dtype, precision, tmp_path):
     rows = kernels(tmp_path, names, dtype, precision)
     assert {row["model"] for row in rows} == set(names)
-    found = {row["precision"] for row in rows}
     if dtype == "float32":
-        assert found == {"ieee" if precision == "ieee" else "tf32x3"}
+        products = {row["precision"] for row in rows if row["float_products"] != "0"}
+        assert products == {"ieee" if precision == "ieee" else "tf32x3"}
     assert [fault for row in rows for fault in faults(row)] == []
     for name in names:
         own = [row for row in rows if row["model"] == name]
