@@ -116,7 +116,8 @@ if HAS_TRITON:
         """Logits ``[queries, keys]`` over the scale, with ``OFF`` for keys that take no part."""
         s = tl.dot(q, tl.trans(k), column_terms, input_precision=PRECISION)
         one_hot = tl.where(tl.arange(0, WP)[:, None] == j[None, :], UNIT, 0.0).to(q.dtype)
-        s = _dot(row_terms, one_hot, s, "ieee" if PRECISION == "ieee" else "tf32x3")
+        EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"  # what is picked is not to be rounded
+        s = _dot(row_terms, one_hot, s, EXACT)
         if MASK:
             s = tl.where(y_ok[None, :], s, OFF)
         elif WIN % ROWS != 0:
@@ -494,36 +495,39 @@ class Tile(NamedTuple):
     stages: int
 
 
-# for each compute capability by kernel, half precision, and the widest sum of the channels of a query and a value;
+# for each compute capability by kernel, half precision, and up to which sum of the channels of a query and of a value;
 # chosen by the machine code for 9.0 (no spills, then the fewest instructions times warps), not by measured times
 CHOICES = {
     90: {
         ("forward", True, 128): Tile(64, 2, 16, 4, 1),
-        ("forward", True, 512): Tile(32, 2, 16, 4, 1),
+        ("forward", True, 320): Tile(32, 2, 16, 4, 1),
+        ("forward", True, 512): Tile(16, 1, 16, 8, 1),
         ("query", True, 64): Tile(64, 2, 16, 4, 1),
-        ("query", True, 128): Tile(64, 1, 16, 4, 1),
-        ("query", True, 512): Tile(32, 1, 16, 8, 1),
+        ("query", True, 160): Tile(64, 1, 16, 4, 1),
+        ("query", True, 320): Tile(32, 1, 16, 4, 1),
+        ("query", True, 512): Tile(16, 1, 16, 8, 1),
         ("key", True, 64): Tile(32, 4, 8, 2, 2),
-        ("key", True, 128): Tile(32, 4, 8, 4, 1),
-        ("key", True, 512): Tile(16, 4, 4, 4, 1),
+        ("key", True, 128): Tile(32, 4, 8, 4, 2),
+        ("key", True, 256): Tile(16, 4, 8, 4, 1),
+        ("key", True, 512): Tile(32, 4, 4, 4, 2),
         ("forward", False, 64): Tile(32, 2, 16, 4, 1),
         ("forward", False, 512): Tile(16, 1, 16, 4, 1),
         ("query", False, 64): Tile(32, 1, 16, 4, 1),
         ("query", False, 512): Tile(16, 1, 16, 8, 1),
-        ("key", False, 64): Tile(32, 4, 8, 4, 1),
         ("key", False, 512): Tile(16, 4, 4, 4, 1),
     }
 }
 
 
-def _choice(kernel: str, half: bool, width: int, queries: int) -> Tile:
+def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> Tile:
     """Tile of a kernel, with no more queries, nor warps for them, than a block fills."""
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
-    sizes = [n for n in (tile.queries, tile.queries // 2) if n >= 32] or [tile.queries]
-    size = min(sizes, key=lambda n: -(-queries // n) * n)  # the one that leaves the fewest unused
-    size = min(size, power_of_two(queries))
-    return tile._replace(queries=size, warps=max(1, tile.warps * size // tile.queries))
+    size = min(tile.queries, power_of_two(queries))
+    tile = tile._replace(queries=size, warps=max(1, tile.warps * size // tile.queries))
+    if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window
+        return tile._replace(rows=2 * tile.rows, cols=8)
+    return tile
 
 
 class _Launch:
@@ -567,12 +571,13 @@ class _Launch:
             "DP": DP,
             "DVP": DVP,
             "RP": RP,
-            "PRECISION": product_precision(q.device),
+            # three parts in TF32 take as many instructions as float32 products on such small tiles, and spill
+            "PRECISION": "tf32" if product_precision(q.device) == "tf32" else "ieee",
             "INDEX": index_type(q, k, v),
         }
 
     def tile(self, kernel: str) -> Tile:
-        return _choice(kernel, self.half, self.width, self.queries)
+        return _choice(kernel, self.half, self.width, self.queries, self.window)
 
     def programs(self, tile: Tile) -> int:
         return self.blocks * -(-self.queries // tile.queries)
