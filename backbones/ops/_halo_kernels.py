@@ -19,8 +19,9 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device
 from ._kernels import gradient_scale, power_of_two, product_precision
 
-MAX_CHANNELS = 256  # of a head: a tile of keys and one of queries have to fit into shared memory
+MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
+MAX_TABLE = 8192  # rows times channels of a table, each as the power of two that holds it
 
 if HAS_TRITON:
     import triton
@@ -480,9 +481,15 @@ def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
     """What the kernels cannot do with these queries, values and rows of a table; empty if nothing."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
-    if max(q.shape[4], v.shape[4]) > MAX_CHANNELS:
-        return f"the kernels take up to {MAX_CHANNELS} channels per head, not {max(q.shape[4], v.shape[4])}"
-    return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}" if rows > MAX_ROWS else ""
+    if max(2 * q.shape[4], v.shape[4]) > MAX_CHANNELS:
+        return (
+            f"the kernels take up to {MAX_CHANNELS} channels per head, half in queries, not {q.shape[4]}, {v.shape[4]}"
+        )
+    if rows > MAX_ROWS:
+        return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}"
+    if power_of_two(rows) * power_of_two(q.shape[4]) > MAX_TABLE:
+        return f"the kernels take tables with up to {MAX_TABLE} numbers in use, not {rows} rows of {q.shape[4]}"
+    return ""
 
 
 class Tile(NamedTuple):
@@ -504,12 +511,14 @@ CHOICES = {
         ("forward", True, 512): Tile(16, 1, 16, 8, 1),
         ("query", True, 64): Tile(64, 2, 16, 4, 1),
         ("query", True, 160): Tile(64, 1, 16, 4, 1),
-        ("query", True, 320): Tile(32, 1, 16, 4, 1),
+        ("query", True, 256): Tile(16, 1, 16, 8, 1),
+        ("query", True, 320): Tile(16, 1, 16, 4, 1),
         ("query", True, 512): Tile(16, 1, 16, 8, 1),
         ("key", True, 64): Tile(32, 4, 8, 2, 2),
+        ("key", True, 96): Tile(32, 4, 8, 4, 1),
         ("key", True, 128): Tile(32, 4, 8, 4, 2),
         ("key", True, 256): Tile(16, 4, 8, 4, 1),
-        ("key", True, 512): Tile(32, 4, 4, 4, 2),
+        ("key", True, 512): Tile(16, 4, 4, 4, 1),
         ("forward", False, 64): Tile(32, 2, 16, 4, 1),
         ("forward", False, 512): Tile(16, 1, 16, 4, 1),
         ("query", False, 64): Tile(32, 1, 16, 4, 1),
@@ -520,11 +529,12 @@ CHOICES = {
 
 
 def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> Tile:
-    """Tile of a kernel, with no more queries, nor warps for them, than a block fills."""
+    """Tile of a kernel, with no more queries than a block fills, nor warps where these share them."""
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
     size = min(tile.queries, power_of_two(queries))
-    tile = tile._replace(queries=size, warps=max(1, tile.warps * size // tile.queries))
+    warps = tile.warps if kernel == "key" else max(1 if width <= 64 else 2, tile.warps * size // tile.queries)
+    tile = tile._replace(queries=size, warps=warps)
     if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window
         return tile._replace(rows=2 * tile.rows, cols=8)
     return tile

@@ -542,8 +542,10 @@ def test_rejects_backends():
         halo_attention(*rejected({}), "natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but .*not torch.float64"):
         triton_form(*inputs(*CASES[1]), *CASES[1][-3:], *PLAIN)
-    with pytest.raises(ValueError, match="up to 256 channels per head, not 257"):
+    with pytest.raises(ValueError, match="up to 256 channels per head, half in queries, not 1, 257"):
         triton_form(*(t.float() for t in inputs(1, 1, 1, 1, 1, 257, 1, 0, 1)), 1, 0, 1, *PLAIN)
+    with pytest.raises(ValueError, match="tables with up to 8192 numbers in use, not 99 rows of 65"):
+        triton_form(*(t.float() for t in inputs(1, 1, 1, 1, 65, 1, 50, 0, 1)), 50, 0, 1, *PLAIN)
     with pytest.raises(ValueError, match="tables with up to 128 rows in use, not 129"):
         triton_form(*(t.float() for t in inputs(1, 1, 1, 1, 1, 1, 65, 0, 1)), 65, 0, 1, *PLAIN)
 
