@@ -30,9 +30,7 @@ if HAS_TRITON:
     from ._kernels import index_type, load_vectors, store_vectors
 
     OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
-    UNIT = tl.constexpr(
-        64.0
-    )  # entry of one-hot matrices: it widens the range of float16 terms, which are divided by it
+    UNIT = tl.constexpr(64.0)  # entry of one-hot matrices; terms are divided by it, for the range of float16
     LOG2E = tl.constexpr(1.4426950408889634)
     _COUNTS = ("heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
 
@@ -87,13 +85,32 @@ if HAS_TRITON:
         return 1.0, 1.0
 
     @triton.jit
-    def _rows_of_window(products, i, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr, WP: tl.constexpr):
-        """Products with a table ``[queries, RP]`` in the order of the window ``[queries, WP]``."""
-        j = (SIDE - 1 - i)[:, None] * STEP + tl.arange(0, WP)[None, :]
-        return tl.gather(products, tl.minimum(tl.maximum(j, 0), R - 1), 1)
+    def _terms(products, first, keys, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr):
+        """Products ``[queries, RP]`` that rows (columns) ``keys`` of the window meet: ``[queries, keys]``."""
+        at = (SIDE - 1 - first)[:, None] * STEP + keys[None, :]
+        return tl.gather(products, tl.minimum(tl.maximum(at, 0), R - 1), 1)
 
     @triton.jit
-    def _keys(n0, left, W, WIN: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    def _column_terms(
+        cols,
+        m,
+        n,
+        x_ok,
+        SIDE: tl.constexpr,
+        STEP: tl.constexpr,
+        R: tl.constexpr,
+        WIN: tl.constexpr,
+        COLS: tl.constexpr,
+        MASK: tl.constexpr,
+    ):
+        """Columns' terms of a tile of keys, with ``OFF`` for keys that take no part."""
+        terms = _terms(cols, m, n, SIDE, STEP, R)
+        if MASK:
+            return tl.where(x_ok[None, :], terms, OFF)
+        return terms if WIN % COLS == 0 else tl.where((n < WIN)[None, :], terms, OFF)
+
+    @triton.jit
+    def _keys(n0, left, W, WIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
         """A tile of keys of a window: row in the tile, column in the window and in the map, and which are in both."""
         o = tl.arange(0, ROWS * COLS)
         n = n0 + o % COLS
@@ -186,8 +203,8 @@ if HAS_TRITON:
         place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
         q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, place, m_q, D, DP)
         rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+        row_terms = _terms(rows, i, tl.arange(0, WP), SIDE, STEP, R) * (relative / UNIT)
         if SIGN != 1:
             q = (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
@@ -197,13 +214,8 @@ if HAS_TRITON:
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DVP), tl.float32)
         for n0 in range(0, WIN, COLS):
-            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
-            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
-            if MASK:
-                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
-            elif WIN % COLS != 0:
-                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, ROWS, COLS)
+            column_terms = _column_terms(cols, m, n, x_ok, SIDE, STEP, R, WIN, COLS, MASK)
             k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
             v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
             for j0 in range(0, WIN, ROWS):
@@ -305,8 +317,8 @@ if HAS_TRITON:
         delta *= grow
         lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
         rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+        row_terms = _terms(rows, i, tl.arange(0, WP), SIDE, STEP, R) * (relative / UNIT)
         signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
         v_base = v_ptr + b * stride_vb + head * stride_vh
@@ -315,13 +327,8 @@ if HAS_TRITON:
         d_rows = tl.zeros((BLOCK_M, WP), tl.float32)
         d_cols = tl.zeros((BLOCK_M, WP), tl.float32)
         for n0 in range(0, WIN, COLS):
-            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
-            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
-            if MASK:
-                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
-            elif WIN % COLS != 0:
-                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, ROWS, COLS)
+            column_terms = _column_terms(cols, m, n, x_ok, SIDE, STEP, R, WIN, COLS, MASK)
             k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
             v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
             d_column_terms = tl.zeros((BLOCK_M, ROWS * COLS), tl.float32)
@@ -533,7 +540,8 @@ def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> T
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
     size = min(tile.queries, power_of_two(queries))
-    warps = tile.warps if kernel == "key" else max(1 if width <= 64 else 2, tile.warps * size // tile.queries)
+    fewest = 1 if kernel == "forward" and width <= 64 else 2  # else what a warp holds would spill
+    warps = tile.warps if kernel == "key" else max(fewest, tile.warps * size // tile.queries)
     tile = tile._replace(queries=size, warps=warps)
     if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window
         return tile._replace(rows=2 * tile.rows, cols=8)
