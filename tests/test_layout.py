@@ -19,7 +19,16 @@ OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo
 HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads", f"{LAYERS}.checks"}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 # ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
-_PLUMBING = ("_backend", "_cost", "_derivative", "_halo_kernels", "_neighborhood_kernels", "attention", "na2d_av")
+_PLUMBING = (
+    "_backend",
+    "_cost",
+    "_derivative",
+    "_halo_kernels",
+    "_kernels",
+    "_neighborhood_kernels",
+    "attention",
+    "na2d_av",
+)
 PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}

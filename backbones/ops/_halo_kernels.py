@@ -19,8 +19,9 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device
 from ._kernels import gradient_scale, power_of_two, product_precision
 
-MAX_CHANNELS = 256  # of a head: a tile of keys and one of queries have to fit into shared memory
+MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
+MAX_TABLE = 8192  # rows times channels of a table, each as the power of two that holds it
 
 if HAS_TRITON:
     import triton
@@ -29,9 +30,7 @@ if HAS_TRITON:
     from ._kernels import index_type, load_vectors, store_vectors
 
     OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
-    UNIT = tl.constexpr(
-        64.0
-    )  # entry of one-hot matrices: it widens the range of float16 terms, which are divided by it
+    UNIT = tl.constexpr(64.0)  # entry of one-hot matrices; terms are divided by it, for the range of float16
     LOG2E = tl.constexpr(1.4426950408889634)
     _COUNTS = ("heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
 
@@ -86,13 +85,32 @@ if HAS_TRITON:
         return 1.0, 1.0
 
     @triton.jit
-    def _rows_of_window(products, i, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr, WP: tl.constexpr):
-        """Products with a table ``[queries, RP]`` in the order of the window ``[queries, WP]``."""
-        j = (SIDE - 1 - i)[:, None] * STEP + tl.arange(0, WP)[None, :]
-        return tl.gather(products, tl.minimum(tl.maximum(j, 0), R - 1), 1)
+    def _terms(products, first, keys, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr):
+        """Products ``[queries, RP]`` that rows (columns) ``keys`` of the window meet: ``[queries, keys]``."""
+        at = (SIDE - 1 - first)[:, None] * STEP + keys[None, :]
+        return tl.gather(products, tl.minimum(tl.maximum(at, 0), R - 1), 1)
 
     @triton.jit
-    def _keys(n0, left, W, WIN: tl.constexpr, HALO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    def _column_terms(
+        cols,
+        m,
+        n,
+        x_ok,
+        SIDE: tl.constexpr,
+        STEP: tl.constexpr,
+        R: tl.constexpr,
+        WIN: tl.constexpr,
+        COLS: tl.constexpr,
+        MASK: tl.constexpr,
+    ):
+        """Columns' terms of a tile of keys, with ``OFF`` for keys that take no part."""
+        terms = _terms(cols, m, n, SIDE, STEP, R)
+        if MASK:
+            return tl.where(x_ok[None, :], terms, OFF)
+        return terms if WIN % COLS == 0 else tl.where((n < WIN)[None, :], terms, OFF)
+
+    @triton.jit
+    def _keys(n0, left, W, WIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
         """A tile of keys of a window: row in the tile, column in the window and in the map, and which are in both."""
         o = tl.arange(0, ROWS * COLS)
         n = n0 + o % COLS
@@ -116,7 +134,8 @@ if HAS_TRITON:
         """Logits ``[queries, keys]`` over the scale, with ``OFF`` for keys that take no part."""
         s = tl.dot(q, tl.trans(k), column_terms, input_precision=PRECISION)
         one_hot = tl.where(tl.arange(0, WP)[:, None] == j[None, :], UNIT, 0.0).to(q.dtype)
-        s = _dot(row_terms, one_hot, s, "ieee" if PRECISION == "ieee" else "tf32x3")
+        EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"  # what is picked is not to be rounded
+        s = _dot(row_terms, one_hot, s, EXACT)
         if MASK:
             s = tl.where(y_ok[None, :], s, OFF)
         elif WIN % ROWS != 0:
@@ -184,8 +203,8 @@ if HAS_TRITON:
         place = y.to(INDEX) * stride_qy + x.to(INDEX) * stride_qx
         q = load_vectors(q_ptr + b * stride_qb + head * stride_qh, place, m_q, D, DP)
         rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+        row_terms = _terms(rows, i, tl.arange(0, WP), SIDE, STEP, R) * (relative / UNIT)
         if SIGN != 1:
             q = (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
@@ -195,13 +214,8 @@ if HAS_TRITON:
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, DVP), tl.float32)
         for n0 in range(0, WIN, COLS):
-            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
-            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
-            if MASK:
-                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
-            elif WIN % COLS != 0:
-                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, ROWS, COLS)
+            column_terms = _column_terms(cols, m, n, x_ok, SIDE, STEP, R, WIN, COLS, MASK)
             k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
             v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
             for j0 in range(0, WIN, ROWS):
@@ -303,8 +317,8 @@ if HAS_TRITON:
         delta *= grow
         lse = tl.load(lse_ptr + image + place, mask=m_q, other=float("inf"))
         rows = _products(q, _load_table(rows_ptr, R, RP, WIN, D, DP), PRECISION)
-        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION)
-        row_terms = _rows_of_window(rows, i, SIDE, STEP, R, WP) * (relative / UNIT)
+        cols = _products(q, _load_table(cols_ptr, R, RP, WIN, D, DP), PRECISION) * relative
+        row_terms = _terms(rows, i, tl.arange(0, WP), SIDE, STEP, R) * (relative / UNIT)
         signed = q if SIGN == 1 else (q * SIGN).to(q.dtype)
         k_base = k_ptr + b * stride_kb + head * stride_kh
         v_base = v_ptr + b * stride_vb + head * stride_vh
@@ -313,13 +327,8 @@ if HAS_TRITON:
         d_rows = tl.zeros((BLOCK_M, WP), tl.float32)
         d_cols = tl.zeros((BLOCK_M, WP), tl.float32)
         for n0 in range(0, WIN, COLS):
-            r, n, kx, x_ok = _keys(n0, left, W, WIN, HALO, ROWS, COLS)
-            at = tl.minimum((SIDE - 1 - m)[:, None] * STEP + n[None, :], R - 1)
-            column_terms = tl.gather(cols, tl.maximum(at, 0), 1) * relative
-            if MASK:
-                column_terms = tl.where(x_ok[None, :], column_terms, OFF)
-            elif WIN % COLS != 0:
-                column_terms = tl.where((n < WIN)[None, :], column_terms, OFF)
+            r, n, kx, x_ok = _keys(n0, left, W, WIN, ROWS, COLS)
+            column_terms = _column_terms(cols, m, n, x_ok, SIDE, STEP, R, WIN, COLS, MASK)
             k_place = r.to(INDEX) * stride_ky + kx.to(INDEX) * stride_kx
             v_place = r.to(INDEX) * stride_vy + kx.to(INDEX) * stride_vx
             d_column_terms = tl.zeros((BLOCK_M, ROWS * COLS), tl.float32)
@@ -479,9 +488,15 @@ def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
     """What the kernels cannot do with these queries, values and rows of a table; empty if nothing."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
-    if max(q.shape[4], v.shape[4]) > MAX_CHANNELS:
-        return f"the kernels take up to {MAX_CHANNELS} channels per head, not {max(q.shape[4], v.shape[4])}"
-    return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}" if rows > MAX_ROWS else ""
+    if max(2 * q.shape[4], v.shape[4]) > MAX_CHANNELS:
+        return (
+            f"the kernels take up to {MAX_CHANNELS} channels per head, half in queries, not {q.shape[4]}, {v.shape[4]}"
+        )
+    if rows > MAX_ROWS:
+        return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}"
+    if power_of_two(rows) * power_of_two(q.shape[4]) > MAX_TABLE:
+        return f"the kernels take tables with up to {MAX_TABLE} numbers in use, not {rows} rows of {q.shape[4]}"
+    return ""
 
 
 class Tile(NamedTuple):
@@ -494,36 +509,43 @@ class Tile(NamedTuple):
     stages: int
 
 
-# for each compute capability by kernel, half precision, and the widest sum of the channels of a query and a value;
+# for each compute capability by kernel, half precision, and up to which sum of the channels of a query and of a value;
 # chosen by the machine code for 9.0 (no spills, then the fewest instructions times warps), not by measured times
 CHOICES = {
     90: {
         ("forward", True, 128): Tile(64, 2, 16, 4, 1),
-        ("forward", True, 512): Tile(32, 2, 16, 4, 1),
+        ("forward", True, 320): Tile(32, 2, 16, 4, 1),
+        ("forward", True, 512): Tile(16, 1, 16, 8, 1),
         ("query", True, 64): Tile(64, 2, 16, 4, 1),
-        ("query", True, 128): Tile(64, 1, 16, 4, 1),
-        ("query", True, 512): Tile(32, 1, 16, 8, 1),
+        ("query", True, 160): Tile(64, 1, 16, 4, 1),
+        ("query", True, 256): Tile(16, 1, 16, 8, 1),
+        ("query", True, 320): Tile(16, 1, 16, 4, 1),
+        ("query", True, 512): Tile(16, 1, 16, 8, 1),
         ("key", True, 64): Tile(32, 4, 8, 2, 2),
-        ("key", True, 128): Tile(32, 4, 8, 4, 1),
+        ("key", True, 96): Tile(32, 4, 8, 4, 1),
+        ("key", True, 128): Tile(32, 4, 8, 4, 2),
+        ("key", True, 256): Tile(16, 4, 8, 4, 1),
         ("key", True, 512): Tile(16, 4, 4, 4, 1),
         ("forward", False, 64): Tile(32, 2, 16, 4, 1),
         ("forward", False, 512): Tile(16, 1, 16, 4, 1),
         ("query", False, 64): Tile(32, 1, 16, 4, 1),
         ("query", False, 512): Tile(16, 1, 16, 8, 1),
-        ("key", False, 64): Tile(32, 4, 8, 4, 1),
         ("key", False, 512): Tile(16, 4, 4, 4, 1),
     }
 }
 
 
-def _choice(kernel: str, half: bool, width: int, queries: int) -> Tile:
-    """Tile of a kernel, with no more queries, nor warps for them, than a block fills."""
+def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> Tile:
+    """Tile of a kernel, with no more queries than a block fills, nor warps where these share them."""
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
-    sizes = [n for n in (tile.queries, tile.queries // 2) if n >= 32] or [tile.queries]
-    size = min(sizes, key=lambda n: -(-queries // n) * n)  # the one that leaves the fewest unused
-    size = min(size, power_of_two(queries))
-    return tile._replace(queries=size, warps=max(1, tile.warps * size // tile.queries))
+    size = min(tile.queries, power_of_two(queries))
+    fewest = 1 if kernel == "forward" and width <= 64 else 2  # else what a warp holds would spill
+    warps = tile.warps if kernel == "key" else max(fewest, tile.warps * size // tile.queries)
+    tile = tile._replace(queries=size, warps=warps)
+    if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window
+        return tile._replace(rows=2 * tile.rows, cols=8)
+    return tile
 
 
 class _Launch:
@@ -567,12 +589,13 @@ class _Launch:
             "DP": DP,
             "DVP": DVP,
             "RP": RP,
-            "PRECISION": product_precision(q.device),
+            # three parts in TF32 take as many instructions as float32 products on such small tiles, and spill
+            "PRECISION": "tf32" if product_precision(q.device) == "tf32" else "ieee",
             "INDEX": index_type(q, k, v),
         }
 
     def tile(self, kernel: str) -> Tile:
-        return _choice(kernel, self.half, self.width, self.queries)
+        return _choice(kernel, self.half, self.width, self.queries, self.window)
 
     def programs(self, tile: Tile) -> int:
         return self.blocks * -(-self.queries // tile.queries)

@@ -473,7 +473,8 @@ def halo_attention(
         scale_pos_embed: Whether it also applies to the relative terms.
         pad_mode: ``"zero"`` or ``"mask"``.
         rel_index: ``"array"`` or ``"pixel"``.
-        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 256``), or ``"auto"``: Triton where it can run.
+        backend: ``"torch"``, ``"triton"`` (no float64, ``d <= 128``, ``dv <= 256``), or ``"auto"``: Triton where it can
+            run.
 
     Returns:
         ``[B, ceil(H / stride), ceil(W / stride), h, dv]`` in the dtype of ``v``.
