@@ -33,6 +33,7 @@ MODELS = (  # one or more of each family that has kernels, so that together they
 ISSUE_RATE, BYTES_RATE, FLOP_RATES = 132 * 4 * 1.755e9, 3.0e12, {"float32": 5.0e13}
 HALF_RATE = 6.0e14
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32  # of a multiprocessor of compute capability 9.0
+SAMPLES = 256  # programs of a launch whose passes through loops are counted
 MIX = {  # kinds of instructions by the start of their name, the first that fits
     "shuffles": "SHFL",
     "async_copies": "LDGSTS|UTMA",
@@ -446,8 +447,9 @@ def _passes(program: _Program, launch: Launch) -> list[float]:
     axes = dict(zip("xyz", itertools.chain(launch.grid, (1, 1)), strict=False))
     total = math.prod(launch.grid)
     samples = []
-    for i in range(min(64, total)):
-        pid = i * total // min(64, total)
+    for i in range(min(SAMPLES, total)):
+        # spread by the golden ratio: equal steps would meet the same place of every map
+        pid = i if total <= SAMPLES else int(total * (i * 0.6180339887498949 % 1))
         here = dict(known)
         for name, text in program.defined.items():
             if ids := re.match(r"tt\.get_(program_id|num_programs) (\w)", text):

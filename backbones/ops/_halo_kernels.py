@@ -540,7 +540,7 @@ def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> T
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
     size = min(tile.queries, power_of_two(queries))
-    fewest = 1 if kernel == "forward" and width <= 64 else 2  # else what a warp holds would spill
+    fewest = 1 if width <= 64 else 2  # else what a warp holds would spill
     warps = tile.warps if kernel == "key" else max(fewest, tile.warps * size // tile.queries)
     tile = tile._replace(queries=size, warps=warps)
     if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window

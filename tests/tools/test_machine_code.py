@@ -139,7 +139,7 @@ def test_budgets(names, dtype, precision, tmp_path):
     assert {row["model"] for row in rows} == set(names)
     if dtype == "float32":
         products = {row["precision"] for row in rows if row["float_products"] != "0"}
-        assert products == {"ieee" if precision == "ieee" else "tf32x3"}
+        assert products == ({"ieee"} if precision == "ieee" else {"ieee", "tf32x3"})  # halo takes no three products
     assert [fault for row in rows for fault in faults(row)] == []
     for name in names:
         own = [row for row in rows if row["model"] == name]
