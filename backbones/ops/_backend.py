@@ -91,7 +91,7 @@ def whole_operators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_on(device: str) -> Iterator[None]:
-    """Context in which ``"auto"`` takes Triton kernels for tensors of this device type too: to compile without a GPU."""
+    """Context in which ``"auto"`` takes Triton kernels on this type of device too, to compile without a GPU."""
     global _kernel_devices
     before, _kernel_devices = _kernel_devices, (*_kernel_devices, device)
     try:

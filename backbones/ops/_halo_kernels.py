@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import gradient_scale, power_of_two, product_precision
+from ._kernels import all_registers, gradient_scale, power_of_two, product_precision
 
 MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
@@ -521,7 +521,7 @@ CHOICES = {
         ("query", True, 256): Tile(16, 1, 16, 8, 1),
         ("query", True, 320): Tile(16, 1, 16, 4, 1),
         ("query", True, 512): Tile(16, 1, 16, 8, 1),
-        ("key", True, 64): Tile(32, 4, 8, 2, 2),
+        ("key", True, 64): Tile(32, 4, 8, 2, 1),
         ("key", True, 96): Tile(32, 4, 8, 4, 1),
         ("key", True, 128): Tile(32, 4, 8, 4, 2),
         ("key", True, 256): Tile(16, 4, 8, 4, 1),
@@ -642,7 +642,7 @@ def kernel_backward(
             "delta_ptr": delta,
             "grow_ptr": gradient_scale(dout) if dout.dtype == torch.float16 else lse,
         }
-        sizes = _sizes(key_tile)
+        sizes = {**_sizes(key_tile), **all_registers(key_tile.warps)}
         BLOCK_Y, BLOCK_X = sizes.pop("ROWS"), sizes.pop("COLS")
         keys = k.shape[0] * k.shape[3] * -(-k.shape[1] // BLOCK_Y) * -(-k.shape[2] // BLOCK_X)
         with on_device(q):

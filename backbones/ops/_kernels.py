@@ -30,6 +30,11 @@ def product_precision(device: torch.device) -> str:
     return {"ieee": "ieee", "tf32": "tf32"}.get(setting, "tf32x3")
 
 
+def all_registers(warps: int) -> dict[str, int]:
+    """Option of a launch that lets a thread have as many registers as it can, as ptxas spills to hold more programs."""
+    return {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def gradient_scale(dout: Tensor) -> Tensor:
     """Power of two by which float16 gradients of logits are multiplied before their products: ``[1]`` float32.
 
