@@ -76,7 +76,7 @@ class Code(NamedTuple):
         shape: Shape of that operator's first tensor.
         kernel: Its name.
         hash: What tells it from every other compilation.
-        dtype: Dtype of the model.
+        dtype: Dtype of the model's products.
         precision: How it multiplies float32 tiles; empty where it does not.
         constants: Compile-time arguments, warps and stages.
         registers: Of a thread.
@@ -217,7 +217,27 @@ def compiling(capability: int) -> Iterator[list[Launch]]:
         driver.set_active(before)
 
 
-def _operator_calls(model: Any, x: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def _autocast(dtype: Any) -> Any:
+    """What ``torch.autocast``, which knows no meta device, does to layers: products in half, weights in float32."""
+    import torch
+    import torch.nn.functional as F
+    from torch.overrides import TorchFunctionMode
+
+    products = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.bmm, torch.addmm}
+    products |= {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum}
+
+    class Autocast(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in products:
+                args, kwargs = torch.utils._pytree.tree_map_only(
+                    torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
+                )
+            return func(*args, **(kwargs or {}))
+
+    return contextlib.nullcontext() if dtype == torch.float32 else Autocast()
+
+
+def _operator_calls(model: Any, x: Any, dtype: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Distinct calls of the zoo's operators in one training step on the meta device: operator and arguments."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,7 +256,8 @@ def _operator_calls(model: Any, x: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]
             return func(*args, **(kwargs or {}))
 
     with kernels_on("meta"), Watch():
-        out = model(x)
+        with _autocast(dtype):
+            out = model(x)
         while not isinstance(out, torch.Tensor):
             out = next(iter(out.values() if isinstance(out, dict) else out))
         if out.requires_grad:
@@ -251,7 +272,7 @@ def launches(
 
     Args:
         name: Model of the zoo.
-        dtype: Dtype of its weights and input.
+        dtype: Dtype of its products; with half precision as by autocast, weights are float32.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
         channels_last: Whether images and model are in that memory format.
@@ -264,11 +285,11 @@ def launches(
 
     kind = getattr(torch, dtype)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = build_model(name, device="meta").to(kind).train()
-    x = torch.empty(batch, *model.pretrained_cfg["input_size"], dtype=kind, device="meta", memory_format=memory_format)
+    model = build_model(name, device="meta").train()
+    x = torch.empty(batch, *model.pretrained_cfg["input_size"], device="meta").contiguous(memory_format=memory_format)
     if channels_last:
         model = model.to(memory_format=memory_format)
-    for operator, args in _operator_calls(model, x):
+    for operator, args in _operator_calls(model, x, kind):
         body = OPDEFS[operator._schema.name]._init_fn  # on meta tensors the operator itself only answers with shapes
         with compiling(capability) as found, torch.no_grad():
             body(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
@@ -479,7 +500,7 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
         model: Model that launches it.
         operator: Operator that launches it.
         args: Arguments of the operator.
-        dtype: Dtype of the model.
+        dtype: Dtype of the model's products.
         floor_ms: Least time of the operator.
 
     Returns:
@@ -545,7 +566,7 @@ def report(
 
     Args:
         names: Models of the zoo.
-        dtypes: Dtypes of their weights and input.
+        dtypes: Dtypes of their products; with half precision as by autocast, weights are float32.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
         channels_last: Whether images and model are in that memory format.
@@ -655,7 +676,7 @@ def warm(
 
     Args:
         names: Models of the zoo.
-        dtypes: Dtypes of their weights and input.
+        dtypes: Dtypes of their products; with half precision as by autocast, weights are float32.
         batch: Images.
         capability: Compute capability of the GPU, 90 for 9.0.
         channels_last: Whether images and model are in that memory format.

@@ -540,8 +540,8 @@ def _choice(kernel: str, half: bool, width: int, queries: int, window: int) -> T
     choices = CHOICES[90]  # other devices take the same until something is measured there
     tile = choices[kernel, half, min(w for k, f, w in choices if (k, f) == (kernel, half) and w >= width)]
     size = min(tile.queries, power_of_two(queries))
-    fewest = 1 if width <= 64 else 2  # else what a warp holds would spill
-    warps = tile.warps if kernel == "key" else max(fewest, tile.warps * size // tile.queries)
+    share = {"forward": 1, "query": 2}.get(kernel, 4) * tile.warps * size // tile.queries  # fewer would spill
+    warps = min(tile.warps, max(1 if kernel == "forward" and width <= 64 else 2, share))
     tile = tile._replace(queries=size, warps=warps)
     if -(-window // 8) % 2 == 1 and tile.cols == 16:  # half as many columns, twice as many rows: fewer past the window
         return tile._replace(rows=2 * tile.rows, cols=8)
@@ -654,6 +654,7 @@ def kernel_backward(
                 dq_ptr=dq,
                 dtable_ptr=dtables,
                 **_sizes(tile),
+                **(all_registers(tile.warps) if tile.queries < 64 else {}),
             )
             _halo_bwd_key_kernel[(keys,)](**shared, dk_ptr=dk, dv_ptr=dv, BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, **sizes)
     drows, dcols = dtables.sum(0).unbind(0)
