@@ -494,7 +494,7 @@ def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
         )
     if rows > MAX_ROWS:
         return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}"
-    if power_of_two(rows) * power_of_two(q.shape[4]) > MAX_TABLE:
+    if q.shape[4] > MAX_TABLE // power_of_two(rows):
         return f"the kernels take tables with up to {MAX_TABLE} numbers in use, not {rows} rows of {q.shape[4]}"
     return ""
 

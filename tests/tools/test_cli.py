@@ -79,7 +79,7 @@ def test_unknown_command(capsys):
         (["bench", "test_litv2", "--size", "1", "--threads", "1"], "with --size 1: got a 1x1 map to merge"),
         (["bench", "test_litv2", "--reparam", "--threads", "1"], "cannot build 'test_litv2'"),
         (["bench", "test_litv2", "--device", "meta"], "'meta' holds no values"),
-        (["bench"], "give the name of a model"),
+        (["bench"], "give the name of one model"),
         (["models", "--json"], "unrecognized arguments: --json"),
         (["env", "now"], "unrecognized arguments: now"),
         (["models", "nothing*"], "no model of the zoo matches 'nothing*'"),
