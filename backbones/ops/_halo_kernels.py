@@ -640,7 +640,7 @@ def kernel_backward(
             "lse_ptr": lse,
             "dout_ptr": dout,
             "delta_ptr": delta,
-            "grow_ptr": gradient_scale(dout) if dout.dtype == torch.float16 else lse,
+            "grow_ptr": gradient_scale(dout),
         }
         sizes = {**_sizes(key_tile), **all_registers(key_tile.warps)}
         BLOCK_Y, BLOCK_X = sizes.pop("ROWS"), sizes.pop("COLS")

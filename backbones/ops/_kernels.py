@@ -39,10 +39,10 @@ def gradient_scale(dout: Tensor) -> Tensor:
     """Power of two by which float16 gradients of logits are multiplied before their products: ``[1]`` float32.
 
     It brings the largest entry of the output's gradient near 1, so that small ones do not vanish in the range of
-    float16.  Other dtypes have that of float32: 1.
+    float16.  Other dtypes have that of float32, so their kernels read nothing: empty.
     """
     if dout.dtype != torch.float16 or dout.numel() == 0:
-        return torch.ones(1, dtype=torch.float32, device=dout.device)
+        return torch.empty(0, dtype=torch.float32, device=dout.device)
     exponent = torch.frexp(dout.abs().amax().float()).exponent  # 0 for 0, infinity and NaN
     return torch.ldexp(torch.ones(1, dtype=torch.float32, device=dout.device), -exponent)
 

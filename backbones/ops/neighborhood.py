@@ -527,8 +527,9 @@ def _(dout, q, k, v, rpb, out, lse, kernel_size, stride, dilation, scale, triton
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, rpb, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, rpb, *output)
-    ctx.mark_non_differentiable(output[1])
+    out, lse = output
+    ctx.save_for_backward(q, k, v, rpb, out if ctx.arguments[-1] else lse, lse)  # only kernels need the output
+    ctx.mark_non_differentiable(lse)
 
 
 def _differentiate(ctx, dout, _):
