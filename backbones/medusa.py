@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .layers.build import build
 from .layers.checks import check_counts, check_positions, checked, need
+from .layers.resampling import resize_smoothly
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
 
@@ -43,7 +44,7 @@ def body_image(x: Tensor, size: int, given: Tensor | None = None) -> Tensor:
     if given is not None:
         return given
     gray = x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    gray = F.interpolate(gray, size=[size, size], mode="bilinear", align_corners=False, antialias=True)
+    gray = resize_smoothly(gray, size, size)
     gray = gray - gray.mean((2, 3), keepdim=True)
     deviation = torch.linalg.vector_norm(gray, 2.0, (2, 3), True) / size  # its gradient for a constant image is 0
     return (gray / (deviation + 1e-6)).to(x.dtype)
@@ -53,7 +54,7 @@ def body_image(x: Tensor, size: int, given: Tensor | None = None) -> Tensor:
 def resize_map(x: Tensor, height: int, width: int) -> Tensor:
     """Resize the global map ``[B, 1, H, W]`` to a stage, in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # antialiasing knows no half precision on a CPU
-    return F.interpolate(wide, size=[height, width], mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+    return resize_smoothly(wide, height, width).to(x.dtype)
 
 
 def _double_conv(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:

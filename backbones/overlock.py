@@ -22,7 +22,6 @@ from timm.layers import (
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_device_dtype,
-    register_notrace_function,
     trunc_normal_,
 )
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
@@ -47,6 +46,7 @@ from .layers.contmix import (
     shrink,
 )
 from .layers.plain import project
+from .layers.resampling import resize
 
 __all__ = ["OverLoCK"]
 
@@ -294,12 +294,6 @@ def _pointwise(dim: int, out_dim: int, **dd: Any) -> nn.Conv2d:
 
 def _classifier(layer: Callable[..., nn.Module], dim: int, num_classes: int, **dd: Any) -> nn.Module:
     return layer(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-
-
-@register_notrace_function
-def resize_to(x: Tensor, like: Tensor) -> Tensor:
-    """Resize a map to the height and width of another."""
-    return F.interpolate(x, size=[like.shape[2], like.shape[3]], mode="bilinear", align_corners=False)
 
 
 class OverLoCK(nn.Module):
@@ -572,7 +566,7 @@ class OverLoCK(nn.Module):
                 self.high_level_proj(overview) if torch.jit.is_scripting() else project(self.high_level_proj, overview)
             )
             if self.sub_blocks3 is not None:
-                prior = resize_to(context, base)
+                prior = resize(context, base.shape[2], base.shape[3])
                 x = self.sub_blocks3(torch.cat([base, prior], dim=1), prior)
                 levels.append(x)
             if last >= 3:  # noqa: SIM102 - TorchScript decides the inner condition before it compiles

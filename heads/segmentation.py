@@ -19,6 +19,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from vizoo.backbones.layers.checks import ANY, checked, need
+from vizoo.backbones.layers.resampling import RegionPool
 
 from .checkpoints import convert_checkpoint, read_checkpoint
 from .features import FeatureLevels
@@ -136,9 +137,7 @@ class PPM(nn.ModuleList):
     """
 
     def __init__(self, in_channels: int, channels: int, scales: Sequence[int]) -> None:
-        super().__init__(
-            nn.Sequential(nn.AdaptiveAvgPool2d(s), conv_norm_relu(in_channels, channels, 1)) for s in scales
-        )
+        super().__init__(nn.Sequential(RegionPool(s), conv_norm_relu(in_channels, channels, 1)) for s in scales)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map ``[B, in_channels, H, W]`` to one ``[B, channels, H, W]`` for each scale."""

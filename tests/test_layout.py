@@ -16,20 +16,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
-HEADS_SEE = {"torch", "torchvision", "timm", "numpy", "sklearn", "vizoo.heads", f"{LAYERS}.checks"}
+HEADS_SEE = {
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "sklearn",
+    "vizoo.heads",
+    f"{LAYERS}.checks",
+    f"{LAYERS}.resampling",
+}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
-# ContMix is built on the weighted sum; kernels of halo and neighbourhood attention fill files of their own
-_PLUMBING = (
-    "_backend",
-    "_cost",
-    "_derivative",
-    "_halo_kernels",
-    "_kernels",
-    "_neighborhood_kernels",
-    "attention",
-    "na2d_av",
-)
-PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
+# ContMix is built on the weighted sum; kernels of some operators fill files of their own
+PLUMBING = {f"{OPS}.{name}" for name in ("_backend", "_cost", "_derivative", "_operator", "attention", "na2d_av")}
+PLUMBING |= {f"{OPS}.{path.stem}" for path in (ROOT / "backbones/ops").glob("_*kernels.py")}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}

@@ -281,7 +281,8 @@ def launches(
         An operator, the arguments of a call, and what it launches.
     """
     import torch
-    from torch._library.custom_ops import OPDEFS
+
+    from vizoo.backbones.ops._operator import BODIES
 
     kind = getattr(torch, dtype)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -290,7 +291,7 @@ def launches(
     if channels_last:
         model = model.to(memory_format=memory_format)
     for operator, args in _operator_calls(model, x, kind):
-        body = OPDEFS[operator._schema.name]._init_fn  # on meta tensors the operator itself only answers with shapes
+        body = BODIES[operator._schema.name]  # on meta tensors the operator itself only answers with shapes
         with compiling(capability) as found, torch.no_grad():
             body(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
         if found:

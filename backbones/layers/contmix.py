@@ -9,15 +9,15 @@ from timm.layers import (
     LayerNorm2d,
     register_notrace_function,
     register_notrace_module,
-    to_2tuple,
     trunc_normal_,
 )
 from torch import Tensor, nn
 
-from ..ops._backend import on_kernel_device, plain_only, use_onednn
+from ..ops._backend import on_kernel_device, plain_only, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, working_size
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
+from .resampling import RegionPool, region_mean, resize
 
 __all__ = ["ContMixBlock"]
 
@@ -54,6 +54,13 @@ def _infers(x: Tensor) -> bool:
     if not torch.jit.is_scripting():
         return not torch.is_grad_enabled() and not plain_only()
     return not x.requires_grad
+
+
+def _merges(x: Tensor) -> bool:
+    """Whether parallel convolutions run as one: in inference by oneDNN and on a GPU, where they are bound by memory."""
+    if on_kernel_device(x):
+        return not torch.is_grad_enabled() and not plain_only()
+    return use_onednn(x, x)
 
 
 @register_notrace_module  # picks its path by the device of its input
@@ -142,11 +149,14 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        wide = x if x.dtype == torch.float64 else x.float()  # the norm of a large map overflows float16
+        dtype = torch.promote_types(x.dtype, torch.float32)  # the norm of a large map overflows float16
         if _infers(x):  # up to 10 times faster on channels-last maps, but without a gradient at zero
-            norm = wide.square().sum(dim=(2, 3), keepdim=True).sqrt()
+            norm = x.to(dtype).square().sum(dim=(2, 3), keepdim=True).sqrt()
+        elif torch.jit.is_scripting():
+            norm = torch.linalg.vector_norm(x.to(dtype), dim=(2, 3), keepdim=True)
         else:
-            norm = torch.linalg.vector_norm(wide, dim=(2, 3), keepdim=True)
+            with without_autocast(x):  # which would copy the map to float32
+                norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
         factor = self.gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
         return torch.addcmul(self.beta.to(x.dtype), x, factor.to(x.dtype))
 
@@ -262,28 +272,6 @@ class SqueezeExcite(nn.Module):
         return x * self.proj(x)
 
 
-@register_notrace_module  # picks its form by the size of its input
-class RegionPool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling that exports for any size, which PyTorch's does not in ONNX."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to ``[B, C, *output_size]``."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if isinstance(x.shape[2], torch.SymInt) or isinstance(x.shape[3], torch.SymInt):
-                rows, cols = to_2tuple(self.output_size)
-                return region_means(x, 2, rows) @ x @ region_means(x, 3, cols).t()
-        return F.adaptive_avg_pool2d(x, self.output_size)
-
-
-def region_means(x: Tensor, axis: int, regions: int) -> Tensor:
-    """Weights ``[regions, L]`` of adaptive average pooling along an axis of length ``L``."""
-    L, region = x.shape[axis], torch.arange(regions, device=x.device).unsqueeze(1)
-    position = torch.arange(L, device=x.device)
-    first, last = region * L // regions, ((region + 1) * L + regions - 1) // regions
-    inside = (position >= first) & (position < last)
-    return (inside / (last - first)).to(x.dtype)
-
-
 def merge_branches(
     kernel_size: int, branches: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]
 ) -> tuple[Tensor, Tensor]:
@@ -296,16 +284,17 @@ def merge_branches(
     Returns:
         ``(kernel, bias)`` of shapes ``[C, 1, K, K]`` and ``[C]``, in float32 or in float64 if the kernels are.
     """
-    dilations = (1, *(dilation for _, dilation in BRANCHES[kernel_size]))
-    dtype = torch.promote_types(branches[0][0].dtype, torch.float32)
-    weight = branches[0][0].new_zeros(branches[0][0].shape, dtype=dtype)
-    bias = weight.new_zeros(weight.shape[0])
-    for (kernel, gamma, beta, mean, variance, eps), dilation in zip(branches, dilations, strict=True):
-        scale = gamma.to(dtype) / (variance.to(dtype) + eps).sqrt()
-        pad = (kernel_size - dilation * (kernel.shape[2] - 1) - 1) // 2
+    kernels, gammas, betas, means, variances, epsilons = (list(column) for column in zip(*branches, strict=True))
+    dtype = torch.promote_types(kernels[0].dtype, torch.float32)
+    # a GPU is kept waiting by many small kernels, so that the norms of all branches are one tensor [branches, C]
+    gamma, beta, mean, variance = (torch.stack(norms).to(dtype) for norms in (gammas, betas, means, variances))
+    scale = gamma / torch.stack(torch._foreach_add(list(variance), epsilons)).sqrt()
+    bias = (beta - mean * scale).sum(0)
+    weight = kernels[0].to(dtype) * scale[0].reshape(-1, 1, 1, 1)
+    for kernel, factor, (size, dilation) in zip(kernels[1:], scale[1:], BRANCHES[kernel_size], strict=True):
+        pad = (kernel_size - dilation * (size - 1) - 1) // 2
         taps = slice(pad, kernel_size - pad, dilation)
-        weight[:, :, taps, taps] += kernel.to(dtype) * scale.reshape(-1, 1, 1, 1)
-        bias += beta.to(dtype) - mean.to(dtype) * scale
+        weight[:, :, taps, taps].addcmul_(kernel.to(dtype), factor.reshape(-1, 1, 1, 1))
     return weight, bias
 
 
@@ -396,7 +385,7 @@ class DilatedReparamBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, x) and self.mergeable():
+            if _merges(x) and self.mergeable():
                 weight, bias = self.kernel()
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
                 padding = [weight.shape[2] // 2, weight.shape[3] // 2]
@@ -418,7 +407,7 @@ def enlarge(x: Tensor, kernel_size: int) -> Tensor:
     if kernel_size <= H and kernel_size <= W:  # min() would bind exported programs to one orientation
         return x
     h, w = working_size(H, W, kernel_size)
-    return F.interpolate(x, size=[h, w], mode="bilinear", align_corners=False)
+    return resize(x, h, w)
 
 
 @register_notrace_function
@@ -427,7 +416,7 @@ def shrink(x: Tensor, like: Tensor) -> Tensor:
     H, W = like.shape[2], like.shape[3]
     if x.shape[2] == H and x.shape[3] == W:
         return x
-    return F.adaptive_avg_pool2d(x, (H, W))
+    return region_mean(x, H, W)
 
 
 @register_notrace_function

@@ -32,6 +32,7 @@ from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._halo_kernels import kernel_backward, kernel_forward, kernel_limits
+from ._operator import operator
 
 CHUNK = 1 << 18  # scores that the chunked form works on at once for each thread: 1 MiB, the cache of a core
 
@@ -329,7 +330,7 @@ def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Ten
     return dq[:, :H, :W].contiguous(), dk, dv, *(dtables * chunks.rel_scale).chunk(2)
 
 
-@torch.library.custom_op("vizoo::halo_attention", mutates_args=())
+@operator
 def _halo_attention(
     q: Tensor,
     k: Tensor,
@@ -354,14 +355,14 @@ def _halo_attention(
     return out, out.new_empty(0), out.new_empty(0, dtype=torch.float32)
 
 
-@_halo_attention.register_fake
+@torch.library.register_fake("vizoo::halo_attention")
 def _(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel, kernel, train):
     out = v.new_empty(*q.shape[:4], v.shape[4])
     rest = v.new_empty(out.shape if kernel and train and v.dtype != torch.float32 else 0)
     return out, rest, q.new_empty(q.shape[:4] if kernel else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("vizoo::halo_attention_backward", mutates_args=())
+@operator
 def _halo_attention_backward(
     dout: Tensor,
     out: Tensor,
@@ -392,7 +393,7 @@ def _halo_attention_backward(
     return dq, dk, dv, drows.to(height_rel.dtype), dcols.to(width_rel.dtype)
 
 
-@_halo_attention_backward.register_fake
+@torch.library.register_fake("vizoo::halo_attention_backward")
 def _(dout, out, rest, lse, q, k, v, height_rel, width_rel, *args):
     return tuple(t.new_empty(t.shape) for t in (q, k, v, height_rel, width_rel))
 
@@ -413,7 +414,7 @@ def _differentiate(ctx, dout, *_):
     return *_halo_attention_backward(dout, out, rest, lse, *tensors, *ctx.sizes), *[None] * (len(ctx.sizes) + 1)
 
 
-_halo_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::halo_attention", _differentiate, setup_context=_save)
 
 
 def _scores(q, k, block_size, halo_size, stride) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_aut
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import gradient_scale, power_of_two, product_precision
+from ._operator import operator
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
 EAGER_SCORES = 2**19  # up to here inference is as fast in plain operators, without the call of an operator
@@ -593,7 +594,7 @@ def _triton_backward(
     return dq, dk, du
 
 
-@torch.library.custom_op("vizoo::reversed_attention", mutates_args=())
+@operator
 def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
     """Output, and the log-sum of each sender's scores ``[B, h, N]`` that the kernels keep, else empty."""
     if form == "triton":
@@ -603,14 +604,14 @@ def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str
     return out.contiguous(), q.new_empty(0, dtype=torch.float32)
 
 
-@_reversed_attention.register_fake
+@torch.library.register_fake("vizoo::reversed_attention")
 def _(q, k, u, scale, form):
     if form == "triton":
         return _tokens_first(u), q.new_empty(q.shape[:3], dtype=torch.float32)
     return torch.empty_like(u, memory_format=torch.contiguous_format), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("vizoo::reversed_attention_backward", mutates_args=())
+@operator
 def _reversed_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, lse: Tensor, scale: float, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -625,7 +626,7 @@ def _reversed_attention_backward(
     return dq, dk, du
 
 
-@_reversed_attention_backward.register_fake
+@torch.library.register_fake("vizoo::reversed_attention_backward")
 def _(dout, q, k, u, lse, scale, form):
     if form == "triton":
         return tuple(_tokens_first(t) for t in (q, k, u))
@@ -647,7 +648,7 @@ def _differentiate(ctx, dout, _):
     return *_reversed_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.form), None, None
 
 
-_reversed_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::reversed_attention", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::reversed_attention", torch.ops.vizoo.reversed_attention)
