@@ -1,8 +1,9 @@
 """``vizoo bench --suite gpu``: tests, operators and models on a GPU in one command, row by row on the disk.
 
 Sections follow each other: the tests, while further processes compile what is measured later; the environment;
-operators in every form; models; where their time goes; compiled models.  A child process measures one job at a time.
-Where it crashes or hangs, that job is recorded as failed and a fresh process goes on with the next.
+operators in every form; models; a few images at a time, where the host is the limit, against a CUDA graph; where the
+models' time goes; compiled models; what one model reaches of another's speed.  A child process measures one job at a
+time.  Where it crashes or hangs, that job is recorded as failed and a fresh process goes on with the next.
 """
 
 from __future__ import annotations
@@ -28,39 +29,56 @@ from typing import IO, Any
 
 from vizoo.tools.common import MARK, Failure, UserError, check_output, read_text, short
 
-SECTIONS = {"tests": 0.24, "env": 0.03, "ops": 0.25, "models": 0.22, "profile": 0.03, "compile": 0.23}  # of the time
+# shares of the time
+SECTIONS = {"tests": 0.22, "env": 0.03, "ops": 0.24, "models": 0.2, "graphs": 0.06, "profile": 0.03, "compile": 0.22}
 BUDGET = 460.0  # seconds: within eight minutes
-START, MOST = 60.0, {"env": 40.0, "ops": 40.0, "models": 40.0, "profile": 20.0, "compile": 120.0}  # seconds of a job
+START, MOST = (
+    60.0,
+    {"env": 40.0, "ops": 40.0, "models": 40.0, "graphs": 40.0, "profile": 20.0, "compile": 120.0},
+)  # seconds of a job
 WARMERS = 4  # processes that compile; each holds a model in the GPU's memory
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("section", "item", "dtype", "form", "batch", "mode")  # of a job
 MODELS = {  # name: batch, modes beside inference and training
     "nat_tiny": (128, "train plain"),
     "swin_tiny_patch4_window7_224": (128,),
-    "litv2_s": (128, "train plain"),
+    "overlock_t": (128, "train plain", "infer merged"),
     "convnext_tiny": (128, "infer channels_last", "train channels_last"),
-    "halo_h1": (128, "train plain", "infer channels_last", "train channels_last"),
+    "vit_base_patch16_224_tcpa": (64,),
+    "vit_base_patch16_224": (64,),
+    "mobilenetv2_100_ulsam_r13_14_16_17_g4": (128, "train plain", "infer channels_last"),
+    "mobilenetv2_100": (128, "infer channels_last"),
+    "halo_h1": (128, "train plain"),
     "halonet26t": (128, "infer channels_last", "train channels_last"),
+    "litv2_s": (128, "train plain"),
     "dependencyvit_small": (128, "train plain"),
     "vit_small_patch16_224": (128,),
     "resnet50": (128, "infer channels_last", "train channels_last"),
-    "overlock_t": (64, "train plain", "infer channels_last", "infer merged"),
     "dinat_tiny": (128,),
-    "vit_base_patch16_224": (64,),
-    "vit_base_patch16_224_tcpa": (64,),
     "ninformer_small_patch16_224": (128,),
-    "mobilenetv2_100_ulsam_r13_14_16_17_g4": (128, "train plain", "infer channels_last"),
     "medusa_resnet50": (16, "infer channels_last"),
     "oat_base": (16,),
     "halo_h4": (32,),
 }
-UNCOMPILED = 11  # models after these many are measured eagerly only
+UNCOMPILED = 12  # models after these many are measured eagerly only
 PROFILED = 8
+FEW = 8  # images, of which a GPU makes so little work that the host may be the limit
+FEW_MODELS = ("nat_tiny", "overlock_t", "halo_h1", "vit_base_patch16_224_tcpa", "litv2_s", "dependencyvit_small")
 DRY_MODELS: dict[str, tuple[Any, ...]] = {
     "test_nat": (2, "train plain"),
     "test_overlock": (2, "infer channels_last", "infer merged"),
     "test_resnet": (2,),
 }
+# by whether the run is dry: models and the share of another one's speed that they aim at, both compiled
+SHARES = {
+    False: {
+        ("overlock_t", "convnext_tiny"): 0.5,
+        ("vit_base_patch16_224_tcpa", "vit_base_patch16_224"): 0.85,
+        ("mobilenetv2_100_ulsam_r13_14_16_17_g4", "mobilenetv2_100"): 0.95,
+    },
+    True: {("test_overlock", "test_nat"): 0.5},
+}
+GRAPH_SHARE = 1 / 1.3  # of the images a second of a CUDA graph, for a few images
 
 
 class Record:
@@ -72,7 +90,8 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.start = time.monotonic()
-        self.failed = self.rows = 0
+        self.failed = 0
+        self.rows: list[dict[str, Any]] = []
         old = path.read_bytes() if path.exists() else b""
         whole = old.rfind(b"\n") + 1  # a run that was killed while writing leaves a part of a row
         self.file = path.open("ab")
@@ -84,7 +103,7 @@ class Record:
         self.file.write(json.dumps(row).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.rows += 1
+        self.rows.append(row)
         self.failed += "failed" in row
         print(line(row), flush=True)
 
@@ -101,6 +120,7 @@ def line(row: dict[str, Any]) -> str:
         "both_ms": "ms both",
         "images_per_s": "images/s",
         "share": "of the floor",
+        "ratio": "times as fast",
         "total_us": "us",
     }
     shown += [f"{row[k]:.4g} {unit}" for k, unit in units.items() if row.get(k) is not None]
@@ -252,7 +272,7 @@ def plan(dry: bool, only: str = "") -> dict[str, list[dict[str, Any]]]:
                 wrong = dry and (form == "triton") != (dtype == "float32")
                 if form not in absent and not wrong and not (costly and dtype == "float32"):
                     ops.append({"item": case.name, "dtype": dtype, "form": form})
-    models, compiled, profiled = [], [], []
+    models, compiled, profiled, graphs = [], [], [], []
     for i, (name, (batch, *modes)) in enumerate((DRY_MODELS if dry else MODELS).items()):
         job = {"item": name, "batch": batch}
         models += [{**job, "mode": mode} for mode in ("infer", "train", *modes)]
@@ -260,9 +280,44 @@ def plan(dry: bool, only: str = "") -> dict[str, list[dict[str, Any]]]:
             compiled += [{**job, "mode": f"{mode} compiled"} for mode in ("infer", "train")]
         if i < (1 if dry else PROFILED):
             profiled.append({**job, "mode": "infer"})
-    found = {"ops": ops, "models": models, "profile": profiled, "compile": compiled[: 2 if dry else None]}
+    for i, name in enumerate(list(DRY_MODELS)[:1] if dry else FEW_MODELS):
+        graphs += [{"item": name, "batch": FEW, "mode": mode} for mode in ("infer", "infer graph")]
+        if i < 2 and not dry:
+            compiled += [
+                {"item": name, "batch": FEW, "mode": f"{mode} compiled reduce-overhead"} for mode in ("infer", "train")
+            ]
+    found = {"ops": ops, "models": models, "graphs": graphs, "profile": profiled}
+    found["compile"] = compiled[: 4 if dry else None]
     chosen = {k: [{"section": k, **job} for job in jobs if only in job["item"]] for k, jobs in found.items()}
     return {"env": [{"section": "env", "item": "environment"}], **chosen}
+
+
+def shares(rows: Sequence[dict[str, Any]], dry: bool) -> Iterator[dict[str, Any]]:
+    """How fast compiled models are beside others of the same run, and calls of few images beside their CUDA graphs.
+
+    Args:
+        rows: Rows of the run.
+        dry: Whether it was a dry run.
+
+    Yields:
+        Rows with ``ratio``, of the images a second, and ``least``, the ratio that is aimed at.
+    """
+    speed = {(row["item"], row["batch"], row["mode"]): row["images_per_s"] for row in rows if "images_per_s" in row}
+    for item, batch, mode in speed:
+        pairs = [((item, batch, f"{mode} graph"), GRAPH_SHARE)]
+        if mode in ("infer compiled", "train compiled"):
+            pairs += [((other, batch, mode), least) for (ours, other), least in SHARES[dry].items() if ours == item]
+        for theirs, least in pairs:
+            if theirs in speed:
+                row = {
+                    "section": "shares",
+                    "item": item,
+                    "batch": batch,
+                    "mode": mode,
+                    "beside": f"{theirs[0]} {theirs[2]}",
+                }
+                ratio = speed[item, batch, mode] / speed[theirs]
+                yield {**row, "ratio": ratio, "least": least, "summary": f"beside {row['beside']}, aim {least:.2f}"}
 
 
 def floor_of(row: dict[str, Any], peaks: dict[str, Any]) -> dict[str, Any]:
@@ -414,7 +469,9 @@ def run(args: argparse.Namespace) -> int:
             later = [job for s in sections if s in ("ops", "compile") for job in jobs[s] if needs_compiler(job)]
             with warming(later[:1] if args.dry else later, mode, until):
                 run_tests(record, args.dry, until)
-        failed = f"{record.failed} of {record.rows - 1} rows failed"
+        for row in shares(record.rows, args.dry):
+            record.write(row)
+        failed = f"{record.failed} of {len(record.rows) - 1} rows failed"
         record.write({"section": "end", "summary": failed, "failures": record.failed})
     if record.failed:
         raise Failure(f"{failed}; {short(str(args.out))} says why")

@@ -206,7 +206,8 @@ class Child:
         call: Any = model
         if "compiled" in words:
             torch._dynamo.reset()
-            call = torch.compile(model, backend="inductor" if self.cuda else "eager")
+            mode = "reduce-overhead" if "reduce-overhead" in words and self.cuda else None
+            call = torch.compile(model, backend="inductor" if self.cuda else "eager", mode=mode)
         autocast = functools.partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
 
         def infer() -> Any:
@@ -220,28 +221,53 @@ class Child:
         def step() -> None:
             with autocast():
                 out = call(x)
-            first = next(t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
             optimizer.zero_grad(set_to_none=True)
-            first.float().square().mean().backward()
+            _first(out).float().square().mean().backward()
             optimizer.step()
 
         return model, x, step
 
+    def _recorded(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """A call as a CUDA graph, which is replayed without the host's work; the call itself in a dry run."""
+        if not self.cuda:
+            return call
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what libraries do once, and may not do while a graph is recorded
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return out
+
+        return replay
+
     def models(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Images a second and peak memory of one model in one mode."""
+        """Images a second and peak memory of one model in one mode; of a CUDA graph also that it gives the same."""
         model, x, call = self._model(job)
         start = time.perf_counter()
-        call()
+        out = call()
         self._wait()
         row: dict[str, Any] = {"first_s": time.perf_counter() - start, "size": list(x.shape[-2:])}
         if job.get("warm"):
             return {}
+        if "graph" in job["mode"].split():
+            call = self._recorded(call)
+            row["error"] = _error(_first(call()), _first(out).double())
+            if not row["error"] <= TOLERANCE["bfloat16"]:
+                return {**row, "failed": f"the CUDA graph's outputs differ by more than {TOLERANCE['bfloat16']:g}"}
+        del out
         call()  # an optimizer's state and second compilations belong to no measurement
         seconds = back_to_back(call, self.device, 0.1) if self.cuda else self.milliseconds(call) / 1e3
         memory = self._memory(call, model, [x])
         return {**row, "ms": 1e3 * seconds, "images_per_s": len(x) / seconds, "peak_bytes": memory and memory.peak}
 
-    compile = models  # the same measurement, in a section of its own: it needs the most time
+    graphs = compile = models  # the same measurement in sections of their own
 
     def profile(self, job: dict[str, Any]) -> dict[str, Any]:
         """Kernels of one forward pass that take the most time."""
@@ -273,6 +299,10 @@ def _leaves(inputs: Sequence[Any]) -> list[Tensor]:
 
 def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
     return (t for t in inputs if isinstance(t, Tensor))
+
+
+def _first(outputs: Any) -> Tensor:
+    return next(t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor))
 
 
 def _error(x: Tensor | None, reference: Tensor) -> float:

@@ -75,7 +75,7 @@ def test_dry_run(tmp_path, capsys):
     assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--budget", "400"]) == 0
     start, *rows, end = rows_of(out)
     assert (start["section"], start["dry"], end["failures"]) == ("start", True, 0)
-    assert list(dict.fromkeys(row["section"] for row in rows)) == list(_gpu_suite.SECTIONS)
+    assert list(dict.fromkeys(row["section"] for row in rows)) == [*_gpu_suite.SECTIONS, "shares"]
     assert not [row for row in rows if "failed" in row or "left_out" in row]
     (env,) = (row for row in rows if row["section"] == "env")
     assert env["torch"] == torch.__version__
@@ -92,8 +92,18 @@ def test_dry_run(tmp_path, capsys):
         if row["section"] == "ops":
             assert min(row[k] for k in ("forward_ms", "both_ms", "host_us", "floor_ms", "share", "bytes", "flops")) > 0
             assert row["form"] == "plain sdpa" or row["error"] <= bench.TOLERANCE[row["dtype"]]
-        if row["section"] in ("models", "compile"):
+        if row["section"] in ("models", "graphs", "compile"):
             assert row["images_per_s"] > 0
+    speed = {(row["item"], row["batch"], row["mode"]): row["images_per_s"] for row in rows if "images_per_s" in row}
+    beside = {(row["item"], row["mode"]): row for row in rows if row["section"] == "shares"}
+    assert set(beside) == {
+        ("test_nat", "infer"),
+        ("test_overlock", "infer compiled"),
+        ("test_overlock", "train compiled"),
+    }
+    assert beside["test_nat", "infer"]["ratio"] == speed["test_nat", 8, "infer"] / speed["test_nat", 8, "infer graph"]
+    ratio = speed["test_overlock", 2, "infer compiled"] / speed["test_nat", 2, "infer compiled"]
+    assert beside["test_overlock", "infer compiled"]["ratio"] == ratio
     shown = capsys.readouterr().out
     assert shown.count("\n") == len(rows) + 2
     assert "images/s" in shown
