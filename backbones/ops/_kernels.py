@@ -47,14 +47,43 @@ def gradient_scale(dout: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(1, dtype=torch.float32, device=dout.device), -exponent)
 
 
+def tokens_first(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty ``[B, h, N, d]`` in the memory order ``[B, N, h, d]``, which the next linear layer takes as it is."""
+    B, h, N, D = like.shape
+    return torch.empty((B, N, h, D), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+
+
+def in_order(t: Tensor) -> Tensor:
+    """``[B, h, N, d]`` in the memory order of :func:`tokens_first`."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[B, h, N, d]`` as kernels take them: equal strides, channels next to each other."""
+    strides = {t.stride() for t in tensors}
+    return tensors if len(strides) == 1 and tensors[0].stride(3) == 1 else tuple(in_order(t) for t in tensors)
+
+
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    LOG2E = tl.constexpr(1.4426950408889634)
 
     def index_type(*tensors: Tensor) -> Any:
         """Type of offsets inside one image: 32 bits, and 64 only where an image of one of the tensors needs it."""
         spans = (sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
         return tl.int64 if max(spans) >= 2**31 - 2**16 else tl.int32
+
+    @triton.jit
+    def load_gradient_scale(ptr, dtype: tl.constexpr):
+        """What :func:`gradient_scale` gave, where gradients of logits are products' inputs in ``dtype``."""
+        return tl.load(ptr) if dtype == tl.float16 else 1.0
+
+    @triton.jit
+    def inner_products(a, b, PRECISION: tl.constexpr):
+        """Of the vectors of two tiles: ``[len(a), len(b)]``."""
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
     @triton.jit
     def load_vectors(ptr, offset, mask, C: tl.constexpr, CP: tl.constexpr):
