@@ -87,11 +87,13 @@ if HAS_TRITON:
 
     @triton.jit
     def load_vectors(ptr, offset, mask, C: tl.constexpr, CP: tl.constexpr):
-        """Vectors of ``C`` channels at the offsets ``[n]``: ``[n, CP]``, zero where masked and past ``C``."""
+        """Vectors of ``C`` channels at the offsets ``[n]``: ``[n, CP]``, zero past ``C`` and where masked."""
         c = tl.arange(0, CP)
-        if C == CP:
-            return tl.load(ptr + (offset[:, None] + c[None, :]), mask=mask[:, None], other=0.0)
-        return tl.load(ptr + (offset[:, None] + c[None, :]), mask=mask[:, None] & (c < C)[None, :], other=0.0)
+        p = ptr + (offset[:, None] + c[None, :])
+        if mask is None:
+            return tl.load(p) if C == CP else tl.load(p, mask=(c < C)[None, :], other=0.0)
+        else:
+            return tl.load(p, mask=mask[:, None] if C == CP else mask[:, None] & (c < C)[None, :], other=0.0)
 
     @triton.jit
     def store_vectors(ptr, offset, value, mask, C: tl.constexpr, CP: tl.constexpr):

@@ -86,7 +86,7 @@ if HAS_TRITON:
     from ._kernels import LOG2E, index_type, inner_products, load_gradient_scale, load_vectors, store_vectors
 
     # one compilation serves all: nothing is faster where one is 1 or divisible by 16
-    _COUNTS = ("h", "N", "P", "M", "B", "images")
+    _COUNTS = ("h", "N", "P", "M", "B", "W", "rows", "images")
 
     def _jit(function):
         return triton.jit(function, do_not_specialize=[n for n in _COUNTS if n in function.__code__.co_varnames])
@@ -103,7 +103,10 @@ if HAS_TRITON:
     # instructions without a spill in the machine code for sm_90, not of least measured time
     CHOICES = {
         90: {
-            "half": {128: {"fwd": Tile(64, 64, 4, 2), "query": Tile(64, 64, 4, 2), "key": Tile(64, 64, 4, 2)}},
+            "half": {
+                64: {"fwd": Tile(64, 64, 4, 2), "query": Tile(64, 64, 4, 2), "key": Tile(32, 64, 4, 2)},
+                128: {"fwd": Tile(64, 32, 4, 2), "query": Tile(64, 32, 4, 2), "key": Tile(16, 64, 4, 2)},
+            },
             "tf32": {128: {"fwd": Tile(32, 32, 4, 1), "query": Tile(32, 32, 4, 1), "key": Tile(32, 32, 4, 1)}},
             "ieee": {128: {"fwd": Tile(32, 32, 4, 1), "query": Tile(32, 32, 4, 1), "key": Tile(32, 32, 4, 1)}},
         }
@@ -111,32 +114,49 @@ if HAS_TRITON:
 
     @triton.jit
     def _tile(h, N, TILE: tl.constexpr):
-        """Image (int64), head, and tokens of the program's tile; the tiles of a head are neighbours."""
+        """Image (int64), head, and first token of the program's tile; the tiles of a head are neighbours."""
         tiles = tl.cdiv(N, TILE)
         pid = tl.program_id(0)
-        return (pid // tiles // h).to(tl.int64), pid // tiles % h, pid % tiles * TILE + tl.arange(0, TILE)
+        return (pid // tiles // h).to(tl.int64), pid // tiles % h, pid % tiles * TILE
 
     @triton.jit
-    def _joint(token_ptr, prompt_ptr, token, prompt, tail, rest, j, D: tl.constexpr, DP: tl.constexpr):
-        """Vectors of the last tokens, then of the prompts, at these offsets."""
-        return load_vectors(token_ptr, token, j < tail, D, DP) + load_vectors(
-            prompt_ptr, prompt, (j >= tail) & (j < rest), D, DP
+    def _joint(prompt_ptr, token_ptr, prompt, token, j, P, rest, D: tl.constexpr, DP: tl.constexpr):
+        """Vectors of the prompts, then of the last tokens, at these offsets."""
+        return load_vectors(prompt_ptr, prompt, j < P, D, DP) + load_vectors(
+            token_ptr, token, (j >= P) & (j < rest), D, DP
         )
 
     @triton.jit
-    def _kept(chosen_ptr, i, j, tail, N, P, INDEX: tl.constexpr):
-        """Which of the joint keys ``j`` the tokens ``i`` keep: tokens, and the prompts that are chosen."""
-        place = (i.to(INDEX) * P)[:, None] + (j - tail)[None, :]
-        prompt = (i < N)[:, None] & ((j >= tail) & (j < tail + P))[None, :]
-        return tl.load(chosen_ptr + place, mask=prompt, other=0).to(tl.int1) | (j < tail)[None, :]
+    def _word(kept_ptr, i, first, N, W, INDEX: tl.constexpr):
+        """Bits of 32 joint keys for the tokens ``i``; past the last word there are tokens, which all are kept."""
+        return tl.load(kept_ptr + i.to(INDEX) * W + first // 32, mask=(i < N) & (first // 32 < W), other=-1)
 
     @triton.jit
-    def _online(s, peak, total):
+    def _bits(kept_ptr, i, first, N, W, INDEX: tl.constexpr, BLOCK_J: tl.constexpr):
+        """Words ``[tokens, 1]``, or ``[tokens, keys]`` where they differ, and the bit of each key ``[1, keys]``."""
+        c = first + tl.arange(0, BLOCK_J)[None, :]
+        word = _word(kept_ptr, i, first, N, W, INDEX)[:, None]
+        if BLOCK_J > 32:
+            word = tl.where(c < first + 32, word, _word(kept_ptr, i, first + 32, N, W, INDEX)[:, None])
+        return word, 1 << (c % 32)
+
+    @triton.jit
+    def _online(s, unit, peak, total):
         """Weights over the new peak, what the old sums shrink by, the new peak and total of the softmax."""
         higher = tl.maximum(peak, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(peak - higher)
+        p = tl.exp2(s * unit - (higher * unit)[:, None])
+        shrink = tl.exp2((peak - higher) * unit)
         return p, shrink, higher, total * shrink + tl.sum(p, 1)
+
+    @_jit
+    def _prompt_pack_kernel(chosen_ptr, kept_ptr, rows, P, W, ROWS: tl.constexpr):
+        """Bits of what each token keeps, 32 in a word; those past the last prompt are of tokens, and set."""
+        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        j = tl.program_id(1) * 32 + tl.arange(0, 32)
+        place = i.to(tl.int64)[:, None] * P + j[None, :]
+        chosen = tl.load(chosen_ptr + place, mask=(i < rows)[:, None] & (j < P)[None, :], other=1)
+        word = tl.sum(chosen.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+        tl.store(kept_ptr + i.to(tl.int64) * W + tl.program_id(1), word, mask=i < rows)
 
     @_jit
     def _prompt_fwd_kernel(
@@ -145,12 +165,13 @@ if HAS_TRITON:
         v_ptr,
         k_prompt_ptr,
         v_prompt_ptr,
-        chosen_ptr,
+        kept_ptr,
         out_ptr,
         lse_ptr,
         h,
         N,
         P,
+        W,
         stride_qb,
         stride_qh,
         stride_qn,
@@ -165,36 +186,38 @@ if HAS_TRITON:
         BLOCK_I: tl.constexpr,
         BLOCK_J: tl.constexpr,
     ):
-        image, head, i = _tile(h, N, BLOCK_I)
+        image, head, first = _tile(h, N, BLOCK_I)
+        i = first + tl.arange(0, BLOCK_I)
         place = image * stride_qb + head.to(INDEX) * stride_qh
         k_ptr += place
         v_ptr += place
         q = load_vectors(q_ptr + place, i.to(INDEX) * stride_qn, i < N, D, DP)
+        unit = scale * LOG2E  # of the products: positive, so that the largest stays the largest
         peak = tl.full((BLOCK_I,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_I,), tl.float32)
         acc = tl.zeros((BLOCK_I, DP), tl.float32)
         tail = N % BLOCK_J
         for start in range(0, N - tail, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, j < N, D, DP)
-            v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, j < N, D, DP)
-            s = inner_products(q, k, PRECISION) * (scale * LOG2E)
-            p, shrink, peak, total = _online(s, peak, total)
+            k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, None, D, DP)
+            v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, None, D, DP)
+            p, shrink, peak, total = _online(inner_products(q, k, PRECISION), unit, peak, total)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         place = image * stride_pb + head.to(INDEX) * stride_ph
         rest = tail + P
         for start in range(0, rest, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            token, prompt = (N - tail + j).to(INDEX) * stride_qn, (j - tail).to(INDEX) * stride_pn
-            k = _joint(k_ptr, k_prompt_ptr + place, token, prompt, tail, rest, j, D, DP)
-            v = _joint(v_ptr, v_prompt_ptr + place, token, prompt, tail, rest, j, D, DP)
-            s = inner_products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
-            p, shrink, peak, total = _online(s, peak, total)
-            p = tl.where(_kept(chosen_ptr + image * N * P, i, j, tail, N, P, INDEX), p, 0.0)
+            prompt, token = j.to(INDEX) * stride_pn, (N - rest + j).to(INDEX) * stride_qn
+            k = _joint(k_prompt_ptr + place, k_ptr, prompt, token, j, P, rest, D, DP)
+            v = _joint(v_prompt_ptr + place, v_ptr, prompt, token, j, P, rest, D, DP)
+            s = inner_products(q, k, PRECISION) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
+            p, shrink, peak, total = _online(s, unit, peak, total)
+            word, bit = _bits(kept_ptr + image * N * W, i, start, N, W, INDEX, BLOCK_J)
+            p = tl.where((word & bit) != 0, p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         acc *= (1 / total)[:, None]
         store_vectors(out_ptr + (image * N * h + head) * D, i.to(INDEX) * (h * D), acc, i < N, D, DP)
-        tl.store(lse_ptr + (image * h + head) * N + i, peak + tl.log2(total), mask=i < N)
+        tl.store(lse_ptr + (image * h + head) * N + i, peak * unit + tl.log2(total), mask=i < N)
 
     @_jit
     def _prompt_bwd_query_kernel(
@@ -203,7 +226,7 @@ if HAS_TRITON:
         v_ptr,
         k_prompt_ptr,
         v_prompt_ptr,
-        chosen_ptr,
+        kept_ptr,
         out_ptr,
         lse_ptr,
         dout_ptr,
@@ -213,6 +236,7 @@ if HAS_TRITON:
         h,
         N,
         P,
+        W,
         stride_qb,
         stride_qh,
         stride_qn,
@@ -228,7 +252,8 @@ if HAS_TRITON:
         BLOCK_J: tl.constexpr,
     ):
         """Gradient of the queries, and ``delta`` for the keys' kernel: the mean gradient of each token's logits."""
-        image, head, i = _tile(h, N, BLOCK_I)
+        image, head, first = _tile(h, N, BLOCK_I)
+        i = first + tl.arange(0, BLOCK_I)
         place = image * stride_qb + head.to(INDEX) * stride_qh
         k_ptr += place
         v_ptr += place
@@ -246,8 +271,8 @@ if HAS_TRITON:
         tail = N % BLOCK_J
         for start in range(0, N - tail, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, j < N, D, DP)
-            v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, j < N, D, DP)
+            k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, None, D, DP)
+            v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, None, D, DP)
             p = tl.exp2(inner_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
             ds = p * (inner_products(dout, v, PRECISION) * grad_scale - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -255,13 +280,13 @@ if HAS_TRITON:
         rest = tail + P
         for start in range(0, rest, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            token, prompt = (N - tail + j).to(INDEX) * stride_qn, (j - tail).to(INDEX) * stride_pn
-            k = _joint(k_ptr, k_prompt_ptr + place, token, prompt, tail, rest, j, D, DP)
-            v = _joint(v_ptr, v_prompt_ptr + place, token, prompt, tail, rest, j, D, DP)
+            prompt, token = j.to(INDEX) * stride_pn, (N - rest + j).to(INDEX) * stride_qn
+            k = _joint(k_prompt_ptr + place, k_ptr, prompt, token, j, P, rest, D, DP)
+            v = _joint(v_prompt_ptr + place, v_ptr, prompt, token, j, P, rest, D, DP)
             s = inner_products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
             p = tl.exp2(s - lse[:, None])
-            kept = _kept(chosen_ptr + image * N * P, i, j, tail, N, P, INDEX)
-            dp = tl.where(kept, inner_products(dout, v, PRECISION) * grad_scale, 0.0)
+            word, bit = _bits(kept_ptr + image * N * W, i, start, N, W, INDEX, BLOCK_J)
+            dp = tl.where((word & bit) != 0, inner_products(dout, v, PRECISION) * grad_scale, 0.0)
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
         dq *= scale / grad_scale
         store_vectors(dq_ptr + out_place, i.to(INDEX) * (h * D), dq, i < N, D, DP)
@@ -271,7 +296,7 @@ if HAS_TRITON:
         q_ptr,
         k_ptr,
         v_ptr,
-        chosen_ptr,
+        kept_ptr,
         lse_ptr,
         dout_ptr,
         grad_scale_ptr,
@@ -282,6 +307,7 @@ if HAS_TRITON:
         h,
         N,
         M,
+        W,
         images,
         stride_qb,
         stride_qh,
@@ -299,7 +325,8 @@ if HAS_TRITON:
         BLOCK_J: tl.constexpr,
     ):
         """Gradients of a tile of ``M`` keys, tokens or prompts, and of their values, from the tokens of ``images``."""
-        share, head, j = _tile(h, M, BLOCK_J)
+        share, head, first = _tile(h, M, BLOCK_J)
+        j = first + tl.arange(0, BLOCK_J)
         place = share * stride_kb + head.to(INDEX) * stride_kh
         k = load_vectors(k_ptr + place, j.to(INDEX) * stride_kn, j < M, D, DP)
         v = load_vectors(v_ptr + place, j.to(INDEX) * stride_kn, j < M, D, DP)
@@ -320,8 +347,8 @@ if HAS_TRITON:
                 dp = inner_products(v, dout, PRECISION) * grad_scale
                 kept = p
                 if PROMPTS:
-                    choice = chosen_ptr + image * N * M + ((i.to(INDEX) * M)[None, :] + j[:, None])
-                    chosen = tl.load(choice, mask=(i < N)[None, :] & (j < M)[:, None], other=0).to(tl.int1)
+                    word, bit = _bits(kept_ptr + image * N * W, i, first, N, W, INDEX, BLOCK_J)
+                    chosen = (tl.trans(word) & tl.trans(bit)) != 0
                     kept, dp = tl.where(chosen, p, 0.0), tl.where(chosen, dp, 0.0)
                 dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
@@ -361,27 +388,32 @@ def _launch(kernel, name: str, programs: int, tokens: int, pointers: tuple[Tenso
 
 
 def _ordered(
-    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor
 ) -> tuple[tuple[Tensor, ...], dict[str, int]]:
     """The inputs as the kernels take them, and the number of prompts with their strides."""
     k_prompt, v_prompt = same_strides(k_prompt, v_prompt)
     batch, heads, tokens, _ = k_prompt.stride()
     strides = {"stride_pb": batch if k_prompt.shape[0] > 1 else 0, "stride_ph": heads, "stride_pn": tokens}
-    return (*same_strides(q, k, v), k_prompt, v_prompt, chosen.contiguous()), {"P": k_prompt.shape[2], **strides}
+    return (*same_strides(q, k, v), k_prompt, v_prompt), {"P": k_prompt.shape[2], **strides}
 
 
-def _kernel_forward(*inputs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _kernel_forward(*inputs: Tensor, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     tensors, prompts = _ordered(*inputs)
     B, h, N, _ = tensors[0].shape
-    out, lse = tokens_first(tensors[0]), torch.empty(B, h, N, dtype=torch.float32, device=tensors[0].device)
+    out, lse, kept = _empty_outputs(tensors[0], chosen)
+    W = kept.shape[2]
     with on_device(out):
-        _launch(_prompt_fwd_kernel, "fwd", B * h, N, (*tensors, out, lse), scale, **prompts)
-    return out, lse
+        rows = {"rows": B * N, "P": chosen.shape[2], "W": W, "ROWS": 64}
+        _prompt_pack_kernel[triton.cdiv(B * N, 64), W](chosen.contiguous(), kept, **rows)
+        _launch(_prompt_fwd_kernel, "fwd", B * h, N, (*tensors, kept, out, lse), scale, **prompts, W=W)
+    return out, lse, kept
 
 
-def _kernel_backward(dout: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _kernel_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, kept: Tensor, *inputs: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     tensors, prompts = _ordered(*inputs)
-    q, k, v, k_prompt, v_prompt, chosen = tensors
+    q, k, v, k_prompt, v_prompt = tensors
     B, h, N, _ = q.shape
     P, own = k_prompt.shape[2], k_prompt.shape[0]
     dout, grad_scale, delta = in_order(dout), gradient_scale(dout), torch.empty_like(lse)
@@ -391,19 +423,21 @@ def _kernel_backward(dout: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, sc
         images = triton.cdiv(B, triton.cdiv(PROGRAMS, h * triton.cdiv(P, _choice(q, "key").keys)))
         shares = k_prompt.expand(triton.cdiv(B, images), -1, -1, -1)
         dprompts = [tokens_first(shares, torch.float32) for _ in range(2)]
+    W = kept.shape[2]
     with on_device(q):
-        pointers = *tensors, out, lse, dout, grad_scale, delta, dq
-        _launch(_prompt_bwd_query_kernel, "query", B * h, N, pointers, scale, **prompts)
+        pointers = *tensors, kept, out, lse, dout, grad_scale, delta, dq
+        _launch(_prompt_bwd_query_kernel, "query", B * h, N, pointers, scale, **prompts, W=W)
         for keys, values, grads, shared, count in ((k, v, (dk, dv), 1, N), (k_prompt, v_prompt, dprompts, images, P)):
             _launch(
                 _prompt_bwd_key_kernel,
                 "key",
                 grads[0].shape[0] * h,
                 count,
-                (q, keys, values, chosen, lse, dout, grad_scale, delta, *grads),
+                (q, keys, values, kept, lse, dout, grad_scale, delta, *grads),
                 scale,
                 B=B,
                 M=count,
+                W=W,
                 images=shared,
                 stride_kb=prompts["stride_pb"] if keys is k_prompt else keys.stride(0),
                 stride_kh=keys.stride(1),
@@ -415,17 +449,23 @@ def _kernel_backward(dout: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, sc
     return dq, dk, dv, *dprompts
 
 
+def _empty_outputs(q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, P = chosen.shape
+    kept = q.new_empty(B, N, (P + 31) // 32, dtype=torch.int32)
+    return tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32), kept
+
+
 @torch.library.custom_op("vizoo::prompt_attention", mutates_args=())
 def _prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output, and the log-sum of each token's logits ``[B, h, N]`` in base 2."""
-    return _kernel_forward(q, k, v, k_prompt, v_prompt, chosen, scale=scale)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, the log-sum of each token's logits ``[B, h, N]`` in base 2, and ``chosen`` as bits ``[B, N, P / 32]``."""
+    return _kernel_forward(q, k, v, k_prompt, v_prompt, chosen=chosen, scale=scale)
 
 
 @_prompt_attention.register_fake
 def _(q, k, v, k_prompt, v_prompt, chosen, scale):
-    return tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_outputs(q, chosen)
 
 
 @torch.library.custom_op("vizoo::prompt_attention_backward", mutates_args=())
@@ -433,37 +473,37 @@ def _prompt_attention_backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     k_prompt: Tensor,
     v_prompt: Tensor,
-    chosen: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernel_backward(dout, out, lse, q, k, v, k_prompt, v_prompt, chosen, scale=scale)
+    return _kernel_backward(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale=scale)
 
 
 @_prompt_attention_backward.register_fake
-def _(dout, out, lse, q, k, v, k_prompt, v_prompt, chosen, scale):
+def _(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale):
     return tuple(tokens_first(t) for t in (q, k, v, k_prompt, v_prompt))
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dout, _):
-    *tensors, out, lse = ctx.saved_tensors
+def _differentiate(ctx, dout, *_):
+    *results, q, k, v, k_prompt, v_prompt, chosen = ctx.saved_tensors
+    tensors = q, k, v, k_prompt, v_prompt
     if torch.is_grad_enabled():  # create_graph=True
-        *tensors, chosen = tensors
+        form = partial(reference_prompt_attention, chosen=chosen, scale=ctx.scale)
         with without_autocast(dout):
-            form = partial(reference_prompt_attention, chosen=chosen, scale=ctx.scale)
             gradients = plain_gradients(form, tensors, dout, ctx.needs_input_grad[:5])
         return *gradients, None, None
-    return *_prompt_attention_backward(dout, out, lse, *tensors, ctx.scale), None, None
+    return *_prompt_attention_backward(dout, *results, *tensors, ctx.scale), None, None
 
 
 _prompt_attention.register_autograd(_differentiate, setup_context=_save)
@@ -477,7 +517,7 @@ def _(q, k, v, k_prompt, *rest, out=None) -> Cost:
 
 
 @register_cost("vizoo::prompt_attention_backward", torch.ops.vizoo.prompt_attention_backward)
-def _(dout, o, lse, q, k, v, k_prompt, *rest, out=None) -> Cost:
+def _(dout, o, lse, kept, q, k, v, k_prompt, *rest, out=None) -> Cost:
     B, h, N, D = q  # the gradients' products; the recomputed weights are not counted, so that no path counts more
     scores = B * h * N * (N + k_prompt[2])
     return Cost(macs=4 * scores * D, other=5 * scores)
@@ -508,8 +548,8 @@ def prompt_attention(
         chosen: ``[B, N, P]``, True where a token keeps a prompt.
         scale: Factor of the logits.
         drop: Dropout rate of the weights.
-        backend: ``"torch"``, ``"triton"`` (no dropout, no float64, ``d <= 128``), or ``"auto"``: Triton where it can
-            run.
+        backend: ``"torch"``, ``"triton"`` (``scale > 0``, no dropout, no float64, ``d`` a multiple of 16 up to 128), or
+            ``"auto"``: Triton where it can run.
 
     Returns:
         ``[B, h, N, d]``.
@@ -518,18 +558,21 @@ def prompt_attention(
         ValueError: If ``backend`` is unknown or cannot run.
     """
     if not torch.jit.is_scripting():
-        if use_triton(backend, v, _kernel_limits(v, drop)) and not plain_only() and v.numel() > 0:
+        kernels = use_triton(backend, v, _kernel_limits(v, scale, drop))
+        if kernels and not plain_only() and v.numel() > 0:
             tensors = [t.to(v.dtype) for t in (q, k, v, k_prompt, v_prompt)]  # autocast norms queries in float32
             return _prompt_attention(*tensors, chosen, scale)[0]
     return _fused_form(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
 
 
-def _kernel_limits(v: Tensor, drop: float) -> str:
+def _kernel_limits(v: Tensor, scale: float, drop: float) -> str:
     """What the Triton kernels cannot do with these values; empty if nothing."""
+    if scale <= 0:
+        return f"the kernels take positive scales, not {scale}"
     if drop > 0:
         return "the kernels have no dropout"
     if v.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {v.dtype}"
-    if v.shape[3] > MAX_HEAD_SIZE:
-        return f"the kernels take up to {MAX_HEAD_SIZE} channels per head, not {v.shape[3]}"
+    if v.shape[3] > MAX_HEAD_SIZE or v.shape[3] % 16 != 0:
+        return f"the kernels take 16 channels per head, 32 and so on up to {MAX_HEAD_SIZE}, not {v.shape[3]}"
     return ""
