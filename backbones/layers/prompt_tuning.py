@@ -22,6 +22,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
 from ..ops.prompt_attention import prompt_attention, reference_prompt_attention
+from ..ops.prompt_match import Pool, kernel_takes, prompt_match
 from .checks import NATURAL, checked, need
 
 __all__ = [
@@ -134,7 +135,8 @@ class TCPA(nn.Module):
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
+        if torch.is_grad_enabled():
+            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
         out = out.unsqueeze(0)
         if self.training and self.prompt_drop > 0.0:
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
@@ -170,6 +172,13 @@ class TCPA(nn.Module):
         Returns:
             ``[B, N, P]``, True where taken, and the matching loss of the block, 0 by role only.
         """
+        if not torch.jit.is_scripting() and not self.role_only and not (self.training and self.random_match):
+            keys = (self.image_keys,) if self.cls_keys is None else (self.cls_keys, self.image_keys)
+            if kernel_takes(x, keys, self.num_prefix):
+                cls_pool, pool = Pool(0, 0, 0), Pool(keys[-1].shape[0], self.image_topk, self.image_prompts.shape[1])
+                if self.cls_prompts is not None:
+                    cls_pool = Pool(keys[0].shape[0], self.cls_topk, self.cls_prompts.shape[1])
+                return prompt_match(x, self.cls_keys, self.image_keys, self.num_prefix, cls_pool, pool)
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         loss = torch.zeros([], device=x.device)
         if self.role_only:
