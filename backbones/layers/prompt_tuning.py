@@ -5,18 +5,10 @@ https://arxiv.org/abs/2505.02406.  Official code, without licence: github.com/zh
 "Visual Prompt Tuning", M. Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119.  VFPT: "Visual Fourier Prompt
 Tuning", R. Zeng et al., NeurIPS 2024, https://arxiv.org/abs/2411.01327.
 
-TCPA's prompts are keys and values only, fresh in every block: queries come from the tokens, the softmax runs over all
-tokens and prompts, and then each token keeps the prompts chosen for it alone, without renormalisation:
-
-    out = softmax(q [k; k_p]^T) * [1; chosen] [v; v_p]
-
-The fused form moves the factor ``chosen`` into the logits, where ``-inf`` takes an unchosen prompt away from numerator
-and denominator alike, and adds one sink key with the value 0 and the logit ``logsumexp(q k_p^T)`` over the unchosen
-prompts, which brings the denominator back: the same numbers on ``scaled_dot_product_attention``.
+TCPA's prompts are keys and values only, fresh in every block: see :mod:`vizoo.backbones.ops.prompt_attention`.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript
@@ -29,7 +21,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from ..ops.attention import attention
+from ..ops.prompt_attention import prompt_attention, reference_prompt_attention
+from ..ops.prompt_match import Pool, kernel_takes, prompt_match
 from .checks import NATURAL, checked, need
 
 __all__ = [
@@ -46,61 +39,6 @@ __all__ = [
 
 TOPK = 10  # the paper's number of prompts for each token
 POOLS = ("token", "avg", "max", "avgmax", "map", "prr", "")  # of timm's VisionTransformer
-
-
-def reference_prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, drop: float = 0.0
-) -> Tensor:
-    """Attention to tokens and prompts whose weights of unchosen prompts are dropped after the softmax; in words.
-
-    Args:
-        q: Queries ``[B, h, N, d]``.
-        k: Keys of the tokens ``[B, h, N, d]``.
-        v: Values of the tokens, likewise.
-        k_prompt: Keys of the prompts ``[B or 1, h, P, d]``.
-        v_prompt: Values of the prompts, likewise.
-        chosen: ``[B, N, P]``, True where a token keeps a prompt.
-        scale: Factor of the logits.
-        drop: Dropout rate of the weights.
-
-    Returns:
-        ``[B, h, N, d]``.
-    """
-    n = k.shape[2]
-    q = q * scale
-    weight = torch.cat([q @ k.transpose(-2, -1), q @ k_prompt.transpose(-2, -1)], -1).softmax(-1)
-    if drop > 0.0:  # even a rate of 0 draws, which vmap refuses
-        weight = F.dropout(weight, drop)
-    return weight[..., :n] @ v + (weight[..., n:] * chosen.unsqueeze(1)) @ v_prompt
-
-
-def prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, drop: float = 0.0
-) -> Tensor:
-    """:func:`reference_prompt_attention` on ``scaled_dot_product_attention``, with an unchosen prompt for each token.
-
-    Args:
-        q: Queries ``[B, h, N, d]``.
-        k: Keys of the tokens ``[B, h, N, d]``.
-        v: Values of the tokens, likewise.
-        k_prompt: Keys of the prompts ``[B or 1, h, P, d]``.
-        v_prompt: Values of the prompts, likewise.
-        chosen: ``[B, N, P]``, True where a token keeps a prompt.
-        scale: Factor of the logits.
-        drop: Dropout rate of the weights.
-
-    Returns:
-        ``[B, h, N, d]``.
-    """
-    batch, heads, n, _ = k.shape
-    chosen = chosen.unsqueeze(1)
-    logits = ((q * scale) @ k_prompt.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    sink = torch.logsumexp(logits.masked_fill(chosen, -math.inf), -1, keepdim=True).to(q.dtype)
-    left_out = torch.zeros_like(chosen, dtype=q.dtype).masked_fill(~chosen, -math.inf).expand(-1, heads, -1, -1)
-    bias = F.pad(torch.cat([left_out, sink], -1), [n, 0])  # 0 for tokens
-    k = F.pad(torch.cat([k, k_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
-    v = F.pad(torch.cat([v, v_prompt.expand(batch, -1, -1, -1)], 2), [0, 0, 0, 1])
-    return attention(q, k, v, bias, drop, scale)
 
 
 def fourier_prompts(prompts: Tensor) -> Tensor:
@@ -197,7 +135,8 @@ class TCPA(nn.Module):
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
+        if torch.is_grad_enabled():
+            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
         out = out.unsqueeze(0)
         if self.training and self.prompt_drop > 0.0:
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
@@ -233,6 +172,13 @@ class TCPA(nn.Module):
         Returns:
             ``[B, N, P]``, True where taken, and the matching loss of the block, 0 by role only.
         """
+        if not torch.jit.is_scripting() and not self.role_only and not (self.training and self.random_match):
+            keys = (self.image_keys,) if self.cls_keys is None else (self.cls_keys, self.image_keys)
+            if kernel_takes(x, keys, self.num_prefix):
+                cls_pool, pool = Pool(0, 0, 0), Pool(keys[-1].shape[0], self.image_topk, self.image_prompts.shape[1])
+                if self.cls_prompts is not None:
+                    cls_pool = Pool(keys[0].shape[0], self.cls_topk, self.cls_prompts.shape[1])
+                return prompt_match(x, self.cls_keys, self.image_keys, self.num_prefix, cls_pool, pool)
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         loss = torch.zeros([], device=x.device)
         if self.role_only:

@@ -27,11 +27,10 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import index_type, load_vectors, store_vectors
+    from ._kernels import LOG2E, index_type, load_vectors, store_vectors
 
     OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
     UNIT = tl.constexpr(64.0)  # entry of one-hot matrices; terms are divided by it, for the range of float16
-    LOG2E = tl.constexpr(1.4426950408889634)
     _COUNTS = ("heads", "H", "W", "QH", "QW", "nh", "nw")  # 1 or a multiple of 16 is no reason to compile
 
     def _jit(function):

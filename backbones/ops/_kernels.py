@@ -47,9 +47,28 @@ def gradient_scale(dout: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(1, dtype=torch.float32, device=dout.device), -exponent)
 
 
+def tokens_first(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty ``[B, h, N, d]`` in the memory order ``[B, N, h, d]``, which the next linear layer takes as it is."""
+    B, h, N, D = like.shape
+    return torch.empty((B, N, h, D), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
+
+
+def in_order(t: Tensor) -> Tensor:
+    """``[B, h, N, d]`` in the memory order of :func:`tokens_first`."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[B, h, N, d]`` as kernels take them: equal strides, channels next to each other."""
+    strides = {t.stride() for t in tensors}
+    return tensors if len(strides) == 1 and tensors[0].stride(3) == 1 else tuple(in_order(t) for t in tensors)
+
+
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    LOG2E = tl.constexpr(1.4426950408889634)
 
     def index_type(*tensors: Tensor) -> Any:
         """Type of offsets inside one image: 32 bits, and 64 only where an image of one of the tensors needs it."""
@@ -57,12 +76,24 @@ if HAS_TRITON:
         return tl.int64 if max(spans) >= 2**31 - 2**16 else tl.int32
 
     @triton.jit
+    def load_gradient_scale(ptr, dtype: tl.constexpr):
+        """What :func:`gradient_scale` gave, where gradients of logits are products' inputs in ``dtype``."""
+        return tl.load(ptr) if dtype == tl.float16 else 1.0
+
+    @triton.jit
+    def inner_products(a, b, PRECISION: tl.constexpr):
+        """Of the vectors of two tiles: ``[len(a), len(b)]``."""
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+    @triton.jit
     def load_vectors(ptr, offset, mask, C: tl.constexpr, CP: tl.constexpr):
-        """Vectors of ``C`` channels at the offsets ``[n]``: ``[n, CP]``, zero where masked and past ``C``."""
+        """Vectors of ``C`` channels at the offsets ``[n]``: ``[n, CP]``, zero past ``C`` and where masked."""
         c = tl.arange(0, CP)
-        if C == CP:
-            return tl.load(ptr + (offset[:, None] + c[None, :]), mask=mask[:, None], other=0.0)
-        return tl.load(ptr + (offset[:, None] + c[None, :]), mask=mask[:, None] & (c < C)[None, :], other=0.0)
+        p = ptr + (offset[:, None] + c[None, :])
+        if mask is None:
+            return tl.load(p) if C == CP else tl.load(p, mask=(c < C)[None, :], other=0.0)
+        else:
+            return tl.load(p, mask=mask[:, None] if C == CP else mask[:, None] & (c < C)[None, :], other=0.0)
 
     @triton.jit
     def store_vectors(ptr, offset, value, mask, C: tl.constexpr, CP: tl.constexpr):

@@ -32,7 +32,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import gradient_scale, power_of_two, product_precision
+from ._kernels import gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
 from ._operator import operator
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
@@ -196,9 +196,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import index_type, load_vectors, store_vectors
+    from ._kernels import LOG2E, index_type, inner_products, load_gradient_scale, load_vectors, store_vectors
 
-    LOG2E = tl.constexpr(1.4426950408889634)
     _COUNTS = ["h", "N"]  # one compilation serves all: nothing is faster where one is 1 or divisible by 16
 
     class Tile(NamedTuple):
@@ -221,28 +220,18 @@ if HAS_TRITON:
     }
 
     @triton.jit
-    def _products(a, b, PRECISION: tl.constexpr):
-        """Inner products of the tokens of two tiles: ``[len(a), len(b)]``."""
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
-
-    @triton.jit
     def _sender_products(q, k, PRECISION: tl.constexpr):
         """The same in loops over ``k``: the compiler keeps all of a first factor in registers, too many in float32."""
         if PRECISION == "ieee" and q.dtype == tl.float32:
-            return tl.trans(_products(k, q, PRECISION))
+            return tl.trans(inner_products(k, q, PRECISION))
         else:
-            return _products(q, k, PRECISION)
+            return inner_products(q, k, PRECISION)
 
     @triton.jit
     def _places(head, h, N, stride_qb, stride_qh, D: tl.constexpr, INDEX: tl.constexpr):
         """Where a head of ``q`` and ``k``, and of tensors in the order ``[B, N, h, d]``, begins."""
         image, head = (head // h).to(tl.int64), head % h
         return image * stride_qb + head.to(INDEX) * stride_qh, image * N * h * D + head * D
-
-    @triton.jit
-    def _range(grad_scale_ptr, dtype: tl.constexpr):
-        """Factor that keeps gradients of scores in the range of ``dtype``, in which their products are done."""
-        return tl.load(grad_scale_ptr) if dtype == tl.float16 else 1.0
 
     @triton.jit(do_not_specialize=_COUNTS)
     def _rows_fwd_kernel(
@@ -276,7 +265,7 @@ if HAS_TRITON:
             i = start + tl.arange(0, BLOCK_I)
             q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
             u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
-            s = _products(q, k, PRECISION) * (scale * LOG2E) + beyond[None, :]  # sender, receiver
+            s = inner_products(q, k, PRECISION) * (scale * LOG2E) + beyond[None, :]  # sender, receiver
             peak = tl.max(s, 1)
             p = tl.exp2(s - peak[:, None])
             total = tl.sum(p, 1)
@@ -317,15 +306,15 @@ if HAS_TRITON:
         k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
         dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
         dk = tl.zeros((NP, DP), tl.float32)
-        grad_scale = _range(grad_scale_ptr, k.dtype)
+        grad_scale = load_gradient_scale(grad_scale_ptr, k.dtype)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
             q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
             u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
             lse = tl.load(lse_ptr + i, mask=i < N, other=0.0) * LOG2E
-            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
+            p = tl.exp2(inner_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
             p = tl.where((j < N)[:, None], p, 0.0)
-            dp = _products(dout, u, PRECISION)
+            dp = inner_products(dout, u, PRECISION)
             ds = (p * (dp * grad_scale - (tl.sum(p * dp, 0) * grad_scale)[None, :])).to(k.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
             du = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision=PRECISION)
@@ -363,7 +352,7 @@ if HAS_TRITON:
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
-            s = _products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < N, 0.0, float("-inf"))[None, :]
+            s = inner_products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < N, 0.0, float("-inf"))[None, :]
             higher = tl.maximum(peak, tl.max(s, 1))
             total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
             peak = higher
@@ -402,7 +391,7 @@ if HAS_TRITON:
             q = load_vectors(q_ptr + q_head, i.to(INDEX) * stride_qn, i < N, D, DP)
             u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
             lse = tl.load(lse_ptr + i, mask=i < N, other=0.0) * LOG2E
-            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
+            p = tl.exp2(inner_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
             acc = tl.dot(p.to(u.dtype), u, acc, input_precision=PRECISION)
         store_vectors(out_ptr + u_head, j.to(INDEX) * stride_un, acc, j < N, D, DP)
 
@@ -450,7 +439,7 @@ if HAS_TRITON:
         delta = tl.sum(u * du, 1)
         store_vectors(du_ptr + u_head, i.to(INDEX) * stride_un, du, i < N, D, DP)
         tl.store(delta_ptr + entry + i, delta, mask=i < N)
-        grad_scale = _range(grad_scale_ptr, q.dtype)
+        grad_scale = load_gradient_scale(grad_scale_ptr, q.dtype)
         dq = tl.zeros((BLOCK_I, DP), tl.float32)
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
@@ -495,7 +484,7 @@ if HAS_TRITON:
         j = tl.program_id(0) % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
         k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
         dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
-        grad_scale = _range(grad_scale_ptr, k.dtype)
+        grad_scale = load_gradient_scale(grad_scale_ptr, k.dtype)
         dk = tl.zeros((BLOCK_J, DP), tl.float32)
         for start in range(0, N, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
@@ -503,27 +492,12 @@ if HAS_TRITON:
             u = load_vectors(u_ptr + u_head, i.to(INDEX) * stride_un, i < N, D, DP)
             lse = tl.load(lse_ptr + entry + i, mask=i < N, other=0.0) * LOG2E
             delta = tl.load(delta_ptr + entry + i, mask=i < N, other=0.0)
-            p = tl.exp2(_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
-            dp = _products(dout, u, PRECISION)
+            p = tl.exp2(inner_products(k, q, PRECISION) * (scale * LOG2E) - lse[None, :])  # receiver, sender
+            dp = inner_products(dout, u, PRECISION)
             ds = (p * (dp * grad_scale - (delta * grad_scale)[None, :])).to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         dk *= scale / grad_scale
         store_vectors(dk_ptr + u_head, j.to(INDEX) * stride_un, dk, j < N, D, DP)
-
-
-def _tokens_first(like: Tensor) -> Tensor:
-    """Empty ``[B, h, N, d]`` in the memory order ``[B, N, h, d]``, which the next linear layer takes as it is."""
-    B, h, N, D = like.shape
-    return torch.empty((B, N, h, D), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
-def _in_order(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _same_strides(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """``q`` and ``k`` as the kernels take them: equal strides, channels next to each other."""
-    return (q, k) if q.stride() == k.stride() and q.stride(3) == 1 else (_in_order(q), _in_order(k))
 
 
 def _rows(q: Tensor) -> bool:
@@ -566,8 +540,8 @@ def _launch(kernel, pointers: tuple[Tensor, ...], scale: float) -> None:
 
 
 def _triton_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    (q, k), u = _same_strides(q, k), _in_order(u)
-    out = _tokens_first(u)
+    (q, k), u = same_strides(q, k), in_order(u)
+    out = tokens_first(u)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on_device(q):
         if _rows(q):
@@ -581,8 +555,8 @@ def _triton_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> tuple[Tens
 def _triton_backward(
     dout: Tensor, q: Tensor, k: Tensor, u: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (q, k), u, dout = _same_strides(q, k), _in_order(u), _in_order(dout)
-    dq, dk, du = (_tokens_first(t) for t in (q, k, u))
+    (q, k), u, dout = same_strides(q, k), in_order(u), in_order(dout)
+    dq, dk, du = (tokens_first(t) for t in (q, k, u))
     inputs = q, k, u, dout, lse, gradient_scale(dout)
     with on_device(q):
         if _rows(q):
@@ -607,7 +581,7 @@ def _reversed_attention(q: Tensor, k: Tensor, u: Tensor, scale: float, form: str
 @torch.library.register_fake("vizoo::reversed_attention")
 def _(q, k, u, scale, form):
     if form == "triton":
-        return _tokens_first(u), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return tokens_first(u), q.new_empty(q.shape[:3], dtype=torch.float32)
     return torch.empty_like(u, memory_format=torch.contiguous_format), q.new_empty(0, dtype=torch.float32)
 
 
@@ -629,7 +603,7 @@ def _reversed_attention_backward(
 @torch.library.register_fake("vizoo::reversed_attention_backward")
 def _(dout, q, k, u, lse, scale, form):
     if form == "triton":
-        return tuple(_tokens_first(t) for t in (q, k, u))
+        return tuple(tokens_first(t) for t in (q, k, u))
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, u))
 
 

@@ -1,0 +1,185 @@
+"""Which prompts a token takes: those whose keys are nearest to it by cosine (TCPA), in one pass over the tokens.
+
+Prefix tokens choose among the class prompts, patch tokens among the image prompts.  ``TCPA.nearest`` has the same in
+PyTorch's own operators, with gradients: a dozen passes over tokens or cosines for each pool.  The Triton kernel here
+is for inference, where the matching loss has no gradient.  Of equal cosines it takes the first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backend import HAS_TRITON, on_device, plain_only, use_triton
+from ._cost import Cost, register_cost
+from ._kernels import power_of_two, product_precision
+
+MAX_POOL = 128  # prompts of a pool: a token's cosines stay in registers
+
+
+class Pool(NamedTuple):
+    """Prompts of one kind: how many there are, how many each token takes, and positions of each."""
+
+    size: int
+    topk: int
+    length: int
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    # By compute capability: tokens and channels at a time, warps and stages; from the machine code for sm_90 (no spill,
+    # enough programs for every multiprocessor), not from measured times
+    CHOICES = {90: (64, 64, 4, 3)}
+
+    @triton.jit(do_not_specialize=["B", "N", "prefix", "cls_pool", "cls_topk", "cls_length", "pool", "topk", "length"])
+    def _prompt_match_kernel(
+        x_ptr,
+        cls_keys_ptr,
+        keys_ptr,
+        chosen_ptr,
+        loss_ptr,
+        B,
+        N,
+        prefix,
+        cls_pool,
+        cls_topk,
+        cls_length,
+        pool,
+        topk,
+        length,
+        stride_xb,
+        stride_xn,
+        D: tl.constexpr,
+        KP: tl.constexpr,
+        OTHERS: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        """Choice of a tile of prefix tokens, or of patch tokens, of all images; and its share of the matching loss."""
+        program, programs = tl.program_id(0), tl.cdiv(B * prefix, BLOCK_I)
+        cls_columns, columns = cls_pool * cls_length, pool * length
+        is_prefix = program < programs
+        program -= tl.where(is_prefix, 0, programs)
+        start, tokens = tl.where(is_prefix, 0, prefix), tl.where(is_prefix, prefix, N - prefix)
+        first, others = tl.where(is_prefix, 0, cls_columns), tl.where(is_prefix, columns, cls_columns)
+        keys_ptr = tl.where(is_prefix, cls_keys_ptr, keys_ptr)
+        pool, topk = tl.where(is_prefix, cls_pool, pool), tl.where(is_prefix, cls_topk, topk)
+        length = tl.where(is_prefix, cls_length, length)
+        r, j, d = program * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, KP), tl.arange(0, BLOCK_D)
+        seen = r < B * tokens
+        image, token = (r // tokens).to(tl.int64), start + r % tokens
+        x_row = x_ptr + (image * stride_xb + token * stride_xn)[:, None]
+        key_row = keys_ptr + (j * D)[:, None]
+        cosine = tl.zeros((BLOCK_I, KP), tl.float32)
+        norm, key_norm = tl.zeros((BLOCK_I,), tl.float32), tl.zeros((KP,), tl.float32)
+        for c in range(0, D, BLOCK_D):
+            inside = (c + d < D)[None, :]
+            x = tl.load(x_row + (c + d)[None, :], mask=seen[:, None] & inside, other=0.0)
+            key = tl.load(key_row + (c + d)[None, :], mask=(j < pool)[:, None] & inside, other=0.0)
+            cosine = tl.dot(x, tl.trans(key), cosine, input_precision=PRECISION)
+            norm += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+            key_norm += tl.sum(key.to(tl.float32) * key.to(tl.float32), 1)
+        cosine = cosine / tl.maximum(tl.sqrt(key_norm), 1e-12)[None, :] / tl.maximum(tl.sqrt(norm), 1e-12)[:, None]
+        left = tl.where((j < pool)[None, :], cosine, float("-inf"))
+        total = tl.zeros((BLOCK_I,), tl.float32)
+        for _ in range(0, topk):
+            value, at = tl.max(left, 1, return_indices=True)
+            total += value
+            left = tl.where(j[None, :] == at[:, None], float("-inf"), left)
+        place = chosen_ptr + ((image * N + token) * (cls_columns + columns))[:, None]
+        for i in range(0, length):
+            own = place + (first + j * length + i)[None, :]
+            tl.store(own, left == float("-inf"), mask=seen[:, None] & (j < pool)[None, :])
+        o = tl.arange(0, OTHERS)
+        none = tl.zeros((BLOCK_I, OTHERS), tl.int1)
+        tl.store(place + (cls_columns - first + o)[None, :], none, mask=seen[:, None] & (o < others)[None, :])
+        share = tl.sum(tl.where(seen, topk - total, 0.0)) / (B.to(tl.float32) * tokens * topk)
+        tl.store(loss_ptr + tl.program_id(0), share)
+
+
+@torch.library.custom_op("vizoo::prompt_match", mutates_args=())
+def _prompt_match(
+    x: Tensor, cls_keys: Tensor, keys: Tensor, prefix: int, cls_pool: list[int], pool: list[int]
+) -> tuple[Tensor, Tensor]:
+    B, N, D = x.shape
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    tokens, channels, num_warps, num_stages = CHOICES[90]  # other capabilities take the same
+    programs = triton.cdiv(B * prefix, tokens) + triton.cdiv(B * (N - prefix), tokens)
+    first, second = (n * length for n, _, length in (cls_pool, pool))
+    chosen = torch.empty(B, N, first + second, dtype=torch.bool, device=x.device)
+    loss = torch.empty(programs, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _prompt_match_kernel[(programs,)](
+            x,
+            cls_keys.contiguous(),
+            keys.contiguous(),
+            chosen,
+            loss,
+            B,
+            N,
+            prefix,
+            *cls_pool,
+            *pool,
+            x.stride(0),
+            x.stride(1),
+            D=D,
+            KP=power_of_two(max(cls_pool[0], pool[0])),
+            OTHERS=power_of_two(max(first, second)),
+            PRECISION=product_precision(x.device),
+            BLOCK_I=tokens,
+            BLOCK_D=channels,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return chosen, loss.sum()
+
+
+@_prompt_match.register_fake
+def _(x, cls_keys, keys, prefix, cls_pool, pool):
+    prompts = cls_pool[0] * cls_pool[2] + pool[0] * pool[2]
+    return x.new_empty(*x.shape[:2], prompts, dtype=torch.bool), x.new_empty((), dtype=torch.float32)
+
+
+@register_cost("vizoo::prompt_match", torch.ops.vizoo.prompt_match)
+def _(x, cls_keys, keys, prefix, cls_pool, pool, out=None) -> Cost:
+    B, N, D = x
+    cosines = B * (prefix * cls_pool[0] + (N - prefix) * pool[0])
+    return Cost(macs=cosines * D, other=2 * B * N * D, acts=cosines)
+
+
+def kernel_takes(x: Tensor, keys: tuple[Tensor, ...], prefix: int) -> bool:
+    """Whether :func:`prompt_match` takes this call; it needs tokens and patches, and has no gradients."""
+    limit = ""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *keys)):
+        limit = "the kernel has no gradients"
+    elif any(t.dtype != x.dtype or t.shape[0] > MAX_POOL for t in keys):
+        limit = f"the kernel takes tokens and up to {MAX_POOL} keys of one dtype"
+    elif x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        limit = f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    return use_triton("auto", x, limit) and not plain_only() and x.numel() > 0 and x.shape[1] > prefix
+
+
+def prompt_match(
+    x: Tensor, cls_keys: Tensor | None, keys: Tensor, prefix: int, cls_pool: Pool, pool: Pool
+) -> tuple[Tensor, Tensor]:
+    """The prompts whose keys are nearest to each token by cosine.
+
+    Args:
+        x: Tokens ``[B, N, D]``.
+        cls_keys: Keys of the class prompts ``[n_c, D]``; None without prefix tokens.
+        keys: Keys of the image prompts ``[n_i, D]``.
+        prefix: Tokens that choose among the class prompts.
+        cls_pool: Class prompts.
+        pool: Image prompts.
+
+    Returns:
+        ``[B, N, P]``, True where a token takes a position of a prompt, class prompts first; and the sum over both
+        kinds of the mean of ``1 - cosine`` over the chosen.
+    """
+    return _prompt_match(x, keys if cls_keys is None else cls_keys, keys, prefix, list(cls_pool), list(pool))
