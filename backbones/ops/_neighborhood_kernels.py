@@ -107,6 +107,21 @@ if HAS_TRITON:
         return pid // heads, pid % heads, gi, columns // tiles_j, i, columns % tiles_j * TW, columns
 
     @triton.jit
+    def _of_head(ptr, image, head, stride, ALIGN: tl.constexpr):
+        """Where the vectors of an image and a head begin."""
+        return ptr + tl.multiple_of(image * stride[0] + head * stride[1], ALIGN)
+
+    @triton.jit
+    def _on_map(i, j, stride, INDEX: tl.constexpr, ALIGN: tl.constexpr):
+        """Offsets of vectors in rows ``i`` and columns ``j``."""
+        return tl.multiple_of(i.to(INDEX) * stride[2] + j.to(INDEX) * stride[3], ALIGN)
+
+    @triton.jit
+    def _of_tokens(n, stride, INDEX: tl.constexpr, ALIGN: tl.constexpr):
+        """Offsets of the vectors of tokens."""
+        return tl.multiple_of(n.to(INDEX) * stride[2], ALIGN)
+
+    @triton.jit
     def _step(step, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
         """Rows, columns and first column of a step, counted in the region."""
         n = tl.arange(0, BLOCK)
@@ -134,11 +149,6 @@ if HAS_TRITON:
         return tl.load(table_ptr + (tl.where(inside, ki - qi + (K - 1), 2 * K - 1) * STRIDE + place))
 
     @triton.jit
-    def _vectors_of(ptr, image, head, stride):
-        """First of the vectors of an image and a head, at the strides of image, token and head."""
-        return ptr + image * stride[0] + head.to(tl.int64) * stride[2]
-
-    @triton.jit
     def _additional(
         k_ptr,
         v_ptr,
@@ -152,12 +162,13 @@ if HAS_TRITON:
         CP: tl.constexpr,
         CVP: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """Some additional keys, their values, and their bias and mask, of which ``table_ptr`` holds rows of queries."""
         n = first + tl.arange(0, BLOCK)
-        k = load_vectors(k_ptr, n.to(INDEX) * stride_k, n < number, C, CP)
-        v = load_vectors(v_ptr, n.to(INDEX) * stride_v, n < number, CV, CVP)
+        k = load_vectors(k_ptr, _of_tokens(n, stride_k, INDEX, ALIGN), n < number, C, CP)
+        v = load_vectors(v_ptr, _of_tokens(n, stride_v, INDEX, ALIGN), n < number, CV, CVP)
         return k, v, tl.load(table_ptr[:, None] + n[None, :])
 
     @triton.jit
@@ -271,6 +282,7 @@ if HAS_TRITON:
         COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -282,9 +294,9 @@ if HAS_TRITON:
         qi, qj = i + m // TW, j + m % TW
         yi, yj = qi * dilate_i + gi, qj * dilate_j + gj
         m_q = (yi < rows) & (yj < cols)
-        place = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
-        q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place, m_q, C, CP)
-        keys, values = k_ptr + b * stride_k[0] + head * stride_k[3], v_ptr + b * stride_v[0] + head * stride_v[3]
+        place = _on_map(yi, yj, stride_q, INDEX, ALIGN)
+        q = load_vectors(_of_head(q_ptr, b, head, stride_q, ALIGN), place, m_q, C, CP)
+        keys, values = _of_head(k_ptr, b, head, stride_k, ALIGN), _of_head(v_ptr, b, head, stride_v, ALIGN)
         TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
         table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
         own = (m % TW * (CHUNKS * COLUMNS))[:, None]
@@ -298,18 +310,21 @@ if HAS_TRITON:
             r, c, _ = _step(step, CHUNKS, BLOCK, COLUMNS)
             zi, zj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
             m_k = (zi < key_rows) & (zj < key_cols)
-            k = load_vectors(keys, zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2], m_k, C, CP)
-            v = load_vectors(values, zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2], m_k, CV, CVP)
+            k = load_vectors(keys, _on_map(zi, zj, stride_k, INDEX, ALIGN), m_k, C, CP)
+            v = load_vectors(values, _on_map(zi, zj, stride_v, INDEX, ALIGN), m_k, CV, CVP)
             bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0], MASKED)
             peak, total, acc = _attend(q, k, v, bias, factor, peak, total, acc, PRECISION)
         query = yi.to(INDEX) * cols + yj
         if add_k_ptr is not None:
-            keys, values = _vectors_of(add_k_ptr, b, head, stride_add_k), _vectors_of(add_v_ptr, b, head, stride_add_v)
+            keys, values = (
+                _of_head(add_k_ptr, b, head, stride_add_k, ALIGN),
+                _of_head(add_v_ptr, b, head, stride_add_v, ALIGN),
+            )
             table = add_table_ptr + head.to(tl.int64) * stride_add_table[0]
             table += tl.where(m_q, query, 0) * stride_add_table[1]
             for first in range(0, number, BLOCK):
                 k, v, bias = _additional(
-                    keys, values, table, first, number, stride_add_k[1], stride_add_v[1], C, CV, CP, CVP, INDEX, BLOCK
+                    keys, values, table, first, number, stride_add_k, stride_add_v, C, CV, CP, CVP, INDEX, ALIGN, BLOCK
                 )
                 peak, total, acc = _attend(q, k, v, bias, factor, peak, total, acc, PRECISION)
         total = tl.where(m_q, total, 1.0)
@@ -360,6 +375,7 @@ if HAS_TRITON:
         COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -372,8 +388,8 @@ if HAS_TRITON:
         qi, qj = i + m // TW, j + m % TW
         yi, yj = qi * dilate_i + gi, qj * dilate_j + gj
         m_q = (yi < rows) & (yj < cols)
-        place = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
-        q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place, m_q, C, CP)
+        place = _on_map(yi, yj, stride_q, INDEX, ALIGN)
+        q = load_vectors(_of_head(q_ptr, b, head, stride_q, ALIGN), place, m_q, C, CP)
         query, first = yi.to(INDEX) * cols + yj, b * rows * cols * heads
         dout = load_vectors(dout_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
         out = load_vectors(out_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
@@ -383,7 +399,7 @@ if HAS_TRITON:
         large = 1.0
         if q.dtype == tl.float16:
             large = tl.load(large_ptr)
-        keys, values = k_ptr + b * stride_k[0] + head * stride_k[3], v_ptr + b * stride_v[0] + head * stride_v[3]
+        keys, values = _of_head(k_ptr, b, head, stride_k, ALIGN), _of_head(v_ptr, b, head, stride_v, ALIGN)
         TABLE: tl.constexpr = TW * CHUNKS * COLUMNS  # of a relative row
         table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
         own = (m % TW * (CHUNKS * COLUMNS))[:, None]
@@ -398,19 +414,22 @@ if HAS_TRITON:
             r, c, _ = _step(step, CHUNKS, BLOCK, COLUMNS)
             zi, zj = (top + r) * dilate_i + gi, (left + c) * dilate_j + gj
             m_k = (zi < key_rows) & (zj < key_cols)
-            k = load_vectors(keys, zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2], m_k, C, CP)
-            v = load_vectors(values, zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2], m_k, CV, CVP)
+            k = load_vectors(keys, _on_map(zi, zj, stride_k, INDEX, ALIGN), m_k, C, CP)
+            v = load_vectors(values, _on_map(zi, zj, stride_v, INDEX, ALIGN), m_k, CV, CVP)
             bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0], MASKED)
             dq, missing, mean = _attend_bwd(
                 q, k, v, bias, dout, lse, rough, large, factor, dq, missing, mean, EXACT, PRECISION
             )
         if add_k_ptr is not None:
-            keys, values = _vectors_of(add_k_ptr, b, head, stride_add_k), _vectors_of(add_v_ptr, b, head, stride_add_v)
+            keys, values = (
+                _of_head(add_k_ptr, b, head, stride_add_k, ALIGN),
+                _of_head(add_v_ptr, b, head, stride_add_v, ALIGN),
+            )
             table = add_table_ptr + head.to(tl.int64) * stride_add_table[0]
             table += tl.where(m_q, query, 0) * stride_add_table[1]
             for start in range(0, number, BLOCK):
                 k, v, bias = _additional(
-                    keys, values, table, start, number, stride_add_k[1], stride_add_v[1], C, CV, CP, CVP, INDEX, BLOCK
+                    keys, values, table, start, number, stride_add_k, stride_add_v, C, CV, CP, CVP, INDEX, ALIGN, BLOCK
                 )
                 dq, missing, mean = _attend_bwd(
                     q, k, v, bias, dout, lse, rough, large, factor, dq, missing, mean, EXACT, PRECISION
@@ -456,6 +475,7 @@ if HAS_TRITON:
         COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -468,12 +488,12 @@ if HAS_TRITON:
         ki, kj = i + n // TW, j + n % TW
         zi, zj = ki * dilate_i + gi, kj * dilate_j + gj
         m_k = (zi < key_rows) & (zj < key_cols)
-        place = zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2]
-        k = load_vectors(k_ptr + b * stride_k[0] + head * stride_k[3], place, m_k, C, CP)
-        place = zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2]
-        v = load_vectors(v_ptr + b * stride_v[0] + head * stride_v[3], place, m_k, CV, CVP)
+        place = _on_map(zi, zj, stride_k, INDEX, ALIGN)
+        k = load_vectors(_of_head(k_ptr, b, head, stride_k, ALIGN), place, m_k, C, CP)
+        place = _on_map(zi, zj, stride_v, INDEX, ALIGN)
+        v = load_vectors(_of_head(v_ptr, b, head, stride_v, ALIGN), place, m_k, CV, CVP)
         first = b * rows * cols * heads
-        queries, grads = q_ptr + b * stride_q[0] + head * stride_q[3], dout_ptr + (first + head) * CV
+        queries, grads = _of_head(q_ptr, b, head, stride_q, ALIGN), dout_ptr + (first + head) * CV
         scalar = first + head * rows * cols
         large = 1.0
         if q_ptr.dtype.element_ty == tl.float16:
@@ -494,7 +514,7 @@ if HAS_TRITON:
             query = yi.to(INDEX) * cols + yj
             lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
             delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
-            q = load_vectors(queries, yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2], m_q, C, CP)
+            q = load_vectors(queries, _on_map(yi, yj, stride_q, INDEX, ALIGN), m_q, C, CP)
             dout = load_vectors(grads, query * (heads * CV), m_q, CV, CVP)
             bias = _bias(table, (top + r)[None, :], ki[:, None], n_q, ni, own + c[None, :], TABLE, K[0], S[0], MASKED)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + bias
@@ -542,6 +562,7 @@ if HAS_TRITON:
         COLUMNS: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         TH: tl.constexpr,
         TW: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -568,19 +589,19 @@ if HAS_TRITON:
         table = table_ptr + (head * tables + columns) * (2 * K[0] * TABLE)
         own, n_q = (m % TW * (CHUNKS * COLUMNS))[:, None], tl.cdiv(rows - gi, dilate_i)
         bias = _bias(table, qi[:, None], (top + r)[None, :], n_q, ni, own + c[None, :], TABLE, K[0], S[0], MASKED)
-        place_q = yi.to(INDEX) * stride_q[1] + yj.to(INDEX) * stride_q[2]
-        place_k = zi.to(INDEX) * stride_k[1] + zj.to(INDEX) * stride_k[2]
-        place_v = zi.to(INDEX) * stride_v[1] + zj.to(INDEX) * stride_v[2]
+        place_q = _on_map(yi, yj, stride_q, INDEX, ALIGN)
+        place_k = _on_map(zi, zj, stride_k, INDEX, ALIGN)
+        place_v = _on_map(zi, zj, stride_v, INDEX, ALIGN)
         acc = tl.zeros((TH * TW, BLOCK), tl.float32)
         for b in range(share.to(tl.int64), images, shares):
             first = b * rows * cols * heads
             scalar = first + head * rows * cols
             lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
             delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
-            q = load_vectors(q_ptr + b * stride_q[0] + head * stride_q[3], place_q, m_q, C, CP)
+            q = load_vectors(_of_head(q_ptr, b, head, stride_q, ALIGN), place_q, m_q, C, CP)
             dout = load_vectors(dout_ptr + (first + head) * CV, query * (heads * CV), m_q, CV, CVP)
-            k = load_vectors(k_ptr + b * stride_k[0] + head * stride_k[3], place_k, m_k, C, CP)
-            v = load_vectors(v_ptr + b * stride_v[0] + head * stride_v[3], place_v, m_k, CV, CVP)
+            k = load_vectors(_of_head(k_ptr, b, head, stride_k, ALIGN), place_k, m_k, C, CP)
+            v = load_vectors(_of_head(v_ptr, b, head, stride_v, ALIGN), place_v, m_k, CV, CVP)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
             p = tl.exp2(s - lse[:, None])
             acc += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -628,6 +649,7 @@ if HAS_TRITON:
         CVP: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         KEYS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
@@ -639,9 +661,9 @@ if HAS_TRITON:
         share = tl.program_id(1)
         n = tile * KEYS + tl.arange(0, KEYS)
         m_k = n < number
-        k = load_vectors(_vectors_of(k_ptr, b, head, stride_k), n.to(INDEX) * stride_k[1], m_k, C, CP)
-        v = load_vectors(_vectors_of(v_ptr, b, head, stride_v), n.to(INDEX) * stride_v[1], m_k, CV, CVP)
-        vectors = _vectors_of(q_ptr, b, head, stride_q)
+        k = load_vectors(_of_head(k_ptr, b, head, stride_k, ALIGN), _of_tokens(n, stride_k, INDEX, ALIGN), m_k, C, CP)
+        v = load_vectors(_of_head(v_ptr, b, head, stride_v, ALIGN), _of_tokens(n, stride_v, INDEX, ALIGN), m_k, CV, CVP)
+        vectors = _of_head(q_ptr, b, head, stride_q, ALIGN)
         grads = dout_ptr + (b * queries * heads + head) * CV
         scalar = (b * heads + head) * queries
         table = table_ptr + head.to(tl.int64) * stride_table[0] + n[:, None]
@@ -656,7 +678,7 @@ if HAS_TRITON:
             m_q = query < queries
             lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=float("inf"))  # no weight for a query outside
             delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
-            q = load_vectors(vectors, query.to(INDEX) * stride_q[1], m_q, C, CP)
+            q = load_vectors(vectors, _of_tokens(query, stride_q, INDEX, ALIGN), m_q, C, CP)
             dout = load_vectors(grads, query.to(INDEX) * (heads * CV), m_q, CV, CVP)
             bias = tl.load(table + (tl.where(m_q, query, 0) * stride_table[1])[None, :])
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + bias
@@ -694,6 +716,7 @@ if HAS_TRITON:
         CVP: tl.constexpr,
         PRECISION: tl.constexpr,
         INDEX: tl.constexpr,
+        ALIGN: tl.constexpr,
         KEYS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
@@ -706,17 +729,21 @@ if HAS_TRITON:
         m_k, m_q = n < number, query < queries
         table = table_ptr + head.to(tl.int64) * stride_table[0] + (tl.where(m_q, query, 0) * stride_table[1])[:, None]
         bias = tl.load(table + n[None, :])
-        place_q, place_k, place_v = query.to(INDEX) * stride_q[1], n.to(INDEX) * stride_k[1], n.to(INDEX) * stride_v[1]
+        place_q, place_k, place_v = (
+            _of_tokens(query, stride_q, INDEX, ALIGN),
+            _of_tokens(n, stride_k, INDEX, ALIGN),
+            _of_tokens(n, stride_v, INDEX, ALIGN),
+        )
         acc = tl.zeros((BLOCK, KEYS), tl.float32)
         for b in range(tl.program_id(1).to(tl.int64), images, shares):
             scalar = (b * heads + head) * queries
             lse = tl.load(lse_ptr + scalar + query, mask=m_q, other=0.0)
             delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
-            q = load_vectors(_vectors_of(q_ptr, b, head, stride_q), place_q, m_q, C, CP)
+            q = load_vectors(_of_head(q_ptr, b, head, stride_q, ALIGN), place_q, m_q, C, CP)
             grads = dout_ptr + (b * queries * heads + head) * CV
             dout = load_vectors(grads, query.to(INDEX) * (heads * CV), m_q, CV, CVP)
-            k = load_vectors(_vectors_of(k_ptr, b, head, stride_k), place_k, m_k, C, CP)
-            v = load_vectors(_vectors_of(v_ptr, b, head, stride_v), place_v, m_k, CV, CVP)
+            k = load_vectors(_of_head(k_ptr, b, head, stride_k, ALIGN), place_k, m_k, C, CP)
+            v = load_vectors(_of_head(v_ptr, b, head, stride_v, ALIGN), place_v, m_k, CV, CVP)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
             p = tl.exp2(s - lse[:, None])
             acc += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -739,6 +766,11 @@ if HAS_TRITON:
                 last = n - 1 if end >= n - K and not masked else min((end + K // 2 - S // 2) // S * S + S - 1, n - 1)
                 most = max(most, min(last, n_q - 1) + 1 - first)
         return most
+
+    def _strides(t: Tensor) -> tuple[int, ...]:
+        """Strides of image, head, and row and column, or token, of heads-last vectors."""
+        image, *tokens, head, _ = t.stride()
+        return image, head, *tokens
 
     class Launcher:
         """Runs the kernels on the tensors of one call; ``table`` belongs to tiles of queries, or of keys."""
@@ -771,9 +803,9 @@ if HAS_TRITON:
                 "rows": q.shape[1],
                 "key_rows": k.shape[1],
                 "dilate_i": window.dilation[0],
-                "stride_q": q.stride()[:4],
-                "stride_k": k.stride()[:4],
-                "stride_v": v.stride()[:4],
+                "stride_q": _strides(q),
+                "stride_k": _strides(k),
+                "stride_v": _strides(v),
                 "C": q.shape[4],
                 "CV": v.shape[4],
                 "CP": power_of_two(q.shape[4]),
@@ -781,8 +813,13 @@ if HAS_TRITON:
                 "COLUMNS": COLUMNS,
                 "PRECISION": self.precision(max(q.shape[4], v.shape[4])),
                 "INDEX": index,
+                "ALIGN": self.alignment(q, k, v),
                 "TH": TILE,
             }
+
+        def alignment(self, *tensors: Tensor) -> int:
+            """Channels, of 16 bytes at most, to which all vectors are aligned: a stride of 24 is no multiple of 16."""
+            return math.gcd(16 // tensors[0].element_size(), *(s for t in tensors for s in _strides(t)))
 
         def precision(self, channels: int) -> str:
             """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
@@ -839,19 +876,20 @@ if HAS_TRITON:
             bias = k.new_zeros(1, 1, number) if bias is None else bias
             padding = triton.cdiv(number, KEYS) * KEYS - number
             table = F.pad(bias.float() * math.log2(math.e), [0, padding], value=-math.inf).contiguous()
+            self.options["ALIGN"] = math.gcd(self.options["ALIGN"], self.alignment(k, v))
             self.additional = {
                 "add_k_ptr": k,
                 "add_v_ptr": v,
                 "add_table_ptr": table,
                 "number": number,
-                "stride_add_k": k.stride()[:3],
-                "stride_add_v": v.stride()[:3],
+                "stride_add_k": _strides(k),
+                "stride_add_v": _strides(v),
                 "stride_add_table": tuple(0 if table.shape[i] == 1 else table.stride(i) for i in (0, 1)),
             }
 
         def _run_additional(self, kernel: Any, name: str, programs: int, shares: int, **others: Any) -> None:
             q, given = self.q.flatten(1, 2), self.additional
-            same = "factor", "heads", "C", "CV", "CP", "CVP", "PRECISION", "INDEX"
+            same = "factor", "heads", "C", "CV", "CP", "CVP", "PRECISION", "INDEX", "ALIGN"
             options = {name: self.options[name] for name in same} | {
                 "q_ptr": q,
                 "k_ptr": given["add_k_ptr"],
@@ -860,7 +898,7 @@ if HAS_TRITON:
                 "queries": q.shape[1],
                 "number": given["number"],
                 "shares": shares,
-                "stride_q": q.stride()[:3],
+                "stride_q": _strides(q),
                 "stride_k": given["stride_add_k"],
                 "stride_v": given["stride_add_v"],
                 "stride_table": given["stride_add_table"],
