@@ -58,7 +58,7 @@ def _window(
     kernel_size: int | tuple[int, int], stride: int | tuple[int, int], dilation: int | tuple[int, int], boundary: str
 ) -> _Window:
     if boundary not in ("shift", "mask"):
-        raise ValueError(f"got boundary={boundary!r}, need 'shift' or 'mask'")
+        raise ValueError(f"got boundary='{boundary}', need 'shift' or 'mask'")
     return _Window(_pair(kernel_size), _pair(stride), _pair(dilation), boundary == "mask")
 
 
@@ -569,7 +569,7 @@ def _tiles_backward(
     add_bias: Tensor | None,
     window: _Window,
     scale: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     table, bias = _bias_table(rpb, window, q), _bias_map(add_k, add_bias, q)
     # of all tensors but the output, additional ones included
     inputs = (q, k, v, table, *(() if bias is None else (add_k, add_v, bias)))
@@ -595,7 +595,7 @@ def _tiles_backward(
             place = piece.of_one_image(grads[6])
             more = ds[..., keys:].sum(0).reshape(*place.shape[:5], -1, *place.shape[5:7], place.shape[8])
             place += more.permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
-            found, ds = (found[0], *(t[:, :, :keys] for t in found[1:])), ds[..., :keys]
+            found, ds = (found[0], found[1][:, :, :keys], found[2][:, :, :keys]), ds[..., :keys]
         parts = (
             g.reshape(*t.shape[:5], -1, *t.shape[5:7], t.shape[8]).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
             for g, t in zip(found, (views[0], *views[2:]), strict=True)
@@ -609,8 +609,8 @@ def _tiles_backward(
     dadd_k, dadd_v, dbias = (None, None, None) if bias is None else grads[4:]
     if dbias is not None:
         dbias = dbias[0].permute(2, 0, 1, 3).flatten(1, 2)
-    found = (dq, q), (dk, k), (dv, v), (drpb, rpb), (dadd_k, add_k), (dadd_v, add_v), (dbias, add_bias)
-    return [_gradient_of(t, g, q) for g, t in found]
+    pairs = (dq, q), (dk, k), (dv, v), (drpb, rpb), (dadd_k, add_k), (dadd_v, add_v), (dbias, add_bias)
+    return tuple(_gradient_of(t, g, q) for g, t in pairs)
 
 
 if HAS_TRITON:
@@ -659,19 +659,15 @@ def _triton_backward(
     lse: Tensor,
     window: _Window,
     scale: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     B = q.shape[0]
     dout, out, q, k, v = dout.contiguous(), out.contiguous(), *(_dense_channels(t) for t in (q, k, v))
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     others = [rpb, add_k, add_v, add_bias]
     if out.numel() == 0:
         nothing = (None if t is None else torch.zeros_like(t) for t in others)
-        return [
-            dq.zero_(),
-            dk.zero_(),
-            dv.zero_(),
-            *(_gradient_of(t, g, q) for t, g in zip(others, nothing, strict=True)),
-        ]
+        gradients = (_gradient_of(t, g, q) for t, g in zip(others, nothing, strict=True))
+        return dq.zero_(), dk.zero_(), dv.zero_(), *gradients
     delta, large = torch.empty_like(lse), gradient_scale(dout)
     launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, dout, dq, dk, dv))
     launcher.make_table(by_key=False)
@@ -691,7 +687,7 @@ def _triton_backward(
         found[3] = launcher.additional_bias_gradient(**options)
     launcher.make_table(by_key=True)
     launcher.run(kernels.neighborhood_bwd_key_kernel, "key", B, by_key=True, dk_ptr=dk, dv_ptr=dv, **grads)
-    return [dq, dk, dv, *(_gradient_of(t, g, q) for t, g in zip(others, found, strict=True))]
+    return dq, dk, dv, *(_gradient_of(t, g, q) for t, g in zip(others, found, strict=True))
 
 
 @torch.library.custom_op("vizoo::neighborhood_attention", mutates_args=())
@@ -719,7 +715,7 @@ def _neighborhood_attention(
 
 
 def _as_window(kernel_size: list[int], stride: list[int], dilation: list[int], masked: bool) -> _Window:
-    return _Window(*map(tuple, (kernel_size, stride, dilation)), masked)  # type: ignore[arg-type]
+    return _Window(*map(tuple, (kernel_size, stride, dilation)), masked)  # type: ignore[arg-type, call-arg]
 
 
 @_neighborhood_attention.register_fake
@@ -751,9 +747,9 @@ def _neighborhood_attention_backward(
     window = _as_window(kernel_size, stride, dilation, masked)
     tensors = q, k, v, rpb, add_k, add_v, add_bias
     if triton_kernel:
-        return tuple(_triton_backward(dout, *tensors, out, lse, window, scale))
+        return _triton_backward(dout, *tensors, out, lse, window, scale)  # type: ignore[return-value]
     with without_autocast(q):
-        return tuple(_tiles_backward(dout, *tensors, window, scale))
+        return _tiles_backward(dout, *tensors, window, scale)  # type: ignore[return-value]
 
 
 @_neighborhood_attention_backward.register_fake
@@ -862,8 +858,8 @@ def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[
     """
     B, H, W, h, _ = q.shape
     ones, places = [], []
-    for L, K, S, D in zip((H, W), *window, strict=True):
-        start, first = _window_starts(L, L, K, S, D, q.device)
+    for L, K, S, D in zip((H, W), *window[:3], strict=True):
+        start, first = _window_starts(L, L, K, S, D, False, q.device)
         ones.append(F.one_hot(torch.arange(L, device=q.device) // D % K, K))  # [L, K]
         places.append(first.unsqueeze(1) + (torch.arange(K, device=q.device) - start.unsqueeze(1)) % K)  # [L, K]
     hot = (ones[0][:, None, :, None] * ones[1][None, :, None, :]).reshape(1, H, W, 1, -1).to(k.dtype)

@@ -174,7 +174,7 @@ def test_gradients_at_the_border(f, case):
     tensors, grad = inputs(*case), torch.randn(*case[:4], case[5], dtype=torch.float64)
     found = run(lambda t: call(f, t, case), tensors, grad)
     truth = run(lambda t: loop(t, case), tensors, grad)
-    for name, a, t in zip(NAMES, found, truth, strict=True):
+    for name, a, t in zip(NAMES[:7], found, truth, strict=True):
         assert (a is None) == (t is None), name  # the padding of a map that needs none
         if t is not None:
             op_close(a, t, grad=name != "out", what=name)
@@ -378,7 +378,7 @@ def test_kernels_take_several_steps(case, dtype):
         ((1, 3, 5, 2, 24, 24, (3, 3), (1, 1), (1, 1)), 5, ("hN", None), "mask"),
         ((1, 6, 5, 1, 32, 16, (3, 2), (1, 2), (2, 1)), 17, ("h1", 1), "shift"),
         ((1, 9, 3, 1, 3, 4, (3, 5), (3, 1), (1, 1)), 49, (None, None), "mask"),
-        ((1, 2, 11, 1, 4, 3, (1, 3), (1, 1), (1, 2)), 1, ("1N", None), "shift"),
+        ((1, 3, 7, 1, 4, 3, (2, 3), (1, 1), (1, 2)), 1, ("1N", None), "shift"),
     ],
     ids=str,
 )
@@ -518,7 +518,7 @@ def test_bias_as_channels(case):
     q = F.pad(0.7 * q, [0, 0, 0, 0, 0, k.shape[2] - q.shape[2], 0, k.shape[1] - q.shape[1]])
     wide_q, wide_k = module._bias_channels(q, k, rpb, window)
     assert wide_q.shape[4] == wide_k.shape[4] == case[4] + case[6][0] * case[6][1]
-    out = reference_neighborhood_attention(wide_q, wide_k, v, *window, scale=1.0)[:, : case[1], : case[2]]
+    out = reference_neighborhood_attention(wide_q, wide_k, v, *window[:3], scale=1.0)[:, : case[1], : case[2]]
     op_close(out, call(reference_neighborhood_attention, tensors, case, 0.7))
 
 
@@ -614,17 +614,17 @@ def test_large_half_logits(f):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_opcheck(backend, bias):
+@pytest.mark.parametrize("optional", [(), (3,), (3, 4, 5, 6)], ids=str)
+def test_opcheck(backend, optional):
     case = (1, 3, 2, 1, 2, 3, (3, 2), (1, 1), (1, 1))
-    q, k, v, rpb, *_ = (t.float().to(DEVICE).requires_grad_() for t in inputs(*case))
-    args = ([3, 2], [1, 1], [1, 1], False, 0.5, backend == "triton")
-    torch.library.opcheck(torch.ops.vizoo.neighborhood_attention.default, (q, k, v, rpb if bias else None, *args))
-    plain = [t.detach() for t in (q, k, v, rpb)]
-    plain[3] = plain[3] if bias else None
-    out, lse = torch.ops.vizoo.neighborhood_attention(*plain, *args)
+    q, k, v, rpb, _, _, *others = additional(2, "11")([t.float().to(DEVICE) for t in inputs(*case)])
+    tensors = [t if i < 3 or i in optional else None for i, t in enumerate([q, k, v, rpb, *others])]
+    args = ([3, 2], [1, 1], [1, 1], bool(optional), 0.5, backend == "triton")
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.vizoo.neighborhood_attention.default, (*leaves, *args))
+    out, lse = torch.ops.vizoo.neighborhood_attention(*tensors, *args)
     backward = torch.ops.vizoo.neighborhood_attention_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(out), *plain, out, lse, *args))
+    torch.library.opcheck(backward, (torch.randn_like(out), *tensors, out, lse, *args))
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
