@@ -40,17 +40,26 @@ _WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so t
 
 
 class _Window(NamedTuple):
-    """Shape of a neighbourhood, each by rows and columns."""
+    """Shape of a neighbourhood, the first three by rows and columns."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
+    masked: bool = False  # windows keep their leader in the middle, also at the border
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(value, int):
         return (value, value)
     return (value[0], value[1])
+
+
+def _window(
+    kernel_size: int | tuple[int, int], stride: int | tuple[int, int], dilation: int | tuple[int, int], boundary: str
+) -> _Window:
+    if boundary not in ("shift", "mask"):
+        raise ValueError(f"got boundary='{boundary}', need 'shift' or 'mask'")
+    return _Window(_pair(kernel_size), _pair(stride), _pair(dilation), boundary == "mask")
 
 
 def _check(
@@ -80,6 +89,30 @@ def _check(
         raise ValueError(f"got pad_v of shape {list(pad_v.shape)}, need {value} ([h, dv])")
 
 
+def _check_additional(q: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, bias: Tensor | None) -> None:
+    if keys is None or values is None:
+        if keys is not None or values is not None or bias is not None:
+            raise ValueError("got one of additional_keys, additional_values and additional_bias, need the first two")
+        return
+    key, value = list(q.shape[3:]), list(v.shape[3:])
+    if keys.dim() != 4 or keys.shape[0] not in (1, q.shape[0]) or list(keys.shape[2:]) != key:
+        raise ValueError(f"got additional_keys of shape {list(keys.shape)}, need [B or 1, P, {key[0]}, {key[1]}]")
+    if values.dim() != 4 or values.shape[:2] != keys.shape[:2] or list(values.shape[2:]) != value:
+        need = list(keys.shape[:2]) + value
+        raise ValueError(f"got additional_values of shape {list(values.shape)}, need {need}")
+    if keys.dtype != q.dtype or values.dtype != q.dtype:
+        raise ValueError(
+            f"got additional keys and values in {keys.dtype} and {values.dtype}, need that of q, {q.dtype}"
+        )
+    if bias is not None:
+        N, P = q.shape[1] * q.shape[2], keys.shape[1]
+        fits = bias.dim() == 3 and bias.shape[0] in (1, key[0]) and bias.shape[1] in (1, N) and bias.shape[2] == P
+        if not fits:
+            raise ValueError(
+                f"got additional_bias of shape {list(bias.shape)}, need [{key[0]} or 1, {N} or 1, {P}] ([h, H * W, P])"
+            )
+
+
 def _at_least(L: int, least: int) -> int:
     if not torch.jit.is_scripting():
         if isinstance(L, Tensor):  # while tracing
@@ -89,7 +122,9 @@ def _at_least(L: int, least: int) -> int:
 
 
 def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
-    """Fill a map ``[B, H, W, h, C]`` at the bottom and right up to the size of a dilated window."""
+    """Fill a map ``[B, H, W, h, C]`` at the bottom and right up to the size of a dilated window that is shifted."""
+    if window.masked:
+        return t
     H, W = t.shape[1], t.shape[2]
     rows = _at_least(H, window.kernel[0] * window.dilation[0])
     cols = _at_least(W, window.kernel[1] * window.dilation[1])
@@ -110,7 +145,15 @@ def is_padded(H: int, W: int, kernel_size: int, dilation: int) -> bool:
     return min(H, W) < kernel_size * dilation
 
 
-def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _starts(t: Tensor, last: Tensor, K: int, S: int, masked: bool) -> Tensor:
+    """First key in the window of each query ``t`` of dilation groups whose last keys are ``last``."""
+    start = t // S * S + (S // 2 - K // 2)
+    return start if masked else torch.minimum(start.clamp(min=0), last + (1 - K))
+
+
+def _window_starts(
+    L: int, size: int, K: int, S: int, D: int, masked: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """First key in the window of each of the first ``L`` positions on an axis of ``size`` keys.
 
     Returns:
@@ -118,7 +161,7 @@ def _window_starts(L: int, size: int, K: int, S: int, D: int, device: torch.devi
     """
     i = torch.arange(L, device=device)
     t = i // D
-    start = torch.minimum((t // S * S + (S // 2 - K // 2)).clamp(min=0), (size - i % D + D - 1) // D - K)
+    start = _starts(t, (size - i % D + D - 1) // D - 1, K, S, masked)
     return start, start - t + (K - 1)
 
 
@@ -126,26 +169,56 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _gather_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+def _gather_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+    scale: float,
+) -> Tensor:
     B, H, W, h, d = q.shape
     dtype, device = _wide(q), q.device
     (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
-    start_h, first_h = _window_starts(H, k.shape[1], Kh, Sh, Dh, device)
-    start_w, first_w = _window_starts(W, k.shape[2], Kw, Sw, Dw, device)
+    start_h, first_h = _window_starts(H, k.shape[1], Kh, Sh, Dh, window.masked, device)
+    start_w, first_w = _window_starts(W, k.shape[2], Kw, Sw, Dw, window.masked, device)
     p, r = torch.arange(Kh, device=device), torch.arange(Kw, device=device)
     rows = (start_h.unsqueeze(1) + p) * Dh + (torch.arange(H, device=device) % Dh).unsqueeze(1)  # [H, Kh]
     cols = (start_w.unsqueeze(1) + r) * Dw + (torch.arange(W, device=device) % Dw).unsqueeze(1)  # [W, Kw]
+    outside: Tensor | None = None
+    if window.masked:
+        row, col = (rows < 0) | (rows >= k.shape[1]), (cols < 0) | (cols >= k.shape[2])
+        outside = (row.reshape(H, 1, Kh, 1) | col.reshape(1, W, 1, Kw)).reshape(H * W, 1, Kh * Kw)
+        rows, cols = rows.clamp(0, k.shape[1] - 1), cols.clamp(0, k.shape[2] - 1)
     index = ((rows * k.shape[2]).reshape(H, 1, Kh, 1) + cols.reshape(1, W, 1, Kw)).reshape(-1)
     queries, keys, values = [t.to(dtype).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v)]  # [B, h, tokens, C]
+    queries = queries * scale
     keys = keys.index_select(2, index).reshape(B, h, H * W, Kh * Kw, d)
     values = values.index_select(2, index).reshape(B, h, H * W, Kh * Kw, v.shape[4])
-    logits = (queries * scale).unsqueeze(3) @ keys.transpose(3, 4)  # [B, h, H * W, 1, Kh * Kw]
+    logits = queries.unsqueeze(3) @ keys.transpose(3, 4)  # [B, h, H * W, 1, Kh * Kw]
     if rpb is not None:
         row, col = (first_h.unsqueeze(1) + p) * (2 * Kw - 1), first_w.unsqueeze(1) + r
         index = (row.reshape(H, 1, Kh, 1) + col.reshape(1, W, 1, Kw)).reshape(-1)
         logits = logits + rpb.to(dtype).flatten(1).index_select(1, index).reshape(h, H * W, 1, Kh * Kw)
-    out = (logits.softmax(-1) @ values).reshape(B, h, H, W, v.shape[4])
-    return out.permute(0, 2, 3, 1, 4).to(v.dtype).contiguous()
+    if outside is not None:
+        logits = logits.masked_fill(outside, -math.inf)
+    if add_k is None or add_v is None:
+        out = logits.softmax(-1) @ values
+    else:
+        others = queries @ add_k.to(dtype).permute(0, 2, 3, 1)  # [B, h, H * W, P]
+        if add_bias is not None:
+            others = others + add_bias.to(dtype)
+        weights = torch.cat([logits.squeeze(3), others], -1).softmax(-1)
+        out = weights[..., : Kh * Kw].unsqueeze(3) @ values
+        out = out + (weights[..., Kh * Kw :] @ add_v.to(dtype).transpose(1, 2)).unsqueeze(3)
+    return out.reshape(B, h, H, W, v.shape[4]).permute(0, 2, 3, 1, 4).to(v.dtype).contiguous()
+
+
+def _of_every_image(t: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if t is None else t.expand(q.shape[0], -1, -1, -1)
 
 
 def reference_neighborhood_attention(
@@ -159,6 +232,10 @@ def reference_neighborhood_attention(
     scale: float | None = None,
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_bias: Tensor | None = None,
+    boundary: str = "shift",
 ) -> Tensor:
     """Softmax attention of every query over its own window, by one gather of all windows (NAT, Sec. 3.1).
 
@@ -178,6 +255,13 @@ def reference_neighborhood_attention(
         pad_k: Key ``[h, d]`` with which a map smaller than ``kernel_size * dilation`` is padded to that size at the
             bottom and right; None is zero.
         pad_v: The value ``[h, dv]`` that belongs to it.
+        additional_keys: Keys ``[B, P, h, d]`` that every query sees beside its window, in the same softmax: pooled
+            maps, prompts, global tokens.  One image ``[1, P, h, d]`` serves all.
+        additional_values: Their values ``[B, P, h, dv]``.
+        additional_bias: Bias of their logits ``[h, H * W, P]``; the first two may be 1.
+        boundary: At the border ``"shift"`` moves a window into the map, so that it keeps all its keys; ``"mask"``
+            leaves it where it is and masks the keys outside, as in TransNeXt, so that no map is ever padded.  With
+            ``"mask"``, an odd ``K`` and no stride only the ``K x K`` in the middle of ``rpb`` are read.
 
     Returns:
         ``[B, H, W, h, dv]`` in the dtype of ``q``.
@@ -185,14 +269,16 @@ def reference_neighborhood_attention(
     Raises:
         ValueError: If an argument is outside its range, or shapes or dtypes do not fit each other.
     """
-    window = _Window(_pair(kernel_size), _pair(stride), _pair(dilation))
+    window = _window(kernel_size, stride, dilation, boundary)
     _check(q, k, v, window, rpb, pad_k, pad_v)
+    _check_additional(q, v, additional_keys, additional_values, additional_bias)
+    add_k, add_v = _of_every_image(additional_keys, q), _of_every_image(additional_values, q)
     k, v = _padded(k, pad_k, window), _padded(v, pad_v, window)
     factor = q.shape[4] ** -0.5 if scale is None else scale
     if not torch.jit.is_scripting():
         with without_autocast(q):
-            return _gather_form(q, k, v, rpb, window, factor)
-    return _gather_form(q, k, v, rpb, window, factor)
+            return _gather_form(q, k, v, rpb, add_k, add_v, additional_bias, window, factor)
+    return _gather_form(q, k, v, rpb, add_k, add_v, additional_bias, window, factor)
 
 
 def _tile_queries(n: int, S: int, most: int = 8) -> int:
@@ -215,7 +301,7 @@ def _bias_table(rpb: Tensor | None, window: _Window, q: Tensor) -> Tensor:
 
 
 def _index_axis(
-    L: int, size: int, K: int, S: int, D: int, outside: int, device: torch.device
+    L: int, size: int, K: int, S: int, D: int, masked: bool, outside: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tiles of one axis as index tensors, for any size.
 
@@ -225,6 +311,7 @@ def _index_axis(
         K: Side of the window.
         S: Stride.
         D: Dilation.
+        masked: Whether windows keep their place at the border.
         outside: Relative index of a key outside the window.
         device: Device of the result.
 
@@ -241,33 +328,57 @@ def _index_axis(
     last = (size - group + D - 1) // D - 1  # of the dilation group
     own = torch.arange(T, device=device)
     t = torch.minimum(torch.arange(tiles, device=device).unsqueeze(1) * T + own, last)  # [D, tiles, T]
-    start = torch.minimum((t // S * S + (S // 2 - K // 2)).clamp(min=0), last + (1 - K))
+    start = _starts(t, last, K, S, masked)
     key = start[:, :, :1] + torch.arange(T - S + K, device=device)  # [D, tiles, R]
     shift = key.unsqueeze(2) - start.unsqueeze(3)
-    relative = torch.where((shift >= 0) & (shift < K), key.unsqueeze(2) - t.unsqueeze(3) + (K - 1), outside)
-    queries, keys = (t * D + group).clamp(max=L - 1), torch.minimum(key, last) * D + group
+    inside = (shift >= 0) & (shift < K) & ((key >= 0) & (key <= last)).unsqueeze(2)
+    relative = torch.where(inside, key.unsqueeze(2) - t.unsqueeze(3) + (K - 1), outside)
+    queries, keys = (t * D + group).clamp(max=L - 1), torch.minimum(key.clamp(min=0), last) * D + group
     i = torch.arange(L, device=device)
     tile, place = i % D * tiles + i // D // T, i // D % T
     return queries.flatten(0, 1), keys.flatten(0, 1), relative.flatten(0, 1), tile, place
 
 
-def _index_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+def _index_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+    scale: float,
+) -> Tensor:
     """Tiles by index tensors, in plain operators: for scripts and exported programs.
 
     No axis is split, which would bind an exported program to the number of tiles that it was recorded with.
     """
     (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
-    bins = (2 * Kh - 1) * (2 * Kw - 1)
-    q_h, k_h, relative_h, tile_h, place_h = _index_axis(q.shape[1], k.shape[1], Kh, Sh, Dh, bins, q.device)
-    q_w, k_w, relative_w, tile_w, place_w = _index_axis(q.shape[2], k.shape[2], Kw, Sw, Dw, bins, q.device)
-    h, nw, Tw = q.shape[3], relative_w.shape[0], relative_w.shape[1]
+    bins, masked = (2 * Kh - 1) * (2 * Kw - 1), window.masked
+    q_h, k_h, relative_h, tile_h, place_h = _index_axis(q.shape[1], k.shape[1], Kh, Sh, Dh, masked, bins, q.device)
+    q_w, k_w, relative_w, tile_w, place_w = _index_axis(q.shape[2], k.shape[2], Kw, Sw, Dw, masked, bins, q.device)
+    h, nh, nw, Tw = q.shape[3], relative_h.shape[0], relative_w.shape[0], relative_w.shape[1]
     index = relative_h[:, None, :, None, :, None] * (2 * Kw - 1) + relative_w[None, :, None, :, None, :]
     mask = _bias_table(rpb, window, q).t()[index.clamp(max=bins)]  # [nh, nw, Th, Tw, Rh, Rw, h or 1]
     mask = mask.expand(-1, -1, -1, -1, -1, -1, h).permute(0, 1, 6, 2, 3, 4, 5).flatten(5, 6).flatten(3, 4).flatten(0, 2)
-    logits = (_take(q, q_h, q_w) * scale) @ _take(k, k_h, k_w).transpose(2, 3) + mask
-    out = logits.softmax(-1) @ _take(v, k_h, k_w)  # [B, tiles * h, tokens, C]
+    queries, values = _take(q, q_h, q_w) * scale, _take(v, k_h, k_w)
+    logits = queries @ _take(k, k_h, k_w).transpose(2, 3) + mask
+    if add_k is not None and add_v is not None:
+        tiles = nh * nw
+        others = queries @ _of_every_tile(add_k, tiles).transpose(2, 3)
+        if add_bias is not None:
+            bias = add_bias.expand(h, q.shape[1] * q.shape[2], -1).transpose(0, 1)
+            others = others + _take(bias.reshape(1, q.shape[1], q.shape[2], h, add_bias.shape[2]), q_h, q_w)
+        logits, values = torch.cat([logits, others], -1), torch.cat([values, _of_every_tile(add_v, tiles)], 2)
+    out = logits.softmax(-1) @ values  # [B, tiles * h, tokens, C]
     tile = (tile_h.unsqueeze(1) * nw + tile_w).unsqueeze(2) * h + torch.arange(h, device=q.device)
     return out[:, tile, (place_h.unsqueeze(1) * Tw + place_w).unsqueeze(2)].to(v.dtype)
+
+
+def _of_every_tile(t: Tensor, tiles: int) -> Tensor:
+    """Additional keys or values ``[B, P, h, C]`` -> ``[B, tiles * h, P, C]``."""
+    return t.to(_wide(t)).transpose(1, 2).unsqueeze(1).expand(-1, tiles, -1, -1, -1).flatten(1, 2)
 
 
 def _take(t: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -298,7 +409,7 @@ class _Tiles(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _axis(L: int, size: int, K: int, S: int, D: int) -> tuple[_Tiles, ...]:
+def _axis(L: int, size: int, K: int, S: int, D: int, masked: bool) -> tuple[_Tiles, ...]:
     """Cut an axis of ``L`` queries and ``size`` keys into tiles, those with the same mask together."""
     found: list[_Tiles] = []
     T = _tile_queries((L + D - 1) // D, S)
@@ -307,9 +418,11 @@ def _axis(L: int, size: int, K: int, S: int, D: int) -> tuple[_Tiles, ...]:
         groups = list(run)
         for t in range(0, queries, T):
             own = range(t, min(t + T, queries))
-            starts = [min(max(i // S * S + S // 2 - K // 2, 0), length - K) for i in own]
-            region = starts[-1] + K - starts[0]
-            tile = _Tiles(groups[0], len(groups), t, starts[0], 1, T, region, tuple(s - starts[0] for s in starts))
+            starts = [i // S * S + S // 2 - K // 2 for i in own]
+            if not masked:
+                starts = [min(max(s, 0), length - K) for s in starts]
+            key, end = max(starts[0], 0), min(starts[-1] + K, length)
+            tile = _Tiles(groups[0], len(groups), t, key, 1, T, end - key, tuple(s - key for s in starts))
             if t > 0 and found[-1].mask == tile.mask:
                 found[-1] = found[-1]._replace(tiles=found[-1].tiles + 1)
             else:
@@ -352,6 +465,10 @@ class _Piece(NamedTuple):
             (*shape, m, n, *t.shape[3:]), (*stride, si * self.dilation[0], sj * self.dilation[1], sh, sc), offset
         )
 
+    def of_one_image(self, t: Tensor) -> Tensor:
+        """The view of queries of a map of which all images have the same ``[1, H, W, h, C]``."""
+        return self._replace(images=slice(0, 1)).view(t, False)
+
     def add(self, map_: Tensor, regions: Tensor) -> None:
         """Add key regions, laid out as by :meth:`view`, to a map: those that overlap one after the other."""
         skip_h, skip_w = -(-self.rows.keys // self.rows.step), -(-self.cols.keys // self.cols.step)
@@ -360,62 +477,140 @@ class _Piece(NamedTuple):
             place[:, :, i::skip_h, :, j::skip_w].add_(regions[:, :, i::skip_h, :, j::skip_w])
 
 
-def _pieces(q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: _Window) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
-    """All tiles, with the index ``[h or 1, pairs]`` and the mask ``[1, h or 1, queries, keys]`` of each piece."""
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: _Window, add_bias: Tensor | None
+) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
+    """All tiles, with the index ``[h or 1, pairs]`` and the mask of each piece.
+
+    The mask is ``[1, h or 1, queries, keys]``, the same for all tiles of a piece.  With additional keys, whose bias
+    ``[1, H, W, h, P]`` belongs to a place on the map, it is ``[1, tiles * h, queries, keys + P]``.
+    """
     budget = _WORKSPACE if q.device.type == "cpu" else 64 * _WORKSPACE
     token = q.shape[3] * (k.shape[4] + v.shape[4]) * table.element_size()  # bytes of a key and its value
-    axes = [_axis(*a) for a in zip(q.shape[1:3], k.shape[1:3], *window, strict=True)]
+    more = 0 if add_bias is None else add_bias.shape[4]
+    axes = [_axis(*a, window.masked) for a in zip(q.shape[1:3], k.shape[1:3], *window[:3], strict=True)]
     for rows, cols in itertools.product(*axes):
         index = _mask_index(rows.mask, cols.mask, window, q.device).expand(table.shape[0], -1)
         mask = table.gather(1, index)
         mask = mask.reshape(1, -1, len(rows.windows) * len(cols.windows), rows.keys * cols.keys)
-        line = rows.groups * cols.groups * cols.tiles * rows.keys * cols.keys * token  # bytes of one row of tiles
+        # bytes of one row of tiles
+        line = rows.groups * cols.groups * cols.tiles * (rows.keys * cols.keys + more) * token
         images, lines = max(1, budget // (line * rows.tiles)), max(1, budget // line)
         for b, i in itertools.product(range(0, q.shape[0], images), range(0, rows.tiles, lines)):
             some = rows._replace(
                 query=rows.query + i * rows.step, key=rows.key + i * rows.step, tiles=min(lines, rows.tiles - i)
             )
-            yield _Piece(slice(b, b + images), some, cols, window.dilation), index, mask
+            piece = _Piece(slice(b, b + images), some, cols, window.dilation)
+            yield piece, index, mask if add_bias is None else _joined_mask(piece, mask, add_bias)
 
 
-def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+def _joined_mask(piece: _Piece, mask: Tensor, add_bias: Tensor) -> Tensor:
+    others = piece.of_one_image(add_bias)
+    others = others.permute(0, 1, 2, 3, 4, 7, 5, 6, 8).flatten(6, 7).flatten(0, 4)  # [tiles, h, queries, P]
+    return torch.cat([mask.expand(*others.shape[:2], -1, -1), others], -1).flatten(0, 1).unsqueeze(0)
+
+
+def _joined(regions: Tensor, more: Tensor) -> Tensor:
+    """Key regions ``[B * tiles, h, R, C]`` with additional ones ``[B, P, h, C]``: ``[B, tiles * h, R + P, C]``."""
+    regions = regions.unflatten(0, (more.shape[0], -1))
+    more = more.to(regions.dtype).transpose(1, 2).unsqueeze(1).expand(-1, regions.shape[1], -1, -1, -1)
+    return torch.cat([regions, more], 3).flatten(1, 2)
+
+
+def _bias_map(add_k: Tensor | None, add_bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """Bias of additional keys as a map ``[1, H, W, h, P]``."""
+    if add_k is None:
+        return None
+    _, H, W, h, _ = q.shape
+    bias = torch.zeros((), dtype=_wide(q), device=q.device) if add_bias is None else add_bias.to(_wide(q))
+    return bias.expand(h, H * W, add_k.shape[1]).unflatten(1, (H, W)).permute(1, 2, 0, 3).unsqueeze(0)
+
+
+def _tiles_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+    scale: float,
+) -> Tensor:
     table = _bias_table(rpb, window, q)
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    for piece, _, mask in _pieces(q, k, v, table, window):
+    for piece, _, mask in _pieces(q, k, v, table, window, _bias_map(add_k, add_bias, q)):
         views = piece.view(q, False), piece.view(k, True), piece.view(v, True)
         tokens = (t.to(table.dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
         queries, keys, values = (t.transpose(1, 2) for t in tokens)  # [tiles, h, tokens, C]
+        if add_k is not None and add_v is not None:
+            queries = queries.reshape(-1, mask.shape[1], *queries.shape[2:])
+            keys, values = _joined(keys, add_k[piece.images]), _joined(values, add_v[piece.images])
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         place = piece.view(out, False)
+        attended = attended.reshape(-1, q.shape[3], *attended.shape[2:])
         place.copy_(attended.transpose(1, 2).reshape(place.shape))
     return out
 
 
+def _gradient_of(t: Tensor | None, found: Tensor | None, q: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its input; empty where there is no input."""
+    return q.new_empty(0) if t is None or found is None else found.sum_to_size(t.shape).to(t.dtype).contiguous()
+
+
 def _tiles_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    table = _bias_table(rpb, window, q)
-    dq, dk, dv, dtable = (torch.zeros(t.shape, dtype=table.dtype, device=q.device) for t in (q, k, v, table))
-    for piece, index, mask in _pieces(q, k, v, table, window):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    table, bias = _bias_table(rpb, window, q), _bias_map(add_k, add_bias, q)
+    # of all tensors but the output, additional ones included
+    inputs = (q, k, v, table, *(() if bias is None else (add_k, add_v, bias)))
+    grads = [torch.zeros(t.shape, dtype=table.dtype, device=q.device) for t in inputs if t is not None]
+    dq, dk, dv, dtable = grads[:4]
+    for piece, index, mask in _pieces(q, k, v, table, window, bias):
         views = piece.view(q, False), piece.view(dout, False), piece.view(k, True), piece.view(v, True)
         heads = (t.permute(0, 1, 2, 3, 4, 7, 5, 6, 8).to(table.dtype) for t in views)
         q_, dout_, k_, v_ = (t.reshape(-1, q.shape[3], t.shape[6] * t.shape[7], t.shape[8]) for t in heads)
+        keys = k_.shape[2]
+        if add_k is not None and add_v is not None:
+            q_, dout_ = (t.reshape(-1, mask.shape[1], *t.shape[2:]) for t in (q_, dout_))
+            k_, v_ = _joined(k_, add_k[piece.images]), _joined(v_, add_v[piece.images])
         q_ = q_ * scale
         p = (q_ @ k_.transpose(2, 3)).add_(mask).softmax(-1)  # [tiles, h, queries, keys]
         ds = dout_ @ v_.transpose(2, 3)
         ds = ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
         found = (ds @ k_).mul_(scale), ds.transpose(2, 3) @ q_, p.transpose(2, 3) @ dout_
-        grads = (
+        if bias is not None:
+            for total, part in zip(grads[4:6], found[1:], strict=True):
+                more = part[:, :, keys:].unflatten(1, (-1, q.shape[3])).sum(1)  # of all tiles
+                total[piece.images] += more.transpose(1, 2)
+            place = piece.of_one_image(grads[6])
+            more = ds[..., keys:].sum(0).reshape(*place.shape[:5], -1, *place.shape[5:7], place.shape[8])
+            place += more.permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
+            found, ds = (found[0], found[1][:, :, :keys], found[2][:, :, :keys]), ds[..., :keys]
+        parts = (
             g.reshape(*t.shape[:5], -1, *t.shape[5:7], t.shape[8]).permute(0, 1, 2, 3, 4, 6, 7, 5, 8)
             for g, t in zip(found, (views[0], *views[2:]), strict=True)
         )
-        piece.view(dq, False).copy_(next(grads))
-        piece.add(dk, next(grads))
-        piece.add(dv, next(grads))
+        piece.view(dq, False).copy_(next(parts))
+        piece.add(dk, next(parts))
+        piece.add(dv, next(parts))
         if rpb is not None:
-            dtable.scatter_add_(1, index, ds.sum(0).flatten(1))
-    drpb = q.new_empty(0) if rpb is None else dtable[:, :-1].reshape(rpb.shape).to(rpb.dtype).contiguous()
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), drpb
+            dtable.scatter_add_(1, index, ds.reshape(-1, q.shape[3], *ds.shape[2:]).sum(0).flatten(1))
+    drpb = dtable[:, :-1].unflatten(1, [2 * K - 1 for K in window.kernel])
+    dadd_k, dadd_v, dbias = (None, None, None) if bias is None else grads[4:]
+    if dbias is not None:
+        dbias = dbias[0].permute(2, 0, 1, 3).flatten(1, 2)
+    pairs = (dq, q), (dk, k), (dv, v), (drpb, rpb), (dadd_k, add_k), (dadd_v, add_v), (dbias, add_bias)
+    return tuple(_gradient_of(t, g, q) for g, t in pairs)
 
 
 if HAS_TRITON:
@@ -424,11 +619,19 @@ if HAS_TRITON:
 
 
 def _dense_channels(t: Tensor) -> Tensor:
-    return t if t.stride(4) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     B, H, W, h, _ = q.shape
     q, k, v = (_dense_channels(t) for t in (q, k, v))
@@ -437,7 +640,9 @@ def _triton_forward(
     if out.numel() > 0:
         launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, out))
         launcher.make_table(by_key=False)
-        launcher.run(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse)
+        if add_k is not None and add_v is not None:
+            launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
+        launcher.run(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse, **launcher.additional)
     return out, lse
 
 
@@ -447,28 +652,42 @@ def _triton_backward(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: _Window,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, H, W, h, _ = q.shape
+) -> tuple[Tensor, ...]:
+    B = q.shape[0]
     dout, out, q, k, v = dout.contiguous(), out.contiguous(), *(_dense_channels(t) for t in (q, k, v))
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    drpb = q.new_zeros(0 if rpb is None else rpb.shape, dtype=q.dtype if rpb is None else rpb.dtype)
+    others = [rpb, add_k, add_v, add_bias]
     if out.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), drpb
+        nothing = (None if t is None else torch.zeros_like(t) for t in others)
+        gradients = (_gradient_of(t, g, q) for t, g in zip(others, nothing, strict=True))
+        return dq.zero_(), dk.zero_(), dv.zero_(), *gradients
     delta, large = torch.empty_like(lse), gradient_scale(dout)
     launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, dout, dq, dk, dv))
     launcher.make_table(by_key=False)
+    if add_k is not None and add_v is not None:
+        launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
     options: dict[str, Any] = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
     grads = {"large_ptr": large, "scale": scale, **options}
-    launcher.run(kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads)
+    launcher.run(
+        kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads, **launcher.additional
+    )
+    found: list[Tensor | None] = [None] * 4
     if rpb is not None:
-        drpb = launcher.bias_gradient(B, **options).to(rpb.dtype)
+        found[0] = launcher.bias_gradient(B, **options)
+    if add_k is not None:
+        found[1], found[2] = launcher.additional_gradients(**grads)
+    if add_bias is not None:
+        found[3] = launcher.additional_bias_gradient(**options)
     launcher.make_table(by_key=True)
     launcher.run(kernels.neighborhood_bwd_key_kernel, "key", B, by_key=True, dk_ptr=dk, dv_ptr=dv, **grads)
-    return dq, dk, dv, drpb
+    return dq, dk, dv, *(_gradient_of(t, g, q) for t, g in zip(others, found, strict=True))
 
 
 @torch.library.custom_op("vizoo::neighborhood_attention", mutates_args=())
@@ -477,21 +696,30 @@ def _neighborhood_attention(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
+    masked: bool,
     scale: float,
     triton_kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    window = _Window(*map(tuple, (kernel_size, stride, dilation)))  # type: ignore[arg-type]
+    window = _as_window(kernel_size, stride, dilation, masked)
+    tensors = q, k, v, rpb, add_k, add_v, add_bias
     if triton_kernel:
-        return _triton_forward(q, k, v, rpb, window, scale)
+        return _triton_forward(*tensors, window, scale)
     with without_autocast(q):
-        return _tiles_forward(q, k, v, rpb, window, scale), q.new_empty(0, dtype=torch.float32)
+        return _tiles_forward(*tensors, window, scale), q.new_empty(0, dtype=torch.float32)
+
+
+def _as_window(kernel_size: list[int], stride: list[int], dilation: list[int], masked: bool) -> _Window:
+    return _Window(*map(tuple, (kernel_size, stride, dilation)), masked)  # type: ignore[arg-type, call-arg]
 
 
 @_neighborhood_attention.register_fake
-def _(q, k, v, rpb, kernel_size, stride, dilation, scale, triton_kernel):
+def _(q, k, v, rpb, add_k, add_v, add_bias, kernel_size, stride, dilation, masked, scale, triton_kernel):
     B, H, W, h, _ = q.shape
     lse = q.new_empty((B, h, H, W) if triton_kernel else 0, dtype=torch.float32)
     return q.new_empty(B, H, W, h, v.shape[4]), lse
@@ -504,56 +732,67 @@ def _neighborhood_attention_backward(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
+    masked: bool,
     scale: float,
     triton_kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    window = _Window(*map(tuple, (kernel_size, stride, dilation)))  # type: ignore[arg-type]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    window = _as_window(kernel_size, stride, dilation, masked)
+    tensors = q, k, v, rpb, add_k, add_v, add_bias
     if triton_kernel:
-        return _triton_backward(dout, q, k, v, rpb, out, lse, window, scale)
+        return _triton_backward(dout, *tensors, out, lse, window, scale)  # type: ignore[return-value]
     with without_autocast(q):
-        return _tiles_backward(dout, q, k, v, rpb, window, scale)
+        return _tiles_backward(dout, *tensors, window, scale)  # type: ignore[return-value]
 
 
 @_neighborhood_attention_backward.register_fake
-def _(dout, q, k, v, rpb, out, lse, kernel_size, stride, dilation, scale, triton_kernel):
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
+def _(dout, q, k, v, rpb, add_k, add_v, add_bias, out, lse, *arguments):
+    inputs = q, k, v, rpb, add_k, add_v, add_bias
+    return tuple(
+        q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs
+    )
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, rpb, *ctx.arguments = inputs
+    tensors, ctx.arguments = inputs[:7], inputs[7:]
     out, lse = output
-    ctx.save_for_backward(q, k, v, rpb, out if ctx.arguments[-1] else lse, lse)  # only kernels need the output
+    ctx.save_for_backward(*tensors, out if ctx.arguments[-1] else lse, lse)  # only kernels need the output
     ctx.mark_non_differentiable(lse)
 
 
 def _differentiate(ctx, dout, _):
+    needed = ctx.needs_input_grad[:7]
     if torch.is_grad_enabled():
-        tensors = ctx.saved_tensors[:4]
-        kernel_size, stride, dilation, scale, _ = ctx.arguments
-        window = _Window(*map(tuple, (kernel_size, stride, dilation)))
-        form = functools.partial(_gather_form, window=window, scale=scale)
-        return *plain_gradients(form, tensors, dout, ctx.needs_input_grad[:4]), None, None, None, None, None
-    dq, dk, dv, drpb = _neighborhood_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
-    return dq, dk, dv, drpb if ctx.needs_input_grad[3] else None, None, None, None, None, None
+        *window, scale, _ = ctx.arguments
+        form = functools.partial(_gather_form, window=_as_window(*window), scale=scale)
+        found = plain_gradients(form, ctx.saved_tensors[:7], dout, needed)
+    else:
+        found = _neighborhood_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
+    return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None for _ in ctx.arguments)
 
 
 _neighborhood_attention.register_autograd(_differentiate, setup_context=_save)
 
 
+def _scores(q: Any, add_k: Any, kernel_size: Any) -> int:
+    return math.prod(q[:4]) * (math.prod(kernel_size) + (0 if add_k is None else add_k[1]))
+
+
 @register_cost("vizoo::neighborhood_attention", torch.ops.vizoo.neighborhood_attention)
-def _(q, k, v, rpb, kernel_size, *rest, out=None) -> Cost:
-    return windows_cost(math.prod(q[:4]) * math.prod(kernel_size), q, v)
+def _(q, k, v, rpb, add_k, add_v, add_bias, kernel_size, *rest, out=None) -> Cost:
+    return windows_cost(_scores(q, add_k, kernel_size), q, v)
 
 
 @register_cost("vizoo::neighborhood_attention_backward", torch.ops.vizoo.neighborhood_attention_backward)
-def _(dout, q, k, v, rpb, saved, lse, kernel_size, *rest, out=None) -> Cost:
-    return windows_backward_cost(math.prod(q[:4]) * math.prod(kernel_size), q, v)
+def _(dout, q, k, v, rpb, add_k, add_v, add_bias, saved, lse, kernel_size, *rest, out=None) -> Cost:
+    return windows_backward_cost(_scores(q, add_k, kernel_size), q, v)
 
 
 def _kernel_limits(q: Tensor, v: Tensor) -> str:
@@ -572,8 +811,21 @@ def _natten_widths(d: int, dv: int, device: str) -> tuple[int, int]:
     return width, width
 
 
-def _natten_limits(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window) -> str:
+def _natten_limits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: _Window,
+) -> str:
     """What NATTEN cannot do with these inputs; empty if nothing."""
+    if window.masked:
+        return "NATTEN shifts windows at the border and masks no key"
+    if add_bias is not None:
+        return "NATTEN takes no bias of additional keys"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"NATTEN takes float32, float16 and bfloat16, not {q.dtype}"
     if min(window.kernel) < 2:
@@ -581,7 +833,7 @@ def _natten_limits(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: 
     if q.device.type == "cuda":
         return ""
     if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rpb))
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rpb, add_k, add_v))
     ):
         return "NATTEN takes CPU tensors only without gradients and compilation"
     d = q.shape[4] + (0 if rpb is None else math.prod(window.kernel))
@@ -606,8 +858,8 @@ def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[
     """
     B, H, W, h, _ = q.shape
     ones, places = [], []
-    for L, K, S, D in zip((H, W), *window, strict=True):
-        start, first = _window_starts(L, L, K, S, D, q.device)
+    for L, K, S, D in zip((H, W), *window[:3], strict=True):
+        start, first = _window_starts(L, L, K, S, D, False, q.device)
         ones.append(F.one_hot(torch.arange(L, device=q.device) // D % K, K))  # [L, K]
         places.append(first.unsqueeze(1) + (torch.arange(K, device=q.device) - start.unsqueeze(1)) % K)  # [L, K]
     hot = (ones[0][:, None, :, None] * ones[1][None, :, None, :]).reshape(1, H, W, 1, -1).to(k.dtype)
@@ -616,7 +868,16 @@ def _bias_channels(q: Tensor, k: Tensor, rpb: Tensor, window: _Window) -> tuple[
     return torch.cat([q, bias.expand(B, -1, -1, -1, -1)], -1), torch.cat([k, hot.expand(B, -1, -1, h, -1)], -1)
 
 
-def _natten_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _Window, scale: float) -> Tensor:
+def _natten_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    window: _Window,
+    scale: float,
+) -> Tensor:
     """NATTEN's kernels, which take maps of one size and some numbers of channels; only CUTLASS takes ``dv != d``."""
     H, W, dv = q.shape[1], q.shape[2], v.shape[4]
     q = F.pad(q * scale, [0, 0, 0, 0, 0, k.shape[2] - W, 0, k.shape[1] - H])
@@ -625,9 +886,12 @@ def _natten_form(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: _W
     width, width_v = _natten_widths(q.shape[4], dv, q.device.type)
     q, k, v = (F.pad(t, [0, n - t.shape[4]]) for t, n in ((q, width), (k, width), (v, width_v)))
     options: dict[str, Any] = {}
-    if width != width_v:
-        options = {"backend": "cutlass-fna", "attention_kwargs": {"backend": "cutlass-fmha"}}  # the latter: one window
-    kernel_size, stride, dilation = window
+    if add_k is not None and add_v is not None:  # zeros in the channels of the bias, too
+        options["additional_keys"] = F.pad(add_k, [0, width - add_k.shape[3]])
+        options["additional_values"] = F.pad(add_v, [0, width_v - dv])
+    if width != width_v:  # plain attention is for one window that is the map, and for additional keys
+        options |= {"backend": "cutlass-fna", "attention_kwargs": {"backend": "cutlass-fmha"}}
+    kernel_size, stride, dilation, _ = window
     out = load_natten().na2d(q, k, v, kernel_size, stride=stride, dilation=dilation, scale=1.0, **options)
     return out[:, :H, :W, :, :dv]
 
@@ -643,6 +907,10 @@ def neighborhood_attention(
     scale: float | None = None,
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_bias: Tensor | None = None,
+    boundary: str = "shift",
     backend: str = "auto",
 ) -> Tensor:
     """:func:`reference_neighborhood_attention` by fused attention or kernels: same result and errors.
@@ -658,9 +926,13 @@ def neighborhood_attention(
         scale: Factor of the logits; None is ``d ** -0.5``.
         pad_k: Key ``[h, d]`` that pads a map smaller than ``kernel_size * dilation``.
         pad_v: The value ``[h, dv]`` that belongs to it.
-        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 128``), ``"natten"`` (no float64, no window of 1, on
-            CPU tensors only without gradients), or ``"auto"``: for CUDA tensors NATTEN, Triton where that cannot run;
-            otherwise PyTorch.
+        additional_keys: Keys ``[B or 1, P, h, d]`` that every query sees beside its window, in the same softmax.
+        additional_values: Their values ``[B or 1, P, h, dv]``.
+        additional_bias: Bias of their logits ``[h or 1, H * W or 1, P]``.
+        boundary: At the border ``"shift"`` moves windows into the map, ``"mask"`` masks their keys outside.
+        backend: ``"torch"``, ``"triton"`` (no float64, ``d, dv <= 128``), ``"natten"`` (no float64, no window of 1, no
+            mask, no bias of additional keys, on CPU tensors only without gradients), or ``"auto"``: for CUDA tensors
+            NATTEN, Triton where that cannot run; otherwise PyTorch.
 
     Returns:
         ``[B, H, W, h, dv]`` in the dtype of ``q``.
@@ -669,18 +941,21 @@ def neighborhood_attention(
         ValueError: If an argument is outside its range, shapes or dtypes do not fit each other, or ``backend`` cannot
             run.
     """
-    window = _Window(_pair(kernel_size), _pair(stride), _pair(dilation))
+    window = _window(kernel_size, stride, dilation, boundary)
     _check(q, k, v, window, rpb, pad_k, pad_v)
+    _check_additional(q, v, additional_keys, additional_values, additional_bias)
+    add_k, add_v, add_bias = _of_every_image(additional_keys, q), _of_every_image(additional_values, q), additional_bias
     k, v = _padded(k, pad_k, window), _padded(v, pad_v, window)
     factor = q.shape[4] ** -0.5 if scale is None else scale
     if not torch.jit.is_scripting():
-        limits = {"natten": _natten_limits(q, k, v, rpb, window), "triton": _kernel_limits(q, v)}
-        chosen = choose_backend(backend, q, limits)
+        natten = _natten_limits(q, k, v, rpb, add_k, add_v, add_bias, window)
+        chosen = choose_backend(backend, q, {"natten": natten, "triton": _kernel_limits(q, v)})
         if chosen == "natten":
-            return _natten_form(q, k, v, rpb, window, factor)
+            return _natten_form(q, k, v, rpb, add_k, add_v, window, factor)
+        tensors = q, k, v, rpb, add_k, add_v, add_bias
         if not plain_only():
-            return _neighborhood_attention(q, k, v, rpb, *window, factor, chosen == "triton")[0]
+            return _neighborhood_attention(*tensors, *window, factor, chosen == "triton")[0]
         form = _gather_form if is_transforming() else _index_form
         with without_autocast(q):
-            return form(q, k, v, rpb, window, factor)
-    return _index_form(q, k, v, rpb, window, factor)
+            return form(*tensors, window, factor)
+    return _index_form(q, k, v, rpb, add_k, add_v, add_bias, window, factor)

@@ -20,7 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
-NAMES = ("out", "dq", "dk", "dv", "drpb", "dpad_k", "dpad_v")
+ADDITIONAL = ("additional_keys", "additional_values", "additional_bias")
+NAMES = ("out", "dq", "dk", "dv", "drpb", "dpad_k", "dpad_v", *(f"d{name}" for name in ADDITIONAL))
 # B, H, W, h, d, dv, kernel_size, stride, dilation
 CASES = [
     (1, 1, 1, 1, 1, 1, (1, 1), (1, 1), (1, 1)),
@@ -50,22 +51,50 @@ def inputs(B, H, W, h, d, dv, kernel_size, stride, dilation):
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def call(f, tensors, case, scale=None, *rest):
-    q, k, v, rpb, pad_k, pad_v = tensors
-    return f(q, k, v, *case[-3:], rpb, scale, pad_k, pad_v, *rest)
+def call(f, tensors, case, scale=None, **options):
+    q, k, v, rpb, pad_k, pad_v, *additional = tensors
+    if additional:
+        options |= dict(zip(ADDITIONAL, additional, strict=True))
+    return f(q, k, v, *case[-3:], rpb, scale, pad_k, pad_v, **options)
 
 
-def loop(q, k, v, rpb, pad_k, pad_v, kernel_size, stride, dilation, scale=None):
+def additional(P, bias=None, images=None):
+    """Add keys and values that every query sees, of all images or of one, and their bias if its shape is given.
+
+    A letter for each of the first two dimensions of the bias says that it is 1 (``1``) or that of the operator.
+    """
+
+    def change(tensors):
+        (B, H, W, h, d), dv = tensors[0].shape, tensors[2].shape[4]
+        shapes = [(images or B, P, h, d), (images or B, P, h, dv)]
+        if bias:
+            shapes.append((1 if bias[0] == "1" else h, 1 if bias[1] == "1" else H * W, P))
+        generator = torch.Generator().manual_seed(P)
+        found = [torch.randn(s, generator=generator, dtype=torch.float64).to(tensors[0]) for s in shapes]
+        return [*tensors, *found, *([] if bias else [None])]
+
+    return change
+
+
+def loop(tensors, case, scale=None, boundary="shift"):
     """One query after the other, from the definition of generalised neighbourhood attention."""
+    q, k, v, rpb, pad_k, pad_v, *others = tensors
+    kernel_size, stride, dilation = case[-3:]
     B, H, W, h, d = q.shape
     scale = d**-0.5 if scale is None else scale
     size = [max(L, K * D) for L, K, D in zip((H, W), kernel_size, dilation, strict=True)]
+    if boundary == "mask":
+        size = [H, W]
 
     def window(i, axis):
         """Keys of a query on an axis, and their distances in steps of the dilation."""
         K, S, D = kernel_size[axis], stride[axis], dilation[axis]
         group = list(range(i % D, size[axis], D))
-        leader = min(i // D // S * S + S // 2, len(group) - 1)
+        leader = i // D // S * S + S // 2
+        if boundary == "mask":
+            places = range(leader - K // 2, leader - K // 2 + K)
+            return [(group[p], p - i // D) for p in places if 0 <= p < len(group)]
+        leader = min(leader, len(group) - 1)
         first = min(max(leader - K // 2, 0), len(group) - K)
         return [(j, (j - i) // D) for j in group[first : first + K]]
 
@@ -77,7 +106,14 @@ def loop(q, k, v, rpb, pad_k, pad_v, kernel_size, stride, dilation, scale=None):
             key = k[b, j, n, g] if on_map else pad_k[g]
             logits.append(scale * (q[b, y, x, g] @ key) + rpb[g, dy + kernel_size[0] - 1, dx + kernel_size[1] - 1])
             values.append(v[b, j, n, g] if on_map else pad_v[g])
-        assert len(logits) == kernel_size[0] * kernel_size[1]
+        assert len(logits) == kernel_size[0] * kernel_size[1] or boundary == "mask"
+        if others:
+            keys, added, bias = others
+            for p in range(keys.shape[1]):
+                logits.append(scale * (q[b, y, x, g] @ keys[b % keys.shape[0], p, g]))
+                if bias is not None:
+                    logits[-1] = logits[-1] + bias[g % bias.shape[0], (y * W + x) % bias.shape[1], p]
+                values.append(added[b % keys.shape[0], p, g])
         out[b, y, x, g] = torch.stack(logits).softmax(0) @ torch.stack(values)
     return out
 
@@ -89,19 +125,19 @@ def run(f, tensors, grad):
     return out.detach(), *torch.autograd.grad(out, given, grad, allow_unused=True)
 
 
-def check(f, case, dtype, device="cpu", change=lambda tensors: tensors, scale=None):
+def check(f, case, dtype, device="cpu", change=lambda tensors: tensors, scale=None, **options):
     """Output and every gradient of ``f`` in ``dtype`` against the reference in float64."""
     tensors = change([t.to(device, dtype) for t in inputs(*case)])
     shape = (*case[:4], case[5])
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def reference(t):
-        return call(reference_neighborhood_attention, t, case, scale)
+        return call(reference_neighborhood_attention, t, case, scale, **options)
 
     truth = run(reference, [None if t is None else t.double() for t in tensors], grad.double())
     plain = run(reference, tensors, grad)
-    found = run(lambda t: call(f, t, case, scale), tensors, grad)
-    names = ["out", *(n for n, t in zip(NAMES[1:], tensors, strict=True) if t is not None)]
+    found = run(lambda t: call(f, t, case, scale, **options), tensors, grad)
+    names = ["out", *(n for n, t in zip(NAMES[1:], tensors, strict=False) if t is not None)]
     for name, a, t, p in zip(names, found, truth, plain, strict=True):
         assert (a is None) == (t is None), name  # the padding of a map that needs none
         if t is None:
@@ -112,8 +148,8 @@ def check(f, case, dtype, device="cpu", change=lambda tensors: tensors, scale=No
             assert a.shape == t.shape, name
 
 
-def triton_form(*args):
-    return neighborhood_attention(*args, backend="triton")
+def triton_form(*args, **others):
+    return neighborhood_attention(*args, backend="triton", **others)
 
 
 def without(*places):
@@ -128,7 +164,7 @@ def without(*places):
 @pytest.mark.parametrize("case", [c for c in CASES if c[0]], ids=ids)
 def test_is_the_definition(f, case):
     tensors = inputs(*case)
-    op_close(call(f, tensors, case, 0.7), loop(*tensors, *case[-3:], 0.7))
+    op_close(call(f, tensors, case, 0.7), loop(tensors, case, 0.7))
 
 
 @pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
@@ -137,11 +173,53 @@ def test_gradients_at_the_border(f, case):
     """Every gradient of the definition, on maps of which most positions lie at a border or in the padding."""
     tensors, grad = inputs(*case), torch.randn(*case[:4], case[5], dtype=torch.float64)
     found = run(lambda t: call(f, t, case), tensors, grad)
-    truth = run(lambda t: loop(*t, *case[-3:]), tensors, grad)
-    for name, a, t in zip(NAMES, found, truth, strict=True):
+    truth = run(lambda t: loop(t, case), tensors, grad)
+    for name, a, t in zip(NAMES[:7], found, truth, strict=True):
         assert (a is None) == (t is None), name  # the padding of a map that needs none
         if t is not None:
             op_close(a, t, grad=name != "out", what=name)
+
+
+# bias, images that the additional keys are for
+BIASES = [(None, None), ("hN", 1), ("1N", None), ("h1", None)]
+
+
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("boundary", ["shift", "mask"])
+@pytest.mark.parametrize(
+    ("case", "bias"), [*zip([*CASES[1:6], CASES[7]], [*BIASES, *BIASES[:2]], strict=True)], ids=str
+)
+def test_additional_keys_and_masked_windows(f, case, bias, boundary):
+    tensors, grad = additional(3, *bias)(inputs(*case)), torch.randn(*case[:4], case[5], dtype=torch.float64)
+    found = run(lambda t: call(f, t, case, boundary=boundary), tensors, grad)
+    truth = run(lambda t: loop(t, case, boundary=boundary), tensors, grad)
+    for a, t in zip(found, truth, strict=True):
+        assert (a is None) == (t is None)  # the padding of a map that needs none
+        if t is not None:
+            op_close(a, t, grad=True)
+
+
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+def test_is_the_attention_of_transnext(f):
+    """Taps of an unfolded map padded by zeros, masked outside, and pooled keys, in one softmax (TransNeXt, Sec. 3)."""
+    B, H, W, h, d, P = 2, 4, 5, 3, 6, 4
+    q, k, v = (torch.randn(B, H, W, h, d, dtype=torch.float64) for _ in range(3))
+    pooled_k, pooled_v = (torch.randn(B, P, h, d, dtype=torch.float64) for _ in range(2))
+    local, bias = torch.randn(h, 9, dtype=torch.float64), torch.randn(h, H * W, P, dtype=torch.float64)
+
+    def taps(t):
+        t = F.unfold(t.flatten(3).permute(0, 3, 1, 2), 3, padding=1)  # channels of heads, then taps
+        return t.reshape(B, h, d, 9, H * W).permute(0, 1, 4, 2, 3)  # [B, h, N, d, 9]
+
+    queries = q.flatten(1, 2).transpose(1, 2)
+    near = (queries.unsqueeze(3) @ taps(k)).squeeze(3) + local.unsqueeze(1)
+    near = near.masked_fill(taps(torch.ones_like(k))[:, :, :, 0] == 0, -torch.inf)
+    far = queries @ pooled_k.permute(0, 2, 3, 1) + bias
+    weights = torch.cat([near, far], -1).softmax(-1)
+    out = (weights[..., None, :9] * taps(v)).sum(-1) + weights[..., 9:] @ pooled_v.transpose(1, 2)
+    rpb = F.pad(local.reshape(h, 3, 3), [1, 1, 1, 1])  # only the middle is read
+    found = f(q, k, v, 3, 1, 1, rpb, 1.0, None, None, pooled_k, pooled_v, bias, "mask")
+    op_close(found.flatten(1, 2).transpose(1, 2), out)
 
 
 def test_window_of_the_map_is_attention():
@@ -193,6 +271,16 @@ def test_gradcheck(f, case):
     assert torch.autograd.gradcheck(lambda *t: call(f, t, case), tensors)
 
 
+@pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("boundary", ["shift", "mask"])
+def test_gradcheck_with_additional_keys(f, boundary):
+    case = (2, 1, 3, 1, 2, 1, (1, 2), (1, 1), (1, 1))
+    tensors = [t.requires_grad_() for t in additional(2, "1N", 1)(inputs(*case))]
+    assert torch.autograd.gradcheck(lambda *t: call(f, t, case, boundary=boundary), tensors)
+    if f is neighborhood_attention:
+        assert torch.autograd.gradgradcheck(lambda *t: call(f, t, case, boundary=boundary), tensors)
+
+
 # tiles
 
 
@@ -208,11 +296,21 @@ def test_optional_arguments(case, drop):
     check(neighborhood_attention, case, torch.float32, change=without(*drop), scale=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("boundary", ["shift", "mask"])
+@pytest.mark.parametrize(
+    ("case", "P", "bias"), [*zip([CASES[2], *CASES[6:]], (1, 5, 17, 49, 2), [*BIASES, BIASES[0]], strict=True)], ids=str
+)
+def test_tiles_with_additional_keys(case, P, bias, boundary, dtype):
+    check(neighborhood_attention, case, dtype, change=additional(P, *bias), boundary=boundary)
+
+
 @pytest.mark.parametrize("case", [CASES[3], CASES[8], CASES[9]], ids=ids)
 @pytest.mark.parametrize("limit", [1, 5000])
 def test_several_pieces(monkeypatch, case, limit):
     monkeypatch.setattr(module, "_WORKSPACE", limit)
     check(neighborhood_attention, case, torch.float32)
+    check(neighborhood_attention, case, torch.float32, change=additional(5, "hN"), boundary="mask")
 
 
 def test_every_size_and_window():
@@ -227,6 +325,8 @@ def test_every_size_and_window():
             q, k, v, rpb, pad_k, pad_v = turned
             out = neighborhood_attention(q, k, v, (1, K), (1, S), (1, D), rpb, None, pad_k, pad_v)
             op_close(out.transpose(1, 2), expected, what=f"{L} {K} {S} {D}, turned")
+            masked = [call(f, tensors, case, boundary="mask") for f in FORMS.values()]
+            op_close(*masked, what=f"{L} {K} {S} {D}, masked")
 
 
 @pytest.mark.slow
@@ -271,6 +371,29 @@ def test_kernels_take_several_steps(case, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "P", "bias", "boundary"),
+    [
+        ((1, 3, 5, 2, 24, 24, (3, 3), (1, 1), (1, 1)), 5, ("hN", None), "mask"),
+        ((1, 6, 5, 1, 32, 16, (3, 2), (1, 2), (2, 1)), 17, ("h1", 1), "shift"),
+        ((1, 9, 3, 1, 3, 4, (3, 5), (3, 1), (1, 1)), 49, (None, None), "mask"),
+        ((1, 3, 7, 1, 4, 3, (2, 3), (1, 1), (1, 2)), 1, ("1N", None), "shift"),
+    ],
+    ids=str,
+)
+def test_kernels_with_additional_keys(case, P, bias, boundary, dtype):
+    check(triton_form, case, dtype, DEVICE, additional(P, *bias), 0.2, boundary=boundary)
+
+
+@needs_triton
+def test_kernels_take_several_tiles_of_additional_keys(monkeypatch):
+    monkeypatch.setattr(module.kernels, "PROGRAMS", 3)  # of several shares
+    case = (2, 9, 9, 1, 2, 2, (3, 3), (1, 1), (1, 1))
+    check(triton_form, case, torch.float32, DEVICE, additional(70, "hN"), boundary="mask")
+
+
+@needs_triton
 @pytest.mark.parametrize("small", [0, 1])
 def test_kernels_keep_small_gradients(small):
     """Gradients of the logits far below the range of float16, of outputs that have 1e-7."""
@@ -291,17 +414,17 @@ def test_kernels_keep_small_gradients(small):
 def test_columns_of_queries_for_a_tile_of_keys():
     """What the kernels set aside is what the definition of the window needs, and no more."""
     T = module.kernels.TILE
-    for K, S, R, extra in itertools.product((1, 2, 3, 7), (1, 2, 3), (1, 3), (0, 4)):
-        for L in range(K * R, 26) if K >= S else ():
+    for K, S, R, extra, masked in itertools.product((1, 2, 3, 7), (1, 2, 3), (1, 3), (0, 4), (False, True)):
+        for L in range(R if masked else K * R, 26) if K >= S else ():
             queries = max(1, L - extra)
-            start, _ = module._window_starts(queries, L, K, S, R, torch.device("cpu"))
+            start, _ = module._window_starts(queries, L, K, S, R, masked, torch.device("cpu"))
             most = 0
             for g in range(R):
                 first = start[g::R]
                 for j in range(0, -(-(L - g) // R), T):
                     reach = ((first < j + T) & (first + K > j)).nonzero()
                     most = max(most, int(reach[-1] - reach[0]) + 1 if len(reach) else 0)
-            assert module.kernels.key_columns(queries, L, K, S, R) == most, (queries, L, K, S, R)
+            assert module.kernels.key_columns(queries, L, K, S, R, masked) == most, (queries, L, K, S, R)
 
 
 class Recorder:
@@ -322,8 +445,9 @@ def launches(monkeypatch, q, kernel_size=7, dilation=1):
         monkeypatch.setattr(module.kernels, f"neighborhood_{name}_kernel", recorder)
     window = module._Window(*((n, n) for n in (kernel_size, 1, dilation)))
     rpb = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
-    out, lse = module._triton_forward(q, q, q, rpb, window, 1.0)
-    module._triton_backward(out, q, q, q, rpb, out, lse, window, 1.0)
+    tensors = q, q, q, rpb, None, None, None
+    out, lse = module._triton_forward(*tensors, window, 1.0)
+    module._triton_backward(out, *tensors, out, lse, window, 1.0)
     return {name: recorder.calls for name, recorder in recorders.items()}
 
 
@@ -394,7 +518,7 @@ def test_bias_as_channels(case):
     q = F.pad(0.7 * q, [0, 0, 0, 0, 0, k.shape[2] - q.shape[2], 0, k.shape[1] - q.shape[1]])
     wide_q, wide_k = module._bias_channels(q, k, rpb, window)
     assert wide_q.shape[4] == wide_k.shape[4] == case[4] + case[6][0] * case[6][1]
-    out = reference_neighborhood_attention(wide_q, wide_k, v, *window, scale=1.0)[:, : case[1], : case[2]]
+    out = reference_neighborhood_attention(wide_q, wide_k, v, *window[:3], scale=1.0)[:, : case[1], : case[2]]
     op_close(out, call(reference_neighborhood_attention, tensors, case, 0.7))
 
 
@@ -440,7 +564,7 @@ NATTEN_CASES = [
 def test_natten_on_a_cpu(case, drop, dtype):
     """In float16 NATTEN computes in that: it may be further off than the reference, which computes in float32."""
     tensors = without(*drop)([t.to(dtype) for t in inputs(*case)])
-    found = call(neighborhood_attention, tensors, case, None, "natten")
+    found = call(neighborhood_attention, tensors, case, backend="natten")
     plain = call(reference_neighborhood_attention, tensors, case) if dtype == torch.float32 else None
     op_close(
         found, call(reference_neighborhood_attention, [t if t is None else t.double() for t in tensors], case), plain
@@ -453,7 +577,7 @@ def test_natten_on_a_cpu(case, drop, dtype):
 @pytest.mark.parametrize("case", [(2, 15, 19, 2, 32, 32, (7, 7), (1, 1), (2, 2)), CASES[4]], ids=ids)
 def test_natten(case, dtype):
     tensors = [t.to("cuda", dtype) for t in inputs(*case)]
-    found = call(neighborhood_attention, tensors, case, None, "natten")
+    found = call(neighborhood_attention, tensors, case, backend="natten")
     op_close(found, call(reference_neighborhood_attention, [t.double() for t in tensors], case))
 
 
@@ -490,17 +614,17 @@ def test_large_half_logits(f):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_opcheck(backend, bias):
+@pytest.mark.parametrize("optional", [(), (3,), (3, 4, 5, 6)], ids=str)
+def test_opcheck(backend, optional):
     case = (1, 3, 2, 1, 2, 3, (3, 2), (1, 1), (1, 1))
-    q, k, v, rpb, *_ = (t.float().to(DEVICE).requires_grad_() for t in inputs(*case))
-    args = ([3, 2], [1, 1], [1, 1], 0.5, backend == "triton")
-    torch.library.opcheck(torch.ops.vizoo.neighborhood_attention.default, (q, k, v, rpb if bias else None, *args))
-    plain = [t.detach() for t in (q, k, v, rpb)]
-    plain[3] = plain[3] if bias else None
-    out, lse = torch.ops.vizoo.neighborhood_attention(*plain, *args)
+    q, k, v, rpb, _, _, *others = additional(2, "11")([t.float().to(DEVICE) for t in inputs(*case)])
+    tensors = [t if i < 3 or i in optional else None for i, t in enumerate([q, k, v, rpb, *others])]
+    args = ([3, 2], [1, 1], [1, 1], bool(optional), 0.5, backend == "triton")
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.vizoo.neighborhood_attention.default, (*leaves, *args))
+    out, lse = torch.ops.vizoo.neighborhood_attention(*tensors, *args)
     backward = torch.ops.vizoo.neighborhood_attention_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(out), *plain, out, lse, *args))
+    torch.library.opcheck(backward, (torch.randn_like(out), *tensors, out, lse, *args))
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
@@ -523,7 +647,9 @@ def test_counts_are_those_of_the_definition(case, device):
         call(reference_neighborhood_attention, [t.detach() for t in tensors], case)
     assert counter.get_total_flops() == 2 * scores * (d + dv)
     shapes = [tuple(t.shape) for t in tensors[:4]]
-    cost = COSTS["vizoo::neighborhood_attention"](*shapes, *case[-3:], 1.0, False, out=tuple(out.shape))
+    cost = COSTS["vizoo::neighborhood_attention"](
+        *shapes, None, None, None, *case[-3:], False, 1.0, False, out=tuple(out.shape)
+    )
     assert cost.macs == scores * (d + dv)
 
 
