@@ -168,6 +168,30 @@ def test_kernels_in_any_layout(layout):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_kernels_cut_maps_and_take_empty_ones(dtype):
+    """Two tiles of rows by two of columns, for so many channels that few columns fit; then nothing at all."""
+    check(triton, inputs(1, 1, 513, 9, 2), dtype, DEVICE, LAYOUTS["channels last"])
+    for shape in [(0, 2, 3, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)]:
+        tensors = [t.to(DEVICE, dtype) for t in inputs(*shape)]
+        out, dx, *others = run(triton, tensors, torch.ones(shape[0], 2, *shape[3:], device=DEVICE, dtype=dtype))
+        assert (out.numel(), dx.shape) == (0, tensors[0].shape)
+        assert not any(t.any() for t in others)
+
+
+@needs_triton
+@pytest.mark.parametrize("affine", AFFINE)
+def test_kernels_keep_small_gradients(affine):
+    """Far below what float16 has: sums are made in float32, so only what is stored in it is rounded."""
+    tensors = [t.to(DEVICE, torch.float16) for t in inputs(2, 2, 5, 6, 7, affine)]
+    tensors[1:] = [t.float() for t in tensors[1:]]
+    grad = torch.randn(2, 2, 6, 7, generator=torch.Generator().manual_seed(1)).mul(2e-6).to(DEVICE, torch.float16)
+    truth = run(reference_ulsam_logits, [t.double() for t in tensors], grad.double())
+    for a, t in zip(run(triton, tensors, grad)[2:], truth[2:], strict=True):
+        op_close(a, t, grad=True)
+
+
+@needs_triton
 def test_kernels_choose_the_neighbour_that_pytorch_chooses():
     """Of equal neighbours the first gets the gradient, and none when nothing is above zero."""
     x = torch.randint(-2, 3, (2, 6, 7, 9), generator=torch.Generator().manual_seed(0)).double()
@@ -288,3 +312,5 @@ def test_rejects_backends():
         ulsam_logits(*tensors, backend="natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but the kernels take .*not torch.float64"):
         ulsam_logits(*tensors, backend="triton")
+    with pytest.raises(ValueError, match="the kernels take groups of up to 2048 channels, not 5000"):
+        ulsam_logits(*(t.float() for t in inputs(1, 1, 5000, 1, 1)), backend="triton")
