@@ -1,9 +1,10 @@
-"""Triton kernels of ULSAM's logits: see ``ulsam.py`` for the formula.
+"""Triton kernels of ULSAM's logits and attention: see ``ulsam.py`` for the formulas.
 
-A program owns some rows and columns of the map, for all channels of a group, and walks down the rows: the maximum of
-three columns is taken once for each row, and those of three rows then make that of a window.  Neighbours to the left
-and right are read again, from the nearest cache.  The backward pass walks in the same way: a row of windows gives to
-three rows of elements, of which one is complete with each step.  No sum depends on the order of programs.
+For the logits a program owns some rows and columns of the map, for all channels of a group, and walks down the rows:
+the maximum of three columns is taken once for each row, and those of three rows then make that of a window.  Neighbours
+to the left and right are read again, from the nearest cache.  The backward pass walks in the same way: a row of windows
+gives to three rows of elements, of which one is complete with each step.  For the attention a program owns a group of
+an image.  No sum depends on the order of programs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device
 from ._kernels import all_registers
 
-MAX_CHANNELS = 2048  # of a group: a program holds all of them
+MAX_CHANNELS = 2048  # of a group, for the logits: a program holds all of them
+MAX_POSITIONS = 1024  # of a map, for the attention: a program holds all of them
 
 if HAS_TRITON:
     import triton
@@ -27,9 +29,10 @@ if HAS_TRITON:
     NONE = tl.constexpr(9)  # place of the maximum of a window that has nothing above zero
     ALL = tl.constexpr(tl.PropagateNan.ALL)
 
+    _COUNTS = ("g", "H", "W", "N", "row_tiles", "col_tiles")  # 1 or a multiple of 16 is no reason to compile
+
     def _jit(function):
-        # 1 or a multiple of 16 is no reason to compile
-        return triton.jit(function, do_not_specialize=["g", "H", "W", "row_tiles", "col_tiles"])
+        return triton.jit(function, do_not_specialize=[n for n in _COUNTS if n in function.__code__.co_varnames])
 
     @triton.jit
     def _tile(g, row_tiles, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -212,6 +215,80 @@ if HAS_TRITON:
         if AFFINE:
             tl.store(sums_ptr + g + C + channel, tl.sum(total, 0), mask=m_c)
 
+    @triton.jit
+    def _attention(logits_ptr, m_n, BLOCK_N: tl.constexpr):
+        """Logits of a whole map and their softmax after the ReLU: ``[BLOCK_N]`` each, 0 past the map."""
+        logits = tl.load(logits_ptr + tl.arange(0, BLOCK_N), mask=m_n, other=0.0).to(tl.float32)
+        positive = tl.maximum(logits, 0.0, propagate_nan=ALL)
+        e = tl.where(m_n, tl.exp(positive - tl.max(positive, 0)), 0.0)
+        return logits, e / tl.sum(e, 0)
+
+    @_jit
+    def attention_fwd_kernel(
+        x_ptr,
+        logits_ptr,
+        out_ptr,
+        g,
+        N,
+        stride_b,
+        stride_c,
+        stride_n,
+        G: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """One group of one image."""
+        b, group = (tl.program_id(0) // g).to(tl.int64), tl.program_id(0) % g
+        n = tl.arange(0, BLOCK_N)
+        m_n = n < N
+        _, attention = _attention(logits_ptr + (b * g + group) * N, m_n, BLOCK_N)
+        for first in range(0, G, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            m = m_n[:, None] & (c < G)[None, :]
+            element = (group * G + c).to(INDEX)[None, :] * stride_c + n.to(INDEX)[:, None] * stride_n
+            x = tl.load(x_ptr + b * stride_b + element, mask=m, other=0.0).to(tl.float32)
+            out = x + attention[:, None] * x
+            tl.store(out_ptr + b * stride_b + element, out.to(out_ptr.dtype.element_ty), mask=m)
+
+    @_jit
+    def attention_bwd_kernel(
+        dout_ptr,
+        x_ptr,
+        logits_ptr,
+        dx_ptr,
+        dlogits_ptr,
+        g,
+        N,
+        stride_b,
+        stride_c,
+        stride_n,
+        G: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """One group of one image: ``dx`` on the way through the channels, over which the map's gradient is summed."""
+        b, group = (tl.program_id(0) // g).to(tl.int64), tl.program_id(0) % g
+        n = tl.arange(0, BLOCK_N)
+        m_n = n < N
+        offset = (b * g + group) * N
+        logits, attention = _attention(logits_ptr + offset, m_n, BLOCK_N)
+        product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for first in range(0, G, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            m = m_n[:, None] & (c < G)[None, :]
+            element = (group * G + c).to(INDEX)[None, :] * stride_c + n.to(INDEX)[:, None] * stride_n
+            x = tl.load(x_ptr + b * stride_b + element, mask=m, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + b * stride_b + element, mask=m, other=0.0).to(tl.float32)
+            product += dout * x
+            dx = dout + attention[:, None] * dout
+            tl.store(dx_ptr + b * stride_b + element, dx.to(dx_ptr.dtype.element_ty), mask=m)
+        d = tl.sum(product, 1)
+        d = attention * (d - tl.sum(attention * d, 0))
+        d = tl.where(logits <= 0, 0.0, d)
+        tl.store(dlogits_ptr + offset + n, d.to(dlogits_ptr.dtype.element_ty), mask=m_n)
+
 
 class Tiles(NamedTuple):
     """How a map is cut: rows, columns and channels of a tile, and the warps of its program."""
@@ -225,6 +302,7 @@ class Tiles(NamedTuple):
 # most rows, most elements of a row and elements of a row for each warp, by compute capability; chosen by the machine
 # code for 9.0 (no spill, then the fewest instructions times warps), not by measured times
 CHOICES = {90: (8, 1024, 256)}
+ATTENTION_CHOICES = {90: 4096}  # elements of a tile, chosen in the same way
 
 
 def _tiles(G: int, H: int, W: int) -> Tiles:
@@ -303,3 +381,41 @@ def kernel_backward(
     sums = torch.empty(tiles, g + (C if scale is None else 2 * C), dtype=torch.float32, device=x.device)
     launch.run(ulsam_bwd_kernel, dlogits_ptr=dlogits.contiguous(), place_ptr=place, dx_ptr=dx, sums_ptr=sums)
     return dx, sums.sum(0)
+
+
+def _launch_attention(kernel, x: Tensor, g: int, **arguments) -> None:
+    B, C, H, W = x.shape
+    BLOCK_N = triton.next_power_of_2(max(1, H * W))
+    BLOCK_C = max(1, min(ATTENTION_CHOICES[90] // BLOCK_N, triton.next_power_of_2(C // g)))
+    if x.numel() > 0:
+        with on_device(x):
+            kernel[(B * g,)](
+                x_ptr=x,
+                g=g,
+                N=H * W,
+                stride_b=x.stride(0),
+                stride_c=x.stride(1),
+                stride_n=x.stride(3),
+                G=C // g,
+                INDEX=index_type(x),
+                BLOCK_N=BLOCK_N,
+                BLOCK_C=BLOCK_C,
+                num_warps=max(1, BLOCK_N * BLOCK_C // 512),
+                **arguments,
+            )
+
+
+def attention_forward(x: Tensor, logits: Tensor) -> Tensor:
+    """``x`` and what every position and group adds to it: shape and strides of ``x``."""
+    out = torch.empty_like(x)
+    _launch_attention(attention_fwd_kernel, x, logits.shape[1], logits_ptr=logits.contiguous(), out_ptr=out)
+    return out
+
+
+def attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x``, with the strides that it shares with ``dout``, and of the logits."""
+    dx, logits = torch.empty_like(x), logits.contiguous()
+    dlogits = torch.empty_like(logits)
+    arguments = {"dout_ptr": dout, "logits_ptr": logits, "dx_ptr": dx, "dlogits_ptr": dlogits}
+    _launch_attention(attention_bwd_kernel, x, logits.shape[1], **arguments)
+    return dx, dlogits

@@ -1,9 +1,10 @@
-"""Logits of subspace attention (ULSAM, Sec. 3): one number per position and group of channels.
+"""Subspace attention (ULSAM, Sec. 3): its logits, one number per position and group of channels, and what they do.
 
     logits[n] = bias[n] + sum over channels c of group n of weight[c] * max over 3x3 of relu(scale[c] * x[c] + shift[c])
 
 Positions outside the map count as 0.  With ``N = H * W`` positions and ``C`` channels the affine map and the sum cost
-``C N`` multiply-accumulates each.
+``C N`` multiply-accumulates each.  The attention of a group is the softmax of its logits, after their norm and a ReLU,
+over all positions: ``out = x + attention * x``.
 
 The reference writes the activated and the pooled map, and its backward pass keeps an eight-byte index per element.  For
 inference on a CPU the fast form takes the maximum of three neighbours along rows, then along columns, as contiguous
@@ -21,7 +22,14 @@ from torch import Tensor
 from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._ulsam_kernels import MAX_CHANNELS, kernel_backward, kernel_forward
+from ._ulsam_kernels import (
+    MAX_CHANNELS,
+    MAX_POSITIONS,
+    attention_backward,
+    attention_forward,
+    kernel_backward,
+    kernel_forward,
+)
 
 _CHUNK = 1 << 18  # elements of the framed buffer, a few images: it should stay in a core's cache
 
@@ -189,10 +197,16 @@ def _(dlogits, x, weight, scale, place, out=None) -> Cost:
     return Cost(macs=_elements(x) * (2 if scale is None else 4), other=9 * _elements(x))
 
 
-def kernel_limits(x: Tensor, g: int) -> str:
+def _dtype_limits(x: Tensor) -> str:
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return ""
+    return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+
+
+def _kernel_limits(x: Tensor, g: int) -> str:
     """What the Triton kernels cannot do with ``g`` groups of a map; empty if nothing."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if limits := _dtype_limits(x):
+        return limits
     G = x.shape[1] // g
     return f"the kernels take groups of up to {MAX_CHANNELS} channels, not {G}" if G > MAX_CHANNELS else ""
 
@@ -228,10 +242,103 @@ def ulsam_logits(
     _check(x, weight, bias, scale, shift)
     if not torch.jit.is_scripting():
         save = _needs_grad(x, weight, bias, scale, shift)
-        if use_triton(backend, x, kernel_limits(x, weight.shape[0])):
+        if use_triton(backend, x, _kernel_limits(x, weight.shape[0])):
             return _ulsam_logits(x, weight, bias, scale, shift, save, True)[0]
         if x.device.type == "cpu" and not (torch.compiler.is_compiling() or plain_only()):
             if type(x) is Tensor and not save and x.numel() > 0:
                 return _ulsam_logits(x, weight, bias, scale, shift, False, False)[0]
             x = x.contiguous(memory_format=torch.channels_last)  # where pooling is 3 to 6 times faster
     return _plain_form(x, weight, bias, scale, shift)
+
+
+def subspace_maps(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax of the positive part of logits ``[B, g, H, W]`` over all positions, in ``dtype``."""
+    return logits.relu().flatten(2).softmax(-1).to(dtype).reshape(logits.shape)
+
+
+def reference_subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
+    """``x + attention * x`` with one map of attention for every group of channels.
+
+    Args:
+        x: Map ``[B, g * G, H, W]``, groups of ``G`` consecutive channels.
+        logits: ``[B, g, H, W]``, before the ReLU.
+
+    Returns:
+        Map in the shape and dtype of ``x``.
+    """
+    groups = x.unflatten(1, [logits.shape[1], x.shape[1] // logits.shape[1]])  # a view in any memory format
+    # one rounding: 1 + attention would lose most of the attention in half precision
+    return torch.addcmul(groups, groups, subspace_maps(logits, x.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+@torch.library.custom_op("vizoo::subspace_attention", mutates_args=())
+def _subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
+    return attention_forward(x.contiguous(memory_format=_memory_format(x)), logits)
+
+
+@_subspace_attention.register_fake
+def _(x, logits):
+    return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+@torch.library.custom_op("vizoo::subspace_attention_backward", mutates_args=())
+def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    memory_format = _memory_format(x)
+    return attention_backward(*(t.contiguous(memory_format=memory_format) for t in (dout, x)), logits)
+
+
+@_subspace_attention_backward.register_fake
+def _(dout, x, logits):
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=_memory_format(x)), dlogits
+
+
+def _differentiate_attention(ctx, dout):
+    if torch.is_grad_enabled():
+        return tuple(plain_gradients(reference_subspace_attention, ctx.saved_tensors, dout, ctx.needs_input_grad))
+    return _subspace_attention_backward(dout, *ctx.saved_tensors)
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_subspace_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+
+
+@register_cost("vizoo::subspace_attention", torch.ops.vizoo.subspace_attention)
+def _(x, logits, out=None) -> Cost:
+    return Cost(other=2 * _elements(x) + 6 * _elements(logits), acts=0)
+
+
+@register_cost("vizoo::subspace_attention_backward", torch.ops.vizoo.subspace_attention_backward)
+def _(dout, x, logits, out=None) -> Cost:
+    return Cost(other=4 * _elements(x) + 10 * _elements(logits), acts=0)
+
+
+def _attention_limits(x: Tensor) -> str:
+    """What the Triton kernels cannot do with a map; empty if nothing."""
+    if limits := _dtype_limits(x):
+        return limits
+    N = x.shape[2] * x.shape[3]
+    return f"the kernels take maps of up to {MAX_POSITIONS} positions, not {N}" if N > MAX_POSITIONS else ""
+
+
+def subspace_attention(x: Tensor, logits: Tensor, backend: str = "auto") -> Tensor:
+    """:func:`reference_subspace_attention` by one Triton kernel, with one for its gradients: same result.
+
+    Args:
+        x: Map ``[B, g * G, H, W]``, groups of ``G`` consecutive channels.
+        logits: ``[B, g, H, W]``, before the ReLU.
+        backend: ``"torch"``, ``"triton"`` (no float64, up to 1024 positions), or ``"auto"``: Triton where it can run.
+
+    Returns:
+        Map in the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If ``backend`` cannot run.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if use_triton(backend, x, _attention_limits(x)):
+            return _subspace_attention(x, logits)
+    return reference_subspace_attention(x, logits)
