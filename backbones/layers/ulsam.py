@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype, is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.ulsam import ulsam_logits
+from ..ops.ulsam import reference_subspace_attention, subspace_attention, subspace_maps, ulsam_logits
 from .checks import ANY, check_multiple, checked
 from .contmix import as_written
 from .plain import fold, folds, has_bias, pointwise, tensors
@@ -98,14 +98,15 @@ class ULSAM(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """Maps ``[B, num_splits, H, W]`` of ``x`` ``[B, dim, H, W]``, each with sum 1."""
-        logits = self._logits(x).relu()
-        return logits.flatten(2).softmax(-1).to(x.dtype).reshape(logits.shape)
+        return subspace_maps(self._logits(x), x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, dim, H, W]`` to the same shape."""
-        groups = x.unflatten(1, [self.num_splits, x.shape[1] // self.num_splits])  # a view in any memory format
-        # one rounding: 1 + attention would lose most of the attention in half precision
-        return torch.addcmul(groups, groups, self.attention(x).unsqueeze(2)).flatten(1, 2)
+        logits = self._logits(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if self.fused and not (as_written(x) or is_exporting()):
+                return subspace_attention(x, logits)
+        return reference_subspace_attention(x, logits)
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The state dict in the names and order of the official loop over subspaces."""

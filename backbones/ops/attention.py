@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._backend import is_transforming
+from ._backend import is_transforming, on_kernel_device
 from ._derivative import differentiable
+
+
+# images in one call of PyTorch's CUDA kernels: an axis of their grids (PyTorch's issues 142228 and 146704)
+MAX_BATCH = 65535
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -46,16 +50,47 @@ def attention(
     """
     if not torch.jit.is_scripting():
         return _attention(q, k, v, mask, drop, scale)
+    if q.is_cuda:
+        return _fused(q, k, v, mask, drop, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float, scale: float | None) -> Tensor:
-    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    drop: float,
+    scale: float | None,
+    limit: int = MAX_BATCH,  # a default, for TorchScript reads no globals
+) -> Tensor:
+    """PyTorch's fused form, on ``limit`` images at a time."""
+    if q.dim() != 4 or q.shape[0] <= limit:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
+    parts: list[Tensor] = []
+    for first in range(0, q.shape[0], limit):
+        last = first + limit
+        some = mask
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            some = mask[first:last]
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[first:last], k[first:last], v[first:last], attn_mask=some, dropout_p=drop, scale=scale
+            )
+        )
+    return torch.cat(parts)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float, scale: float | None) -> Tensor:
+    # exported programs are for any size, and sizes that nobody asks about bind them to none
+    limited = on_kernel_device(q) and not torch.compiler.is_exporting()
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _fused(q, k, v, mask, drop, scale, MAX_BATCH if limited else q.shape[0])
 
     def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return fused(q, k, v, mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
 
     if is_transforming():
         return plain(q, k, v, mask)

@@ -1,9 +1,10 @@
-"""Logits of subspace attention (ULSAM, Sec. 3): one number per position and group of channels.
+"""Subspace attention (ULSAM, Sec. 3): its logits, one number per position and group of channels, and what they do.
 
     logits[n] = bias[n] + sum over channels c of group n of weight[c] * max over 3x3 of relu(scale[c] * x[c] + shift[c])
 
 Positions outside the map count as 0.  With ``N = H * W`` positions and ``C`` channels the affine map and the sum cost
-``C N`` multiply-accumulates each.
+``C N`` multiply-accumulates each.  The attention of a group is the softmax of its logits, after their norm and a ReLU,
+over all positions: ``out = x + attention * x``.
 
 The reference writes the activated and the pooled map, and its backward pass keeps an eight-byte index per element.  For
 inference on a CPU the fast form takes the maximum of three neighbours along rows, then along columns, as contiguous
@@ -18,9 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
+from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._ulsam_kernels import (
+    MAX_CHANNELS,
+    MAX_POSITIONS,
+    attention_backward,
+    attention_forward,
+    kernel_backward,
+    kernel_forward,
+)
 
 _CHUNK = 1 << 18  # elements of the framed buffer, a few images: it should stay in a core's cache
 
@@ -107,150 +116,8 @@ def _shifted_form(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     return out
 
 
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from ._kernels import index_type
-
-    @triton.jit
-    def _ulsam_logits_fwd_kernel(
-        x_ptr,
-        weight_ptr,
-        bias_ptr,
-        scale_ptr,
-        shift_ptr,
-        logits_ptr,
-        place_ptr,
-        g,
-        G,
-        H,
-        W,
-        stride_b,
-        stride_c,
-        stride_n,
-        INDEX: tl.constexpr,
-        SAVE: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """One tile of positions of one group: the place of the maximum is 0 to 8 row by row, 9 for none above 0."""
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        b, group = (pid // tiles // g).to(tl.int64), pid // tiles % g
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row, col = n // W, n % W
-        x_ptr += b * stride_b
-        place_ptr += b * stride_b
-        acc = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, G, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            m_c = c < G
-            scale = tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            element = (group * G + c).to(INDEX)[:, None] * stride_c + n.to(INDEX)[None, :] * stride_n
-            best = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-            place = tl.full((BLOCK_C, BLOCK_N), 9, tl.int32)
-            for k in tl.static_range(9):
-                i, j = row + (k // 3 - 1), col + (k % 3 - 1)
-                m_cn = m_c[:, None] & ((n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W))[None, :]
-                step = (
-                    (k // 3 - 1) * W + (k % 3 - 1)
-                ) * stride_n  # added last: one address then serves all nine places
-                x = tl.load(x_ptr + element + step, mask=m_cn, other=0.0).to(tl.float32)
-                a = x * scale[:, None] + shift[:, None]
-                better = m_cn & ((a > best) | (a != a))  # as in PyTorch the first of equals wins, and NaN over all
-                best = tl.where(better, a, best)
-                place = tl.where(better, k, place)
-            acc += tl.sum(best * weight[:, None], 0)
-            if SAVE:
-                tl.store(place_ptr + element, place.to(tl.int8), mask=m_c[:, None] & (n < N)[None, :])
-        logits = acc + tl.load(bias_ptr + group).to(tl.float32)
-        tl.store(logits_ptr + (b * g + group) * N + n, logits.to(logits_ptr.dtype.element_ty), mask=n < N)
-
-    @triton.jit
-    def _ulsam_logits_bwd_kernel(
-        dlogits_ptr,
-        x_ptr,
-        weight_ptr,
-        scale_ptr,
-        place_ptr,
-        dx_ptr,
-        total_ptr,
-        product_ptr,
-        g,
-        G,
-        H,
-        W,
-        stride_b,
-        stride_c,
-        stride_n,
-        INDEX: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """What reaches each element from the nine windows over it; its sum, and that of it times ``x``, per tile."""
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        b, group = (pid // tiles // g).to(tl.int64), pid // tiles % g
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row, col = n // W, n % W
-        x_ptr += b * stride_b
-        place_ptr += b * stride_b
-        gradients = dlogits_ptr + (b * g + group) * N
-        dx_ptr += b * stride_b
-        sums = (b * tiles + pid % tiles) * (g * G)
-        total_ptr += sums
-        product_ptr += sums
-        for first in range(0, G, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            m_c = c < G
-            element = (group * G + c).to(INDEX)[:, None] * stride_c + n.to(INDEX)[None, :] * stride_n
-            d = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-            for k in tl.static_range(9):  # centre of the window whose k-th place this element is
-                i, j = row - (k // 3 - 1), col - (k % 3 - 1)
-                m_n = (n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-                m_cn = m_c[:, None] & m_n[None, :]
-                step = ((k // 3 - 1) * W + (k % 3 - 1)) * stride_n
-                place = tl.load(place_ptr + element - step, mask=m_cn, other=9)
-                dlogits = tl.load(gradients + i * W + j, mask=m_n, other=0.0).to(tl.float32)
-                d += tl.where(place == k, dlogits[None, :], 0.0)
-            m_cn = m_c[:, None] & (n < N)[None, :]
-            x = tl.load(x_ptr + element, mask=m_cn, other=0.0).to(tl.float32)
-            factor = tl.load(weight_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            factor *= tl.load(scale_ptr + group * G + c, mask=m_c, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + element, (d * factor[:, None]).to(dx_ptr.dtype.element_ty), mask=m_cn)
-            entry = group * G + c
-            tl.store(total_ptr + entry, tl.sum(d, 1), mask=m_c)
-            tl.store(product_ptr + entry, tl.sum(d * x, 1), mask=m_c)
-
-
-_BLOCKS = {"BLOCK_C": 16, "BLOCK_N": 64}
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-
-
-def _launch(kernel, x: Tensor, g: int, **arguments) -> None:
-    B, C, H, W = x.shape
-    with on_device(x):
-        kernel[(B * g * triton.cdiv(H * W, _BLOCKS["BLOCK_N"]),)](
-            x_ptr=x,
-            g=g,
-            G=C // g,
-            H=H,
-            W=W,
-            stride_b=x.stride(0),
-            stride_c=x.stride(1),
-            stride_n=x.stride(3),
-            INDEX=index_type(x),
-            **arguments,
-            **_BLOCKS,
-        )
 
 
 @torch.library.custom_op("vizoo::ulsam_logits", mutates_args=())
@@ -262,21 +129,7 @@ def _ulsam_logits(
         with without_autocast(x):
             return _shifted_form(x, weight, bias, scale, shift), x.new_empty(0, dtype=torch.int8)
     x = x.contiguous(memory_format=_memory_format(x))
-    logits = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
-    place = torch.empty_like(x, dtype=torch.int8) if save else x.new_empty(0, dtype=torch.int8)
-    _launch(
-        _ulsam_logits_fwd_kernel,
-        x,
-        weight.shape[0],
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
-        scale_ptr=x.new_ones(x.shape[1]) if scale is None else scale.contiguous(),
-        shift_ptr=x.new_zeros(x.shape[1]) if shift is None else shift.contiguous(),
-        logits_ptr=logits,
-        place_ptr=place,
-        SAVE=save,
-    )
-    return logits, place
+    return kernel_forward(x, weight, bias, scale, shift, save)
 
 
 @_ulsam_logits.register_fake
@@ -290,31 +143,15 @@ def _(x, weight, bias, scale, shift, save, triton_kernel):
 @torch.library.custom_op("vizoo::ulsam_logits_backward", mutates_args=())
 def _ulsam_logits_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, place: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of ``x``, and for every channel the sums that make those of the parameters."""
-    x = x.contiguous(memory_format=_memory_format(x))
-    dx = torch.empty_like(x)
-    tiles = triton.cdiv(x.shape[2] * x.shape[3], _BLOCKS["BLOCK_N"])
-    total, product = (x.new_empty(x.shape[0] * tiles, x.shape[1], dtype=torch.float32) for _ in range(2))
-    _launch(
-        _ulsam_logits_bwd_kernel,
-        x,
-        weight.shape[0],
-        dlogits_ptr=dlogits.contiguous(),
-        weight_ptr=weight.contiguous(),
-        scale_ptr=x.new_ones(x.shape[1]) if scale is None else scale.contiguous(),
-        place_ptr=place,
-        dx_ptr=dx,
-        total_ptr=total,
-        product_ptr=product,
-    )
-    return dx, total.sum(0), product.sum(0)
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``x``, and the sums that make those of the parameters, one tensor: see ``kernel_backward``."""
+    return kernel_backward(dlogits, x.contiguous(memory_format=_memory_format(x)), weight, scale, place)
 
 
 @_ulsam_logits_backward.register_fake
 def _(dlogits, x, weight, scale, place):
-    sums = x.new_empty(x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x, memory_format=_memory_format(x)), sums, torch.empty_like(sums)
+    sums = x.new_empty(weight.shape[0] + x.shape[1] * (1 if scale is None else 2), dtype=torch.float32)
+    return torch.empty_like(x, memory_format=_memory_format(x)), sums
 
 
 def _save(ctx, inputs, output) -> None:
@@ -331,8 +168,10 @@ def _differentiate(ctx, dlogits, _):
         tensors, needed = (x, weight, bias, scale, shift), ctx.needs_input_grad
         dx, dweight, _, *affine = plain_gradients(_plain_form, tensors, dlogits, [*needed[:2], False, *needed[3:5]])
         return dx, dweight, dlogits.sum((0, 2, 3)).to(ctx.dtypes[1]), *affine, None, None
-    dx, total, product = _ulsam_logits_backward(dlogits, x, weight, scale, place)
-    dbias = dlogits.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtypes[1])
+    dx, sums = _ulsam_logits_backward(dlogits, x, weight, scale, place)
+    g, C = weight.shape[0], x.shape[1]
+    dbias, product, total = sums.split([g, C, sums.shape[0] - g - C])
+    dbias = dbias.to(ctx.dtypes[1])
     if scale is None:
         return dx, product.reshape(weight.shape).to(ctx.dtypes[0]), dbias, None, None, None, None
     dweight = (product * scale + total * shift).reshape(weight.shape).to(ctx.dtypes[0])
@@ -358,11 +197,18 @@ def _(dlogits, x, weight, scale, place, out=None) -> Cost:
     return Cost(macs=_elements(x) * (2 if scale is None else 4), other=9 * _elements(x))
 
 
-def kernel_limits(x: Tensor) -> str:
-    """What the Triton kernels cannot do with a map in the dtype of ``x``; empty if nothing."""
+def _dtype_limits(x: Tensor) -> str:
     if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return ""
     return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+
+
+def _kernel_limits(x: Tensor, g: int) -> str:
+    """What the Triton kernels cannot do with ``g`` groups of a map; empty if nothing."""
+    if limits := _dtype_limits(x):
+        return limits
+    G = x.shape[1] // g
+    return f"the kernels take groups of up to {MAX_CHANNELS} channels, not {G}" if G > MAX_CHANNELS else ""
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -396,10 +242,103 @@ def ulsam_logits(
     _check(x, weight, bias, scale, shift)
     if not torch.jit.is_scripting():
         save = _needs_grad(x, weight, bias, scale, shift)
-        if use_triton(backend, x, kernel_limits(x)):
+        if use_triton(backend, x, _kernel_limits(x, weight.shape[0])):
             return _ulsam_logits(x, weight, bias, scale, shift, save, True)[0]
         if x.device.type == "cpu" and not (torch.compiler.is_compiling() or plain_only()):
             if type(x) is Tensor and not save and x.numel() > 0:
                 return _ulsam_logits(x, weight, bias, scale, shift, False, False)[0]
             x = x.contiguous(memory_format=torch.channels_last)  # where pooling is 3 to 6 times faster
     return _plain_form(x, weight, bias, scale, shift)
+
+
+def subspace_maps(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax of the positive part of logits ``[B, g, H, W]`` over all positions, in ``dtype``."""
+    return logits.relu().flatten(2).softmax(-1).to(dtype).reshape(logits.shape)
+
+
+def reference_subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
+    """``x + attention * x`` with one map of attention for every group of channels.
+
+    Args:
+        x: Map ``[B, g * G, H, W]``, groups of ``G`` consecutive channels.
+        logits: ``[B, g, H, W]``, before the ReLU.
+
+    Returns:
+        Map in the shape and dtype of ``x``.
+    """
+    groups = x.unflatten(1, [logits.shape[1], x.shape[1] // logits.shape[1]])  # a view in any memory format
+    # one rounding: 1 + attention would lose most of the attention in half precision
+    return torch.addcmul(groups, groups, subspace_maps(logits, x.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+@torch.library.custom_op("vizoo::subspace_attention", mutates_args=())
+def _subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
+    return attention_forward(x.contiguous(memory_format=_memory_format(x)), logits)
+
+
+@_subspace_attention.register_fake
+def _(x, logits):
+    return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+@torch.library.custom_op("vizoo::subspace_attention_backward", mutates_args=())
+def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    memory_format = _memory_format(x)
+    return attention_backward(*(t.contiguous(memory_format=memory_format) for t in (dout, x)), logits)
+
+
+@_subspace_attention_backward.register_fake
+def _(dout, x, logits):
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=_memory_format(x)), dlogits
+
+
+def _differentiate_attention(ctx, dout):
+    if torch.is_grad_enabled():
+        return tuple(plain_gradients(reference_subspace_attention, ctx.saved_tensors, dout, ctx.needs_input_grad))
+    return _subspace_attention_backward(dout, *ctx.saved_tensors)
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_subspace_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+
+
+@register_cost("vizoo::subspace_attention", torch.ops.vizoo.subspace_attention)
+def _(x, logits, out=None) -> Cost:
+    return Cost(other=2 * _elements(x) + 6 * _elements(logits), acts=0)
+
+
+@register_cost("vizoo::subspace_attention_backward", torch.ops.vizoo.subspace_attention_backward)
+def _(dout, x, logits, out=None) -> Cost:
+    return Cost(other=4 * _elements(x) + 10 * _elements(logits), acts=0)
+
+
+def _attention_limits(x: Tensor) -> str:
+    """What the Triton kernels cannot do with a map; empty if nothing."""
+    if limits := _dtype_limits(x):
+        return limits
+    N = x.shape[2] * x.shape[3]
+    return f"the kernels take maps of up to {MAX_POSITIONS} positions, not {N}" if N > MAX_POSITIONS else ""
+
+
+def subspace_attention(x: Tensor, logits: Tensor, backend: str = "auto") -> Tensor:
+    """:func:`reference_subspace_attention` by one Triton kernel, with one for its gradients: same result.
+
+    Args:
+        x: Map ``[B, g * G, H, W]``, groups of ``G`` consecutive channels.
+        logits: ``[B, g, H, W]``, before the ReLU.
+        backend: ``"torch"``, ``"triton"`` (no float64, up to 1024 positions), or ``"auto"``: Triton where it can run.
+
+    Returns:
+        Map in the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If ``backend`` cannot run.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if use_triton(backend, x, _attention_limits(x)):
+            return _subspace_attention(x, logits)
+    return reference_subspace_attention(x, logits)

@@ -3,6 +3,9 @@ import torch
 from tolerance import op_close
 
 from vizoo.backbones.layers import HiLo
+from vizoo.backbones.ops import attention as attention_module
+from vizoo.backbones.ops._backend import kernels_on
+from vizoo.backbones.ops.attention import MAX_BATCH, attention
 from vizoo.backbones.ops.hilo import (
     hifi_attention,
     lofi_attention,
@@ -130,6 +133,58 @@ def test_inputs_need_not_be_contiguous():
     (wide,) = inputs((2, 4, 24, 6))
     qkv = wide.transpose(2, 3)  # [2, 4, 6, 24]
     op_close(hifi_attention(qkv, 2, 2), loop_hifi(qkv.contiguous(), 2, 2))
+
+
+def calls(monkeypatch):
+    """Shapes of the queries that PyTorch's attention gets from now on."""
+    shapes, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, *args, **kwargs):
+        shapes.append(tuple(q.shape))
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_many_windows_are_taken_in_parts(compiled, monkeypatch):
+    """As on a GPU, whose kernels take so many windows at once, but with a limit of 5: 12 and 10 windows."""
+    shapes = calls(monkeypatch)
+    monkeypatch.setattr(attention_module, "MAX_BATCH", 5)
+    torch._dynamo.reset()
+    f = torch.compile(hifi_attention, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else hifi_attention
+    for case, parts in (((2, 4, 6, 18), [5, 5, 2]), ((1, 10, 4, 18), [5, 5])):
+        shapes.clear()
+        with kernels_on("cpu"):
+            check(lambda t: f(t, 3, 2), lambda t: reference_hifi_attention(t, 3, 2), inputs(case), torch.float32)
+        assert compiled or [n for n, *_ in shapes] == parts
+        assert shapes
+    shapes.clear()
+    hifi_attention(inputs((2, 4, 6, 18))[0], 3, 2)
+    assert shapes == [(12, 3, 4, 2)], "a CPU takes them all"
+
+
+def test_masks_and_dropout_are_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(attention_module, "MAX_BATCH", 2)
+    q, k, v, mask, shared = inputs((5, 2, 3, 4), (5, 2, 6, 4), (5, 2, 6, 7), (5, 1, 3, 6), (1, 2, 3, 6))
+    for m in (mask, shared, shared[0], None):
+        with kernels_on("cpu"):
+            found = attention(q, k, v, m)
+        op_close(found, attention(q, k, v, m))
+    with kernels_on("cpu"):
+        assert attention(q, k, v, mask, drop=0.5).shape == (5, 2, 3, 7)
+
+
+def test_a_batch_of_images_has_more_windows_than_a_gpu_takes(monkeypatch):
+    """128 images of 224 pixels in the first stage of LITv2."""
+    shapes = calls(monkeypatch)
+    qkv = torch.empty(128, 56, 56, 3 * 2 * 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with kernels_on("meta"):
+        hifi_attention(qkv, 2, 2).sum().backward()
+    assert MAX_BATCH == 65535
+    assert shapes == [(65535, 2, 4, 32), (34817, 2, 4, 32)]
+    assert qkv.grad.shape == qkv.shape
 
 
 @pytest.mark.parametrize("f", [hifi_attention, reference_hifi_attention])

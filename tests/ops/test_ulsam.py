@@ -8,7 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vizoo.backbones.ops import ulsam as module
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
-from vizoo.backbones.ops.ulsam import reference_ulsam_logits, ulsam_logits
+from vizoo.backbones.ops.ulsam import (
+    reference_subspace_attention,
+    reference_ulsam_logits,
+    subspace_attention,
+    ulsam_logits,
+)
 from vizoo.tools._counting import count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,6 +173,30 @@ def test_kernels_in_any_layout(layout):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_kernels_cut_maps_and_take_empty_ones(dtype):
+    """Two tiles of rows by two of columns, for so many channels that few columns fit; then nothing at all."""
+    check(triton, inputs(1, 1, 513, 9, 2), dtype, DEVICE, LAYOUTS["channels last"])
+    for shape in [(0, 2, 3, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)]:
+        tensors = [t.to(DEVICE, dtype) for t in inputs(*shape)]
+        out, dx, *others = run(triton, tensors, torch.ones(shape[0], 2, *shape[3:], device=DEVICE, dtype=dtype))
+        assert (out.numel(), dx.shape) == (0, tensors[0].shape)
+        assert not any(t.any() for t in others)
+
+
+@needs_triton
+@pytest.mark.parametrize("affine", AFFINE)
+def test_kernels_keep_small_gradients(affine):
+    """Far below what float16 has: sums are made in float32, so only what is stored in it is rounded."""
+    tensors = [t.to(DEVICE, torch.float16) for t in inputs(2, 2, 5, 6, 7, affine)]
+    tensors[1:] = [t.float() for t in tensors[1:]]
+    grad = torch.randn(2, 2, 6, 7, generator=torch.Generator().manual_seed(1)).mul(2e-6).to(DEVICE, torch.float16)
+    truth = run(reference_ulsam_logits, [t.double() for t in tensors], grad.double())
+    for a, t in zip(run(triton, tensors, grad)[2:], truth[2:], strict=True):
+        op_close(a, t, grad=True)
+
+
+@needs_triton
 def test_kernels_choose_the_neighbour_that_pytorch_chooses():
     """Of equal neighbours the first gets the gradient, and none when nothing is above zero."""
     x = torch.randint(-2, 3, (2, 6, 7, 9), generator=torch.Generator().manual_seed(0)).double()
@@ -208,6 +237,55 @@ def test_opcheck(triton):
             )
             torch.library.opcheck(torch.ops.vizoo.ulsam_logits_backward.default, arguments, test_utils="test_schema")
             assert op(x.detach(), weight.detach(), bias.detach(), None, None, False, True)[1].numel() == 0
+
+
+def attended(x, logits):
+    return subspace_attention(x, logits, "triton")
+
+
+def attention_inputs(B, g, G, H, W):
+    generator = torch.Generator().manual_seed(42)
+    return [torch.randn(B, c, H, W, generator=generator, dtype=torch.float64) for c in (g * G, g)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+def test_attention_kernels(dtype):
+    """Values and gradients, in one layout after the other; those of the logits show the attention that values hide."""
+    for case, layout in zip([*CASES, (1, 1, 9, 31, 33)], itertools.cycle(LAYOUTS.values())):
+        tensors = [t.to(DEVICE, dtype) for t in attention_inputs(*case)]
+        grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+        truth = run(reference_subspace_attention, [t.double() for t in tensors], grad.double())
+        plain = run(reference_subspace_attention, tensors, grad)
+        found = run(attended, [layout(tensors[0]), tensors[1]], grad)
+        for i, (a, t, p) in enumerate(zip(found, truth, plain, strict=True)):
+            op_close(a, t, p, grad=i > 0, what=f"{i} of {case}")
+
+
+@needs_triton
+def test_attention_opcheck():
+    x, logits = (t.float().to(DEVICE).requires_grad_() for t in attention_inputs(2, 2, 3, 3, 4))
+    for layout in LAYOUTS.values():
+        inputs = layout(x.detach()).requires_grad_(), logits
+        torch.library.opcheck(torch.ops.vizoo.subspace_attention.default, inputs)
+        inputs = [t.detach() for t in (x, *inputs)]
+        torch.library.opcheck(torch.ops.vizoo.subspace_attention_backward.default, inputs, test_utils="test_schema")
+    found = [
+        torch.autograd.grad(f(x, logits).square().sum(), (x, logits), create_graph=True)
+        for f in (attended, reference_subspace_attention)
+    ]
+    second = [torch.autograd.grad(sum(t.square().sum() for t in parts), (x, logits)) for parts in found]
+    for a, b in zip(*second, strict=True):
+        op_close(a, b.double(), grad=True)
+
+
+@needs_triton
+def test_attention_kernels_take_no_larger_maps():
+    x, logits = (t.float().to(DEVICE) for t in attention_inputs(1, 1, 2, 41, 25))
+    with pytest.raises(ValueError, match="the kernels take maps of up to 1024 positions, not 1025"):
+        attended(x, logits)
+    for a in attended(*(t[:0, :, :4] for t in (x, logits))), attended(*(t[:, :, :0] for t in (x, logits))):
+        assert a.numel() == 0
 
 
 class Logits(torch.nn.Module):
@@ -288,3 +366,5 @@ def test_rejects_backends():
         ulsam_logits(*tensors, backend="natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but the kernels take .*not torch.float64"):
         ulsam_logits(*tensors, backend="triton")
+    with pytest.raises(ValueError, match="the kernels take groups of up to 2048 channels, not 5000"):
+        ulsam_logits(*(t.float() for t in inputs(1, 1, 5000, 1, 1)), backend="triton")
