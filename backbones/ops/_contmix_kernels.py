@@ -5,8 +5,8 @@ over the window, are plain products of tiles.  A program loads a window once for
 windows are many, a kernel writes the weights, and those of ``na2d_av`` do the rest.
 
 The bias of a query depends only on where its window begins, relative to it, so that there are ``K * K`` different rows
-of biases whatever the size of the map.  They are written out once in a call, ``[G, K * K, ROW]`` in base 2 with the
-bias of the projection added, and -inf past the last offset.  Log-sums are in base 2, too.
+of biases whatever the size of the map.  They are written out once in a call, ``[G, K * K, ROW]``, with the bias of the
+projection added and -inf past the last offset.  Log-sums are in base 2.
 
 The size of a map and the number of groups are run-time numbers: a model compiles each kernel once for each ``K``.
 """
@@ -73,7 +73,7 @@ if HAS_TRITON:
             place = (g * (2 * K - 1) + i + o // K) * (2 * K - 1) + j + o % K
             bias = tl.load(rpb_ptr + place, mask=m_o, other=float("-inf"))
             bias += tl.load(bias_ptr + first + o, mask=m_o, other=0.0)
-            tl.store(table_ptr + tl.program_id(0) * ROW + o, bias * LOG2E, mask=o < ROW)
+            tl.store(table_ptr + tl.program_id(0) * ROW + o, bias, mask=o < ROW)
 
     @triton.jit
     def _window(step, tiles, H, W, K: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -95,7 +95,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _logits(q, m, bias, PRECISION: tl.constexpr):
-        return tl.dot(q, tl.trans(m), input_precision=PRECISION) * LOG2E + bias
+        return tl.dot(q, tl.trans(m), bias, input_precision=PRECISION)
 
     @triton.jit(do_not_specialize=_COUNTS)
     def contmix_fwd_kernel(
@@ -152,14 +152,14 @@ if HAS_TRITON:
                 v = load_channels(v_ptr + channels, pixel.to(INDEX) * stride_vn, stride_vc, C, CP, LAST)
                 s = _logits(q, load_channels(context, o, S, C, CP, False), bias, PRECISION)
                 higher = tl.maximum(peak, tl.max(s, 1))
-                shrink = tl.exp2(peak - higher)
-                p = tl.exp2(s - higher[:, None])
+                shrink = tl.exp2((peak - higher) * LOG2E)
+                p = tl.exp2(s * LOG2E - (higher * LOG2E)[:, None])
                 total = total * shrink + tl.sum(p, 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
                 peak = higher
             acc = acc * (1 / total)[:, None]
             store_channels(out_ptr + channels, v_place, stride_vc, acc, m_n, C, CP, LAST)
-            tl.store(lse_ptr + ((b * 2 + SECOND) * G + g) * H * W + n, peak + tl.log2(total), mask=m_n)
+            tl.store(lse_ptr + ((b * 2 + SECOND) * G + g) * H * W + n, peak * LOG2E + tl.log2(total), mask=m_n)
 
     @triton.jit(do_not_specialize=_COUNTS)
     def contmix_weights_kernel(
@@ -213,15 +213,30 @@ if HAS_TRITON:
                 m = load_channels(context, tl.minimum(o, K * K - 1), S, C, CP, False)
                 s = _logits(q, m, tl.load(table + o[None, :]), PRECISION)
                 higher = tl.maximum(peak, tl.max(s, 1))
-                total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+                p = tl.exp2(s * LOG2E - (higher * LOG2E)[:, None])
+                total = total * tl.exp2((peak - higher) * LOG2E) + tl.sum(p, 1)
                 peak = higher
             total = 1 / total
             for start in range(0, ROW, BLOCK_O):
                 o = start + tl.arange(0, BLOCK_O)
                 m = load_channels(context, tl.minimum(o, K * K - 1), S, C, CP, False)
                 s = _logits(q, m, tl.load(table + o[None, :]), PRECISION)
-                p = tl.exp2(s - peak[:, None]) * total[:, None]
+                p = tl.exp2(s * LOG2E - (peak * LOG2E)[:, None]) * total[:, None]
                 tl.store(weights + o[None, :], p.to(p_ptr.dtype.element_ty), mask=m_n[:, None])
+
+    @triton.jit
+    def _add(value, sum_ptr, out_ptr, place, stride_c, m, again, more, C, CP, LAST):
+        """Add ``[n, CP]`` to what was left in ``sum`` where others came before, and leave it there for those to come."""
+        c = tl.arange(0, CP)
+        if LAST:
+            at, m_c = place[:, None] + c[None, :], (c < C)[None, :]
+            m, again, more = m[:, None] & m_c, again[:, None] & m_c, more[:, None] & m_c
+        else:
+            at, m_c = c[:, None] * stride_c + place[None, :], (c < C)[:, None]
+            m, again, more, value = m[None, :] & m_c, again[None, :] & m_c, more[None, :] & m_c, tl.trans(value)
+        value += tl.load(sum_ptr + at, mask=again, other=0.0)
+        tl.store(sum_ptr + at, value, mask=more)
+        tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=m & (more == 0))
 
     @triton.jit
     def _store_dq(dq, dq_ptr, sum_ptr, base, place, stride_c, m_n, SECOND, C, CP, LAST):
@@ -309,7 +324,7 @@ if HAS_TRITON:
                 pixel = ((si + o // K) * W + sj + o % K).to(INDEX) * stride_vn
                 v = load_channels(v_ptr + channels, pixel, stride_vc, C, CP, LAST)
                 m = load_channels(m_ptr + context, o, S, C, CP, False)
-                p = tl.exp2(_logits(q, m, bias, PRECISION) - lse[:, None])
+                p = tl.exp2(_logits(q, m, bias, PRECISION) * LOG2E - lse[:, None])
                 ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 p = p.to(v.dtype)
                 if not EXACT:
@@ -318,20 +333,13 @@ if HAS_TRITON:
                 ds = (ds * grow).to(q.dtype)
                 dq = tl.dot(ds, m, dq, input_precision=PRECISION)
                 dm = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (1 / grow)
+                again, more = m_o & (step > 0), m_o & (step < steps - 1)
+                _add(dm, dm_sum_ptr + context, dm_ptr + context, o, S, m_o, again, more, C, CP, False)
                 dv = tl.dot(tl.trans(p), dout, input_precision=PRECISION)
-                c = tl.arange(0, CP)
-                m_oc = m_o[:, None] & (c < C)[None, :]
-                place = context + (c[None, :] * S + o[:, None])
-                dm += tl.load(dm_sum_ptr + place, mask=m_oc & (step > 0), other=0.0)
-                tl.store(dm_sum_ptr + place, dm, mask=m_oc & (step < steps - 1))
-                tl.store(dm_ptr + place, dm.to(dm_ptr.dtype.element_ty), mask=m_oc & (step == steps - 1))
                 tile, y, x = step % tiles, o // K, o % K
-                again = ((si > 0) & (y < K - 1)) | ((sj > 0) & (x < K - 1)) | (tile > 0)
-                more = ((si < rows - 1) & (y > 0)) | ((sj < cols - 1) & (x > 0)) | (tile < tiles - 1)
-                place = channels + (c[None, :] * stride_vc + pixel[:, None])
-                dv += tl.load(dv_sum_ptr + place, mask=m_oc & again[:, None], other=0.0)
-                tl.store(dv_sum_ptr + place, dv, mask=m_oc & more[:, None])
-                tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=m_oc & (more == 0)[:, None])
+                again = m_o & (((si > 0) & (y < K - 1)) | ((sj > 0) & (x < K - 1)) | (tile > 0))
+                more = m_o & (((si < rows - 1) & (y > 0)) | ((sj < cols - 1) & (x > 0)) | (tile < tiles - 1))
+                _add(dv, dv_sum_ptr + channels, dv_ptr + channels, pixel, stride_vc, m_o, again, more, C, CP, LAST)
             tl.store(delta_ptr + scalar + n, delta + missing, mask=m_n)
             dq *= 1 / grow
             if not EXACT:
@@ -396,7 +404,7 @@ if HAS_TRITON:
             dout = load_channels(dout_ptr + channels, v_place, stride_vc, C, CP, LAST)
             lse = tl.load(lse_ptr + scalar + n)
             delta = tl.load(delta_ptr + scalar + n)
-            p = tl.exp2(_logits(q, m, bias, PRECISION) - lse[:, None])
+            p = tl.exp2(_logits(q, m, bias, PRECISION) * LOG2E - lse[:, None])
             acc += p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         tl.store(place, acc, mask=m_n[:, None])
 

@@ -34,7 +34,7 @@ class _Choice(NamedTuple):
 # measured there.
 CHOICES: dict[int, dict[tuple[int, int], _Choice]] = {
     90: {
-        (2, 32): _Choice(64, 1, 1),
+        (2, 32): _Choice(64, 2, 1),
         (2, 64): _Choice(64, 1, 1),
         (2, 128): _Choice(64, 2, 1),
         (4, 64): _Choice(64, 1, 1),
