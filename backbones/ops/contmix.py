@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
+from ._backend import HAS_TRITON, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import product_precision
-from .na2d_av import channel_blocks, check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
+from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 
 
 def working_size(H: int, W: int, kernel_size: int) -> tuple[int, int]:
@@ -197,193 +196,7 @@ def _matmul_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor,
 
 
 if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from ._kernels import index_type
-    from .na2d_av import load_window, window_bwd_value_kernel, window_configs, window_start
-
-    @triton.jit
-    def _logits(
-        q,
-        m_ptr,
-        bias_ptr,
-        rpb_ptr,
-        o,
-        m_n,
-        up,
-        left,
-        S,
-        first,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):
-        """Context ``[BLOCK_O, CP]`` and logits ``[BLOCK_O, BLOCK_N]`` of the offsets ``o``: -inf past the last one."""
-        m_o = o < K * K
-        c = tl.arange(0, CP)
-        p_m = m_ptr + c[None, :] * S + first + o[:, None]
-        m = tl.load(p_m, mask=m_o[:, None] & (c < C)[None, :], other=0.0)
-        row = up[None, :] + (o // K)[:, None] + K - 1
-        col = left[None, :] + (o % K)[:, None] + K - 1
-        rpb = tl.load(rpb_ptr + row * (2 * K - 1) + col, mask=m_o[:, None] & m_n[None, :], other=0.0)
-        bias = tl.load(bias_ptr + first + o, mask=m_o, other=0.0)
-        s = tl.dot(m, q, input_precision=PRECISION) + (rpb + bias[:, None]).to(tl.float32)
-        return m, tl.where(m_o[:, None], s, float("-inf"))
-
-    @triton.autotune(configs=window_configs(), key=["K", "C"])
-    @triton.jit
-    def _contmix_fwd_kernel(
-        q_ptr,
-        m_ptr,
-        bias_ptr,
-        rpb_ptr,
-        v_ptr,
-        out_ptr,
-        lse_ptr,
-        G,
-        H,
-        W,
-        S,
-        half,
-        first,
-        stride_qb,
-        stride_qc,
-        stride_qn,
-        stride_vb,
-        stride_vc,
-        stride_vn,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        INDEX: tl.constexpr,
-        BLOCK_O: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        b, g = (pid // tiles // G).to(tl.int64), pid // tiles % G
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = n < N
-        y, x = n // W, n % W
-        si, sj = window_start(y, H, K), window_start(x, W, K)
-        c = tl.arange(0, CP)
-        m_cn = (c < C)[:, None] & m_n[None, :]
-        q = tl.load(
-            q_ptr + b * stride_qb + ((g * C + c).to(INDEX)[:, None] * stride_qc + n.to(INDEX)[None, :] * stride_qn),
-            mask=m_cn,
-            other=0.0,
-        )
-        group = b * stride_vb + ((half * G + g) * C).to(INDEX) * stride_vc
-        own = group + (c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn)
-        context = m_ptr + (b * G + g) * C * S
-        table = rpb_ptr + g * ((2 * K - 1) * (2 * K - 1))
-        peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        acc = tl.zeros((CP, BLOCK_N), tl.float32)
-        for start in range(0, K * K, BLOCK_O):
-            o = start + tl.arange(0, BLOCK_O)
-            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
-            higher = tl.maximum(peak, tl.max(s, 0))
-            shrink = tl.exp(peak - higher)
-            p = tl.exp(s - higher[None, :])
-            pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(v_ptr + group, pixel, o < K * K, m_n, stride_vc, stride_vn, C, CP, INDEX)
-            total = total * shrink + tl.sum(p, 0)
-            acc = acc * shrink[None, :] + tl.sum(p[:, None, :] * w, 0)
-            peak = higher
-        tl.store(out_ptr + own, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=m_cn)
-        tl.store(lse_ptr + ((b * 2 + half) * G + g) * N + n, peak + tl.log(total), mask=m_n)
-
-    @triton.autotune(configs=window_configs(), key=["K", "C"])
-    @triton.jit
-    def _contmix_bwd_logits_kernel(
-        q_ptr,
-        m_ptr,
-        bias_ptr,
-        rpb_ptr,
-        v_ptr,
-        lse_ptr,
-        dout_ptr,
-        p_ptr,
-        ds_ptr,
-        dq_ptr,
-        G,
-        H,
-        W,
-        S,
-        half,
-        first,
-        stride_qb,
-        stride_qc,
-        stride_qn,
-        stride_vb,
-        stride_vc,
-        stride_vn,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        PRECISION: tl.constexpr,
-        INDEX: tl.constexpr,
-        BLOCK_O: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """Weights and gradient of the logits ``[B, G, S, N]``, and this kernel size's share of ``dq``."""
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        b, g = (pid // tiles // G).to(tl.int64), pid // tiles % G
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = n < N
-        y, x = n // W, n % W
-        si, sj = window_start(y, H, K), window_start(x, W, K)
-        c = tl.arange(0, CP)
-        m_cn = (c < C)[:, None] & m_n[None, :]
-        q = tl.load(
-            q_ptr + b * stride_qb + ((g * C + c).to(INDEX)[:, None] * stride_qc + n.to(INDEX)[None, :] * stride_qn),
-            mask=m_cn,
-            other=0.0,
-        )
-        group = b * stride_vb + ((half * G + g) * C).to(INDEX) * stride_vc
-        own = group + (c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn)
-        dout = tl.load(dout_ptr + own, mask=m_cn, other=0.0).to(tl.float32)
-        lse = tl.load(lse_ptr + ((b * 2 + half) * G + g) * N + n, mask=m_n, other=0.0)
-        context = m_ptr + (b * G + g) * C * S
-        table = rpb_ptr + g * ((2 * K - 1) * (2 * K - 1))
-        weights = ((b * G + g) * S + first) * N
-        p_ptr += weights
-        ds_ptr += weights
-        # the mean gradient comes from the float32 weights, since the stored output of a half precision run is rounded
-        delta = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, K * K, BLOCK_O):
-            o = start + tl.arange(0, BLOCK_O)
-            m_o = o < K * K
-            _, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
-            p = tl.exp(s - lse[None, :])
-            pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(v_ptr + group, pixel, m_o, m_n, stride_vc, stride_vn, C, CP, INDEX)
-            dp = tl.sum(dout[None, :, :] * w, 1)
-            delta += tl.sum(p * dp, 0)
-            p_dp = ds_ptr + (o.to(INDEX)[:, None] * N + n[None, :])
-            tl.store(p_dp, dp, mask=m_o[:, None] & m_n[None, :])
-        tl.debug_barrier()  # another thread of the block may read back what this one wrote
-        dq = tl.zeros((CP, BLOCK_N), tl.float32)
-        for start in range(0, K * K, BLOCK_O):
-            o = start + tl.arange(0, BLOCK_O)
-            m_on = (o < K * K)[:, None] & m_n[None, :]
-            m, s = _logits(q, context, bias_ptr, table, o, m_n, si - y, sj - x, S, first, K, C, CP, PRECISION)
-            p = tl.exp(s - lse[None, :])
-            place = o.to(INDEX)[:, None] * N + n[None, :]
-            ds = p * (tl.load(ds_ptr + place, mask=m_on, other=0.0) - delta[None, :])
-            # float32: a float16 product of small gradients would vanish
-            dq = tl.dot(tl.trans(m).to(tl.float32), ds, dq, input_precision=PRECISION)
-            tl.store(p_ptr + place, p.to(p_ptr.dtype.element_ty), mask=m_on)
-            tl.store(ds_ptr + place, ds, mask=m_on)
-        p_dq = dq_ptr + (((b * 2 + half) * G + g) * C + c)[:, None] * N + n[None, :]
-        tl.store(p_dq, dq, mask=m_cn)
+    from ._contmix_kernels import kernel_backward, kernel_forward
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:
@@ -413,62 +226,18 @@ def _rpb_gradient(ds: Tensor, H: int, W: int, kernel_size: int) -> Tensor:
     return _skew_sum(t.permute(0, 3, 1, 2), H, kernel_size).transpose(1, 2)
 
 
-def _launch(kernel, q: Tensor, v: Tensor, M: Tensor, k1: int, k2: int, rpb: tuple[Tensor, Tensor], **pointers) -> None:
-    """Run a kernel for the small, then for the large window; ``q`` and ``v`` are dense."""
-    B, G, C, S = M.shape
-    H, W = q.shape[2], q.shape[3]
-    CP, BLOCK_O = channel_blocks(C)
-    with on_device(q):
-        for half, (K, table) in enumerate(zip((k1, k2), rpb, strict=True)):
-            kernel[lambda meta: (B * G * triton.cdiv(H * W, meta["BLOCK_N"]),)](
-                q_ptr=q,
-                v_ptr=v,
-                m_ptr=M,
-                rpb_ptr=table,
-                **pointers,
-                G=G,
-                H=H,
-                W=W,
-                S=S,
-                half=half,
-                first=half * k1 * k1,
-                stride_qb=q.stride(0),
-                stride_qc=q.stride(1),
-                stride_qn=q.stride(3),
-                stride_vb=v.stride(0),
-                stride_vc=v.stride(1),
-                stride_vn=v.stride(3),
-                K=K,
-                C=C,
-                CP=CP,
-                PRECISION=product_precision(q.device),
-                INDEX=index_type(q, v, *pointers.values()),
-                BLOCK_O=BLOCK_O,
-            )
+def _dense(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What the kernels take: maps in the memory format of the values."""
+    memory_format = _memory_format(v)
+    maps = (t.contiguous(memory_format=memory_format) for t in (q, v))
+    return next(maps), *(t.contiguous() for t in (M, bias, rpb1, rpb2)), next(maps)
 
 
 @torch.library.custom_op("vizoo::contmix", mutates_args=())
 def _contmix(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
 ) -> tuple[Tensor, Tensor]:
-    B, G = M.shape[0], M.shape[1]
-    q, v = q.contiguous(memory_format=_memory_format(q)), v.contiguous(memory_format=_memory_format(v))
-    out = torch.empty_like(v)
-    lse = torch.empty(B, 2, G, q.shape[2] * q.shape[3], dtype=torch.float32, device=q.device)
-    rpb = rpb1.contiguous(), rpb2.contiguous()
-    _launch(
-        _contmix_fwd_kernel,
-        q,
-        v,
-        M.contiguous(),
-        k1,
-        k2,
-        rpb,
-        bias_ptr=bias.contiguous(),
-        out_ptr=out,
-        lse_ptr=lse,
-    )
-    return out, lse
+    return kernel_forward(*_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
 
 
 @_contmix.register_fake
@@ -486,85 +255,36 @@ def _contmix_backward(
     rpb1: Tensor,
     rpb2: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
     k1: int,
     k2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, G, C, S = M.shape
     H, W = q.shape[2], q.shape[3]
-    N = H * W
-    q, M = q.contiguous(memory_format=_memory_format(q)), M.contiguous()
-    v = v.contiguous(memory_format=_memory_format(v))
-    dout = dout.contiguous(memory_format=_memory_format(v))
-    weights = torch.empty(B, G, S, N, dtype=v.dtype, device=v.device)
-    ds = torch.empty(B, G, S, N, dtype=torch.float32, device=v.device)
-    dq = torch.empty(B, 2, G, C, N, dtype=torch.float32, device=v.device)
-    dv = torch.empty_like(v)
-    _launch(
-        _contmix_bwd_logits_kernel,
-        q,
-        v,
-        M,
-        k1,
-        k2,
-        (rpb1.contiguous(), rpb2.contiguous()),
-        bias_ptr=bias.contiguous(),
-        lse_ptr=lse,
-        dout_ptr=dout,
-        p_ptr=weights,
-        ds_ptr=ds,
-        dq_ptr=dq,
+    dout, out = (t.contiguous(memory_format=_memory_format(v)) for t in (dout, out))
+    dq, dM, dv, dlogits = kernel_backward(dout, out, lse, *_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
+    drpb1, drpb2 = (
+        _rpb_gradient(d.transpose(1, 2), H, W, K).contiguous() for d, K in zip(dlogits, (k1, k2), strict=True)
     )
-    with on_device(v):
-        for half, K in enumerate((k1, k2)):
-            window_bwd_value_kernel[lambda meta: (B * G * triton.cdiv(N, meta["BLOCK_N"]),)](
-                dout[:, half * G * C :],
-                weights[:, :, half * k1 * k1 :],
-                dv[:, half * G * C :],
-                G=G,
-                H=H,
-                W=W,
-                stride_pb=G * S * N,
-                stride_pg=S * N,
-                stride_po=N,
-                stride_pn=1,
-                stride_vb=v.stride(0),
-                stride_vg=C * v.stride(1),
-                stride_vc=v.stride(1),
-                stride_vn=v.stride(3),
-                K=K,
-                C=C,
-                CP=channel_blocks(C)[0],
-                INDEX=index_type(v, weights),
-            )
-    with without_autocast(q):
-        dM = q.reshape(B, G, C, N).float() @ ds.transpose(2, 3)
-    per_table = ds.sum(0)  # [G, S, N]
-    return (
-        dq.sum(1).reshape(q.shape).to(q.dtype),
-        dM.to(M.dtype),
-        per_table.sum((0, 2)).to(bias.dtype),
-        _rpb_gradient(per_table[:, : k1 * k1], H, W, k1).to(rpb1.dtype).contiguous(),
-        _rpb_gradient(per_table[:, k1 * k1 :], H, W, k2).to(rpb2.dtype).contiguous(),
-        dv,
-    )
+    return dq, dM, torch.cat([d.sum((0, 1)) for d in dlogits]), drpb1, drpb2, dv
 
 
 @_contmix_backward.register_fake
-def _(dout, q, M, bias, rpb1, rpb2, v, lse, k1, k2):
-    plain = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, M, bias, rpb1, rpb2))
-    return *plain, torch.empty_like(v, memory_format=_memory_format(v))
+def _(dout, q, M, bias, rpb1, rpb2, v, out, lse, k1, k2):
+    plain = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (M, bias, rpb1, rpb2))
+    dq, dv = (torch.empty_like(t, memory_format=_memory_format(v)) for t in (q, v))
+    return dq, *plain, dv
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.k1, ctx.k2 = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, dout, _):
     if torch.is_grad_enabled():
-        *tensors, _ = ctx.saved_tensors
+        *tensors, _, _ = ctx.saved_tensors
         form = functools.partial(_matmul_form, k1=ctx.k1, k2=ctx.k2)
         return *plain_gradients(form, tensors, dout, ctx.needs_input_grad[:6]), None, None
     return *_contmix_backward(dout, *ctx.saved_tensors, ctx.k1, ctx.k2), None, None
@@ -618,9 +338,9 @@ def contmix(
     _check(q, M, bias, rpb1, rpb2, v, k1, k2)
     if not torch.jit.is_scripting():
         if use_triton(backend, v, kernel_limits(q, M.shape[2]) or kernel_limits(v, M.shape[2])):
-            common = torch.promote_types(q.dtype, M.dtype)
+            common = torch.promote_types(torch.promote_types(q.dtype, M.dtype), v.dtype)
             tables = (t.float() for t in (bias, rpb1, rpb2))
-            return _contmix(q.to(common), M.to(common), *tables, v, k1, k2)[0]
+            return _contmix(q.to(common), M.to(common), *tables, v.to(common), k1, k2)[0].to(v.dtype)
         with without_autocast(q):
             return _matmul_form(q, M, bias, rpb1, rpb2, v, k1, k2)
     return _matmul_form(q, M, bias, rpb1, rpb2, v, k1, k2)

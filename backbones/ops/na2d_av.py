@@ -17,17 +17,17 @@ The Triton kernels store nothing but the output.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, INTERPRETED, on_device, plain_only, use_triton, without_autocast
+from ._backend import HAS_TRITON, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import power_of_two
 
-MAX_CHANNELS = 64  # of a group, for the Triton kernels: a window tile has to fit into registers
+MAX_CHANNELS = 64  # of a group, for the Triton kernels: a tile of values has to fit into registers
 
 
 def check_window(H: int, W: int, kernel_size: int, name: str = "kernel_size") -> None:
@@ -277,215 +277,32 @@ def _matmul_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
 
 
 if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
+    from . import _na2d_av_kernels as kernels
     from ._kernels import index_type
 
-    def window_configs() -> list[triton.Config]:
-        """Tile widths and warps that the kernels choose from; one under the interpreter, which cannot tune."""
-        choices = [(32, 4)] if INTERPRETED else [(32, 4), (16, 2), (16, 4)]  # wider tiles spill registers
-        return [triton.Config({"BLOCK_N": n}, num_warps=w) for n, w in choices]
 
-    @triton.jit
-    def window_start(i, L, K: tl.constexpr):
-        """First position of the window of position ``i`` on an axis of length ``L``."""
-        return tl.minimum(tl.maximum(i - (K - 1) // 2, 0), L - K)
-
-    @triton.jit
-    def load_window(base, pixel, m_o, m_n, stride_c, stride_n, C: tl.constexpr, CP: tl.constexpr, INDEX: tl.constexpr):
-        """Values at ``pixel`` ``[BLOCK_O, BLOCK_N]`` in every channel: float32 ``[BLOCK_O, CP, BLOCK_N]``."""
-        c = tl.arange(0, CP)
-        p_value = base + c.to(INDEX)[None, :, None] * stride_c + pixel.to(INDEX)[:, None, :] * stride_n
-        mask = m_o[:, None, None] & (c < C)[None, :, None] & m_n[None, None, :]
-        return tl.load(p_value, mask=mask, other=0.0).to(tl.float32)
-
-    @triton.autotune(configs=window_configs(), key=["K", "C"])
-    @triton.jit
-    def _na2d_av_fwd_kernel(
-        attn_ptr,
-        value_ptr,
-        out_ptr,
-        H,
-        W,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        INDEX: tl.constexpr,
-        BLOCK_O: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        image = (pid // tiles).to(tl.int64) * N
-        attn_ptr += image * (K * K)
-        value_ptr += image * C
-        out_ptr += image * C
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = n < N
-        si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
-        c = tl.arange(0, CP)
-        acc = tl.zeros((CP, BLOCK_N), tl.float32)
-        for first in range(0, K * K, BLOCK_O):
-            o = first + tl.arange(0, BLOCK_O)
-            m_o = o < K * K
-            p_attn = attn_ptr + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
-            p = tl.load(p_attn, mask=m_o[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-            pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr, pixel, m_o, m_n, 1, C, C, CP, INDEX)
-            acc += tl.sum(p[:, None, :] * w, 0)
-        p_out = out_ptr + (n.to(INDEX)[None, :] * C + c[:, None])
-        tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=(c < C)[:, None] & m_n[None, :])
-
-    @triton.autotune(configs=window_configs(), key=["K", "C"])
-    @triton.jit
-    def _na2d_av_bwd_attn_kernel(
-        dout_ptr,
-        value_ptr,
-        dattn_ptr,
-        H,
-        W,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        INDEX: tl.constexpr,
-        BLOCK_O: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        image = (pid // tiles).to(tl.int64) * N
-        dout_ptr += image * C
-        value_ptr += image * C
-        dattn_ptr += image * (K * K)
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = n < N
-        si, sj = window_start(n // W, H, K), window_start(n % W, W, K)
-        c = tl.arange(0, CP)
-        p_dout = dout_ptr + (n.to(INDEX)[None, :] * C + c[:, None])
-        dout = tl.load(p_dout, mask=(c < C)[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-        for first in range(0, K * K, BLOCK_O):
-            o = first + tl.arange(0, BLOCK_O)
-            m_o = o < K * K
-            pixel = (si[None, :] + (o // K)[:, None]) * W + sj[None, :] + (o % K)[:, None]
-            w = load_window(value_ptr, pixel, m_o, m_n, 1, C, C, CP, INDEX)
-            dp = tl.sum(dout[None, :, :] * w, 1)  # [BLOCK_O, BLOCK_N]
-            p_dattn = dattn_ptr + (n.to(INDEX)[None, :] * (K * K) + o[:, None])
-            tl.store(p_dattn, dp.to(dattn_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
-
-    @triton.autotune(configs=window_configs(), key=["K", "C"])
-    @triton.jit
-    def window_bwd_value_kernel(
-        dout_ptr,
-        attn_ptr,
-        dvalue_ptr,
-        G,
-        H,
-        W,
-        stride_pb,
-        stride_pg,
-        stride_po,
-        stride_pn,
-        stride_vb,
-        stride_vg,
-        stride_vc,
-        stride_vn,
-        K: tl.constexpr,
-        C: tl.constexpr,
-        CP: tl.constexpr,
-        INDEX: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """Gradient of the values: each position adds up the queries whose window covers it, in a fixed order.
-
-        ``dout`` and ``dvalue`` share their strides ``stride_v*``; the weights have ``stride_p*``.
-        """
-        N = H * W
-        tiles = tl.cdiv(N, BLOCK_N)
-        pid = tl.program_id(0)
-        b, g = (pid // tiles // G).to(tl.int64), (pid // tiles % G).to(tl.int64)
-        n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        y, x = n // W, n % W
-        half: tl.constexpr = (K - 1) // 2
-        top = tl.where(y < K, 0, y - half)
-        left = tl.where(x < K, 0, x - half)
-        count_h = tl.where(n < N, tl.where(y >= H - K, H, y + half + 1) - top, 0)
-        count_w = tl.where(n < N, tl.where(x >= W - K, W, x + half + 1) - left, 0)
-        c = tl.arange(0, CP)
-        weights = attn_ptr + b * stride_pb + g * stride_pg
-        grads = dout_ptr + b * stride_vb + g * stride_vg
-        acc = tl.zeros((CP, BLOCK_N), tl.float32)
-        for di in range(0, tl.max(count_h, 0)):
-            for dj in range(0, tl.max(count_w, 0)):
-                i, j = top + di, left + dj
-                o = (y - window_start(i, H, K)) * K + x - window_start(j, W, K)
-                covers = (di < count_h) & (dj < count_w)
-                query = (i * W + j).to(INDEX)
-                p = tl.load(weights + (o.to(INDEX) * stride_po + query * stride_pn), mask=covers, other=0.0).to(
-                    tl.float32
-                )
-                p_dout = grads + (c.to(INDEX)[:, None] * stride_vc + query[None, :] * stride_vn)
-                dout = tl.load(p_dout, mask=(c < C)[:, None] & covers[None, :], other=0.0).to(tl.float32)
-                acc += p[None, :] * dout
-        own = c.to(INDEX)[:, None] * stride_vc + n.to(INDEX)[None, :] * stride_vn
-        p_dvalue = dvalue_ptr + b * stride_vb + g * stride_vg + own
-        tl.store(p_dvalue, acc.to(dvalue_ptr.dtype.element_ty), mask=(c < C)[:, None] & (n < N)[None, :])
-
-
-def channel_blocks(C: int) -> tuple[int, int]:
-    """Padded channels of a group and offsets per step of the kernels: their product bounds the registers."""
-    CP = power_of_two(C)
-    return CP, 16 if CP <= 32 else 8
+def _tiles(attn: Tensor, value: Tensor, kernel_size: int) -> Any:
+    B, G, H, W, C = value.shape
+    index = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # offsets are those in one group of one image
+    return kernels.Tiles(
+        value, (B, G, C, H, W), (G * H * W * C, H * W * C, 1, C), kernel_size, kernel_size * kernel_size, index
+    )
 
 
 def _triton_forward(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    B, G, H, W, C = value.shape
     attn, value = attn.contiguous(), value.contiguous()
     out = torch.empty_like(value)
-    CP, BLOCK_O = channel_blocks(C)
-    INDEX = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # a program is in one group of one image
-    with on_device(value):
-        _na2d_av_fwd_kernel[lambda meta: (B * G * triton.cdiv(H * W, meta["BLOCK_N"]),)](
-            attn, value, out, H=H, W=W, K=kernel_size, C=C, CP=CP, INDEX=INDEX, BLOCK_O=BLOCK_O
-        )
+    _tiles(attn, value, kernel_size).run(kernels.na2d_av_fwd_kernel, attn_ptr=attn, value_ptr=value, out_ptr=out)
     return out
 
 
 def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    B, G, H, W, C = value.shape
-    K, N = kernel_size, H * W
     grad, attn, value = grad.contiguous(), attn.contiguous(), value.contiguous()
     dattn, dvalue = torch.empty_like(attn), torch.empty_like(value)
-    CP, BLOCK_O = channel_blocks(C)
-    INDEX = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # a program is in one group of one image
-
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        return (B * G * triton.cdiv(N, meta["BLOCK_N"]),)
-
-    with on_device(value):
-        _na2d_av_bwd_attn_kernel[grid](grad, value, dattn, H=H, W=W, K=K, C=C, CP=CP, INDEX=INDEX, BLOCK_O=BLOCK_O)
-        window_bwd_value_kernel[grid](
-            grad,
-            attn,
-            dvalue,
-            G=G,
-            H=H,
-            W=W,
-            stride_pb=G * N * K * K,
-            stride_pg=N * K * K,
-            stride_po=1,
-            stride_pn=K * K,
-            stride_vb=G * N * C,
-            stride_vg=N * C,
-            stride_vc=1,
-            stride_vn=C,
-            K=K,
-            C=C,
-            CP=CP,
-            INDEX=INDEX,
-        )
+    tiles = _tiles(attn, value, kernel_size)
+    unused = {"attn_ptr": attn, "grow_ptr": grad}
+    tiles.run(kernels.na2d_av_bwd_attn_kernel, dout_ptr=grad, value_ptr=value, dattn_ptr=dattn, SOFTMAX=False, **unused)
+    tiles.run(kernels.na2d_av_bwd_value_kernel, dout_ptr=grad, attn_ptr=attn, dvalue_ptr=dvalue)
     return dattn, dvalue
 
 

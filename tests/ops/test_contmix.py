@@ -194,7 +194,7 @@ def test_opcheck(change):
     torch.library.opcheck(torch.ops.vizoo.contmix.default, (*tensors, 3, 3))
     plain = [t.detach() for t in tensors]
     out, lse = torch.ops.vizoo.contmix(*plain, 3, 3)
-    torch.library.opcheck(torch.ops.vizoo.contmix_backward.default, (torch.randn_like(out), *plain, lse, 3, 3))
+    torch.library.opcheck(torch.ops.vizoo.contmix_backward.default, (torch.randn_like(out), *plain, out, lse, 3, 3))
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"])
