@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops._backend import on_kernel_device, plain_only, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, working_size
+from ..ops.depthwise import depthwise_conv
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
 from .resampling import RegionPool, region_mean, resize
@@ -298,6 +299,14 @@ def merge_branches(
     return weight, bias
 
 
+def convolve(conv: Any, x: Tensor) -> Tensor:
+    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU."""
+    if on_kernel_device(x) and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
+        weight, bias = tensors(conv)
+        return depthwise_conv(x, weight, bias, conv.dilation[0])
+    return conv(x)
+
+
 @register_notrace_module  # picks its path by the device of its input
 class DilatedReparamBlock(nn.Module):
     """Depthwise large kernel with parallel dilated kernels, each normed; or the one kernel that equals them.
@@ -392,7 +401,12 @@ class DilatedReparamBlock(nn.Module):
                 return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
         out, branch = x, x
         for i, module in enumerate(self.children()):
-            branch = module(x) if i % 2 == 0 else module(branch)
+            if i % 2 == 1:
+                branch = module(branch)
+            elif torch.jit.is_scripting():
+                branch = module(x)
+            else:
+                branch = convolve(module, x)
             if i <= 1:
                 out = branch
             elif i % 2 == 1:

@@ -1,0 +1,362 @@
+"""Triton kernels of depthwise convolution: products with banded matrices, which tensor cores do.
+
+A row of the map and a row of a kernel are convolved by a product ``[columns read] x [columns read, columns written]``
+with a matrix that holds the kernel's row on its diagonals (Toeplitz).  A program has one channel, ``ROWS`` rows of the
+output, and many images, with all tiles of their columns, as the rows of its products.  It walks over the rows of the
+input, each of which meets all rows of the output at once: the matrices of ``ROWS`` kernel rows lie side by side.  They
+are made once for each call, with zero matrices around, so that no row needs a mask.
+
+The gradient of the input is the same with the kernel turned around.  That of the kernel is made of products
+``[columns read, images] x [images, columns written]``, whose diagonals are added up at the end.
+
+Dilated rows of the output that meet the same rows of the input are worked on together: rows ``phase + dilation * u``.
+
+Letters: ``u`` row of a phase, ``j`` row of a kernel, ``s`` column read, ``t`` column written, both of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backend import HAS_TRITON, on_device
+from ._kernels import power_of_two, product_precision
+
+MAX_REACH = 15  # columns left and right of a column that its result depends on
+PARTS = 528  # programs of the kernel's gradient that share its sums over the images: 4 for each multiprocessor
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._kernels import index_type
+
+    TAPS = tl.constexpr(32)  # that hold a row of a kernel
+    _COUNTS = ("B", "C", "H", "WV", "tiles", "rows", "blocks", "reach", "dilation", "parts", "K", "flip")
+    _STRIDES = ("stride_b", "stride_c", "stride_y", "stride_db", "stride_dc", "stride_dy")  # in vectors
+
+    def _jit(function):
+        names = function.__code__.co_varnames
+        return triton.jit(function, do_not_specialize=[n for n in (*_COUNTS, *_STRIDES) if n in names])
+
+    @_jit
+    def _bands_kernel(
+        weight_ptr,
+        bands_ptr,
+        K,
+        reach,
+        dilation,
+        flip,
+        ROWS: tl.constexpr,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+    ):
+        """One matrix ``[READ, WRITTEN]`` of a channel: that of a row of its kernel, or zero above and below."""
+        rows = K + 2 * (ROWS - 1)
+        c, j = tl.program_id(0) // rows, tl.program_id(0) % rows - (ROWS - 1)
+        s, t = tl.arange(0, READ)[:, None], tl.arange(0, WRITTEN)[None, :]
+        offset = s - LEFT - t + reach  # of the column read in the dilated row of the kernel
+        i = offset // dilation
+        ok = (j >= 0) & (j < K) & (offset >= 0) & (i < K) & (i * dilation == offset)
+        place = tl.where(flip != 0, K * K - 1 - (j * K + i), j * K + i)
+        band = tl.load(weight_ptr + c * K * K + place, mask=ok, other=0.0)
+        out = bands_ptr + tl.program_id(0).to(tl.int64) * (READ * WRITTEN)
+        tl.store(out + s * WRITTEN + t, band.to(bands_ptr.dtype.element_ty))
+
+    @triton.jit
+    def _tiles(
+        first, B, tiles, stride_b, WRITTEN: tl.constexpr, VEC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """Tiles of columns of images, one a row of the products: offset of the image, first column, and which exist."""
+        m = first + tl.arange(0, BLOCK)
+        b = m // tiles
+        return b.to(INDEX) * stride_b * VEC, (m - b * tiles) * WRITTEN, m < B * tiles
+
+    @_jit
+    def _depthwise_fwd_kernel(
+        x_ptr,
+        bands_ptr,
+        bias_ptr,
+        out_ptr,
+        B,
+        C,
+        H,
+        WV,
+        tiles,
+        blocks,
+        K,
+        dilation,
+        stride_b,
+        stride_c,
+        stride_y,
+        stride_db,
+        stride_dc,
+        stride_dy,
+        BIAS: tl.constexpr,
+        VEC: tl.constexpr,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        pid = tl.program_id(0)
+        phase, pid = pid % dilation, pid // dilation
+        u0, pid = pid % blocks * ROWS, pid // blocks
+        c, W = pid % C, WV * VEC
+        image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+        x = left[:, None] - LEFT + tl.arange(0, READ)[None, :]
+        m_x = ok[:, None] & (x >= 0) & (x < W)
+        x_base = x_ptr + c.to(INDEX) * stride_c * VEC + (image[:, None] + x)
+        n = tl.arange(0, ROWS * WRITTEN)
+        row, t = n // WRITTEN, n % WRITTEN
+        length = (H - phase + dilation - 1) // dilation  # rows of this phase
+        above = K // 2
+        s = tl.arange(0, READ)
+        # row u meets kernel row u - u0 + above - row; matrices are counted from the zero ones above
+        j = above - u0 + ROWS - 1
+        bands_base = bands_ptr + c.to(tl.int64) * (K + 2 * (ROWS - 1)) * (READ * WRITTEN)
+        band = s[:, None] * WRITTEN + (t - row * (READ * WRITTEN))[None, :]
+        acc = tl.zeros((BLOCK, ROWS * WRITTEN), tl.float32)
+        for u in range(tl.maximum(u0 - above, 0), tl.minimum(u0 + ROWS + above, length)):
+            y = (phase + u * dilation).to(INDEX)
+            a = tl.load(x_base + y * stride_y * VEC, mask=m_x, other=0.0)
+            w = tl.load(bands_base + ((j + u) * (READ * WRITTEN) + band))
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        if BIAS:
+            acc += tl.load(bias_ptr + c).to(tl.float32)
+        image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+        u, x = (u0 + row)[None, :], left[:, None] + t[None, :]
+        place = image[:, None] + (phase + u * dilation).to(INDEX) * stride_dy * VEC + x
+        out_base = out_ptr + c.to(INDEX) * stride_dc * VEC
+        tl.store(out_base + place, acc.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (u < length) & (x < W))
+
+    @_jit
+    def _depthwise_bwd_weight_kernel(
+        x_ptr,
+        dout_ptr,
+        products_ptr,
+        B,
+        C,
+        H,
+        WV,
+        tiles,
+        blocks,
+        parts,
+        K,
+        dilation,
+        stride_b,
+        stride_c,
+        stride_y,
+        stride_db,
+        stride_dc,
+        stride_dy,
+        VEC: tl.constexpr,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Products of ``ROWS`` rows of the input with as many of the gradient, those of all places added up."""
+        pid = tl.program_id(0)
+        block, part = pid % blocks, pid // blocks // C
+        c, W = pid // blocks % C, WV * VEC
+        below = block * ROWS - K // 2  # the first row of the input is so far below that of the gradient
+        e, n = tl.arange(0, ROWS * READ), tl.arange(0, ROWS * WRITTEN)
+        x_row, s = e // READ, e % READ
+        d_row, t = n // WRITTEN, n % WRITTEN
+        x_base = x_ptr + c.to(INDEX) * stride_c * VEC
+        dout_base = dout_ptr + c.to(INDEX) * stride_dc * VEC
+        start = tl.maximum((-below) // ROWS * ROWS, 0)
+        acc = tl.zeros((ROWS * READ, ROWS * WRITTEN), tl.float32)
+        for first in range(part * BLOCK, B * tiles, parts * BLOCK):
+            image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            x = left[:, None] - LEFT + s[None, :]
+            m_x = ok[:, None] & (x >= 0) & (x < W)
+            x_place = image[:, None] + (x_row * dilation).to(INDEX)[None, :] * stride_y * VEC + x
+            image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            x = left[:, None] + t[None, :]
+            m_d = ok[:, None] & (x < W)
+            d_place = image[:, None] + (d_row * dilation).to(INDEX)[None, :] * stride_dy * VEC + x
+            for phase in range(0, dilation):
+                length = (H - phase + dilation - 1) // dilation
+                for u0 in range(start, tl.minimum(length, length - below), ROWS):
+                    u = u0 + below + x_row
+                    m_u = (u >= 0) & (u < length)
+                    y = (phase + (u0 + below) * dilation).to(INDEX)
+                    a = tl.load(x_base + y * stride_y * VEC + x_place, mask=m_x & m_u[None, :], other=0.0)
+                    y = (phase + u0 * dilation).to(INDEX)
+                    m_u = u0 + d_row < length
+                    d = tl.load(dout_base + y * stride_dy * VEC + d_place, mask=m_d & m_u[None, :], other=0.0)
+                    acc = tl.dot(tl.trans(a), d, acc, input_precision=PRECISION)
+        out = products_ptr + ((part * C + c).to(tl.int64) * blocks + block) * (ROWS * ROWS * READ * WRITTEN)
+        tl.store(out + e[:, None] * (ROWS * WRITTEN) + n[None, :], acc)
+
+    @_jit
+    def _diagonals_kernel(
+        products_ptr,
+        dweight_ptr,
+        C,
+        blocks,
+        parts,
+        K,
+        reach,
+        dilation,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Gradient of one row of a kernel: sums over the diagonals of the products of all its pairs of rows."""
+        c, j = tl.program_id(0) // K, tl.program_id(0) % K
+        i, t = tl.arange(0, TAPS)[:, None], tl.arange(0, WRITTEN)[None, :]
+        s = i * dilation - reach + LEFT + t
+        ok = (i < K) & (s >= 0) & (s < READ)
+        acc = tl.zeros((TAPS, WRITTEN), tl.float32)
+        for part in range(0, parts):
+            base = products_ptr + (part * C + c).to(tl.int64) * blocks * (ROWS * ROWS * READ * WRITTEN)
+            for row in range(0, ROWS):
+                place = ((j + row) * READ + s) * (ROWS * WRITTEN) + row * WRITTEN + t
+                acc += tl.load(base + place, mask=ok, other=0.0)
+        i = tl.arange(0, TAPS)
+        tl.store(dweight_ptr + (c * K + j) * K + i, tl.sum(acc, 1), mask=i < K)
+
+
+class Tile(NamedTuple):
+    """Rows of the products, rows of the map, warps, and stages of the loads."""
+
+    block: int
+    rows: int
+    warps: int
+    stages: int
+
+
+# for each compute capability by kernel, half precision, and the columns that a tile reads and writes; chosen by the
+# machine code for 9.0 (no spills, then the fewest instructions times warps that leave room for other programs), not by
+# measured times
+CHOICES = {
+    90: {
+        ("forward", True, 16, 16): Tile(64, 8, 8, 1),
+        ("forward", True, 32, 32): Tile(128, 4, 8, 2),
+        ("forward", True, 32, 16): Tile(128, 4, 4, 3),
+        ("forward", True, 64, 32): Tile(128, 2, 8, 2),
+        ("weight", True, 16, 16): Tile(64, 4, 8, 1),
+        ("weight", True, 32, 32): Tile(64, 2, 4, 2),
+        ("weight", True, 32, 16): Tile(64, 4, 8, 2),
+        ("weight", True, 64, 32): Tile(32, 2, 8, 1),
+        ("forward", False, 16, 16): Tile(64, 4, 4, 1),
+        ("forward", False, 32, 32): Tile(64, 2, 4, 1),
+        ("forward", False, 32, 16): Tile(64, 4, 4, 1),
+        ("forward", False, 64, 32): Tile(32, 2, 8, 1),
+        ("weight", False, 16, 16): Tile(32, 4, 8, 1),
+        ("weight", False, 32, 32): Tile(32, 2, 4, 1),
+        ("weight", False, 32, 16): Tile(32, 4, 8, 1),
+        ("weight", False, 64, 32): Tile(32, 2, 8, 1),
+    }
+}
+
+
+def kernel_limits(x: Tensor, kernel_size: int, dilation: int) -> str:
+    """What the kernels cannot do with this map and kernel; empty if nothing."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    reach = dilation * (kernel_size // 2)
+    if reach > MAX_REACH:
+        return f"the kernels reach up to {MAX_REACH} pixels from the centre, not {reach}"
+    return ""
+
+
+class _Launch:
+    """What the kernels of a call share: tiles of columns, and arguments."""
+
+    def __init__(self, kernel: str, x: Tensor, like: Tensor, kernel_size: int, dilation: int):
+        B, C, H, W = x.shape
+        reach = dilation * (kernel_size // 2)
+        if W <= 32:  # a tile holds whole rows
+            read, written, left = power_of_two(W), power_of_two(W), 0
+        else:  # and else as much on both sides as eight columns, or 16, reach
+            left = 8 if reach <= 8 else 16
+            read, written = 4 * left, 2 * left
+        half = x.element_size() == 2
+        self.tile = CHOICES[90][kernel, half, read, written]  # others take the same until something is measured there
+        self.tiles = -(-W // written)
+        strides = [t.stride(i) for t in (x, like) for i in range(3)]
+        vector = math.gcd(W, *strides, 16 // x.element_size())
+        self.blocks = -(-B * self.tiles // self.tile.block)  # of rows of the products
+        self.columns: dict[str, Any] = {"READ": read, "WRITTEN": written, "LEFT": left}
+        self.taps: dict[str, Any] = {"K": kernel_size, "dilation": dilation}
+        names = ("stride_b", "stride_c", "stride_y", "stride_db", "stride_dc", "stride_dy")
+        self.arguments: dict[str, Any] = {
+            "B": B,
+            "C": C,
+            "H": H,
+            "WV": W // vector,
+            "tiles": self.tiles,
+            **{name: stride // vector for name, stride in zip(names, strides, strict=True)},
+            "VEC": vector,
+            "PRECISION": product_precision(x.device),
+            "INDEX": index_type(x.unsqueeze(0), like.unsqueeze(0)),
+            "BLOCK": self.tile.block,
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+        }
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with its rows in one piece each, as the kernels read them."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool = False) -> Tensor:
+    """Convolution in the dtype of ``x``, with the kernel turned around by ``flip``."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weight, (_, C, H, _), K = _rows(x), weight.contiguous(), x.shape, weight.shape[2]
+    launch = _Launch("forward", x, out, K, dilation)
+    rows = launch.tile.rows
+    shared = {**launch.columns, **launch.taps, "ROWS": rows}
+    taps, blocks = K + 2 * (rows - 1), -(-H // (dilation * rows))
+    bands = torch.empty(C, taps, launch.columns["READ"], launch.columns["WRITTEN"], dtype=x.dtype, device=x.device)
+    with on_device(x):
+        _bands_kernel[(C * taps,)](weight, bands, reach=dilation * (K // 2), flip=int(flip), **shared, num_warps=1)
+        _depthwise_fwd_kernel[(launch.blocks * C * blocks * dilation,)](
+            x,
+            bands,
+            bands if bias is None else bias.contiguous(),
+            out,
+            blocks=blocks,
+            BIAS=bias is not None,
+            **shared,
+            **launch.arguments,
+        )
+    return out
+
+
+def kernel_weight_gradient(dout: Tensor, x: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """Gradient of the kernel ``[C, 1, K, K]`` in float32."""
+    C, K = x.shape[1], kernel_size
+    if x.numel() == 0:
+        return torch.zeros(C, 1, K, K, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(C, 1, K, K, dtype=torch.float32, device=x.device)
+    x, dout = _rows(x), _rows(dout)
+    launch = _Launch("weight", x, dout, K, dilation)
+    rows = launch.tile.rows
+    blocks = -(-(K + rows - 1) // rows)
+    parts = min(launch.blocks, -(-PARTS // (C * blocks)))
+    shared = {**launch.columns, **launch.taps, "ROWS": rows, "C": C, "blocks": blocks, "parts": parts}
+    side = (rows * launch.columns["READ"], rows * launch.columns["WRITTEN"])
+    products = torch.empty(parts, C, blocks, *side, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _depthwise_bwd_weight_kernel[(parts * C * blocks,)](x, dout, products, **{**launch.arguments, **shared})
+        _diagonals_kernel[(C * K,)](products, dweight, reach=dilation * (K // 2), **shared, num_warps=1)
+    return dweight
