@@ -124,7 +124,19 @@ if HAS_TRITON:
             return tl.zeros(c.shape, tl.float32)
 
     @triton.jit
-    def _neighbourhoods(base, stride_y, stride_x, y, c, x, C, H, W, ROWS: tl.constexpr, INDEX: tl.constexpr):
+    def _on_map(y, r: tl.constexpr, H, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+        """Whether row ``r`` of a group is one of the map, as far as that depends on the group."""
+        if r < 0:
+            return y > 0
+        elif r == 0 or (r < ROWS and WHOLE):
+            return True
+        else:
+            return y + r < H
+
+    @triton.jit
+    def _neighbourhoods(
+        base, stride_y, stride_x, y, c, x, C, H, W, ROWS: tl.constexpr, WHOLE: tl.constexpr, INDEX: tl.constexpr
+    ):
         """The three columns around each one of ``ROWS`` rows, and of one row before and after: zero outside the map.
 
         All of them are asked for before the first is used, so that they are on their way at the same time.
@@ -132,10 +144,11 @@ if HAS_TRITON:
         own = (c < C) & (x < W)
         left, right = own & (x > 0), own & (x + 1 < W)
         tiles = ()
+        p = base + tl.cast(y - 1, INDEX) * stride_y
         for r in tl.static_range(ROWS + 2):
-            row = y + (r - 1)
-            p = base + tl.cast(row, INDEX) * stride_y
-            on_map = (row >= 0) & (row < H)
+            if r > 0:
+                p += stride_y
+            on_map = _on_map(y, r - 1, H, ROWS, WHOLE)
             tiles += (
                 tl.load(p - stride_x, mask=left & on_map, other=0.0),
                 tl.load(p, mask=own & on_map, other=0.0),
@@ -177,6 +190,7 @@ if HAS_TRITON:
         FLIP: tl.constexpr,
         INDEX: tl.constexpr,
         ROWS: tl.constexpr,
+        WHOLE: tl.constexpr,
         CHANNELS: tl.constexpr,
         COLS: tl.constexpr,
     ):
@@ -185,14 +199,17 @@ if HAS_TRITON:
         x_base = x_ptr + image * x_stride_b + (c.to(INDEX) * x_stride_c + x.to(INDEX) * x_stride_x)
         y_base = y_ptr + image * y_stride_b + (c.to(INDEX) * y_stride_c + x.to(INDEX) * y_stride_x)
         w, bias = _weights(weight_ptr, c, C, FLIP, RESIDUAL), _bias(bias_ptr, c, C, BIAS)
+        own = (c < C) & (x < W)
         for y in range(first, min(first + span, H), ROWS):
-            tiles = _neighbourhoods(x_base, x_stride_y, x_stride_x, y, c, x, C, H, W, ROWS, INDEX)
+            tiles = _neighbourhoods(x_base, x_stride_y, x_stride_x, y, c, x, C, H, W, ROWS, WHOLE, INDEX)
+            p = y_base + tl.cast(y, INDEX) * y_stride_y
             for r in tl.static_range(ROWS):
                 out = _convolution(tiles, w, bias, r)
                 if GELU:
                     out *= _normal_cdf(out)
-                p = y_base + tl.cast(y + r, INDEX) * y_stride_y
-                tl.store(p, out.to(y_ptr.dtype.element_ty), mask=(c < C) & (x < W) & (y + r < H))
+                if r > 0:
+                    p += y_stride_y
+                tl.store(p, out.to(y_ptr.dtype.element_ty), mask=own & _on_map(y, r, H, ROWS, WHOLE))
 
     @triton.jit(do_not_specialize=_COUNTS)
     def _depthwise_bwd_kernel(
@@ -228,6 +245,7 @@ if HAS_TRITON:
         GELU: tl.constexpr,
         INDEX: tl.constexpr,
         ROWS: tl.constexpr,
+        WHOLE: tl.constexpr,
         CHANNELS: tl.constexpr,
         COLS: tl.constexpr,
     ):
@@ -250,11 +268,14 @@ if HAS_TRITON:
             other_base = other_ptr + image * other_stride_b + other_place
             out_base = out_ptr + image * out_stride_b + out_place
             for y in range(first, min(first + span, H), ROWS):
-                tiles = _neighbourhoods(map_base, map_stride_y, map_stride_x, y, c, x, C, H, W, ROWS, INDEX)
+                tiles = _neighbourhoods(map_base, map_stride_y, map_stride_x, y, c, x, C, H, W, ROWS, WHOLE, INDEX)
                 others = ()
+                p = other_base + tl.cast(y, INDEX) * other_stride_y
                 for r in tl.static_range(ROWS):
-                    p = other_base + tl.cast(y + r, INDEX) * other_stride_y
-                    others += (tl.load(p, mask=own & (y + r < H), other=0.0),)
+                    if r > 0:
+                        p += other_stride_y
+                    others += (tl.load(p, mask=own & _on_map(y, r, H, ROWS, WHOLE), other=0.0),)
+                p = out_base + tl.cast(y, INDEX) * out_stride_y
                 for r in tl.static_range(ROWS):
                     out, other = _convolution(tiles, w, bias, r), others[r].to(tl.float32)
                     if GELU:
@@ -262,13 +283,14 @@ if HAS_TRITON:
                         out = other
                         dbias += other
                     else:
-                        dbias += tl.where(own & (y + r < H), tiles[3 * r + 4], 0.0)
+                        dbias += tiles[3 * r + 4]
                     sums = ()
                     for k in tl.static_range(9):
                         sums += (dweight[k] + other * tiles[3 * r + k],)
                     dweight = sums
-                    p = out_base + tl.cast(y + r, INDEX) * out_stride_y
-                    tl.store(p, out.to(out_ptr.dtype.element_ty), mask=own & (y + r < H))
+                    if r > 0:
+                        p += out_stride_y
+                    tl.store(p, out.to(out_ptr.dtype.element_ty), mask=own & _on_map(y, r, H, ROWS, WHOLE))
         share = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         AXIS: tl.constexpr = 0 if LAST else 1
         for k in tl.static_range(9):
@@ -330,6 +352,7 @@ def _geometry(x: Tensor, backward: bool, **flags: bool) -> tuple[tuple[int, int,
         "span": span,
         "LAST": last,
         "ROWS": tile.rows,
+        "WHOLE": H % tile.rows == 0,
         "CHANNELS": tile.channels,
         "COLS": tile.cols,
         "num_warps": tile.warps,
