@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,10 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import power_of_two
 
-MAX_IMAGES = 65535  # as many programs as the third axis of a launch can have
+MAX_SIZE = 65535  # of batch and channels: as many programs as the second and third axis of a launch can have
+PROGRAMS = 1024  # that a launch is not to go below for the sake of longer ones: eight for every multiprocessor
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -113,7 +115,7 @@ if HAS_TRITON:
         w = ()
         for k in tl.static_range(9):
             tap = tl.load(weight_ptr + (c * 9 + (8 - k if FLIP else k)), mask=c < C, other=0.0).to(tl.float32)
-            w += (tap + 1.0 if RESIDUAL and k == 4 else tap,)
+            w += (tap + 1.0 if RESIDUAL and k == 4 else tap,)  # type: ignore[assignment]
         return w
 
     @triton.jit
@@ -135,13 +137,12 @@ if HAS_TRITON:
 
     @triton.jit
     def _neighbourhoods(
-        base, stride_y, stride_x, y, c, x, C, H, W, ROWS: tl.constexpr, WHOLE: tl.constexpr, INDEX: tl.constexpr
+        base, stride_y, stride_x, y, x, own, H, W, ROWS: tl.constexpr, WHOLE: tl.constexpr, INDEX: tl.constexpr
     ):
         """The three columns around each one of ``ROWS`` rows, and of one row before and after: zero outside the map.
 
         All of them are asked for before the first is used, so that they are on their way at the same time.
         """
-        own = (c < C) & (x < W)
         left, right = own & (x > 0), own & (x + 1 < W)
         tiles = ()
         p = base + tl.cast(y - 1, INDEX) * stride_y
@@ -149,7 +150,7 @@ if HAS_TRITON:
             if r > 0:
                 p += stride_y
             on_map = _on_map(y, r - 1, H, ROWS, WHOLE)
-            tiles += (
+            tiles += (  # type: ignore[assignment]
                 tl.load(p - stride_x, mask=left & on_map, other=0.0),
                 tl.load(p, mask=own & on_map, other=0.0),
                 tl.load(p + stride_x, mask=right & on_map, other=0.0),
@@ -170,11 +171,13 @@ if HAS_TRITON:
         weight_ptr,
         bias_ptr,
         y_ptr,
+        B,
         C,
         H,
         W,
         parts,
         span,
+        images,
         x_stride_b,
         x_stride_c,
         x_stride_y,
@@ -195,21 +198,25 @@ if HAS_TRITON:
         COLS: tl.constexpr,
     ):
         c, x, first = _place(parts, span, LAST, CHANNELS, COLS)
-        image = tl.program_id(2).to(tl.int64)
-        x_base = x_ptr + image * x_stride_b + (c.to(INDEX) * x_stride_c + x.to(INDEX) * x_stride_x)
-        y_base = y_ptr + image * y_stride_b + (c.to(INDEX) * y_stride_c + x.to(INDEX) * y_stride_x)
-        w, bias = _weights(weight_ptr, c, C, FLIP, RESIDUAL), _bias(bias_ptr, c, C, BIAS)
+        x_place = c.to(INDEX) * x_stride_c + x.to(INDEX) * x_stride_x
+        y_place = c.to(INDEX) * y_stride_c + x.to(INDEX) * y_stride_x
         own = (c < C) & (x < W)
-        for y in range(first, min(first + span, H), ROWS):
-            tiles = _neighbourhoods(x_base, x_stride_y, x_stride_x, y, c, x, C, H, W, ROWS, WHOLE, INDEX)
-            p = y_base + tl.cast(y, INDEX) * y_stride_y
-            for r in tl.static_range(ROWS):
-                out = _convolution(tiles, w, bias, r)
-                if GELU:
-                    out *= _normal_cdf(out)
-                if r > 0:
-                    p += y_stride_y
-                tl.store(p, out.to(y_ptr.dtype.element_ty), mask=own & _on_map(y, r, H, ROWS, WHOLE))
+        w, bias = _weights(weight_ptr, c, C, FLIP, RESIDUAL), _bias(bias_ptr, c, C, BIAS)
+        first_image = tl.program_id(2) * images
+        for b in range(first_image, min(first_image + images, B)):
+            image = tl.cast(b, tl.int64)
+            x_base = x_ptr + image * x_stride_b + x_place
+            y_base = y_ptr + image * y_stride_b + y_place
+            for y in range(first, min(first + span, H), ROWS):
+                tiles = _neighbourhoods(x_base, x_stride_y, x_stride_x, y, x, own, H, W, ROWS, WHOLE, INDEX)
+                p = y_base + tl.cast(y, INDEX) * y_stride_y
+                for r in tl.static_range(ROWS):
+                    out = _convolution(tiles, w, bias, r)
+                    if GELU:
+                        out *= _normal_cdf(out)
+                    if r > 0:
+                        p += y_stride_y
+                    tl.store(p, out.to(y_ptr.dtype.element_ty), mask=own & _on_map(y, r, H, ROWS, WHOLE))
 
     @triton.jit(do_not_specialize=_COUNTS)
     def _depthwise_bwd_kernel(
@@ -268,16 +275,18 @@ if HAS_TRITON:
             other_base = other_ptr + image * other_stride_b + other_place
             out_base = out_ptr + image * out_stride_b + out_place
             for y in range(first, min(first + span, H), ROWS):
-                tiles = _neighbourhoods(map_base, map_stride_y, map_stride_x, y, c, x, C, H, W, ROWS, WHOLE, INDEX)
+                tiles = _neighbourhoods(map_base, map_stride_y, map_stride_x, y, x, own, H, W, ROWS, WHOLE, INDEX)
                 others = ()
                 p = other_base + tl.cast(y, INDEX) * other_stride_y
                 for r in tl.static_range(ROWS):
                     if r > 0:
                         p += other_stride_y
-                    others += (tl.load(p, mask=own & _on_map(y, r, H, ROWS, WHOLE), other=0.0),)
+                    tile = tl.load(p, mask=own & _on_map(y, r, H, ROWS, WHOLE), other=0.0)
+                    others += (tile,)  # type: ignore[assignment]
                 p = out_base + tl.cast(y, INDEX) * out_stride_y
                 for r in tl.static_range(ROWS):
-                    out, other = _convolution(tiles, w, bias, r), others[r].to(tl.float32)
+                    out = _convolution(tiles, w, bias, r)
+                    other = others[r].to(tl.float32)
                     if GELU:
                         other *= _gelu_slope(out)
                         out = other
@@ -300,56 +309,82 @@ if HAS_TRITON:
 
 
 class Tile(NamedTuple):
-    """What a program works on at once: rows, channels, columns; its warps."""
+    """Rows, channels and columns that a program works on at once, its warps, and after how many groups of rows it ends.
+
+    The more, the less weigh reading the weights and writing sums of gradients.
+    """
 
     rows: int
     channels: int
     cols: int
     warps: int
+    groups: int
 
 
 def _choice(backward: bool, last: bool, half: bool, H: int, W: int) -> Tile:
+    """By the machine code for 9.0, not by measured times; other capabilities take the same until measured there.
+
+    Eight bytes a thread forward, four backward, is what weights, sums and rows on their way leave registers for: more
+    channels spill, fewer issue more instructions.  Seven rows divide the maps of 224 pixels, eight most others.
+    """
     rows = min((7, 8), key=lambda n: -(-H // n) * n)
+    groups = 16 if backward else 4
     if last:
-        if backward:
-            return Tile(rows, 64 if half else 32, 8, 8 if half else 4)
-        return Tile(rows, 64 if half else 32, 8, 4)
-    cols = min(64, max(8, triton.next_power_of_2(W)))
-    return Tile(rows, 128 // cols, cols, 4)
+        return Tile(rows, 64 if half else 32, 8, 8 if backward and half else 4, groups)
+    cols = power_of_two(W) if W > 8 else 8
+    if W > 32:
+        cols = min((64, 32), key=lambda n: -(-W // n) * n)
+    return Tile(rows, 128 // cols, cols, 4, groups)
 
 
 def _channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _like(x: Tensor) -> Tensor:
-    """Empty map without gaps in the order of ``x``: what kernels write."""
+def _ordered(x: Tensor, last: bool) -> Tensor:
+    """With channels, or columns, next to each other in memory."""
+    if x.stride(1 if last else 3) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _result(x: Tensor) -> Tensor:
+    """Empty map without gaps in the memory format of ``x``."""
     order = torch.channels_last if _channels_last(x) else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
-def _in_order(x: Tensor) -> Tensor:
-    """With channels or columns next to each other."""
-    return x if _channels_last(x) or x.stride(3) == 1 else x.contiguous()
-
-
-def _names(name: str, x: Tensor) -> dict[str, int]:
+def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_stride_{axis}": stride for axis, stride in zip("bcyx", x.stride(), strict=True)}
 
 
-def _geometry(x: Tensor, backward: bool, **flags: bool) -> tuple[tuple[int, int, int], dict]:
+def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    weight = weight.contiguous()
+    return {
+        "weight_ptr": weight,
+        "bias_ptr": weight if bias is None else bias.contiguous(),
+        "BIAS": bias is not None,
+    }
+
+
+def _launch(x: Tensor, backward: bool) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Programs on each axis of a launch over a map, and arguments: both kernels'."""
     B, C, H, W = x.shape
     last = _channels_last(x)
     tile = _choice(backward, last, x.element_size() == 2, H, W)
-    cols, blocks = -(-W // tile.cols), -(-C // tile.channels)
-    parts = 1
-    span = -(-H // (parts * tile.rows)) * tile.rows
+    groups, columns, blocks = -(-H // tile.rows), -(-W // tile.cols), -(-C // tile.channels)
+    programs = columns * blocks * B  # if each has one image
+    images = min(-(-tile.groups // groups), max(1, programs // PROGRAMS))
+    span = -(-groups // max(1, PROGRAMS // programs))  # groups of a program: all rows, or a part for small batches
+    parts = -(-groups // span)
     arguments = {
+        "B": B,
         "C": C,
         "H": H,
         "W": W,
         "parts": parts,
-        "span": span,
+        "span": span * tile.rows,
+        "images": images,
         "LAST": last,
         "ROWS": tile.rows,
         "WHOLE": H % tile.rows == 0,
@@ -357,26 +392,24 @@ def _geometry(x: Tensor, backward: bool, **flags: bool) -> tuple[tuple[int, int,
         "COLS": tile.cols,
         "num_warps": tile.warps,
     }
-    return (cols * parts, blocks, B), arguments
+    return (columns * parts, blocks, -(-B // images)), arguments
 
 
 def _kernel_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool, flip: bool = False
 ) -> Tensor:
-    x, weight = _in_order(x), weight.contiguous()
-    y = _like(x)
+    x = _ordered(x, _channels_last(x))
+    y = _result(x)
     if y.numel() > 0:
-        grid, arguments = _geometry(x, backward=False)
+        grid, arguments = _launch(x, backward=False)
         with on_device(x):
             _depthwise_fwd_kernel[grid](
                 x_ptr=x,
-                weight_ptr=weight,
-                bias_ptr=weight if bias is None else bias.contiguous(),
                 y_ptr=y,
-                **_names("x", x),
-                **_names("y", y),
+                **_parameters(weight, bias),
+                **_strides("x", x),
+                **_strides("y", y),
                 **arguments,
-                BIAS=bias is not None,
                 RESIDUAL=residual,
                 GELU=gelu,
                 FLIP=flip,
@@ -388,37 +421,28 @@ def _kernel_forward(
 def _kernel_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = _in_order(x), weight.contiguous()
-    if _channels_last(dy) != _channels_last(x) or _in_order(dy) is not dy:
-        dy = dy.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
-    out = _like(x)
-    neighbours, other = (x, dy) if gelu else (dy, x)
-    C = weight.shape[0]
+    last = _channels_last(x)
+    x, dy = _ordered(x, last), _ordered(dy, last)
+    out = _result(x)
     if out.numel() == 0:
-        return out, torch.zeros_like(weight), weight.new_zeros(C)
-    grid, arguments = _geometry(x, backward=True)
-    B = x.shape[0]
-    images = min(B, max(1, prod(grid) // 2048))
-    grid = (*grid[:2], -(-B // images))
+        return out, torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+    grid, arguments = _launch(x, backward=True)
+    neighbours, other = (x, dy) if gelu else (dy, x)
     shares = grid[0] * grid[2]
     dweight = torch.empty(shares, *weight.shape, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(shares, C, dtype=torch.float32, device=x.device)
+    dbias = torch.empty(shares, weight.shape[0], dtype=torch.float32, device=x.device)
     with on_device(x):
         _depthwise_bwd_kernel[grid](
             map_ptr=neighbours,
             other_ptr=other,
-            weight_ptr=weight,
-            bias_ptr=weight if bias is None else bias.contiguous(),
             out_ptr=out,
             dweight_ptr=dweight,
             dbias_ptr=dbias,
-            B=B,
-            images=images,
-            **_names("map", neighbours),
-            **_names("other", other),
-            **_names("out", out),
+            **_parameters(weight, bias if gelu else None),
+            **_strides("map", neighbours),
+            **_strides("other", other),
+            **_strides("out", out),
             **arguments,
-            BIAS=gelu and bias is not None,
             RESIDUAL=residual,
             GELU=gelu,
             INDEX=index_type(x, dy, out),
@@ -435,7 +459,7 @@ def _depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
 
 @_depthwise3x3.register_fake
 def _(x, weight, bias, residual, gelu):
-    return _like(_in_order(x))
+    return _result(x)
 
 
 @torch.library.custom_op("vizoo::depthwise3x3_backward", mutates_args=())
@@ -447,7 +471,7 @@ def _depthwise3x3_backward(
 
 @_depthwise3x3_backward.register_fake
 def _(dy, x, weight, bias, residual, gelu):
-    return _like(_in_order(x)), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return _result(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _save(ctx, inputs, output) -> None:
@@ -528,6 +552,6 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     for t in (weight, bias):
         if t is not None and t.dtype not in (torch.float32, x.dtype):
             return f"the kernels take weights in float32 or the dtype of the map, not {t.dtype}"
-    if x.shape[0] > MAX_IMAGES:
-        return f"the kernels take up to {MAX_IMAGES} images, not {x.shape[0]}"
+    if max(x.shape[:2]) > MAX_SIZE:
+        return f"the kernels take up to {MAX_SIZE} images and channels, not {x.shape[0]} and {x.shape[1]}"
     return ""
