@@ -41,6 +41,7 @@ from .layers.checks import check_heads, check_lengths, check_stages, checked, is
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
+from .ops.depthwise3x3 import depthwise3x3
 
 __all__ = ["LITv2"]
 
@@ -78,8 +79,12 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if self.fused and fuses(x, self.fc1, self.fc2) and depthwise(self.dwconv, 3):
-                return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
+            if self.fused and depthwise(self.dwconv, 3):
+                if fuses(x, self.fc1, self.fc2):
+                    return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
+                weight, bias = tensors(self.dwconv)
+                x = depthwise3x3(self.fc1(x).permute(0, 3, 1, 2), weight, bias, gelu=True)
+                return self.fc2(x.permute(0, 2, 3, 1))
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
         return self.fc2(F.gelu(x.permute(0, 2, 3, 1)))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops._backend import on_kernel_device, plain_only, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, working_size
 from ..ops.depthwise import depthwise_conv
+from ..ops.depthwise3x3 import depthwise3x3
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
 from .resampling import RegionPool, region_mean, resize
@@ -70,10 +71,17 @@ class ResDWConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if not torch.jit.is_scripting():
             if x.dtype == torch.float32 and use_onednn(x, self.weight) and keeps_size(self):
                 weight, padding = self.residual_weight(), self.padding
                 return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups)
+            if (
+                is_plain(self, ResDWConv)
+                and keeps_size(self)
+                and self.kernel_size == (3, 3)
+                and self.dilation == (1, 1)
+            ):
+                return depthwise3x3(x, self.weight, self.bias, residual=True)
         return x + self._conv_forward(x, self.weight, self.bias)
 
     def residual_weight(self) -> Tensor:

@@ -106,10 +106,10 @@ def keeps_size(conv: nn.Conv2d) -> bool:
     )
 
 
-def depthwise(layer: Any, kernel_size: int, dilation: int = 1) -> bool:
+def depthwise(layer: Any, kernel_size: int, dilation: int = 1, types: tuple[type, ...] = (nn.Conv2d,)) -> bool:
     """Whether a plain convolution is depthwise with this kernel and dilation, and :func:`keeps_size`."""
     return (
-        is_plain(layer, nn.Conv2d)
+        is_plain(layer, *types)
         and layer.kernel_size == (kernel_size, kernel_size)
         and layer.dilation == (dilation, dilation)
         and keeps_size(layer)

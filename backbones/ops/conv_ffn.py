@@ -3,7 +3,8 @@
 ``fc2(gelu(dwconv(fc1(x))))`` with the exact GELU and a zero-padded convolution.  Per token of width ``C`` and hidden
 width ``M`` this is ``2 C M + 9 M`` multiply-accumulates, and the hidden map is the largest tensor of the network.  On
 a CPU the inference path works on a few images at a time, so that the hidden map stays in the cache and its memory is
-used again, and lets oneDNN apply bias and GELU while it writes the convolution's result.
+used again, and lets oneDNN apply bias and GELU while it writes the convolution's result.  On a GPU one kernel does the
+same (:mod:`.depthwise`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ._backend import use_compiled_onednn, use_onednn
 from ._cost import Cost, register_cost
+from .depthwise3x3 import depthwise3x3, reference_depthwise3x3
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
 
@@ -39,20 +41,21 @@ def reference_conv_ffn(
         ``[B, H, W, O]``.
     """
     x = F.linear(x, w1, b1).permute(0, 3, 1, 2)  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
-    x = F.conv2d(x, wd, bd, padding=1, groups=wd.shape[0])
-    return F.linear(F.gelu(x.permute(0, 2, 3, 1)), w2, b2)
+    x = reference_depthwise3x3(x, wd, bd, gelu=True)
+    return F.linear(x.permute(0, 2, 3, 1), w2, b2)
 
 
 def conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
-    """:func:`reference_conv_ffn`, by fused oneDNN operators for inference on a CPU: same arguments and result."""
+    """:func:`reference_conv_ffn` by fused oneDNN operators for inference on a CPU, else with :func:`depthwise3x3`."""
     if not torch.jit.is_scripting():
         if use_onednn(x, w1):
             return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
         if use_compiled_onednn(x, w1):
             return torch.ops.vizoo.conv_ffn(x, w1, b1, wd, bd, w2, b2)
-    return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
+    x = F.linear(x, w1, b1).permute(0, 3, 1, 2)
+    return F.linear(depthwise3x3(x, wd, bd, gelu=True).permute(0, 2, 3, 1), w2, b2)
 
 
 def _onednn_conv_ffn(
