@@ -405,8 +405,7 @@ class DilatedReparamBlock(nn.Module):
             if _merges(x) and self.mergeable():
                 weight, bias = self.kernel()
                 weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-                padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-                return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+                return depthwise_conv(x, weight, bias)
         out, branch = x, x
         for i, module in enumerate(self.children()):
             if i % 2 == 1:

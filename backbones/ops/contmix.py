@@ -26,6 +26,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._operator import operator
 from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 
 
@@ -233,20 +234,20 @@ def _dense(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Te
     return next(maps), *(t.contiguous() for t in (M, bias, rpb1, rpb2)), next(maps)
 
 
-@torch.library.custom_op("vizoo::contmix", mutates_args=())
+@operator
 def _contmix(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
 ) -> tuple[Tensor, Tensor]:
     return kernel_forward(*_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
 
 
-@_contmix.register_fake
+@torch.library.register_fake("vizoo::contmix")
 def _(q, M, bias, rpb1, rpb2, v, k1, k2):
     lse = q.new_empty(M.shape[0], 2, M.shape[1], q.shape[2] * q.shape[3], dtype=torch.float32)
     return torch.empty_like(v, memory_format=_memory_format(v)), lse
 
 
-@torch.library.custom_op("vizoo::contmix_backward", mutates_args=())
+@operator
 def _contmix_backward(
     dout: Tensor,
     q: Tensor,
@@ -269,7 +270,7 @@ def _contmix_backward(
     return dq, dM, torch.cat([d.sum((0, 1)) for d in dlogits]), drpb1, drpb2, dv
 
 
-@_contmix_backward.register_fake
+@torch.library.register_fake("vizoo::contmix_backward")
 def _(dout, q, M, bias, rpb1, rpb2, v, out, lse, k1, k2):
     plain = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (M, bias, rpb1, rpb2))
     dq, dv = (torch.empty_like(t, memory_format=_memory_format(v)) for t in (q, v))
@@ -290,7 +291,7 @@ def _differentiate(ctx, dout, _):
     return *_contmix_backward(dout, *ctx.saved_tensors, ctx.k1, ctx.k2), None, None
 
 
-_contmix.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::contmix", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::contmix", torch.ops.vizoo.contmix)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._backend import use_compiled_onednn, use_onednn
 from ._cost import Cost, register_cost
+from ._operator import operator
 from .depthwise3x3 import depthwise3x3, reference_depthwise3x3
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
@@ -72,7 +73,7 @@ def _onednn_conv_ffn(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-@torch.library.custom_op("vizoo::conv_ffn", mutates_args=())
+@operator
 def _conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
@@ -80,7 +81,7 @@ def _conv_ffn(
     return fn(x, w1, b1, wd, bd, w2, b2)
 
 
-@_conv_ffn.register_fake
+@torch.library.register_fake("vizoo::conv_ffn")
 def _(x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], w2.shape[0]))
 

@@ -20,6 +20,7 @@ from ._backend import use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._depthwise_kernels import kernel_forward, kernel_limits, kernel_weight_gradient
 from ._derivative import plain_gradients
+from ._operator import operator
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
@@ -59,17 +60,17 @@ def reference_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = No
     return _plain_form(x, weight, bias, dilation)
 
 
-@torch.library.custom_op("vizoo::depthwise_conv", mutates_args=())
+@operator
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     return kernel_forward(x, weight, bias, dilation)
 
 
-@_depthwise_conv.register_fake
+@torch.library.register_fake("vizoo::depthwise_conv")
 def _(x, weight, bias, dilation):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vizoo::depthwise_conv_backward", mutates_args=())
+@operator
 def _depthwise_conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def _depthwise_conv_backward(
     return dx, kernel_weight_gradient(dout, x, weight.shape[2], dilation).to(weight.dtype)
 
 
-@_depthwise_conv_backward.register_fake
+@torch.library.register_fake("vizoo::depthwise_conv_backward")
 def _(dout, x, weight, dilation, need_x, need_weight):
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
@@ -105,7 +106,7 @@ def _differentiate(ctx, dout):
     return dx if need_x else None, dweight if need_weight else None, dbias, None
 
 
-_depthwise_conv.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::depthwise_conv", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::depthwise_conv", torch.ops.vizoo.depthwise_conv)

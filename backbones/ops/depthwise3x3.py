@@ -29,6 +29,7 @@ from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import power_of_two
+from ._operator import operator
 
 MAX_SIZE = 65535  # of batch and channels: as many programs as the second and third axis of a launch can have
 PROGRAMS = 1024  # that a launch is not to go below for the sake of longer ones: eight for every multiprocessor
@@ -452,24 +453,24 @@ def _kernel_backward(
     return out, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("vizoo::depthwise3x3", mutates_args=())
+@operator
 def _depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool) -> Tensor:
     return _kernel_forward(x, weight, bias, residual, gelu)
 
 
-@_depthwise3x3.register_fake
+@torch.library.register_fake("vizoo::depthwise3x3")
 def _(x, weight, bias, residual, gelu):
     return _result(x)
 
 
-@torch.library.custom_op("vizoo::depthwise3x3_backward", mutates_args=())
+@operator
 def _depthwise3x3_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _kernel_backward(dy, x, weight, bias, residual, gelu)
 
 
-@_depthwise3x3_backward.register_fake
+@torch.library.register_fake("vizoo::depthwise3x3_backward")
 def _(dy, x, weight, bias, residual, gelu):
     return _result(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
@@ -489,7 +490,7 @@ def _differentiate(ctx, dy):
     return dx, dweight, None if bias is None else dbias, None, None
 
 
-_depthwise3x3.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::depthwise3x3", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::depthwise3x3", torch.ops.vizoo.depthwise3x3)

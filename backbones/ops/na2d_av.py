@@ -26,6 +26,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._operator import operator
 
 MAX_CHANNELS = 64  # of a group, for the Triton kernels: a tile of values has to fit into registers
 
@@ -306,7 +307,7 @@ def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
     return dattn, dvalue
 
 
-@torch.library.custom_op("vizoo::na2d_av", mutates_args=())
+@operator
 def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool) -> Tensor:
     if triton_kernel:
         return _triton_forward(attn, value, kernel_size)
@@ -314,12 +315,12 @@ def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool)
         return matmul_na2d_av(attn, value, kernel_size).contiguous()
 
 
-@_na2d_av.register_fake
+@torch.library.register_fake("vizoo::na2d_av")
 def _(attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("vizoo::na2d_av_backward", mutates_args=())
+@operator
 def _na2d_av_backward(
     grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool
 ) -> tuple[Tensor, Tensor]:
@@ -330,7 +331,7 @@ def _na2d_av_backward(
         return dattn.contiguous(), dvalue.contiguous()
 
 
-@_na2d_av_backward.register_fake
+@torch.library.register_fake("vizoo::na2d_av_backward")
 def _(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(attn, memory_format=torch.contiguous_format),
@@ -350,7 +351,7 @@ def _differentiate(ctx, grad):
     return *_na2d_av_backward(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.triton_kernel), None, None
 
 
-_na2d_av.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::na2d_av", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::na2d_av", torch.ops.vizoo.na2d_av)

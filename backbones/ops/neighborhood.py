@@ -34,6 +34,7 @@ from ._backend import HAS_TRITON, choose_backend, is_transforming, load_natten, 
 from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
 from ._derivative import plain_gradients
 from ._kernels import gradient_scale
+from ._operator import operator
 
 MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers
 _WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so that they stay in the cache
@@ -690,7 +691,7 @@ def _triton_backward(
     return dq, dk, dv, *(_gradient_of(t, g, q) for t, g in zip(others, found, strict=True))
 
 
-@torch.library.custom_op("vizoo::neighborhood_attention", mutates_args=())
+@operator
 def _neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -718,14 +719,14 @@ def _as_window(kernel_size: list[int], stride: list[int], dilation: list[int], m
     return _Window(*map(tuple, (kernel_size, stride, dilation)), masked)  # type: ignore[arg-type, call-arg]
 
 
-@_neighborhood_attention.register_fake
+@torch.library.register_fake("vizoo::neighborhood_attention")
 def _(q, k, v, rpb, add_k, add_v, add_bias, kernel_size, stride, dilation, masked, scale, triton_kernel):
     B, H, W, h, _ = q.shape
     lse = q.new_empty((B, h, H, W) if triton_kernel else 0, dtype=torch.float32)
     return q.new_empty(B, H, W, h, v.shape[4]), lse
 
 
-@torch.library.custom_op("vizoo::neighborhood_attention_backward", mutates_args=())
+@operator
 def _neighborhood_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -752,7 +753,7 @@ def _neighborhood_attention_backward(
         return _tiles_backward(dout, *tensors, window, scale)  # type: ignore[return-value]
 
 
-@_neighborhood_attention_backward.register_fake
+@torch.library.register_fake("vizoo::neighborhood_attention_backward")
 def _(dout, q, k, v, rpb, add_k, add_v, add_bias, out, lse, *arguments):
     inputs = q, k, v, rpb, add_k, add_v, add_bias
     return tuple(
@@ -778,7 +779,7 @@ def _differentiate(ctx, dout, _):
     return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None for _ in ctx.arguments)
 
 
-_neighborhood_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::neighborhood_attention", _differentiate, setup_context=_save)
 
 
 def _scores(q: Any, add_k: Any, kernel_size: Any) -> int:

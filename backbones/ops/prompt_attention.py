@@ -33,6 +33,7 @@ from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_aut
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
+from ._operator import operator
 from .attention import attention
 
 MAX_HEAD_SIZE = 128  # of the Triton kernels
@@ -455,7 +456,7 @@ def _empty_outputs(q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32), kept
 
 
-@torch.library.custom_op("vizoo::prompt_attention", mutates_args=())
+@operator
 def _prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -463,12 +464,12 @@ def _prompt_attention(
     return _kernel_forward(q, k, v, k_prompt, v_prompt, chosen=chosen, scale=scale)
 
 
-@_prompt_attention.register_fake
+@torch.library.register_fake("vizoo::prompt_attention")
 def _(q, k, v, k_prompt, v_prompt, chosen, scale):
     return _empty_outputs(q, chosen)
 
 
-@torch.library.custom_op("vizoo::prompt_attention_backward", mutates_args=())
+@operator
 def _prompt_attention_backward(
     dout: Tensor,
     out: Tensor,
@@ -484,7 +485,7 @@ def _prompt_attention_backward(
     return _kernel_backward(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale=scale)
 
 
-@_prompt_attention_backward.register_fake
+@torch.library.register_fake("vizoo::prompt_attention_backward")
 def _(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale):
     return tuple(tokens_first(t) for t in (q, k, v, k_prompt, v_prompt))
 
@@ -506,7 +507,7 @@ def _differentiate(ctx, dout, *_):
     return *_prompt_attention_backward(dout, *results, *tensors, ctx.scale), None, None
 
 
-_prompt_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::prompt_attention", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::prompt_attention", torch.ops.vizoo.prompt_attention)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, plain_only, use_triton
 from ._cost import Cost, register_cost
 from ._kernels import power_of_two, product_precision
+from ._operator import operator
 
 MAX_POOL = 128  # prompts of a pool: a token's cosines stay in registers
 
@@ -102,7 +103,7 @@ if HAS_TRITON:
         tl.store(loss_ptr + tl.program_id(0), share)
 
 
-@torch.library.custom_op("vizoo::prompt_match", mutates_args=())
+@operator
 def _prompt_match(
     x: Tensor, cls_keys: Tensor, keys: Tensor, prefix: int, cls_pool: list[int], pool: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def _prompt_match(
     return chosen, loss.sum()
 
 
-@_prompt_match.register_fake
+@torch.library.register_fake("vizoo::prompt_match")
 def _(x, cls_keys, keys, prefix, cls_pool, pool):
     prompts = cls_pool[0] * cls_pool[2] + pool[0] * pool[2]
     return x.new_empty(*x.shape[:2], prompts, dtype=torch.bool), x.new_empty((), dtype=torch.float32)

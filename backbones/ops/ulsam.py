@@ -22,6 +22,7 @@ from torch import Tensor
 from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._operator import operator
 from ._ulsam_kernels import (
     MAX_CHANNELS,
     MAX_POSITIONS,
@@ -120,7 +121,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-@torch.library.custom_op("vizoo::ulsam_logits", mutates_args=())
+@operator
 def _ulsam_logits(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, save: bool, triton_kernel: bool
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ def _ulsam_logits(
     return kernel_forward(x, weight, bias, scale, shift, save)
 
 
-@_ulsam_logits.register_fake
+@torch.library.register_fake("vizoo::ulsam_logits")
 def _(x, weight, bias, scale, shift, save, triton_kernel):
     logits = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     if save:
@@ -140,7 +141,7 @@ def _(x, weight, bias, scale, shift, save, triton_kernel):
     return logits, x.new_empty(0, dtype=torch.int8)
 
 
-@torch.library.custom_op("vizoo::ulsam_logits_backward", mutates_args=())
+@operator
 def _ulsam_logits_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, place: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,7 @@ def _ulsam_logits_backward(
     return kernel_backward(dlogits, x.contiguous(memory_format=_memory_format(x)), weight, scale, place)
 
 
-@_ulsam_logits_backward.register_fake
+@torch.library.register_fake("vizoo::ulsam_logits_backward")
 def _(dlogits, x, weight, scale, place):
     sums = x.new_empty(weight.shape[0] + x.shape[1] * (1 if scale is None else 2), dtype=torch.float32)
     return torch.empty_like(x, memory_format=_memory_format(x)), sums
@@ -180,7 +181,7 @@ def _differentiate(ctx, dlogits, _):
     return dx, dweight, dbias, dscale, dshift, None, None
 
 
-_ulsam_logits.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::ulsam_logits", _differentiate, setup_context=_save)
 
 
 def _elements(x) -> int:
@@ -271,23 +272,23 @@ def reference_subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
     return torch.addcmul(groups, groups, subspace_maps(logits, x.dtype).unsqueeze(2)).flatten(1, 2)
 
 
-@torch.library.custom_op("vizoo::subspace_attention", mutates_args=())
+@operator
 def _subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
     return attention_forward(x.contiguous(memory_format=_memory_format(x)), logits)
 
 
-@_subspace_attention.register_fake
+@torch.library.register_fake("vizoo::subspace_attention")
 def _(x, logits):
     return torch.empty_like(x, memory_format=_memory_format(x))
 
 
-@torch.library.custom_op("vizoo::subspace_attention_backward", mutates_args=())
+@operator
 def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     memory_format = _memory_format(x)
     return attention_backward(*(t.contiguous(memory_format=memory_format) for t in (dout, x)), logits)
 
 
-@_subspace_attention_backward.register_fake
+@torch.library.register_fake("vizoo::subspace_attention_backward")
 def _(dout, x, logits):
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return torch.empty_like(x, memory_format=_memory_format(x)), dlogits
@@ -303,7 +304,7 @@ def _save_attention(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_subspace_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+torch.library.register_autograd("vizoo::subspace_attention", _differentiate_attention, setup_context=_save_attention)
 
 
 @register_cost("vizoo::subspace_attention", torch.ops.vizoo.subspace_attention)
