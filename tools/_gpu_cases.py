@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vizoo.backbones.layers import prompt_tuning
 from vizoo.backbones.ops import contmix as cm
 from vizoo.backbones.ops import conv_ffn as cf
 from vizoo.backbones.ops import deform_merge as dm
+from vizoo.backbones.ops import depthwise as dw
+from vizoo.backbones.ops import depthwise3x3 as d3
 from vizoo.backbones.ops import halo, hilo, ulsam
 from vizoo.backbones.ops import na2d_av as na
 from vizoo.backbones.ops import neighborhood as nb
+from vizoo.backbones.ops import prompt_attention as pa
 from vizoo.backbones.ops import reversed_attention as ra
 
 Inputs = list[Any]  # tensors, or None for what is left out
@@ -137,6 +139,27 @@ def neighborhood(H: int, h: int, d: int, K: int, D: int = 1, bias: bool = True, 
     name = f"neighborhood {H}x{H} h{h} d{d} k{K}{f' r{D}' * (D > 1)}{' no bias' * (not bias)}"
     flops = 4 * H * H * h * d * K * K
     return Case(name, batch, inputs, frozenset({0, 1, 2}), reference, forms, flops, ("torch",))
+
+
+def aggregated(H: int, h: int, d: int, P: int, batch: int = 128) -> Case:
+    """Attention to a masked 3x3 window and to keys that all queries see, in one softmax, as in TransNeXt."""
+
+    def inputs(B: int, device: torch.device) -> Inputs:
+        maps = [draw(device, B, H, H, h, d) for _ in range(3)]
+        return [*maps, *(draw(device, B, P, h, d) for _ in range(2)), draw(device, h, H * H, P)]
+
+    def by(form: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+            more = {"additional_keys": keys, "additional_values": values, "additional_bias": bias}
+            return form(q, k, v, 3, boundary="mask", **more, **options)
+
+        return call
+
+    reference = by(nb.reference_neighborhood_attention)
+    forms: Forms = {backend: by(nb.neighborhood_attention, backend=backend) for backend in ("triton", "torch")}
+    forms["reference"] = reference
+    name, flops = f"aggregated {H}x{H} h{h} d{d} P{P}", 4 * H * H * h * d * (9 + P)
+    return Case(name, batch, inputs, frozenset(range(5)), reference, forms, flops, ("reference",))
 
 
 def halo_attention(H: int, h: int, d: int, block: int, halo_size: int, stride: int = 1, batch: int = 128) -> Case:
@@ -265,6 +288,19 @@ def ulsam_logits(C: int, g: int, H: int, last: bool = False, batch: int = 128) -
     return Case(name, batch, inputs, frozenset({0}), reference, forms, 13 * C * H * H, ("reference",))
 
 
+def subspace_attention(C: int, g: int, H: int, last: bool = False, batch: int = 128) -> Case:
+    """What ULSAM does to the map with its logits, in either memory format."""
+
+    def inputs(B: int, device: torch.device) -> Inputs:
+        x = draw(device, B, C, H, H)
+        return [x.contiguous(memory_format=torch.channels_last) if last else x, draw(device, B, g, H, H)]
+
+    reference = ulsam.reference_subspace_attention
+    forms: Forms = {"triton": bind(ulsam.subspace_attention, backend="triton"), "reference": reference}
+    name = f"subspace attention {H}x{H} c{C} g{g}{' channels_last' * last}"
+    return Case(name, batch, inputs, frozenset({0, 1}), reference, forms, 2 * C * H * H, ("reference",))
+
+
 def hifi(H: int, h: int, d: int, window: int, batch: int = 128) -> Case:
     """HiLo's attention in windows; a large map has more windows than SDPA's grids once held."""
 
@@ -321,21 +357,39 @@ def conv_ffn(H: int, C: int, M: int, batch: int = 128) -> Case:
     return Case(f"conv_ffn {H}x{H} c{C}", batch, inputs, frozenset({0}), reference, forms, 4 * H * H * C * M, ("ours",))
 
 
-def depthwise(C: int, H: int, K: int, batch: int = 128) -> Case:
-    """PyTorch's depthwise convolution in both memory formats: what a kernel of ours would have to beat."""
+def depthwise(C: int, H: int, K: int, last: bool = False, batch: int = 128) -> Case:
+    """Depthwise convolution with a large kernel in either memory format; PyTorch's own in the other one too."""
 
     def inputs(B: int, device: torch.device) -> Inputs:
-        return [draw(device, B, C, H, H), draw(device, C, 1, K, K) / K]
-
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, padding=K // 2, groups=C)
+        x = draw(device, B, C, H, H)
+        return [x.contiguous(memory_format=torch.channels_last) if last else x, draw(device, C, 1, K, K) / K]
 
     def copied(x: Tensor, weight: Tensor) -> Tensor:
-        last = torch.channels_last
-        return plain(x.contiguous(memory_format=last), weight.contiguous(memory_format=last)).contiguous()
+        first, other = torch.contiguous_format, torch.channels_last
+        ours, theirs = (other, first) if last else (first, other)
+        x, weight = x.contiguous(memory_format=theirs), weight.contiguous(memory_format=theirs)
+        return dw.reference_depthwise_conv(x, weight).contiguous(memory_format=ours)
 
-    forms: Forms = {"NCHW": plain, "NHWC with copies": copied}
-    return Case(f"depthwise {H}x{H} c{C} k{K}", batch, inputs, frozenset({0}), plain, forms, 2 * C * H * H * K * K)
+    reference = dw.reference_depthwise_conv
+    forms: Forms = {"triton": bind(dw.depthwise_conv, backend="triton"), "reference": reference}
+    forms["other layout with copies"] = copied
+    name = f"depthwise {H}x{H} c{C} k{K}{' channels_last' * last}"
+    return Case(name, batch, inputs, frozenset({0}), reference, forms, 2 * C * H * H * K * K)
+
+
+def depthwise3x3(C: int, H: int, gelu: bool, last: bool = True, batch: int = 128) -> Case:
+    """Depthwise 3x3 convolution with a GELU behind it, or added to its input."""
+
+    def inputs(B: int, device: torch.device) -> Inputs:
+        x = draw(device, B, C, H, H)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        return [x, draw(device, C, 1, 3, 3) / 3, draw(device, C)]
+
+    sizes = not gelu, gelu
+    reference = bind(d3.reference_depthwise3x3, *sizes)
+    forms: Forms = {"triton": bind(d3.depthwise3x3, *sizes, backend="triton"), "reference": reference}
+    name = f"depthwise3x3 {H}x{H} c{C} {'gelu' if gelu else 'residual'}{' channels_last' * last}"
+    return Case(name, batch, inputs, frozenset({0}), reference, forms, 18 * C * H * H, ("reference",))
 
 
 def prompts(N: int, P: int, h: int, d: int, batch: int = 128) -> Case:
@@ -347,9 +401,9 @@ def prompts(N: int, P: int, h: int, d: int, batch: int = 128) -> Case:
         chosen[..., 0] = False
         return [*tokens, *(draw(device, 1, h, P, d) for _ in range(2)), chosen]
 
-    reference = bind(prompt_tuning.reference_prompt_attention, d**-0.5)
-    forms: Forms = {"sdpa": bind(prompt_tuning.prompt_attention, d**-0.5), "reference": reference}
-    forms["plain sdpa"] = _sdpa
+    reference = bind(pa.reference_prompt_attention, d**-0.5)
+    forms: Forms = {backend: bind(pa.prompt_attention, d**-0.5, backend=backend) for backend in ("triton", "torch")}
+    forms |= {"reference": reference, "plain sdpa": _sdpa}
     name, flops = f"prompt attention N{N} P{P} h{h} d{d}", 4 * h * N * (N + P) * d
     images, floors = frozenset({0, 1, 2, 5}), frozenset({"plain sdpa"})
     return Case(name, batch, inputs, images, reference, forms, flops, ("reference",), floors)
@@ -359,23 +413,28 @@ def cases(dry: bool) -> Iterator[Case]:
     """The operators at shapes of the zoo's models at 224 pixels, or one tiny shape each."""
     if dry:
         yield neighborhood(6, 1, 16, 3, 2, batch=2)
+        yield aggregated(5, 1, 16, 4, batch=2)
         yield halo_attention(4, 1, 16, 4, 1, 2, batch=2)
         yield timm_halo(8, 16, 2, 4, 1, batch=2)
         yield reversed_(1, 9, 16, batch=2)
         yield contmix(1, 4, 5, 3, 5, batch=2)
         yield na2d_av(1, 4, 5, 3, batch=2)
         yield ulsam_logits(8, 2, 5, batch=2)
+        yield subspace_attention(8, 2, 5, batch=2)
         yield hifi(4, 2, 8, 2, batch=2)
         yield lofi(4, 2, 8, 2, batch=2)
         yield deform_merge(4, 8, 8, batch=2)
         yield conv_ffn(4, 8, 16, batch=2)
-        yield depthwise(8, 9, 5, batch=2)
-        yield prompts(5, 4, 2, 8, batch=2)
+        yield depthwise(8, 9, 7, batch=2)
+        yield depthwise3x3(8, 9, True, batch=2)
+        yield prompts(5, 4, 2, 16, batch=2)
         return
     yield neighborhood(56, 2, 32, 7)
     yield halo_attention(64, 4, 16, 8, 3)
     yield reversed_(12, 196, 32)
-    yield contmix(8, 16, 14, 5, 13)
+    yield contmix(8, 16, 14, 5, 13, last=True)
+    yield depthwise(64, 56, 17, last=True)
+    yield prompts(197, 36, 12, 64)
     yield ulsam_logits(512, 4, 14)
     yield neighborhood(28, 4, 32, 7)
     yield neighborhood(14, 8, 32, 7)
@@ -388,8 +447,8 @@ def cases(dry: bool) -> Iterator[Case]:
     yield halo_attention(32, 8, 32, 8, 3, 2)
     yield timm_halo(64, 64, 4, 8, 3)
     yield reversed_(12, 784, 32, batch=32)
-    yield contmix(8, 16, 14, 5, 13, last=True)
-    yield contmix(16, 16, 7, 5, 7)
+    yield contmix(8, 16, 14, 5, 13)
+    yield contmix(16, 16, 7, 5, 7, last=True)
     yield contmix(8, 16, 32, 5, 13, batch=16)
     yield na2d_av(8, 16, 14, 13)
     yield ulsam_logits(512, 4, 14, last=True)
@@ -399,7 +458,9 @@ def cases(dry: bool) -> Iterator[Case]:
     yield lofi(14, 10, 32, 2)
     yield deform_merge(56, 96, 192)
     yield conv_ffn(56, 96, 384)
+    yield depthwise(256, 14, 13, last=True)
     yield depthwise(64, 56, 17)
-    yield depthwise(256, 14, 13)
-    yield depthwise(1024, 14, 3)
-    yield prompts(197, 36, 12, 64)
+    yield depthwise3x3(384, 56, True)
+    yield depthwise3x3(384, 14, False)
+    yield subspace_attention(512, 4, 14)
+    yield aggregated(28, 6, 24, 49)
