@@ -217,8 +217,11 @@ def compiling(capability: int) -> Iterator[list[Launch]]:
         driver.set_active(before)
 
 
-def _autocast(dtype: Any) -> Any:
-    """What ``torch.autocast``, which knows no meta device, does to layers: products in half, weights in float32."""
+def _as_on_gpu(dtype: Any) -> Any:
+    """What layers do on a GPU but not on the meta device, which neither autocast nor cuDNN knows.
+
+    Products are in half precision with weights in float32, and convolutions keep channels-last maps.
+    """
     import torch
     import torch.nn.functional as F
     from torch.overrides import TorchFunctionMode
@@ -226,15 +229,21 @@ def _autocast(dtype: Any) -> Any:
     products = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.bmm, torch.addmm}
     products |= {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum}
 
-    class Autocast(TorchFunctionMode):
+    def is_last(t: Any) -> bool:
+        return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+    class Gpu(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in products:
+            if func in products and dtype != torch.float32:
                 args, kwargs = torch.utils._pytree.tree_map_only(
                     torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
                 )
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+            if func is F.conv2d and any(is_last(t) for t in args[:2]):
+                out = out.contiguous(memory_format=torch.channels_last)
+            return out
 
-    return contextlib.nullcontext() if dtype == torch.float32 else Autocast()
+    return Gpu()
 
 
 def _operator_calls(model: Any, x: Any, dtype: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -256,7 +265,7 @@ def _operator_calls(model: Any, x: Any, dtype: Any) -> Iterator[tuple[Any, tuple
             return func(*args, **(kwargs or {}))
 
     with kernels_on("meta"), Watch():
-        with _autocast(dtype):
+        with _as_on_gpu(dtype):
             out = model(x)
         while not isinstance(out, torch.Tensor):
             out = next(iter(out.values() if isinstance(out, dict) else out))
