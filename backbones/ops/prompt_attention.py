@@ -117,7 +117,7 @@ if HAS_TRITON:
             },
             "tf32": {
                 64: {"fwd": Tile(64, 32, 4, 1), "query": Tile(64, 32, 4, 1), "key": Tile(32, 32, 4, 1)},
-                128: {"fwd": Tile(32, 16, 4, 1), "query": Tile(32, 16, 4, 1), "key": Tile(16, 16, 4, 1)},
+                128: {"fwd": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(16, 16, 4, 1)},
             },
             "ieee": {
                 64: dict.fromkeys(("fwd", "query", "key"), Tile(32, 32, 4, 1)),
