@@ -1,5 +1,6 @@
 """TCPA: the official outputs, the fused form against the plain one, hosts, tuning, changed layers."""
 
+import contextlib
 import copy
 import pickle
 
@@ -13,6 +14,7 @@ from sklearn import datasets
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from tolerance import close, golden_close, op_close
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import build
 
 from vizoo.backbones.layers import (
@@ -26,7 +28,9 @@ from vizoo.backbones.layers import (
     tcpa_state_dict,
     vpt,
 )
+from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 CASES = ["tcpa_vfpt_tiny", "tcpa_vfpt_tiny_rtcpa_iprompt", "tcpa_vpt_tiny"]
 NAMES = ["test_vit_tcpa", "test_vit_gap_tcpa"]
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
@@ -43,9 +47,24 @@ def small(seed=0, host="tcpa", settings=None, **kwargs):
 # official outputs
 
 
-@pytest.mark.parametrize("fused", PLAIN.values(), ids=PLAIN)
+@contextlib.contextmanager
+def forms(form):
+    """Context in which models run by kernels, if that is the form; yields the names of our operators that ran."""
+    ran = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "vizoo":
+                ran.add(function._schema.name.removeprefix("vizoo::"))
+            return function(*args, **(kwargs or {}))
+
+    with kernels_on("cpu" if form == "kernels" else "none"), Watch():
+        yield ran
+
+
+@pytest.mark.parametrize("form", ["plain", "fused", pytest.param("kernels", marks=needs_triton)])
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name, fused):
+def test_golden(name, form):
     """Logits, tokens, matching loss of every block and every choice."""
     case = load(name)
     meta = case.meta
@@ -60,14 +79,14 @@ def test_golden(name, fused):
         image_len=meta["len_prompts_image"],
         role_only=not meta["T_TCPA"],
         pixel_prompt=meta["IPrompt"],
-        fused=fused,
+        fused=form != "plain",
     )
     model.load_state_dict(convert_tcpa(weights(case.keys)))
     chosen = []
     for block in model.blocks:
         block.tcpa.register_forward_hook(lambda _, __, out: chosen.append(out[1]))
     x = image(case.input_shape)
-    with torch.no_grad():
+    with torch.no_grad(), forms(form) as ran:
         golden_close(model.forward_features(x), case.outputs["tokens"], "tokens")
         if meta["T_TCPA"]:
             losses = torch.stack([block.tcpa.memory.match_loss for block in model.blocks])
@@ -81,6 +100,9 @@ def test_golden(name, fused):
         else:
             assert model.match_loss is None
         golden_close(model(x), case.outputs["logits"], "logits")
+    assert ran == (
+        {"prompt_attention"} | ({"prompt_match"} if meta["T_TCPA"] else set()) if form == "kernels" else set()
+    )
 
 
 def test_golden_match():
@@ -143,6 +165,27 @@ def test_fused(kwargs, settings):
         assert gradient is not None, key
         if gradient.abs().max() > 1e-9:  # of a key bias it is rounding: softmax does not see it
             op_close(a_grads[key], gradient, grad=True, what=key)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", NAMES)
+def test_training_step_by_kernels(name):
+    """Logits, matching loss and every gradient are those of the fused form, with prompts of each image."""
+    model, found = build(name, tcpa_prompt_drop=0.1, embed_dim=32, num_heads=2, depth=2).train(), []
+    for form in ("fused", "kernels"):
+        model = copy.deepcopy(model)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with forms(form) as ran:
+            logits = model(torch.linspace(-1, 1, 2 * 3 * 96 * 96).sin().reshape(2, 3, 96, 96))
+            (logits.square().sum() + model.match_loss).backward()
+        found.append((logits, model.match_loss, {n: p.grad for n, p in model.named_parameters()}))
+    assert ran == {"prompt_attention", "prompt_attention_backward"}
+    (logits, loss, gradients), (a_logits, a_loss, a_gradients) = found
+    close(a_logits, logits, "rerun")
+    close(a_loss, loss, "rerun")
+    for key, gradient in gradients.items():
+        close(a_gradients[key], gradient, "gradient", key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -163,6 +163,16 @@ class TCPA(nn.Module):
             value, index = cosine.topk(topk, dim=-1)
         return torch.zeros_like(cosine).scatter(-1, index, 1.0), 1.0 - value.mean()
 
+    def _matched(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """:meth:`choose` by a kernel; None where that does not take the call."""
+        pools = [Pool(self.image_keys, self.image_topk, self.image_prompts.shape[1])]
+        if self.cls_keys is not None and self.cls_prompts is not None:
+            pools.insert(0, Pool(self.cls_keys, self.cls_topk, self.cls_prompts.shape[1]))
+        by_rule = self.role_only or (self.training and self.random_match)
+        return (
+            None if by_rule or not kernel_takes(x, self.num_prefix, pools) else prompt_match(x, self.num_prefix, pools)
+        )
+
     def choose(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
         """Which prompts each token takes (R-TCPA by role, T-TCPA by key).
 
@@ -172,13 +182,10 @@ class TCPA(nn.Module):
         Returns:
             ``[B, N, P]``, True where taken, and the matching loss of the block, 0 by role only.
         """
-        if not torch.jit.is_scripting() and not self.role_only and not (self.training and self.random_match):
-            keys = (self.image_keys,) if self.cls_keys is None else (self.cls_keys, self.image_keys)
-            if kernel_takes(x, keys, self.num_prefix):
-                cls_pool, pool = Pool(0, 0, 0), Pool(keys[-1].shape[0], self.image_topk, self.image_prompts.shape[1])
-                if self.cls_prompts is not None:
-                    cls_pool = Pool(keys[0].shape[0], self.cls_topk, self.cls_prompts.shape[1])
-                return prompt_match(x, self.cls_keys, self.image_keys, self.num_prefix, cls_pool, pool)
+        if not torch.jit.is_scripting():
+            found = self._matched(x)
+            if found is not None:
+                return found
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         loss = torch.zeros([], device=x.device)
         if self.role_only:

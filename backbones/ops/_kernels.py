@@ -86,6 +86,14 @@ if HAS_TRITON:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
     @triton.jit
+    def resident_products(a, b, PRECISION: tl.constexpr):
+        """The same in loops over ``b``: the compiler keeps all of a first factor in registers, too many in float32."""
+        if PRECISION == "ieee" and a.dtype == tl.float32:
+            return tl.trans(inner_products(b, a, PRECISION))
+        else:
+            return inner_products(a, b, PRECISION)
+
+    @triton.jit
     def load_vectors(ptr, offset, mask, C: tl.constexpr, CP: tl.constexpr):
         """Vectors of ``C`` channels at the offsets ``[n]``: ``[n, CP]``, zero past ``C`` and where masked."""
         c = tl.arange(0, CP)

@@ -5,7 +5,7 @@ renormalisation:
 
     out = softmax(scale * q [k; k_p]^T) * [1; chosen] [v; v_p]
 
-With ``N`` tokens, ``P`` prompts and ``h`` heads of ``d`` channels it costs ``2 B h N (N + P) d`` multiply-accumulates.
+With ``N`` tokens, ``P`` prompts and ``h`` heads of ``d`` channels that is ``2 B h N (N + P) d`` multiply-accumulates.
 
 The reference stores every weight.  The fused form moves ``chosen`` into the logits, where ``-inf`` takes an unchosen
 prompt away from numerator and denominator alike, and adds one sink key with the value 0 and the logit ``logsumexp(q
@@ -84,7 +84,15 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import LOG2E, index_type, inner_products, load_gradient_scale, load_vectors, store_vectors
+    from ._kernels import (
+        LOG2E,
+        index_type,
+        inner_products,
+        load_gradient_scale,
+        load_vectors,
+        resident_products,
+        store_vectors,
+    )
 
     # one compilation serves all: nothing is faster where one is 1 or divisible by 16
     _COUNTS = ("h", "N", "P", "M", "B", "W", "rows", "images")
@@ -108,8 +116,14 @@ if HAS_TRITON:
                 64: {"fwd": Tile(64, 64, 4, 2), "query": Tile(64, 64, 4, 2), "key": Tile(32, 64, 4, 2)},
                 128: {"fwd": Tile(64, 32, 4, 2), "query": Tile(64, 32, 4, 2), "key": Tile(16, 64, 4, 2)},
             },
-            "tf32": {128: {"fwd": Tile(32, 32, 4, 1), "query": Tile(32, 32, 4, 1), "key": Tile(32, 32, 4, 1)}},
-            "ieee": {128: {"fwd": Tile(32, 32, 4, 1), "query": Tile(32, 32, 4, 1), "key": Tile(32, 32, 4, 1)}},
+            "tf32": {
+                64: {"fwd": Tile(64, 32, 4, 1), "query": Tile(64, 32, 4, 1), "key": Tile(32, 32, 4, 1)},
+                128: {"fwd": Tile(32, 32, 8, 1), "query": Tile(32, 32, 8, 1), "key": Tile(16, 16, 4, 1)},
+            },
+            "ieee": {
+                64: dict.fromkeys(("fwd", "query", "key"), Tile(32, 32, 4, 1)),
+                128: dict.fromkeys(("fwd", "query", "key"), Tile(16, 16, 4, 1)),
+            },
         }
     }
 
@@ -202,7 +216,7 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, None, D, DP)
             v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, None, D, DP)
-            p, shrink, peak, total = _online(inner_products(q, k, PRECISION), unit, peak, total)
+            p, shrink, peak, total = _online(resident_products(q, k, PRECISION), unit, peak, total)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         place = image * stride_pb + head.to(INDEX) * stride_ph
         rest = tail + P
@@ -211,7 +225,7 @@ if HAS_TRITON:
             prompt, token = j.to(INDEX) * stride_pn, (N - rest + j).to(INDEX) * stride_qn
             k = _joint(k_prompt_ptr + place, k_ptr, prompt, token, j, P, rest, D, DP)
             v = _joint(v_prompt_ptr + place, v_ptr, prompt, token, j, P, rest, D, DP)
-            s = inner_products(q, k, PRECISION) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
+            s = resident_products(q, k, PRECISION) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
             p, shrink, peak, total = _online(s, unit, peak, total)
             word, bit = _bits(kept_ptr + image * N * W, i, start, N, W, INDEX, BLOCK_J)
             p = tl.where((word & bit) != 0, p, 0.0)
@@ -274,8 +288,8 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr, j.to(INDEX) * stride_qn, None, D, DP)
             v = load_vectors(v_ptr, j.to(INDEX) * stride_qn, None, D, DP)
-            p = tl.exp2(inner_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
-            ds = p * (inner_products(dout, v, PRECISION) * grad_scale - delta[:, None])
+            p = tl.exp2(resident_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
+            ds = p * (resident_products(dout, v, PRECISION) * grad_scale - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         place = image * stride_pb + head.to(INDEX) * stride_ph
         rest = tail + P
@@ -284,10 +298,10 @@ if HAS_TRITON:
             prompt, token = j.to(INDEX) * stride_pn, (N - rest + j).to(INDEX) * stride_qn
             k = _joint(k_prompt_ptr + place, k_ptr, prompt, token, j, P, rest, D, DP)
             v = _joint(v_prompt_ptr + place, v_ptr, prompt, token, j, P, rest, D, DP)
-            s = inner_products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
+            s = resident_products(q, k, PRECISION) * (scale * LOG2E) + tl.where(j < rest, 0.0, float("-inf"))[None, :]
             p = tl.exp2(s - lse[:, None])
             word, bit = _bits(kept_ptr + image * N * W, i, start, N, W, INDEX, BLOCK_J)
-            dp = tl.where((word & bit) != 0, inner_products(dout, v, PRECISION) * grad_scale, 0.0)
+            dp = tl.where((word & bit) != 0, resident_products(dout, v, PRECISION) * grad_scale, 0.0)
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
         dq *= scale / grad_scale
         store_vectors(dq_ptr + out_place, i.to(INDEX) * (h * D), dq, i < N, D, DP)
@@ -412,7 +426,7 @@ def _kernel_forward(*inputs: Tensor, chosen: Tensor, scale: float) -> tuple[Tens
 
 def _kernel_backward(
     dout: Tensor, out: Tensor, lse: Tensor, kept: Tensor, *inputs: Tensor, scale: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, prompts = _ordered(*inputs)
     q, k, v, k_prompt, v_prompt = tensors
     B, h, N, _ = q.shape
@@ -446,8 +460,8 @@ def _kernel_backward(
                 PROMPTS=keys is k_prompt,
             )
     if own < B:
-        dprompts = [t.sum(0, keepdim=True).to(q.dtype) for t in dprompts]
-    return dq, dk, dv, *dprompts
+        dprompts = [t.transpose(1, 2).sum(0, keepdim=True).to(q.dtype).transpose(1, 2) for t in dprompts]
+    return dq, dk, dv, dprompts[0], dprompts[1]
 
 
 def _empty_outputs(q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -512,16 +526,17 @@ torch.library.register_autograd("vizoo::prompt_attention", _differentiate, setup
 
 @register_cost("vizoo::prompt_attention", torch.ops.vizoo.prompt_attention)
 def _(q, k, v, k_prompt, *rest, out=None) -> Cost:
+    # what the fused form counts in plain operators, so that a model's counts are the same on every device
     B, h, N, D = q
-    scores = B * h * N * (N + k_prompt[2])
-    return Cost(macs=2 * scores * D, other=5 * scores, acts=scores + B * h * N * D)
+    scores, again = B * h * N * (N + k_prompt[2] + 1), B * h * N * k_prompt[2]  # with its sink, and logits for that
+    return Cost(macs=(2 * scores + again) * D, other=5 * scores, acts=scores + again + B * h * N * D)
 
 
 @register_cost("vizoo::prompt_attention_backward", torch.ops.vizoo.prompt_attention_backward)
 def _(dout, o, lse, kept, q, k, v, k_prompt, *rest, out=None) -> Cost:
     B, h, N, D = q  # the gradients' products; the recomputed weights are not counted, so that no path counts more
-    scores = B * h * N * (N + k_prompt[2])
-    return Cost(macs=4 * scores * D, other=5 * scores)
+    scores, again = B * h * N * (N + k_prompt[2] + 1), B * h * N * k_prompt[2]
+    return Cost(macs=2 * (2 * scores + again) * D, other=5 * scores)
 
 
 def prompt_attention(

@@ -7,6 +7,7 @@ is for inference, where the matching loss has no gradient.  Of equal cosines it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from ._cost import Cost, register_cost
 from ._kernels import power_of_two, product_precision
 from ._operator import operator
 
-MAX_POOL = 128  # prompts of a pool: a token's cosines stay in registers
+MAX_POOL = 64  # prompts of a pool: a token's cosines stay in registers
 
 
 class Pool(NamedTuple):
-    """Prompts of one kind: how many there are, how many each token takes, and positions of each."""
+    """Prompts of one kind: their keys ``[n, D]``, how many of them each token takes, and positions of each."""
 
-    size: int
+    keys: Tensor
     topk: int
     length: int
 
@@ -34,7 +35,7 @@ if HAS_TRITON:
 
     # By compute capability: tokens and channels at a time, warps and stages; from the machine code for sm_90 (no spill,
     # enough programs for every multiprocessor), not from measured times
-    CHOICES = {90: (64, 64, 4, 3)}
+    CHOICES = {90: (64, 32, 4, 3)}
 
     @triton.jit(do_not_specialize=["B", "N", "prefix", "cls_pool", "cls_topk", "cls_length", "pool", "topk", "length"])
     def _prompt_match_kernel(
@@ -105,15 +106,15 @@ if HAS_TRITON:
 
 @operator
 def _prompt_match(
-    x: Tensor, cls_keys: Tensor, keys: Tensor, prefix: int, cls_pool: list[int], pool: list[int]
+    x: Tensor, prefix: int, cls_keys: Tensor, cls_topk: int, cls_length: int, keys: Tensor, topk: int, length: int
 ) -> tuple[Tensor, Tensor]:
     B, N, D = x.shape
     if x.stride(2) != 1:
         x = x.contiguous()
     tokens, channels, num_warps, num_stages = CHOICES[90]  # other capabilities take the same
     programs = triton.cdiv(B * prefix, tokens) + triton.cdiv(B * (N - prefix), tokens)
-    first, second = (n * length for n, _, length in (cls_pool, pool))
-    chosen = torch.empty(B, N, first + second, dtype=torch.bool, device=x.device)
+    cls_columns, columns = cls_keys.shape[0] * cls_length, keys.shape[0] * length
+    chosen = torch.empty(B, N, cls_columns + columns, dtype=torch.bool, device=x.device)
     loss = torch.empty(programs, dtype=torch.float32, device=x.device)
     with on_device(x):
         _prompt_match_kernel[(programs,)](
@@ -125,13 +126,17 @@ def _prompt_match(
             B,
             N,
             prefix,
-            *cls_pool,
-            *pool,
+            cls_keys.shape[0],
+            cls_topk,
+            cls_length,
+            keys.shape[0],
+            topk,
+            length,
             x.stride(0),
             x.stride(1),
             D=D,
-            KP=power_of_two(max(cls_pool[0], pool[0])),
-            OTHERS=power_of_two(max(first, second)),
+            KP=power_of_two(max(cls_keys.shape[0], keys.shape[0])),
+            OTHERS=power_of_two(max(cls_columns, columns)),
             PRECISION=product_precision(x.device),
             BLOCK_I=tokens,
             BLOCK_D=channels,
@@ -142,45 +147,42 @@ def _prompt_match(
 
 
 @torch.library.register_fake("vizoo::prompt_match")
-def _(x, cls_keys, keys, prefix, cls_pool, pool):
-    prompts = cls_pool[0] * cls_pool[2] + pool[0] * pool[2]
+def _(x, prefix, cls_keys, cls_topk, cls_length, keys, topk, length):
+    prompts = cls_keys.shape[0] * cls_length + keys.shape[0] * length
     return x.new_empty(*x.shape[:2], prompts, dtype=torch.bool), x.new_empty((), dtype=torch.float32)
 
 
 @register_cost("vizoo::prompt_match", torch.ops.vizoo.prompt_match)
-def _(x, cls_keys, keys, prefix, cls_pool, pool, out=None) -> Cost:
+def _(x, prefix, cls_keys, cls_topk, cls_length, keys, topk, length, out=None) -> Cost:
     B, N, D = x
-    cosines = B * (prefix * cls_pool[0] + (N - prefix) * pool[0])
+    cosines = B * (prefix * cls_keys[0] + (N - prefix) * keys[0])
     return Cost(macs=cosines * D, other=2 * B * N * D, acts=cosines)
 
 
-def kernel_takes(x: Tensor, keys: tuple[Tensor, ...], prefix: int) -> bool:
-    """Whether :func:`prompt_match` takes this call; it needs tokens and patches, and has no gradients."""
-    limit = ""
+def kernel_takes(x: Tensor, prefix: int, pools: Sequence[Pool]) -> bool:
+    """Whether :func:`prompt_match` takes this call: on a GPU, where nothing needs a gradient."""
+    keys, limit = [pool.keys for pool in pools], ""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *keys)):
         limit = "the kernel has no gradients"
-    elif any(t.dtype != x.dtype or t.shape[0] > MAX_POOL for t in keys):
-        limit = f"the kernel takes tokens and up to {MAX_POOL} keys of one dtype"
-    elif x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        limit = f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
-    return use_triton("auto", x, limit) and not plain_only() and x.numel() > 0 and x.shape[1] > prefix
+    elif x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or any(t.dtype != x.dtype for t in keys):
+        limit = "the kernel takes tokens and keys that are all float32, all float16 or all bfloat16"
+    elif max(t.shape[0] for t in keys) > MAX_POOL:
+        limit = f"the kernel takes up to {MAX_POOL} prompts of a kind"
+    return use_triton("auto", x, limit) and not plain_only() and x.shape[0] > 0 and x.shape[1] > prefix
 
 
-def prompt_match(
-    x: Tensor, cls_keys: Tensor | None, keys: Tensor, prefix: int, cls_pool: Pool, pool: Pool
-) -> tuple[Tensor, Tensor]:
+def prompt_match(x: Tensor, prefix: int, pools: Sequence[Pool]) -> tuple[Tensor, Tensor]:
     """The prompts whose keys are nearest to each token by cosine.
 
     Args:
         x: Tokens ``[B, N, D]``.
-        cls_keys: Keys of the class prompts ``[n_c, D]``; None without prefix tokens.
-        keys: Keys of the image prompts ``[n_i, D]``.
-        prefix: Tokens that choose among the class prompts.
-        cls_pool: Class prompts.
-        pool: Image prompts.
+        prefix: Tokens that choose among the class prompts, the first.
+        pools: Class prompts, where there is a prefix, and image prompts.
 
     Returns:
-        ``[B, N, P]``, True where a token takes a position of a prompt, class prompts first; and the sum over both
-        kinds of the mean of ``1 - cosine`` over the chosen.
+        ``[B, N, P]``, True where a token takes a position of a prompt, class prompts first; and the sum over the pools
+        of the mean of ``1 - cosine`` over the chosen.
     """
-    return _prompt_match(x, keys if cls_keys is None else cls_keys, keys, prefix, list(cls_pool), list(pool))
+    image = pools[-1]
+    cls = pools[0] if prefix else Pool(image.keys[:0], 0, 0)
+    return _prompt_match(x, prefix, *cls, *image)

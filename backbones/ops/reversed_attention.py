@@ -196,7 +196,15 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import LOG2E, index_type, inner_products, load_gradient_scale, load_vectors, store_vectors
+    from ._kernels import (
+        LOG2E,
+        index_type,
+        inner_products,
+        load_gradient_scale,
+        load_vectors,
+        resident_products,
+        store_vectors,
+    )
 
     _COUNTS = ["h", "N"]  # one compilation serves all: nothing is faster where one is 1 or divisible by 16
 
@@ -218,14 +226,6 @@ if HAS_TRITON:
             "ieee": {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1)},
         }
     }
-
-    @triton.jit
-    def _sender_products(q, k, PRECISION: tl.constexpr):
-        """The same in loops over ``k``: the compiler keeps all of a first factor in registers, too many in float32."""
-        if PRECISION == "ieee" and q.dtype == tl.float32:
-            return tl.trans(inner_products(k, q, PRECISION))
-        else:
-            return inner_products(q, k, PRECISION)
 
     @triton.jit
     def _places(head, h, N, stride_qb, stride_qh, D: tl.constexpr, INDEX: tl.constexpr):
@@ -433,7 +433,7 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
             dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
-            p = tl.exp2(_sender_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])  # sender, receiver
+            p = tl.exp2(resident_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])  # sender, receiver
             p = tl.where((j < N)[None, :], p, 0.0)
             du = tl.dot(p.to(dout.dtype), dout, du, input_precision=PRECISION)
         delta = tl.sum(u * du, 1)
@@ -445,9 +445,9 @@ if HAS_TRITON:
             j = start + tl.arange(0, BLOCK_J)
             k = load_vectors(k_ptr + q_head, j.to(INDEX) * stride_qn, j < N, D, DP)
             dout = load_vectors(dout_ptr + u_head, j.to(INDEX) * stride_un, j < N, D, DP)
-            p = tl.exp2(_sender_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
+            p = tl.exp2(resident_products(q, k, PRECISION) * (scale * LOG2E) - lse[:, None])
             p = tl.where((j < N)[None, :], p, 0.0)
-            dp = _sender_products(u, dout, PRECISION)
+            dp = resident_products(u, dout, PRECISION)
             ds = (p * (dp * grad_scale - (delta * grad_scale)[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         dq *= scale / grad_scale
