@@ -40,18 +40,20 @@ class _Choice(NamedTuple):
     num_stages: int
 
 
-# By compute capability; then by bytes of an element and of a head, padded, and by kernel.  Chosen from the machine code
-# for 9.0 (no spill, fewest instructions), not from measured times; every other capability takes the same until
-# something is measured there.
-_HALF = dict.fromkeys(("fwd", "query", "key", "bias", "additional", "additional_bias"), _Choice(32, 4, 2))
-_SINGLE = dict.fromkeys(_HALF, _Choice(16, 8, 1))
+# By compute capability; then by bytes of an element and of a head, padded, and by kernel; kernels of queries have a
+# choice of their own where these see additional keys.  Chosen from the machine code for 9.0 (no spill, fewest
+# instructions), not from measured times; every other capability takes the same until something is measured there.
+_QUERIES, _ADDITIONAL = ("fwd_additional", "query_additional"), ("additional", "additional_bias")
+_KERNELS = "fwd", "query", "key", "bias", *_QUERIES, *_ADDITIONAL
+_HALF = dict.fromkeys(_KERNELS, _Choice(32, 4, 2)) | dict.fromkeys((*_QUERIES, "additional"), _Choice(32, 4, 1))
+_SINGLE = dict.fromkeys(_KERNELS, _Choice(16, 8, 1))
 CHOICES: dict[int, dict[tuple[int, int], dict[str, _Choice]]] = {
     90: {
         (2, 128): _HALF,
-        (2, 256): _HALF | {"query": _Choice(32, 8, 2)},
-        (4, 128): dict.fromkeys(_HALF, _Choice(16, 4, 2)),
+        (2, 256): _HALF | dict.fromkeys(("query", "query_additional"), _Choice(32, 8, 2)),
+        (4, 128): dict.fromkeys(_KERNELS, _Choice(16, 4, 2)) | dict.fromkeys(_ADDITIONAL, _Choice(16, 4, 1)),
         (4, 256): _SINGLE,
-        (4, 512): _SINGLE | {"query": _Choice(16, 16, 1)},
+        (4, 512): _SINGLE | dict.fromkeys(("query", *_QUERIES), _Choice(16, 16, 1)),
     }
 }
 
@@ -63,7 +65,7 @@ if HAS_TRITON:
 
     # a kernel must not be compiled again because one of these is 1 or divisible by 16
     _COUNTS = ["heads", "rows", "cols", "key_rows", "key_cols", "dilate_i", "dilate_j", "tables"]
-    _ADDITIONAL = ["images", "heads", "queries", "number", "shares"]
+    _TOKENS = ["images", "heads", "queries", "number", "shares"]
 
     @triton.jit
     def _window_start(t, n, K: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
@@ -109,7 +111,7 @@ if HAS_TRITON:
     @triton.jit
     def _of_head(ptr, image, head, stride, ALIGN: tl.constexpr):
         """Where the vectors of an image and a head begin."""
-        return ptr + tl.multiple_of(image * stride[0] + head * stride[1], ALIGN)
+        return ptr + tl.multiple_of(image * stride[0], ALIGN) + tl.multiple_of(head * stride[1], ALIGN)
 
     @triton.jit
     def _on_map(i, j, stride, INDEX: tl.constexpr, ALIGN: tl.constexpr):
@@ -621,7 +623,7 @@ if HAS_TRITON:
         mask = ((e >= 0) & (e < 2 * K[0] - 1))[:, None] & ((d >= 0) & (d < 2 * K[1] - 1))[None, :]
         tl.store(drpb_ptr + place, found, mask=mask)
 
-    @triton.jit(do_not_specialize=_ADDITIONAL)
+    @triton.jit(do_not_specialize=_TOKENS)
     def neighborhood_bwd_additional_kernel(
         q_ptr,
         k_ptr,
@@ -690,7 +692,7 @@ if HAS_TRITON:
         store_vectors(dk_ptr + first * C, n * (heads * C), dk * (scale / large), m_k, C, CP)
         store_vectors(dv_ptr + first * CV, n * (heads * CV), dv, m_k, CV, CVP)
 
-    @triton.jit(do_not_specialize=_ADDITIONAL)
+    @triton.jit(do_not_specialize=_TOKENS)
     def neighborhood_bwd_additional_bias_kernel(
         q_ptr,
         k_ptr,
@@ -818,8 +820,8 @@ if HAS_TRITON:
             }
 
         def alignment(self, *tensors: Tensor) -> int:
-            """Channels, of 16 bytes at most, to which all vectors are aligned: a stride of 24 is no multiple of 16."""
-            return math.gcd(16 // tensors[0].element_size(), *(s for t in tensors for s in _strides(t)))
+            """Elements, 16 at most, to which all vectors are aligned: Triton itself sees only whether it is 16."""
+            return math.gcd(16, *(s for t in tensors for s in _strides(t)))
 
         def precision(self, channels: int) -> str:
             """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
@@ -859,6 +861,11 @@ if HAS_TRITON:
                 kernel[(copies * self.q.shape[3] * tiles, steps)](
                     **self.options, **others, **self.choice(name)._asdict()
                 )
+
+        def run_queries(self, kernel: Any, name: str, copies: int, **others: Any) -> None:
+            """:meth:`run` for a kernel in which queries see additional keys, if there are any."""
+            name += "" if self.additional["add_k_ptr"] is None else "_additional"
+            self.run(kernel, name, copies, **others, **self.additional)
 
         def bias_gradient(self, images: int, **others: Any) -> Tensor:
             """Gradient of the bias ``[h, 2 Kh - 1, 2 Kw - 1]``: one table of each program, summed up in order."""

@@ -643,7 +643,7 @@ def _triton_forward(
         launcher.make_table(by_key=False)
         if add_k is not None and add_v is not None:
             launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
-        launcher.run(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse, **launcher.additional)
+        launcher.run_queries(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse)
     return out, lse
 
 
@@ -676,9 +676,7 @@ def _triton_backward(
         launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
     options: dict[str, Any] = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
     grads = {"large_ptr": large, "scale": scale, **options}
-    launcher.run(
-        kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads, **launcher.additional
-    )
+    launcher.run_queries(kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads)
     found: list[Tensor | None] = [None] * 4
     if rpb is not None:
         found[0] = launcher.bias_gradient(B, **options)

@@ -378,7 +378,7 @@ def test_kernels_take_several_steps(case, dtype):
         ((1, 3, 5, 2, 24, 24, (3, 3), (1, 1), (1, 1)), 5, ("hN", None), "mask"),
         ((1, 6, 5, 1, 32, 16, (3, 2), (1, 2), (2, 1)), 17, ("h1", 1), "shift"),
         ((1, 9, 3, 1, 3, 4, (3, 5), (3, 1), (1, 1)), 49, (None, None), "mask"),
-        ((1, 3, 7, 1, 4, 3, (2, 3), (1, 1), (1, 2)), 1, ("1N", None), "shift"),
+        ((1, 3, 6, 1, 4, 4, (2, 3), (1, 1), (1, 2)), 1, ("1N", None), "shift"),
     ],
     ids=str,
 )
@@ -404,6 +404,21 @@ def test_kernels_keep_small_gradients(small):
 
     def found(f, tensors, grad):
         return run(lambda t: call(f, t, case, 1e4), tensors, grad)[1 + small]
+
+    truth = found(reference_neighborhood_attention, [t.double() for t in tensors], grad.double())
+    assert truth.abs().max() > 1e-4
+    op_close(found(triton_form, tensors, grad), truth, found(reference_neighborhood_attention, tensors, grad), True)
+
+
+@needs_triton
+def test_kernels_keep_small_gradients_of_additional_keys():
+    case = (1, 3, 5, 1, 4, 4, (3, 3), (1, 1), (1, 1))
+    tensors = [t.to(DEVICE, torch.float16) for t in additional(5, "hN")(inputs(*case))]
+    tensors[0] = tensors[0] * 1e-4
+    grad = torch.full((1, 3, 5, 1, 4), 2e-7, dtype=torch.float16, device=DEVICE)
+
+    def found(f, tensors, grad):
+        return run(lambda t: call(f, t, case, 1e4, boundary="mask"), tensors, grad)[1]
 
     truth = found(reference_neighborhood_attention, [t.double() for t in tensors], grad.double())
     assert truth.abs().max() > 1e-4
@@ -437,15 +452,18 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append(kwargs)
 
 
-def launches(monkeypatch, q, kernel_size=7, dilation=1):
-    """Arguments of the launches of one training step, by kernel."""
+def launches(monkeypatch, q, kernel_size=7, dilation=1, number=0):
+    """Arguments of the launches of one training step, by kernel, with so many additional keys."""
     names = ["table", "fwd", "bwd_query", "bwd_key", "bwd_bias"]
+    names += ["bwd_additional", "bwd_additional_bias"] if number else []
     recorders = {name: Recorder() for name in names}
     for name, recorder in recorders.items():
         monkeypatch.setattr(module.kernels, f"neighborhood_{name}_kernel", recorder)
     window = module._Window(*((n, n) for n in (kernel_size, 1, dilation)))
     rpb = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
-    tensors = q, q, q, rpb, None, None, None
+    B, H, W, h, d = q.shape
+    keys, bias = (q.new_zeros(B, number, h, d), q.new_zeros(h, H * W, number)) if number else (None, None)
+    tensors = q, q, q, rpb, keys, keys, bias
     out, lse = module._triton_forward(*tensors, window, 1.0)
     module._triton_backward(out, *tensors, out, lse, window, 1.0)
     return {name: recorder.calls for name, recorder in recorders.items()}
@@ -466,10 +484,23 @@ def test_kernels_are_compiled_once_for_a_model(monkeypatch):
 
 
 @needs_triton
+def test_kernels_are_compiled_once_for_additional_keys(monkeypatch):
+    """Neither the map nor the number of keys nor the heads of a TransNeXt change a constant of a kernel."""
+    constants = {}
+    for size, heads, number in ((56, 3, 49), (28, 6, 49), (14, 12, 49), (100, 3, 144), (7, 1, 1)):
+        q = torch.empty(2, size, size, heads, 24, device="meta")
+        for name, calls in launches(monkeypatch, q, 3, number=number).items():
+            own = [{k: v for k, v in c.items() if k.isupper() or k.startswith("num_")} for c in calls]
+            constants.setdefault(name, set()).update(str(c) for c in own)
+    assert {name: len(c) for name, c in constants.items()} == dict.fromkeys(constants, 1)
+    assert len(constants) == 7
+
+
+@needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 def test_precision_of_products_is_pytorchs(monkeypatch, precision):
     monkeypatch.setattr(module.kernels, "product_precision", lambda device: precision)
-    calls = launches(monkeypatch, torch.empty(1, 7, 7, 1, 4, device="meta"))
+    calls = launches(monkeypatch, torch.empty(1, 7, 7, 1, 4, device="meta"), number=5)
     del calls["table"]
     assert {c["PRECISION"] for found in calls.values() for c in found} == {precision}
 
@@ -477,7 +508,7 @@ def test_precision_of_products_is_pytorchs(monkeypatch, precision):
 @needs_triton
 def test_offsets_are_wide_where_an_image_needs_it(monkeypatch):
     for width, bits in ((64, 32), (1 << 14, 64)):
-        calls = launches(monkeypatch, torch.empty(1, 1 << 13, width, 1, 16, device="meta"))
+        calls = launches(monkeypatch, torch.empty(1, 1 << 13, width, 1, 16, device="meta"), number=1)
         del calls["table"]
         assert {c["INDEX"].primitive_bitwidth for found in calls.values() for c in found} == {bits}
 
@@ -531,21 +562,28 @@ def test_calls_natten(monkeypatch, case, drop, device):
 
     class Natten:
         @staticmethod
-        def na2d(q, k, v, kernel_size, stride, dilation, scale, **options):
+        def na2d(
+            q, k, v, kernel_size, stride, dilation, scale, additional_keys=None, additional_values=None, **options
+        ):
             seen.append(options)
+            if additional_keys is not None:
+                assert additional_keys.shape[::3] == q.shape[::4]  # NATTEN repeats no image and widens no head
+                assert additional_values.shape[3] == v.shape[4]
             assert q.shape == k.shape
             assert v.shape[:4] == k.shape[:4]
             assert q.shape[4] % 8 == v.shape[4] % 8 == 0
             assert device == "cuda" or q.shape[4] == v.shape[4] in (8, 16, 32, 64)
             assert all(K * D <= L for K, D, L in zip(kernel_size, dilation, k.shape[1:3], strict=True))
             assert (q.shape[4] == v.shape[4]) or options["backend"] == "cutlass-fna"
-            return reference_neighborhood_attention(q, k, v, kernel_size, stride, dilation, scale=scale)
+            others = {"additional_keys": additional_keys, "additional_values": additional_values}
+            return reference_neighborhood_attention(q, k, v, kernel_size, stride, dilation, scale=scale, **others)
 
     widths = module._natten_widths
     monkeypatch.setattr(module, "_natten_widths", lambda d, dv, _: widths(d, dv, device))
     monkeypatch.setattr(module, "load_natten", lambda: Natten)
     monkeypatch.setattr(module, "choose_backend", lambda *a: "natten")
     check(neighborhood_attention, case, torch.float32, change=without(*drop))
+    check(neighborhood_attention, case, torch.float32, change=lambda t: additional(3, None, 1)(without(*drop)(t)))
     assert seen
 
 
@@ -569,6 +607,11 @@ def test_natten_on_a_cpu(case, drop, dtype):
     op_close(
         found, call(reference_neighborhood_attention, [t if t is None else t.double() for t in tensors], case), plain
     )
+    if dtype == torch.float32:
+        tensors = additional(5)(tensors)
+        found = call(neighborhood_attention, tensors, case, backend="natten")
+        double = [t if t is None else t.double() for t in tensors]
+        op_close(found, call(reference_neighborhood_attention, double, case))
 
 
 @pytest.mark.gpu
@@ -666,6 +709,17 @@ class Attention(torch.nn.Module):
         return self.f(q, k, v, *self.options, rpb, None, pad_k, pad_v)
 
 
+class Aggregated(Attention):
+    """With a pooled map as additional keys, and a bias that depends on the map."""
+
+    def forward(self, x, rpb, pad_k, pad_v):
+        q, k, v = x.unflatten(-1, (2, 10)).split([3, 3, 4], -1)
+        pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2).unflatten(-1, (2, 10))
+        bias = q.mean((0, 4)).flatten(0, 1).t().unsqueeze(2).expand(-1, -1, 4)
+        others = {"additional_keys": pooled[..., 3:6], "additional_values": pooled[..., 6:], "additional_bias": bias}
+        return self.f(q, k, v, *self.options, rpb, None, pad_k, pad_v, boundary="mask", **others)
+
+
 WINDOWS = [((3, 5), (1, 2), (2, 1)), ((7, 7), (1, 1), (1, 1)), ((3, 3), (1, 1), (1, 3))]
 
 
@@ -675,10 +729,13 @@ def program_inputs(B, H, W, kernel_size):
     return [torch.randn(s, generator=generator) for s in ((B, H, W, 20), table, (2, 3), (2, 4))]
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_compiles_without_a_break_for_any_size(window):
+MODULES = [*((Attention, window) for window in WINDOWS), (Aggregated, WINDOWS[0])]
+
+
+@pytest.mark.parametrize(("kind", "window"), MODULES, ids=str)
+def test_compiles_without_a_break_for_any_size(kind, window):
     torch._dynamo.reset()
-    eager = Attention(*window)
+    eager = kind(*window)
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
     for size in ((2, 9, 10), (3, 15, 13), (1, 16, 8)):
         tensors = program_inputs(*size, window[0])
@@ -697,10 +754,10 @@ def test_compiles_kernels_without_a_break():
     check(compiled, CASES[1], torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_exports_plain_operators_for_any_size(window):
+@pytest.mark.parametrize(("kind", "window"), MODULES, ids=str)
+def test_exports_plain_operators_for_any_size(kind, window):
     """Recorded at one size, run at others, maps smaller than the window included."""
-    model, dim = Attention(*window), torch.export.Dim
+    model, dim = kind(*window), torch.export.Dim
     sizes = {0: dim("batch", min=1, max=8), 1: dim("height", min=2, max=64), 2: dim("width", min=2, max=64)}
     program = torch.export.export(
         model,
@@ -720,9 +777,31 @@ def test_scripts(f):
     scripted = torch.jit.script(f)
     for case in (CASES[2], CASES[3], CASES[5]):
         check(scripted, case, torch.float32)
+    check(scripted, CASES[3], torch.float32, change=additional(3, "hN"), boundary="mask")
+
+
+def test_transforms():
+    """``torch.func.vmap`` and ``jvp`` of a plain form."""
+    case = (1, 3, 4, 1, 2, 2, (3, 3), (1, 1), (1, 1))
+    q, *rest = additional(3, "1N")(inputs(*case))
+
+    def f(q, backend="auto"):
+        return call(neighborhood_attention, [q, *rest], case, boundary="mask", backend=backend)
+
+    many = torch.stack([q, 2 * q])
+    op_close(torch.func.vmap(f)(many), torch.stack([f(t) for t in many]))
+    tangent = torch.randn_like(q)
+    (expected,) = torch.autograd.grad(f(q.requires_grad_()), q, ones := torch.randn_like(q))
+    op_close((torch.func.jvp(f, (q,), (tangent,))[1] * ones).sum(), (expected * tangent).sum())
 
 
 # arguments
+
+
+def others(keys=None, values=None, bias=None):
+    keys = torch.zeros(2, 6, 2, 3) if keys is None else keys
+    values = torch.zeros(2, 6, 2, 4) if values is None else values
+    return dict(zip(ADDITIONAL, (keys, values, bias), strict=True))
 
 
 @pytest.mark.parametrize("f", FORMS.values(), ids=FORMS)
@@ -740,6 +819,13 @@ def test_scripts(f):
         ({"rpb": torch.zeros(2, 5, 6)}, r"got rpb of shape \[2, 5, 6\], need \[2, 5, 5\]"),
         ({"pad_k": torch.zeros(3, 2)}, r"got pad_k of shape \[3, 2\], need \[2, 3\]"),
         ({"pad_v": torch.zeros(2, 3)}, r"got pad_v of shape \[2, 3\], need \[2, 4\]"),
+        ({"boundary": "pad"}, "got boundary='pad', need 'shift' or 'mask'"),
+        ({"additional_keys": torch.zeros(2, 6, 2, 3)}, "got one of additional_keys, additional_values and"),
+        ({"additional_bias": torch.zeros(2, 35, 6)}, "got one of additional_keys, additional_values and"),
+        (others(torch.zeros(3, 6, 2, 3)), r"got additional_keys of shape \[3, 6, 2, 3\], need \[B or 1, P, 2, 3\]"),
+        (others(values=torch.zeros(1, 6, 2, 4)), r"got additional_values of shape \[1, 6, 2, 4\], need \[2, 6, 2, 4\]"),
+        (others(torch.zeros(2, 6, 2, 3).half()), "got additional keys and values in torch.float16 and torch.float32"),
+        (others(bias=torch.zeros(2, 7, 6)), r"got additional_bias of shape \[2, 7, 6\], need \[2 or 1, 35 or 1, 6\]"),
     ],
 )
 def test_rejects(f, change, message):
@@ -760,6 +846,10 @@ def test_rejects_backends():
         ValueError, match=r"got backend='natten', but NATTEN takes up to 512 channels on a CPU, not 533"
     ):
         neighborhood_attention(*[torch.zeros(1, 23, 23, 1, 4)] * 3, 23, rpb=torch.zeros(1, 45, 45), backend="natten")
+    with pytest.raises(ValueError, match="got backend='natten', but NATTEN shifts windows at the border"):
+        neighborhood_attention(q, q, q, 3, boundary="mask", backend="natten")
+    with pytest.raises(ValueError, match="got backend='natten', but NATTEN takes no bias of additional keys"):
+        call(neighborhood_attention, additional(2, "hN")([q, q, q, *[None] * 3]), (3, 1, 1), backend="natten")
     with pytest.raises(ValueError, match=r"backend='natten', but NATTEN takes windows of at least 2, not \(1, 3\)"):
         neighborhood_attention(q, q, q, (1, 3), backend="natten")
     with pytest.raises(ValueError, match=r"got backend='triton', but .*not torch.float64"):
