@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ._backend import is_transforming, on_kernel_device
 from ._derivative import differentiable
 
-
 # images in one call of PyTorch's CUDA kernels: an axis of their grids (PyTorch's issues 142228 and 146704)
 MAX_BATCH = 65535
 
