@@ -6,18 +6,23 @@ official kernel (mmcv's).  Along an axis, with ``f = d - floor(d)``, the two wei
 offsets, where training starts, the slope is that towards the next pixel.
 
 The samples of all outputs are a map of ``2 (H // 2) x 2 (W // 2)``, over which the convolution is an ordinary one.
-Each sample is a weighted sum of four rows of the token matrix, so all of them are one weighted row gather.  With ``M``
+Each sample is a weighted sum of four rows of the token matrix, so all of them are one weighted row gather, in PyTorch
+after some thirty small operators on the offsets, in a Triton kernel at once.  With ``M``
 output tokens this costs ``32 M C`` FLOPs of sampling and the ``4 M C O`` multiply-accumulates of the convolution.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import plain_only
-from ._derivative import differentiable
+from ._backend import plain_only, use_triton
+from ._cost import Cost, register_cost
+from ._deform_kernels import kernel_backward, kernel_forward
+from ._derivative import differentiable, plain_gradients
 
 
 def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -115,10 +120,74 @@ def _rows_form(x: Tensor, offset: Tensor) -> Tensor:
     return taps.reshape(B, index.shape[1], index.shape[2], C)
 
 
-def deform_sample(x: Tensor, offset: Tensor) -> Tensor:
-    """:func:`reference_deform_sample` with one weighted row gather: same arguments, result and errors."""
+@torch.library.custom_op("vizoo::deform_sample", mutates_args=())
+def _deform_sample(x: Tensor, offset: Tensor) -> Tensor:
+    return kernel_forward(x, offset)
+
+
+@_deform_sample.register_fake
+def _(x, offset):
+    return x.new_empty(x.shape[0], 2 * offset.shape[1], 2 * offset.shape[2], x.shape[3])
+
+
+@torch.library.custom_op("vizoo::deform_sample_backward", mutates_args=())
+def _deform_sample_backward(dout: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    return kernel_backward(dout, x, offset)
+
+
+@_deform_sample_backward.register_fake
+def _(dout, x, offset):
+    return x.new_empty(x.shape), offset.new_empty(offset.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dout):
+    if torch.is_grad_enabled():
+        return tuple(plain_gradients(_gather_form, ctx.saved_tensors, dout, ctx.needs_input_grad))
+    return _deform_sample_backward(dout, *ctx.saved_tensors)
+
+
+_deform_sample.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_cost("vizoo::deform_sample", torch.ops.vizoo.deform_sample)
+def _(x, offset, out=None) -> Cost:
+    return Cost(other=8 * math.prod(out), acts=0)
+
+
+@register_cost("vizoo::deform_sample_backward", torch.ops.vizoo.deform_sample_backward)
+def _(dout, x, offset, out=None) -> Cost:
+    return Cost(other=24 * math.prod(dout), acts=0)
+
+
+def _kernel_limits(x: Tensor) -> str:
+    """What the Triton kernels cannot do with a map in the dtype of ``x``; empty if nothing."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return ""
+    return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+
+
+def deform_sample(x: Tensor, offset: Tensor, backend: str = "auto") -> Tensor:
+    """:func:`reference_deform_sample` with one weighted row gather: same result and errors.
+
+    Args:
+        x: Map ``[B, H, W, C]``.
+        offset: Sampling offsets in pixels ``[B, H // 2, W // 2, 8]``; ``dy`` before ``dx``, taps row-major.
+        backend: ``"torch"``, ``"triton"`` (no float64), or ``"auto"``: Triton where it can run.
+
+    Returns:
+        ``[B, 2 * (H // 2), 2 * (W // 2), C]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: If the shape of ``offset`` does not fit ``x``, or ``backend`` cannot run.
+    """
     _check(x, offset)
     if not torch.jit.is_scripting():
+        if use_triton(backend, x, _kernel_limits(x)):
+            return _deform_sample(x, offset)
         if plain_only():
             return _gather_form(x, offset)
         return differentiable(_rows_form, _gather_form, x, offset)
