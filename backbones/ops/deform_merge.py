@@ -23,6 +23,7 @@ from ._backend import plain_only, use_triton
 from ._cost import Cost, register_cost
 from ._deform_kernels import kernel_backward, kernel_forward
 from ._derivative import differentiable, plain_gradients
+from ._operator import operator
 
 
 def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -120,22 +121,22 @@ def _rows_form(x: Tensor, offset: Tensor) -> Tensor:
     return taps.reshape(B, index.shape[1], index.shape[2], C)
 
 
-@torch.library.custom_op("vizoo::deform_sample", mutates_args=())
+@operator
 def _deform_sample(x: Tensor, offset: Tensor) -> Tensor:
     return kernel_forward(x, offset)
 
 
-@_deform_sample.register_fake
+@torch.library.register_fake("vizoo::deform_sample")
 def _(x, offset):
     return x.new_empty(x.shape[0], 2 * offset.shape[1], 2 * offset.shape[2], x.shape[3])
 
 
-@torch.library.custom_op("vizoo::deform_sample_backward", mutates_args=())
+@operator
 def _deform_sample_backward(dout: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return kernel_backward(dout, x, offset)
 
 
-@_deform_sample_backward.register_fake
+@torch.library.register_fake("vizoo::deform_sample_backward")
 def _(dout, x, offset):
     return x.new_empty(x.shape), offset.new_empty(offset.shape)
 
@@ -150,7 +151,7 @@ def _differentiate(ctx, dout):
     return _deform_sample_backward(dout, *ctx.saved_tensors)
 
 
-_deform_sample.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("vizoo::deform_sample", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::deform_sample", torch.ops.vizoo.deform_sample)
