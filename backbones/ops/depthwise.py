@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._backend import use_triton, without_autocast
 from ._cost import Cost, register_cost
-from ._depthwise_kernels import kernel_forward, kernel_limits, kernel_weight_gradient
+from ._depthwise_kernels import empty_map, kernel_forward, kernel_limits, kernel_weight_gradient
 from ._derivative import plain_gradients
 
 
@@ -66,7 +66,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: in
 
 @_depthwise_conv.register_fake
 def _(x, weight, bias, dilation):
-    return x.new_empty(x.shape)
+    return empty_map(x)
 
 
 @torch.library.custom_op("vizoo::depthwise_conv_backward", mutates_args=())
@@ -82,7 +82,8 @@ def _depthwise_conv_backward(
 
 @_depthwise_conv_backward.register_fake
 def _(dout, x, weight, dilation, need_x, need_weight):
-    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+    dx = empty_map(dout) if need_x else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _save(ctx, inputs, output) -> None:
