@@ -35,8 +35,9 @@ if HAS_TRITON:
     from ._kernels import index_type
 
     TAPS = tl.constexpr(32)  # that hold a row of a kernel
-    _COUNTS = ("B", "C", "H", "WV", "tiles", "rows", "blocks", "reach", "dilation", "parts", "K", "flip")
-    _STRIDES = ("stride_b", "stride_c", "stride_y", "stride_db", "stride_dc", "stride_dy")  # in vectors
+    # 1 or a multiple of 16 is no reason to compile, nor in strides, which count vectors
+    _COUNTS = ("B", "C", "CV", "H", "W", "WV", "tiles", "blocks", "groups", "parts", "K", "reach", "dilation", "flip")
+    _STRIDES = tuple(f"stride_{output}{axis}" for output in ("", "d") for axis in "bcyx")
 
     def _jit(function):
         names = function.__code__.co_varnames
@@ -137,6 +138,79 @@ if HAS_TRITON:
         out_base = out_ptr + c.to(INDEX) * stride_dc * VEC
         tl.store(out_base + place, acc.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (u < length) & (x < W))
 
+    @triton.jit
+    def _channels(group, CV, VEC: tl.constexpr, CHANNELS: tl.constexpr):
+        """Channels of a group, and which exist."""
+        c = group * CHANNELS + tl.arange(0, CHANNELS)
+        return c, c < CV * VEC
+
+    @_jit
+    def _depthwise_last_fwd_kernel(
+        x_ptr,
+        bands_ptr,
+        bias_ptr,
+        out_ptr,
+        B,
+        CV,
+        H,
+        W,
+        tiles,
+        blocks,
+        groups,
+        K,
+        dilation,
+        stride_b,
+        stride_y,
+        stride_x,
+        stride_db,
+        stride_dy,
+        stride_dx,
+        BIAS: tl.constexpr,
+        VEC: tl.constexpr,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+    ):
+        """The same for channels that lie side by side: products of a few of them at once."""
+        pid = tl.program_id(0)
+        phase, pid = pid % dilation, pid // dilation
+        u0, pid = pid % blocks * ROWS, pid // blocks
+        c, m_c = _channels(pid % groups, CV, VEC, CHANNELS)
+        first = pid // groups * BLOCK
+        image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+        x = left[:, None] - LEFT + tl.arange(0, READ)[None, :]
+        m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None] & m_c[None, None, :]
+        x_place = (image[:, None] + x.to(INDEX) * stride_x * VEC)[:, :, None] + c[None, None, :]
+        n = tl.arange(0, ROWS * WRITTEN)
+        row, t = n // WRITTEN, n % WRITTEN
+        length = (H - phase + dilation - 1) // dilation
+        above = K // 2
+        s = tl.arange(0, READ)
+        j = above - u0 + ROWS - 1
+        bands_base = bands_ptr + (pid % groups).to(tl.int64) * CHANNELS * (K + 2 * (ROWS - 1)) * (READ * WRITTEN)
+        band = s[:, None] * WRITTEN + (t - row * (READ * WRITTEN))[None, :]
+        own = tl.arange(0, CHANNELS) * ((K + 2 * (ROWS - 1)) * (READ * WRITTEN))
+        band = own[:, None, None] + band[None, :, :]
+        acc = tl.zeros((CHANNELS, BLOCK, ROWS * WRITTEN), tl.float32)
+        for u in range(tl.maximum(u0 - above, 0), tl.minimum(u0 + ROWS + above, length)):
+            y = (phase + u * dilation).to(INDEX)
+            a = tl.load(x_ptr + y * stride_y * VEC + x_place, mask=m_x, other=0.0)
+            w = tl.load(bands_base + (j + u) * (READ * WRITTEN) + band, mask=m_c[:, None, None], other=0.0)
+            acc = tl.dot(tl.permute(a, (2, 0, 1)), w, acc, input_precision=PRECISION)
+        if BIAS:
+            acc += tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)[:, None, None]
+        image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+        u, x = (u0 + row)[None, :], left[:, None] + t[None, :]
+        place = image[:, None] + ((phase + u * dilation).to(INDEX) * stride_dy + x.to(INDEX) * stride_dx) * VEC
+        ok = (ok[:, None] & (u < length) & (x < W))[:, :, None] & m_c[None, None, :]
+        out = tl.permute(acc, (1, 2, 0)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (place[:, :, None] + c[None, None, :]), out, mask=ok)
+
     @_jit
     def _depthwise_bwd_weight_kernel(
         x_ptr,
@@ -202,6 +276,74 @@ if HAS_TRITON:
         tl.store(out + e[:, None] * (ROWS * WRITTEN) + n[None, :], acc)
 
     @_jit
+    def _depthwise_last_bwd_weight_kernel(
+        x_ptr,
+        dout_ptr,
+        products_ptr,
+        B,
+        CV,
+        H,
+        W,
+        tiles,
+        blocks,
+        groups,
+        parts,
+        K,
+        dilation,
+        stride_b,
+        stride_y,
+        stride_x,
+        stride_db,
+        stride_dy,
+        stride_dx,
+        VEC: tl.constexpr,
+        READ: tl.constexpr,
+        WRITTEN: tl.constexpr,
+        LEFT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+    ):
+        """The same for channels that lie side by side."""
+        pid = tl.program_id(0)
+        block, part = pid % blocks, pid // blocks // groups
+        c, m_c = _channels(pid // blocks % groups, CV, VEC, CHANNELS)
+        below = block * ROWS - K // 2
+        e, n = tl.arange(0, ROWS * READ), tl.arange(0, ROWS * WRITTEN)
+        x_row, s = e // READ, e % READ
+        d_row, t = n // WRITTEN, n % WRITTEN
+        start = tl.maximum((-below) // ROWS * ROWS, 0)
+        acc = tl.zeros((CHANNELS, ROWS * READ, ROWS * WRITTEN), tl.float32)
+        for first in range(part * BLOCK, B * tiles, parts * BLOCK):
+            image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            x = left[:, None] - LEFT + s[None, :]
+            m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None] & m_c[None, None, :]
+            place = ((x_row * dilation).to(INDEX)[None, :] * stride_y + x.to(INDEX) * stride_x) * VEC
+            x_place = (image[:, None] + place)[:, :, None] + c[None, None, :]
+            image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            x = left[:, None] + t[None, :]
+            m_d = (ok[:, None] & (x < W))[:, :, None] & m_c[None, None, :]
+            place = ((d_row * dilation).to(INDEX)[None, :] * stride_dy + x.to(INDEX) * stride_dx) * VEC
+            d_place = (image[:, None] + place)[:, :, None] + c[None, None, :]
+            for phase in range(0, dilation):
+                length = (H - phase + dilation - 1) // dilation
+                for u0 in range(start, tl.minimum(length, length - below), ROWS):
+                    u = u0 + below + x_row
+                    m_u = ((u >= 0) & (u < length))[None, :, None]
+                    y = (phase + (u0 + below) * dilation).to(INDEX)
+                    a = tl.load(x_ptr + y * stride_y * VEC + x_place, mask=m_x & m_u, other=0.0)
+                    y = (phase + u0 * dilation).to(INDEX)
+                    m_u = (u0 + d_row < length)[None, :, None]
+                    d = tl.load(dout_ptr + y * stride_dy * VEC + d_place, mask=m_d & m_u, other=0.0)
+                    acc = tl.dot(tl.permute(a, (2, 1, 0)), tl.permute(d, (2, 0, 1)), acc, input_precision=PRECISION)
+        out = products_ptr + (part * CV * VEC * blocks + block).to(tl.int64) * (ROWS * ROWS * READ * WRITTEN)
+        own = c.to(tl.int64) * blocks * (ROWS * ROWS * READ * WRITTEN)
+        place = own[:, None, None] + (e[:, None] * (ROWS * WRITTEN) + n[None, :])[None, :, :]
+        tl.store(out + place, acc, mask=m_c[:, None, None])
+
+    @_jit
     def _diagonals_kernel(
         products_ptr,
         dweight_ptr,
@@ -232,12 +374,13 @@ if HAS_TRITON:
 
 
 class Tile(NamedTuple):
-    """Rows of the products, rows of the map, warps, and stages of the loads."""
+    """Rows of the products, rows of the map, warps, stages of the loads, and channels."""
 
     block: int
     rows: int
     warps: int
     stages: int
+    channels: int = 1
 
 
 # for each compute capability by kernel, half precision, and the columns that a tile reads and writes; chosen by the
@@ -261,6 +404,22 @@ CHOICES = {
         ("weight", False, 32, 32): Tile(32, 2, 4, 1),
         ("weight", False, 32, 16): Tile(32, 4, 8, 1),
         ("weight", False, 64, 32): Tile(32, 2, 8, 1),
+        ("last forward", True, 16, 16): Tile(64, 4, 8, 1, 8),
+        ("last forward", True, 32, 32): Tile(64, 2, 8, 1, 8),
+        ("last forward", True, 32, 16): Tile(64, 4, 8, 1, 8),
+        ("last forward", True, 64, 32): Tile(32, 1, 8, 1, 8),
+        ("last weight", True, 16, 16): Tile(32, 2, 8, 1, 8),
+        ("last weight", True, 32, 32): Tile(32, 2, 8, 1, 8),
+        ("last weight", True, 32, 16): Tile(32, 2, 8, 1, 8),
+        ("last weight", True, 64, 32): Tile(16, 1, 8, 1, 8),
+        ("last forward", False, 16, 16): Tile(16, 4, 8, 1, 8),
+        ("last forward", False, 32, 32): Tile(16, 2, 8, 1, 8),
+        ("last forward", False, 32, 16): Tile(16, 4, 8, 1, 8),
+        ("last forward", False, 64, 32): Tile(16, 1, 8, 1, 8),
+        ("last weight", False, 16, 16): Tile(16, 2, 8, 1, 8),
+        ("last weight", False, 32, 32): Tile(16, 1, 8, 1, 8),
+        ("last weight", False, 32, 16): Tile(16, 2, 8, 1, 8),
+        ("last weight", False, 64, 32): Tile(16, 1, 8, 1, 4),
     }
 }
 
@@ -275,10 +434,25 @@ def kernel_limits(x: Tensor, kernel_size: int, dilation: int) -> str:
     return ""
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    """Channels-last where channels lie side by side, also in a part of a map."""
+    return torch.channels_last if x.stride(1) == 1 and x.stride(3) > 1 else torch.contiguous_format
+
+
+def empty_map(x: Tensor) -> Tensor:
+    """Empty map of the shape, dtype and memory format of ``x``."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def _as_kernels_read(x: Tensor, format: torch.memory_format) -> Tensor:
+    """``x`` with its rows, or in channels-last its channels, side by side."""
+    return x if x.stride(1 if format == torch.channels_last else 3) == 1 else x.contiguous(memory_format=format)
+
+
 class _Launch:
     """What the kernels of a call share: tiles of columns, and arguments."""
 
-    def __init__(self, kernel: str, x: Tensor, like: Tensor, kernel_size: int, dilation: int):
+    def __init__(self, kernel: str, x: Tensor, like: Tensor, kernel_size: int, dilation: int, last: bool):
         B, C, H, W = x.shape
         reach = dilation * (kernel_size // 2)
         if W <= 32:  # a tile holds whole rows
@@ -287,21 +461,26 @@ class _Launch:
             left = 8 if reach <= 8 else 16
             read, written = 4 * left, 2 * left
         half = x.element_size() == 2
-        self.tile = CHOICES[90][kernel, half, read, written]  # others take the same until something is measured there
-        self.tiles = -(-W // written)
-        strides = [t.stride(i) for t in (x, like) for i in range(3)]
-        vector = math.gcd(W, *strides, 16 // x.element_size())
-        self.blocks = -(-B * self.tiles // self.tile.block)  # of rows of the products
-        self.columns: dict[str, Any] = {"READ": read, "WRITTEN": written, "LEFT": left}
+        choices = CHOICES[90]  # other devices take the same until something is measured there
+        self.tile = choices[f"last {kernel}" if last else kernel, half, read, written]
+        self.groups = -(-C // self.tile.channels)
+        tiles = -(-W // written)
+        axes = {"b": 0, "y": 2, "x": 3} if last else {"b": 0, "c": 1, "y": 2}
+        strides = {f"stride_{name}{a}": t.stride(i) for name, t in (("", x), ("d", like)) for a, i in axes.items()}
+        vector = math.gcd(C if last else W, *strides.values(), 16 // x.element_size())
+        sizes = {"CV": C // vector, "W": W, "groups": self.groups} if last else {"C": C, "WV": W // vector}
+        self.blocks = -(-B * tiles // self.tile.block)  # of rows of the products
+        self.columns: dict[str, Any] = {"READ": read, "WRITTEN": written, "LEFT": left, "ROWS": self.tile.rows}
         self.taps: dict[str, Any] = {"K": kernel_size, "dilation": dilation}
-        names = ("stride_b", "stride_c", "stride_y", "stride_db", "stride_dc", "stride_dy")
         self.arguments: dict[str, Any] = {
+            **self.columns,
+            **self.taps,
+            **sizes,
+            **({"CHANNELS": self.tile.channels} if last else {}),
             "B": B,
-            "C": C,
             "H": H,
-            "WV": W // vector,
-            "tiles": self.tiles,
-            **{name: stride // vector for name, stride in zip(names, strides, strict=True)},
+            "tiles": tiles,
+            **{name: stride // vector for name, stride in strides.items()},
             "VEC": vector,
             "PRECISION": product_precision(x.device),
             "INDEX": index_type(x.unsqueeze(0), like.unsqueeze(0)),
@@ -311,32 +490,28 @@ class _Launch:
         }
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with its rows in one piece each, as the kernels read them."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool = False) -> Tensor:
-    """Convolution in the dtype of ``x``, with the kernel turned around by ``flip``."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Convolution in the dtype and memory format of ``x``, with the kernel turned around by ``flip``."""
+    out, last = empty_map(x), _format(x) == torch.channels_last
     if out.numel() == 0:
         return out
-    x, weight, (_, C, H, _), K = _rows(x), weight.contiguous(), x.shape, weight.shape[2]
-    launch = _Launch("forward", x, out, K, dilation)
-    rows = launch.tile.rows
-    shared = {**launch.columns, **launch.taps, "ROWS": rows}
+    x, weight, (_, C, H, _), K = _as_kernels_read(x, _format(x)), weight.contiguous(), x.shape, weight.shape[2]
+    launch = _Launch("forward", x, out, K, dilation, last)
+    rows, columns = launch.tile.rows, launch.columns
+    kernel = _depthwise_last_fwd_kernel if last else _depthwise_fwd_kernel
     taps, blocks = K + 2 * (rows - 1), -(-H // (dilation * rows))
-    bands = torch.empty(C, taps, launch.columns["READ"], launch.columns["WRITTEN"], dtype=x.dtype, device=x.device)
+    bands = torch.empty(C, taps, columns["READ"], columns["WRITTEN"], dtype=x.dtype, device=x.device)
     with on_device(x):
-        _bands_kernel[(C * taps,)](weight, bands, reach=dilation * (K // 2), flip=int(flip), **shared, num_warps=1)
-        _depthwise_fwd_kernel[(launch.blocks * C * blocks * dilation,)](
+        _bands_kernel[(C * taps,)](
+            weight, bands, reach=dilation * (K // 2), flip=int(flip), **columns, **launch.taps, num_warps=1
+        )
+        kernel[(launch.blocks * launch.groups * blocks * dilation,)](
             x,
             bands,
             bands if bias is None else bias.contiguous(),
             out,
             blocks=blocks,
             BIAS=bias is not None,
-            **shared,
             **launch.arguments,
         )
     return out
@@ -344,19 +519,29 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
 
 def kernel_weight_gradient(dout: Tensor, x: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Gradient of the kernel ``[C, 1, K, K]`` in float32."""
-    C, K = x.shape[1], kernel_size
+    C, K, format = x.shape[1], kernel_size, _format(x)
     if x.numel() == 0:
         return torch.zeros(C, 1, K, K, dtype=torch.float32, device=x.device)
     dweight = torch.empty(C, 1, K, K, dtype=torch.float32, device=x.device)
-    x, dout = _rows(x), _rows(dout)
-    launch = _Launch("weight", x, dout, K, dilation)
-    rows = launch.tile.rows
+    x, dout, last = _as_kernels_read(x, format), _as_kernels_read(dout, format), format == torch.channels_last
+    launch = _Launch("weight", x, dout, K, dilation, last)
+    rows, columns = launch.tile.rows, launch.columns
+    kernel = _depthwise_last_bwd_weight_kernel if last else _depthwise_bwd_weight_kernel
     blocks = -(-(K + rows - 1) // rows)
-    parts = min(launch.blocks, -(-PARTS // (C * blocks)))
-    shared = {**launch.columns, **launch.taps, "ROWS": rows, "C": C, "blocks": blocks, "parts": parts}
-    side = (rows * launch.columns["READ"], rows * launch.columns["WRITTEN"])
-    products = torch.empty(parts, C, blocks, *side, dtype=torch.float32, device=x.device)
+    parts = min(launch.blocks, -(-PARTS // (launch.groups * blocks)))
+    sides = rows * columns["READ"], rows * columns["WRITTEN"]
+    products = torch.empty(parts, C, blocks, *sides, dtype=torch.float32, device=x.device)
     with on_device(x):
-        _depthwise_bwd_weight_kernel[(parts * C * blocks,)](x, dout, products, **{**launch.arguments, **shared})
-        _diagonals_kernel[(C * K,)](products, dweight, reach=dilation * (K // 2), **shared, num_warps=1)
+        kernel[(parts * launch.groups * blocks,)](x, dout, products, blocks=blocks, parts=parts, **launch.arguments)
+        _diagonals_kernel[(C * K,)](
+            products,
+            dweight,
+            C=C,
+            blocks=blocks,
+            parts=parts,
+            reach=dilation * (K // 2),
+            **columns,
+            **launch.taps,
+            num_warps=1,
+        )
     return dweight

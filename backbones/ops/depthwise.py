@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._backend import use_triton, without_autocast
 from ._cost import Cost, register_cost
-from ._depthwise_kernels import kernel_forward, kernel_limits, kernel_weight_gradient
+from ._depthwise_kernels import empty_map, kernel_forward, kernel_limits, kernel_weight_gradient
 from ._derivative import plain_gradients
 from ._operator import operator
 
@@ -67,7 +67,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: in
 
 @torch.library.register_fake("vizoo::depthwise_conv")
 def _(x, weight, bias, dilation):
-    return x.new_empty(x.shape)
+    return empty_map(x)
 
 
 @operator
@@ -83,7 +83,8 @@ def _depthwise_conv_backward(
 
 @torch.library.register_fake("vizoo::depthwise_conv_backward")
 def _(dout, x, weight, dilation, need_x, need_weight):
-    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+    dx = empty_map(dout) if need_x else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _save(ctx, inputs, output) -> None:
