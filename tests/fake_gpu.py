@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,8 +20,7 @@ from vizoo.backbones.layers import plain
 def _format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
     """The layout of a convolution's output by cuDNN, which PyTorch asks only where there is a GPU."""
     last = torch.channels_last
-    strided = any(not t.is_contiguous() and t.is_contiguous(memory_format=last) for t in (x, weight))
-    return last if strided else torch.contiguous_format
+    return last if last in map(suggest_memory_format, (x, weight)) else torch.contiguous_format
 
 
 class Watch(TorchDispatchMode):

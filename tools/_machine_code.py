@@ -224,13 +224,11 @@ def _as_on_gpu(dtype: Any) -> Any:
     """
     import torch
     import torch.nn.functional as F
+    from torch._prims_common import suggest_memory_format
     from torch.overrides import TorchFunctionMode
 
     products = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.bmm, torch.addmm}
     products |= {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.einsum}
-
-    def is_last(t: Any) -> bool:
-        return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
     class Gpu(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -239,7 +237,7 @@ def _as_on_gpu(dtype: Any) -> Any:
                     torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
                 )
             out = func(*args, **(kwargs or {}))
-            if func is F.conv2d and any(is_last(t) for t in args[:2]):
+            if func is F.conv2d and any(suggest_memory_format(t) == torch.channels_last for t in args[:2]):
                 out = out.contiguous(memory_format=torch.channels_last)
             return out
 
