@@ -75,7 +75,7 @@ if HAS_TRITON:
         r, j, d = program * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, KP), tl.arange(0, BLOCK_D)
         seen = r < B * tokens
         image, token = (r // tokens).to(tl.int64), start + r % tokens
-        x_row = x_ptr + (image * stride_xb + token * stride_xn)[:, None]
+        x_row = x_ptr + (image * stride_xb + token.to(tl.int64) * stride_xn)[:, None]
         key_row = keys_ptr + (j * D)[:, None]
         cosine = tl.zeros((BLOCK_I, KP), tl.float32)
         norm, key_norm = tl.zeros((BLOCK_I,), tl.float32), tl.zeros((KP,), tl.float32)
