@@ -689,6 +689,10 @@ def test_counts_are_those_of_the_definition(case, device):
     with FlopCounterMode(display=False) as counter:
         call(reference_neighborhood_attention, [t.detach() for t in tensors], case)
     assert counter.get_total_flops() == 2 * scores * (d + dv)
+    with FlopCounterMode(display=False) as more, torch.no_grad():
+        for f in FORMS.values():
+            call(f, additional(5, "h1", 1)(tensors), case, boundary="mask")
+    assert more.get_total_flops() == 2 * 2 * (scores + B * H * W * h * 5) * (d + dv)
     shapes = [tuple(t.shape) for t in tensors[:4]]
     cost = COSTS["vizoo::neighborhood_attention"](
         *shapes, None, None, None, *case[-3:], False, 1.0, False, out=tuple(out.shape)
@@ -822,7 +826,8 @@ def others(keys=None, values=None, bias=None):
         ({"boundary": "pad"}, "got boundary='pad', need 'shift' or 'mask'"),
         ({"additional_keys": torch.zeros(2, 6, 2, 3)}, "got one of additional_keys, additional_values and"),
         ({"additional_bias": torch.zeros(2, 35, 6)}, "got one of additional_keys, additional_values and"),
-        (others(torch.zeros(3, 6, 2, 3)), r"got additional_keys of shape \[3, 6, 2, 3\], need \[B or 1, P, 2, 3\]"),
+        (others(torch.zeros(3, 6, 2, 3)), r"got additional_keys of shape \[3, 6, 2, 3\], need \[2 or 1, P, 2, 3\]"),
+        (others(torch.zeros(2, 0, 2, 3)), "with P of at least 1"),
         (others(values=torch.zeros(1, 6, 2, 4)), r"got additional_values of shape \[1, 6, 2, 4\], need \[2, 6, 2, 4\]"),
         (others(torch.zeros(2, 6, 2, 3).half()), "got additional keys and values in torch.float16 and torch.float32"),
         (others(bias=torch.zeros(2, 7, 6)), r"got additional_bias of shape \[2, 7, 6\], need \[2 or 1, 35 or 1, 6\]"),
