@@ -100,8 +100,10 @@ def _check_additional(q: Tensor, v: Tensor, keys: Tensor | None, values: Tensor 
         return
     key, value = list(q.shape[3:]), list(v.shape[3:])
     if keys.dim() != 4 or keys.shape[0] not in (1, q.shape[0]) or keys.shape[1] < 1 or list(keys.shape[2:]) != key:
-        need = f"[{q.shape[0]} or 1, P, {key[0]}, {key[1]}]"
-        raise ValueError(f"got additional_keys of shape {list(keys.shape)}, need {need} with P of at least 1")
+        raise ValueError(
+            f"got additional_keys of shape {list(keys.shape)}, "
+            f"need [{q.shape[0]} or 1, P, {key[0]}, {key[1]}] with P of at least 1"
+        )
     if values.dim() != 4 or values.shape[:2] != keys.shape[:2] or list(values.shape[2:]) != value:
         need = list(keys.shape[:2]) + value
         raise ValueError(f"got additional_values of shape {list(values.shape)}, need {need}")
