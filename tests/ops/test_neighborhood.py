@@ -411,14 +411,15 @@ def test_kernels_keep_small_gradients(small):
 
 
 @needs_triton
-def test_kernels_keep_small_gradients_of_additional_keys():
+@pytest.mark.parametrize("small", [(0,), (1, 6)], ids=["queries", "keys"])
+def test_kernels_keep_small_gradients_with_additional_keys(small):
     case = (1, 3, 5, 1, 4, 4, (3, 3), (1, 1), (1, 1))
     tensors = [t.to(DEVICE, torch.float16) for t in additional(5, "hN")(inputs(*case))]
-    tensors[0] = tensors[0] * 1e-4
+    tensors = [t * 1e-4 if i in small else t for i, t in enumerate(tensors)]
     grad = torch.full((1, 3, 5, 1, 4), 2e-7, dtype=torch.float16, device=DEVICE)
 
     def found(f, tensors, grad):
-        return run(lambda t: call(f, t, case, 1e4, boundary="mask"), tensors, grad)[1]
+        return run(lambda t: call(f, t, case, 1e4, boundary="mask"), tensors, grad)[1 + small[-1]]
 
     truth = found(reference_neighborhood_attention, [t.double() for t in tensors], grad.double())
     assert truth.abs().max() > 1e-4
@@ -529,7 +530,7 @@ def test_kernels_on_several_tiles():
 @pytest.mark.gpu
 def test_gradients_are_deterministic():
     case = (4, 33, 45, 4, 32, 32, (7, 7), (1, 1), (2, 2))
-    tensors = [t.float().cuda() for t in inputs(*case)]
+    tensors = additional(49, "hN")([t.float().cuda() for t in inputs(*case)])
     grad = torch.randn(4, 33, 45, 4, 32, device="cuda")
     first, second = (run(lambda t: call(triton_form, t, case), tensors, grad) for _ in range(2))
     for name, a, b in zip(NAMES, first, second, strict=True):
