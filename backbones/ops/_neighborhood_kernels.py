@@ -10,6 +10,10 @@ Bias and mask come from a table ``[h, tiles, 2 Kh, TW, 16 CHUNKS]`` in which eve
 relative row, the bias of its pairs of columns in base 2, -inf outside the windows; the last row is -inf alone.  A pair
 finds its row by a few integers, the columns need no arithmetic, and the few KiB of a program's tile stay in the cache.
 
+Additional keys come after the window, ``BLOCK`` at once, with a table ``[h, H W, P]`` of their own: ``P`` is padded by
+-inf to whole tiles of ``KEYS``, and a bias that all heads or queries share is there once, with a stride of 0.  Their
+gradients are those of plain attention over the tokens of the map.
+
 The sizes of a map, its dilation and the number of heads are run-time numbers: a model compiles each kernel once.
 """
 
@@ -28,7 +32,7 @@ from ._kernels import power_of_two, product_precision
 
 TILE = 8  # rows and columns of a tile: larger ones spend more on pairs outside the windows
 COLUMNS = 16  # of a step
-KEYS = 64  # of a tile of additional keys
+KEYS = 64  # of a tile of additional keys: a pooled map of 7x7 is one
 PROGRAMS = 1024  # of the kernel for the gradient of the bias: enough to fill a GPU
 
 
@@ -61,7 +65,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import load_vectors, store_vectors
+    from ._kernels import index_type, load_vectors, store_vectors
 
     # a kernel must not be compiled again because one of these is 1 or divisible by 16
     _COUNTS = ["heads", "rows", "cols", "key_rows", "key_cols", "dilate_i", "dilate_j", "tables"]
@@ -682,7 +686,7 @@ if HAS_TRITON:
             delta = tl.load(delta_ptr + scalar + query, mask=m_q, other=0.0)
             q = load_vectors(vectors, _of_tokens(query, stride_q, INDEX, ALIGN), m_q, C, CP)
             dout = load_vectors(grads, query.to(INDEX) * (heads * CV), m_q, CV, CVP)
-            bias = tl.load(table + (tl.where(m_q, query, 0) * stride_table[1])[None, :])
+            bias = tl.load(table + (tl.where(m_q, query, 0).to(INDEX) * stride_table[1])[None, :])
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor + bias
             p = tl.exp2(s - lse[None, :])
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -729,8 +733,8 @@ if HAS_TRITON:
         head, block = pid // blocks, pid % blocks
         n, query = tile * KEYS + tl.arange(0, KEYS), block * BLOCK + tl.arange(0, BLOCK)
         m_k, m_q = n < number, query < queries
-        table = table_ptr + head.to(tl.int64) * stride_table[0] + (tl.where(m_q, query, 0) * stride_table[1])[:, None]
-        bias = tl.load(table + n[None, :])
+        table = table_ptr + head.to(tl.int64) * stride_table[0]
+        bias = tl.load(table + (tl.where(m_q, query, 0).to(INDEX) * stride_table[1])[:, None] + n[None, :])
         place_q, place_k, place_v = (
             _of_tokens(query, stride_q, INDEX, ALIGN),
             _of_tokens(n, stride_k, INDEX, ALIGN),
@@ -883,6 +887,8 @@ if HAS_TRITON:
             bias = k.new_zeros(1, 1, number) if bias is None else bias
             padding = triton.cdiv(number, KEYS) * KEYS - number
             table = F.pad(bias.float() * math.log2(math.e), [0, padding], value=-math.inf).contiguous()
+            if index_type(k, v, table) == tl.int64:
+                self.options["INDEX"] = tl.int64
             self.options["ALIGN"] = math.gcd(self.options["ALIGN"], self.alignment(k, v))
             self.additional = {
                 "add_k_ptr": k,

@@ -9,13 +9,17 @@ stride of generalised neighbourhood attention (arXiv 2504.16922, Sec. 3.1); with
 
 Tensors are heads-last, as in NATTEN.  The relative index is within ``[0, 2K - 2]`` for every stride.  A map smaller
 than ``K * dilation`` is first padded at the bottom and right with a given key and value, as NATTEN 0.14's module does.
-With ``N`` queries the operator costs ``N Kh Kw (d + dv)`` multiply-accumulates per head.
+
+Two more forms serve aggregated attention (TransNeXt, arXiv 2311.17132, Sec. 3): windows that are not shifted but masked
+at the border, and ``P`` additional keys that every query sees in the same softmax, with a bias of their own.
+With ``N`` queries the operator costs ``N (Kh Kw + P) (d + dv)`` multiply-accumulates per head.
 
 The reference gathers the ``N Kh Kw (d + dv)`` elements of all windows.  The fast form cuts the map into tiles of
 queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention:
 that mask is so small that it is made anew on each call.  The Triton kernels store nothing but the output and the
 log-sum of every query; their backward pass finds the queries of a key by the inverse of the window and adds everything
-up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is installed, with a bias as more channels.
+up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is installed, with a bias as more channels, but
+neither masked windows nor a bias of additional keys.
 """
 
 from __future__ import annotations
@@ -96,8 +100,11 @@ def _check_additional(q: Tensor, v: Tensor, keys: Tensor | None, values: Tensor 
             raise ValueError("got one of additional_keys, additional_values and additional_bias, need the first two")
         return
     key, value = list(q.shape[3:]), list(v.shape[3:])
-    if keys.dim() != 4 or keys.shape[0] not in (1, q.shape[0]) or list(keys.shape[2:]) != key:
-        raise ValueError(f"got additional_keys of shape {list(keys.shape)}, need [B or 1, P, {key[0]}, {key[1]}]")
+    if keys.dim() != 4 or keys.shape[0] not in (1, q.shape[0]) or keys.shape[1] < 1 or list(keys.shape[2:]) != key:
+        raise ValueError(
+            f"got additional_keys of shape {list(keys.shape)}, "
+            f"need [{q.shape[0]} or 1, P, {key[0]}, {key[1]}] with P of at least 1"
+        )
     if values.dim() != 4 or values.shape[:2] != keys.shape[:2] or list(values.shape[2:]) != value:
         need = list(keys.shape[:2]) + value
         raise ValueError(f"got additional_values of shape {list(values.shape)}, need {need}")
@@ -219,6 +226,7 @@ def _gather_form(
 
 
 def _of_every_image(t: Tensor | None, q: Tensor) -> Tensor | None:
+    """Additional keys or values that may be given for all images at once: of every image of the queries."""
     return None if t is None else t.expand(q.shape[0], -1, -1, -1)
 
 
@@ -506,6 +514,7 @@ def _pieces(
 
 
 def _joined_mask(piece: _Piece, mask: Tensor, add_bias: Tensor) -> Tensor:
+    """The mask of a window with the bias of additional keys, which every tile has its own part of."""
     others = piece.of_one_image(add_bias)
     others = others.permute(0, 1, 2, 3, 4, 7, 5, 6, 8).flatten(6, 7).flatten(0, 4)  # [tiles, h, queries, P]
     return torch.cat([mask.expand(*others.shape[:2], -1, -1), others], -1).flatten(0, 1).unsqueeze(0)

@@ -411,14 +411,15 @@ def test_kernels_keep_small_gradients(small):
 
 
 @needs_triton
-def test_kernels_keep_small_gradients_of_additional_keys():
+@pytest.mark.parametrize("small", [(0,), (1, 6)], ids=["queries", "keys"])
+def test_kernels_keep_small_gradients_with_additional_keys(small):
     case = (1, 3, 5, 1, 4, 4, (3, 3), (1, 1), (1, 1))
     tensors = [t.to(DEVICE, torch.float16) for t in additional(5, "hN")(inputs(*case))]
-    tensors[0] = tensors[0] * 1e-4
+    tensors = [t * 1e-4 if i in small else t for i, t in enumerate(tensors)]
     grad = torch.full((1, 3, 5, 1, 4), 2e-7, dtype=torch.float16, device=DEVICE)
 
     def found(f, tensors, grad):
-        return run(lambda t: call(f, t, case, 1e4, boundary="mask"), tensors, grad)[1]
+        return run(lambda t: call(f, t, case, 1e4, boundary="mask"), tensors, grad)[1 + small[-1]]
 
     truth = found(reference_neighborhood_attention, [t.double() for t in tensors], grad.double())
     assert truth.abs().max() > 1e-4
@@ -529,7 +530,7 @@ def test_kernels_on_several_tiles():
 @pytest.mark.gpu
 def test_gradients_are_deterministic():
     case = (4, 33, 45, 4, 32, 32, (7, 7), (1, 1), (2, 2))
-    tensors = [t.float().cuda() for t in inputs(*case)]
+    tensors = additional(49, "hN")([t.float().cuda() for t in inputs(*case)])
     grad = torch.randn(4, 33, 45, 4, 32, device="cuda")
     first, second = (run(lambda t: call(triton_form, t, case), tensors, grad) for _ in range(2))
     for name, a, b in zip(NAMES, first, second, strict=True):
@@ -689,6 +690,10 @@ def test_counts_are_those_of_the_definition(case, device):
     with FlopCounterMode(display=False) as counter:
         call(reference_neighborhood_attention, [t.detach() for t in tensors], case)
     assert counter.get_total_flops() == 2 * scores * (d + dv)
+    with FlopCounterMode(display=False) as more, torch.no_grad():
+        for f in FORMS.values():
+            call(f, additional(5, "h1", 1)(tensors), case, boundary="mask")
+    assert more.get_total_flops() == 2 * 2 * (scores + B * H * W * h * 5) * (d + dv)
     shapes = [tuple(t.shape) for t in tensors[:4]]
     cost = COSTS["vizoo::neighborhood_attention"](
         *shapes, None, None, None, *case[-3:], False, 1.0, False, out=tuple(out.shape)
@@ -822,7 +827,8 @@ def others(keys=None, values=None, bias=None):
         ({"boundary": "pad"}, "got boundary='pad', need 'shift' or 'mask'"),
         ({"additional_keys": torch.zeros(2, 6, 2, 3)}, "got one of additional_keys, additional_values and"),
         ({"additional_bias": torch.zeros(2, 35, 6)}, "got one of additional_keys, additional_values and"),
-        (others(torch.zeros(3, 6, 2, 3)), r"got additional_keys of shape \[3, 6, 2, 3\], need \[B or 1, P, 2, 3\]"),
+        (others(torch.zeros(3, 6, 2, 3)), r"got additional_keys of shape \[3, 6, 2, 3\], need \[2 or 1, P, 2, 3\]"),
+        (others(torch.zeros(2, 0, 2, 3)), "with P of at least 1"),
         (others(values=torch.zeros(1, 6, 2, 4)), r"got additional_values of shape \[1, 6, 2, 4\], need \[2, 6, 2, 4\]"),
         (others(torch.zeros(2, 6, 2, 3).half()), "got additional keys and values in torch.float16 and torch.float32"),
         (others(bias=torch.zeros(2, 7, 6)), r"got additional_bias of shape \[2, 7, 6\], need \[2 or 1, 35 or 1, 6\]"),
