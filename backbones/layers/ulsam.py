@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype, is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
+from ..ops._backend import on_kernel_device
 from ..ops.ulsam import reference_subspace_attention, subspace_attention, subspace_maps, ulsam_logits
 from .checks import ANY, check_multiple, checked
 from .contmix import as_written
@@ -64,7 +65,7 @@ class ULSAM(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
             if self.fused and not (as_written(x) or is_exporting()) and self._reads():
-                if self._folds():
+                if self._folds(x):
                     return ulsam_logits(x, *self._fold())
                 weight, bias = tensors(self.conv_point)
                 return self.bn_point(ulsam_logits(self.bn_dws(self.conv_dws(x)), weight.flatten(1), bias))
@@ -77,9 +78,12 @@ class ULSAM(nn.Module):
         return pointwise(self.conv_point, self.num_splits) and has_bias(self.conv_point)
 
     @torch.jit.unused
-    def _folds(self) -> bool:
-        """Whether all four layers are one affine map, for inference."""
-        if torch.is_grad_enabled() or not (folds(self.bn_dws) and folds(self.bn_point)):
+    def _folds(self, x: Tensor) -> bool:
+        """Whether all four layers are one affine map, for inference on a CPU.
+
+        A GPU takes longer to start the twenty small operators that fold them than to run the layers.
+        """
+        if torch.is_grad_enabled() or on_kernel_device(x) or not (folds(self.bn_dws) and folds(self.bn_point)):
             return False
         return pointwise(self.conv_dws, self.bn_dws.num_features) and has_bias(self.conv_dws)
 

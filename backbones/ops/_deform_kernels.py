@@ -164,7 +164,7 @@ if HAS_TRITON:
 
 # samples of a tile and most channels at a time, by compute capability: chosen by the machine code for 9.0 (no spill,
 # then the fewest instructions times warps), not by measured times
-CHOICES = {90: (32, 64)}
+CHOICES = {90: (32, 32)}
 
 
 def _launch(kernel, x: Tensor, offset: Tensor, **arguments: Any) -> None:

@@ -301,13 +301,13 @@ class Tiles(NamedTuple):
 
 # most rows, most elements of a row and elements of a row for each warp, by compute capability; chosen by the machine
 # code for 9.0 (no spill, then the fewest instructions times warps), not by measured times
-CHOICES = {90: (8, 1024, 256)}
+CHOICES = {90: {"forward": (8, 1024, 256), "backward": (8, 1024, 128)}}
 ATTENTION_CHOICES = {90: 4096}  # elements of a tile, chosen in the same way
 
 
-def _tiles(G: int, H: int, W: int) -> Tiles:
+def _tiles(kernel: str, G: int, H: int, W: int) -> Tiles:
     """Equal tiles of rows; columns and channels as the powers of two that hold them, but no more than fit."""
-    rows, elements, elements_of_warp = CHOICES[90]  # other devices take the same until something is measured there
+    rows, elements, elements_of_warp = CHOICES[90][kernel]  # elsewhere the same until something is measured there
     channels = triton.next_power_of_2(G)
     cols = min(triton.next_power_of_2(max(W, 1)), max(1, elements // channels))
     warps = max(1, cols * channels // elements_of_warp)
@@ -315,10 +315,10 @@ def _tiles(G: int, H: int, W: int) -> Tiles:
 
 
 class _Launch:
-    def __init__(self, x: Tensor, weight: Tensor, scale: Tensor | None):
+    def __init__(self, kernel: str, x: Tensor, weight: Tensor, scale: Tensor | None):
         B, C, H, W = x.shape
         g = weight.shape[0]
-        tiles = _tiles(C // g, H, W)
+        tiles = _tiles(kernel, C // g, H, W)
         self.row_tiles, self.col_tiles = -(-H // tiles.rows), -(-W // tiles.cols)
         self.programs = B * g * self.row_tiles * self.col_tiles
         self.device, self.registers = x, all_registers(tiles.warps)
@@ -356,7 +356,7 @@ def kernel_forward(
     """Logits ``[B, g, H, W]`` and, for the backward pass, the place of every maximum; empty unless ``save``."""
     logits = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     place = torch.empty_like(x, dtype=torch.int8) if save else x.new_empty(0, dtype=torch.int8)
-    launch = _Launch(x, weight, scale)
+    launch = _Launch("forward", x, weight, scale)
     shift_ptr = launch.arguments["scale_ptr"] if shift is None else shift.contiguous()
     launch.run(
         ulsam_fwd_kernel,
@@ -375,7 +375,7 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``x``, and sums over images and positions: of ``dlogits`` ``[g]``, ``d x`` and ``d`` ``[C]`` each."""
     dx = torch.empty_like(x)
-    launch = _Launch(x, weight, scale)
+    launch = _Launch("backward", x, weight, scale)
     g, C = weight.shape[0], x.shape[1]
     tiles = x.shape[0] * launch.row_tiles * launch.col_tiles
     sums = torch.empty(tiles, g + (C if scale is None else 2 * C), dtype=torch.float32, device=x.device)

@@ -160,6 +160,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, scale, shift, output[1])
     ctx.dtypes = [t.dtype for t in (weight, bias)]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the places would be a map that nobody reads
 
 
 def _differentiate(ctx, dlogits, _):

@@ -9,8 +9,17 @@ from torchvision.ops import deform_conv2d
 from zoo import gradients
 
 from vizoo.backbones.litv2 import DeformableTokenMerging
-from vizoo.backbones.ops.deform_merge import deform_merge, reference_deform_merge
+from vizoo.backbones.ops._backend import HAS_TRITON
+from vizoo.backbones.ops.deform_merge import (
+    deform_merge,
+    deform_sample,
+    reference_deform_merge,
+    reference_deform_sample,
+)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 SIZES = [(1, 2, 2, 1, 1), (2, 5, 4, 3, 7), (1, 7, 11, 5, 2), (3, 6, 3, 8, 4)]  # B, H, W, C, O
 
 
@@ -224,3 +233,90 @@ def test_bad_shapes_are_named():
         deform_merge(x, offset[:, :, :2], weight, bias)
     with pytest.raises(ValueError, match=r"got weight \[3, 2, 2, 2\] for 4 channels"):
         deform_merge(x, offset, weight[:, :2], bias)
+
+
+def sampled(x, offset):
+    return deform_sample(x, offset, "triton")
+
+
+def sample_gradients(f, x, offset, scale=1.0):
+    """Samples and both gradients."""
+    args = [t.detach().requires_grad_() for t in (x, offset)]
+    out = f(*args)
+    grad = scale * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return out.detach(), *torch.autograd.grad(out, args, grad.to(out.device, out.dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["any", "zero", "whole", "half", "rim", "infinite"])
+def test_kernels(kind, dtype):
+    """An odd map of one tile and one of two, with 3 and 40 channels: in parts of 16 and 8, the last one partial."""
+    for size in (SIZES[1], (1, 9, 12, 40, 1)):
+        x, offset = tensors(*size)[:2]
+        offset = offset if kind == "any" else kinks(kind, x, offset)
+        args = [t.to(DEVICE, dtype) for t in (x, offset)]
+        truth = sample_gradients(reference_deform_sample, *(t.double() for t in args))
+        plain = sample_gradients(reference_deform_sample, *args)
+        for name, a, t, p in zip(("out", "dx", "doffset"), sample_gradients(sampled, *args), truth, plain, strict=True):
+            op_close(a, t, p, grad=name != "out", what=f"{name} of {size}")
+
+
+@needs_triton
+def test_kernels_in_any_layout():
+    """Maps with channels first in memory, offsets as a convolution leaves them, and none at all."""
+    x, offset = (t.float().to(DEVICE) for t in tensors(2, 5, 6, 18, 1)[:2])
+    truth = sample_gradients(reference_deform_sample, x.double(), offset.double())
+    views = [t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (x, offset)]
+    wide = x.repeat_interleave(2, 2)[:, :, ::2]
+    for args in (views, (wide, offset)):
+        for i, (a, t) in enumerate(zip(sample_gradients(sampled, *args), truth, strict=True)):
+            op_close(a, t, grad=i > 0)
+    out, *grads = sample_gradients(sampled, x[:0], offset[:0])
+    assert [t.shape for t in (out, *grads)] == [(0, 4, 6, 18), (0, 5, 6, 18), (0, 2, 3, 8)]
+
+
+@needs_triton
+def test_kernels_leave_nan_where_it_is():
+    x, offset = (t.float().to(DEVICE) for t in tensors(*SIZES[1])[:2])
+    offset[1, 1, 0, 3] = math.nan  # of the second tap
+    out, dx, doffset = sample_gradients(sampled, x, offset)
+    lost = torch.zeros(out.shape[:3], dtype=torch.bool)
+    lost[1, 2, 1] = True
+    assert torch.equal(out.isnan().all(3).cpu(), lost)
+    assert torch.equal(out.isnan().any(3).cpu(), lost)
+    assert torch.isfinite(dx[0]).all()
+    assert torch.isfinite(doffset.flatten(0, 2)[[0, 1, 2, 3, 4, 5, 7]]).all()
+
+
+@needs_triton
+def test_kernels_keep_small_gradients():
+    """Of the size of float16's smallest: sums are made in float32."""
+    x, offset = tensors(1, 6, 7, 20, 1)[:2]
+    args = x.to(DEVICE, torch.float16), offset.to(DEVICE, torch.float32)
+    _, _, doffset = sample_gradients(sampled, *args, scale=1e-6)
+    grad = torch.randn(1, 6, 6, 20, generator=torch.Generator().manual_seed(1)).mul(1e-6).to(DEVICE, torch.float16)
+    wide = args[0].double(), args[1].double().requires_grad_()
+    op_close(doffset, torch.autograd.grad(reference_deform_sample(*wide), wide[1], grad.double())[0], grad=True)
+
+
+@needs_triton
+def test_opcheck_and_second_derivatives():
+    args = [t.float().to(DEVICE).requires_grad_() for t in tensors(1, 5, 4, 3, 1, scale=0.4)[:2]]
+    torch.library.opcheck(torch.ops.vizoo.deform_sample.default, args)
+    inputs = (reference_deform_sample(*args).detach(), *(t.detach() for t in args))
+    torch.library.opcheck(torch.ops.vizoo.deform_sample_backward.default, inputs, test_utils="test_schema")
+    seconds = []
+    for f in (sampled, reference_deform_sample):
+        found = torch.autograd.grad(f(*args).square().sum(), args, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(t.square().sum() for t in found), args))
+    for a, b in zip(*seconds, strict=True):
+        op_close(a, b.double(), grad=True)
+
+
+def test_rejects_backends():
+    x, offset = tensors(1, 4, 4, 3, 1)[:2]
+    with pytest.raises(ValueError, match="got backend='natten', need 'auto', 'torch' or 'triton'"):
+        deform_sample(x, offset, "natten")
+    with pytest.raises(ValueError, match=r"got backend='triton', but the kernels take .*not torch.float64"):
+        sampled(x, offset)
