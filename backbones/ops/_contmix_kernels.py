@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _na2d_av_kernels as sums
 from ._backend import HAS_TRITON, on_device
-from ._kernels import gradient_scale, power_of_two, product_precision
+from ._kernels import all_registers, gradient_scale, power_of_two, product_precision
 
 PROGRAMS = 1024  # of a kernel that works on several images in turn: enough to fill a GPU
 
@@ -34,20 +34,41 @@ class _Choice(NamedTuple):
     num_stages: int
 
 
-# By compute capability; then by kernel and bytes of an element.  Chosen from the machine code for 9.0 (no spill, fewest
-# instructions), not from measured times; every other capability takes the same until something is measured there.
-CHOICES: dict[int, dict[tuple[str, int], _Choice]] = {
+# By compute capability; then by kernel, bytes of an element and channels of a group, padded.  Chosen from the machine
+# code for 9.0 (no spill, fewest instructions times warps), not from measured times; every other capability takes the
+# same until something is measured there.
+CHOICES: dict[int, dict[tuple[str, int, int], _Choice]] = {
     90: {
-        ("forward", 2): _Choice(64, 64, 4, 1),
-        ("forward", 4): _Choice(64, 64, 4, 1),
-        ("weights", 2): _Choice(64, 64, 4, 1),
-        ("weights", 4): _Choice(64, 64, 4, 1),
-        ("backward", 2): _Choice(64, 64, 4, 1),
-        ("backward", 4): _Choice(64, 32, 4, 1),
-        ("bias", 2): _Choice(64, 32, 4, 1),
-        ("bias", 4): _Choice(64, 32, 4, 1),
-        ("products", 2): _Choice(64, 64, 4, 1),
-        ("products", 4): _Choice(64, 32, 4, 1),
+        ("forward", 2, 16): _Choice(64, 64, 4, 1),
+        ("forward", 2, 32): _Choice(64, 32, 4, 1),
+        ("forward", 2, 64): _Choice(64, 32, 4, 1),
+        ("forward", 4, 16): _Choice(64, 32, 4, 1),
+        ("forward", 4, 32): _Choice(32, 32, 4, 1),
+        ("forward", 4, 64): _Choice(32, 32, 8, 1),
+        ("weights", 2, 16): _Choice(64, 64, 4, 1),
+        ("weights", 2, 32): _Choice(64, 64, 4, 1),
+        ("weights", 2, 64): _Choice(64, 32, 4, 1),
+        ("weights", 4, 16): _Choice(64, 32, 4, 1),
+        ("weights", 4, 32): _Choice(32, 32, 4, 1),
+        ("weights", 4, 64): _Choice(32, 32, 8, 1),
+        ("backward", 2, 16): _Choice(64, 32, 4, 1),
+        ("backward", 2, 32): _Choice(64, 32, 4, 1),
+        ("backward", 2, 64): _Choice(32, 32, 8, 1),
+        ("backward", 4, 16): _Choice(64, 32, 4, 1),
+        ("backward", 4, 32): _Choice(32, 32, 8, 1),
+        ("backward", 4, 64): _Choice(16, 16, 8, 1),
+        ("bias", 2, 16): _Choice(64, 32, 4, 1),
+        ("bias", 2, 32): _Choice(64, 32, 4, 1),
+        ("bias", 2, 64): _Choice(32, 32, 8, 1),
+        ("bias", 4, 16): _Choice(64, 32, 4, 1),
+        ("bias", 4, 32): _Choice(32, 32, 4, 1),
+        ("bias", 4, 64): _Choice(32, 16, 8, 1),
+        ("products", 2, 16): _Choice(64, 64, 4, 1),
+        ("products", 2, 32): _Choice(64, 32, 4, 1),
+        ("products", 2, 64): _Choice(64, 32, 4, 1),
+        ("products", 4, 16): _Choice(32, 32, 4, 1),
+        ("products", 4, 32): _Choice(32, 32, 4, 1),
+        ("products", 4, 64): _Choice(32, 16, 8, 1),
     }
 }
 
@@ -226,7 +247,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _add(value, sum_ptr, out_ptr, place, stride_c, m, again, more, C, CP, LAST):
-        """Add ``[n, CP]`` to what was left in ``sum`` where others came before, and leave it there for those to come."""
+        """Add ``[n, CP]`` to what others left in ``sum``, and leave it there where there are more to come."""
         c = tl.arange(0, CP)
         if LAST:
             at, m_c = place[:, None] + c[None, :], (c < C)[None, :]
@@ -330,8 +351,11 @@ if HAS_TRITON:
                 if not EXACT:
                     missing += tl.sum(ds, 1)
                     mean = tl.dot(p, m, mean)
-                ds = (ds * grow).to(q.dtype)
+                exact = ds * grow
+                ds = exact.to(q.dtype)
                 dq = tl.dot(ds, m, dq, input_precision=PRECISION)
+                if q.dtype == tl.float16:  # whose digits would show what the rounding of the logits' gradient takes off
+                    dq = tl.dot((exact - ds.to(tl.float32)).to(q.dtype), m, dq)
                 dm = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (1 / grow)
                 again, more = m_o & (step > 0), m_o & (step < steps - 1)
                 _add(dm, dm_sum_ptr + context, dm_ptr + context, o, S, m_o, again, more, C, CP, False)
@@ -532,13 +556,15 @@ class _Size:
         }
 
     def run(self, kernel: Any, name: str, programs: int, shares: int = 1, **pointers: Any) -> None:
+        choice = self.choice(name)
+        sizes = {"shares": shares, "tiles": self.tiles(name), **choice._asdict()}
+        if self.options["CP"] > 16:
+            sizes |= all_registers(choice.num_warps)
         with on_device(self.q):
-            kernel[(programs * shares,)](
-                **self.options, **pointers, shares=shares, tiles=self.tiles(name), **self.choice(name)._asdict()
-            )
+            kernel[(programs * shares,)](**self.options, **pointers, **sizes)
 
     def choice(self, name: str) -> _Choice:
-        choice, queries = CHOICES[90][name, self.q.element_size()], self.queries()
+        choice, queries = CHOICES[90][name, self.q.element_size(), self.options["CP"]], self.queries()
         return choice._replace(
             BLOCK_N=min(choice.BLOCK_N, power_of_two(queries)), BLOCK_O=min(choice.BLOCK_O, self.row)
         )
@@ -580,7 +606,11 @@ class _Size:
         else:
             self.make_weights()
             self.sums().run(
-                sums.na2d_av_fwd_kernel, attn_ptr=self.weights, value_ptr=self.half(self.v), out_ptr=self.half(out)
+                sums.na2d_av_fwd_kernel,
+                "fwd",
+                attn_ptr=self.weights,
+                value_ptr=self.half(self.v),
+                out_ptr=self.half(out),
             )
 
     def backward(
@@ -619,13 +649,14 @@ class _Size:
         halves = {"dout_ptr": self.half(dout), "attn_ptr": self.weights}
         tiles.run(
             sums.na2d_av_bwd_attn_kernel,
+            "attn",
             value_ptr=self.half(self.v),
             dattn_ptr=ds,
             grow_ptr=grow,
             SOFTMAX=True,
             **halves,
         )
-        tiles.run(sums.na2d_av_bwd_value_kernel, dvalue_ptr=self.half(dv), **halves)
+        tiles.run(sums.na2d_av_bwd_value_kernel, "value", dvalue_ptr=self.half(dv), **halves)
         shares = min(self.tiles("products"), -(-PROGRAMS // (B * G)))
         dM_sum = torch.empty(B, G, shares, C, self.K * self.K, dtype=torch.float32, device=self.q.device)
         self.run(contmix_bwd_products_kernel, "products", B * G, shares, ds_ptr=ds, dm_sum_ptr=dM_sum, **grads)

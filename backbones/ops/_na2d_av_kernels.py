@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import power_of_two, product_precision
+from ._kernels import all_registers, power_of_two, product_precision
 
 TILE = 4  # side of a tile: the region of a larger one has more pairs outside the windows
 
@@ -29,17 +29,29 @@ class _Choice(NamedTuple):
     num_stages: int
 
 
-# By compute capability; then by bytes of an element and of a group's channels, padded.  Chosen from the machine code for
-# 9.0 (no spill, fewest instructions), not from measured times; every other capability takes the same until something is
-# measured there.
-CHOICES: dict[int, dict[tuple[int, int], _Choice]] = {
+# By compute capability; then by kernel, bytes of an element and channels of a group, padded.  Chosen from the machine
+# code for 9.0 (no spill, fewest instructions times warps), not from measured times; every other capability takes the
+# same until something is measured there.
+CHOICES: dict[int, dict[tuple[str, int, int], _Choice]] = {
     90: {
-        (2, 32): _Choice(64, 2, 1),
-        (2, 64): _Choice(64, 1, 1),
-        (2, 128): _Choice(64, 2, 1),
-        (4, 64): _Choice(64, 1, 1),
-        (4, 128): _Choice(64, 2, 1),
-        (4, 256): _Choice(64, 4, 1),
+        ("fwd", 2, 16): _Choice(64, 1, 1),
+        ("fwd", 2, 32): _Choice(32, 1, 1),
+        ("fwd", 2, 64): _Choice(32, 2, 1),
+        ("attn", 2, 16): _Choice(64, 2, 1),
+        ("attn", 2, 32): _Choice(32, 2, 1),
+        ("attn", 2, 64): _Choice(32, 4, 1),
+        ("value", 2, 16): _Choice(32, 1, 1),
+        ("value", 2, 32): _Choice(32, 1, 1),
+        ("value", 2, 64): _Choice(32, 4, 1),
+        ("fwd", 4, 16): _Choice(32, 1, 1),
+        ("fwd", 4, 32): _Choice(32, 2, 1),
+        ("fwd", 4, 64): _Choice(32, 4, 1),
+        ("attn", 4, 16): _Choice(64, 4, 1),
+        ("attn", 4, 32): _Choice(32, 4, 1),
+        ("attn", 4, 64): _Choice(32, 8, 1),
+        ("value", 4, 16): _Choice(32, 1, 1),
+        ("value", 4, 32): _Choice(32, 2, 1),
+        ("value", 4, 64): _Choice(32, 4, 1),
     }
 }
 
@@ -265,7 +277,7 @@ if HAS_TRITON:
 
         def __init__(self, value: Tensor, sizes: Sequence[int], strides: Sequence[int], K: int, row: int, index: Any):
             B, G, C, H, W = sizes
-            CP, size = power_of_two(C), value.element_size()
+            CP = power_of_two(C)
             self.value, self.programs = value, B * triton.cdiv(H, TILE) * triton.cdiv(W, TILE)
             self.options: dict[str, Any] = {
                 "G": G,
@@ -281,11 +293,14 @@ if HAS_TRITON:
                 "INDEX": index,
                 "T": TILE,
                 "COLS": 8 if K + TILE - 1 <= 8 else 16,
-                **CHOICES[90][size, size * CP]._asdict(),
             }
 
-        def run(self, kernel: Any, **pointers: Any) -> None:
+        def run(self, kernel: Any, name: str, **pointers: Any) -> None:
             """One program for each tile of each image, which must have some elements."""
             if self.value.numel() > 0:
+                choice = CHOICES[90][name, self.value.element_size(), self.options["CP"]]
+                sizes = choice._asdict()
+                if self.options["CP"] > 16 or self.options["COLS"] > 8:
+                    sizes |= all_registers(choice.num_warps)
                 with on_device(self.value):
-                    kernel[(self.programs,)](**pointers, **self.options)
+                    kernel[(self.programs,)](**pointers, **self.options, **sizes)

@@ -293,7 +293,7 @@ def _tiles(attn: Tensor, value: Tensor, kernel_size: int) -> Any:
 def _triton_forward(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     attn, value = attn.contiguous(), value.contiguous()
     out = torch.empty_like(value)
-    _tiles(attn, value, kernel_size).run(kernels.na2d_av_fwd_kernel, attn_ptr=attn, value_ptr=value, out_ptr=out)
+    _tiles(attn, value, kernel_size).run(kernels.na2d_av_fwd_kernel, "fwd", attn_ptr=attn, value_ptr=value, out_ptr=out)
     return out
 
 
@@ -302,8 +302,16 @@ def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
     dattn, dvalue = torch.empty_like(attn), torch.empty_like(value)
     tiles = _tiles(attn, value, kernel_size)
     unused = {"attn_ptr": attn, "grow_ptr": grad}
-    tiles.run(kernels.na2d_av_bwd_attn_kernel, dout_ptr=grad, value_ptr=value, dattn_ptr=dattn, SOFTMAX=False, **unused)
-    tiles.run(kernels.na2d_av_bwd_value_kernel, dout_ptr=grad, attn_ptr=attn, dvalue_ptr=dvalue)
+    tiles.run(
+        kernels.na2d_av_bwd_attn_kernel,
+        "attn",
+        dout_ptr=grad,
+        value_ptr=value,
+        dattn_ptr=dattn,
+        SOFTMAX=False,
+        **unused,
+    )
+    tiles.run(kernels.na2d_av_bwd_value_kernel, "value", dout_ptr=grad, attn_ptr=attn, dvalue_ptr=dvalue)
     return dattn, dvalue
 
 

@@ -7,11 +7,13 @@ from golden import image, load, weights
 from tolerance import close, golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.ops import contmix as module
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
 from vizoo.backbones.ops.contmix import contmix, reference_contmix, working_size
 from vizoo.backbones.ops.na2d_av import na2d_av
+
+if HAS_TRITON:
+    from vizoo.backbones.ops import _contmix_kernels as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -133,21 +135,93 @@ def test_kernels_mask_channels(C):
 
 
 @needs_triton
-def test_precision_of_products_reaches_the_kernels(monkeypatch):
-    found = []
+def test_kernels_take_more_queries_and_offsets_than_a_tile():
+    """Of one window, and of several that share values and context."""
+    check(lambda *a: contmix(*a, backend="triton"), (1, 1, 2, 9, 10, 9, 9), torch.float32, DEVICE)
 
-    class Recorded:
-        def __init__(self, kernel):
-            self.kernel = kernel
+
+@needs_triton
+@pytest.mark.parametrize("size", [1e-4, 1e-6])
+def test_small_gradients_do_not_vanish_in_float16(size):
+    """The tables' gradients are float32, and context and queries large: what the kernels lose they lose before."""
+    *tensors, v = (t.to(DEVICE) for t in inputs(1, 1, 4, 8, 5, 3, 5))  # tiles for the first kernel, then windows
+    tensors = [t.half() if t.dim() == 4 else t.float() for t in (*tensors, v)]
+    grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).mul(size).to(DEVICE, torch.float16)
+    found = run(lambda *t: contmix(*t, 3, 5, "triton"), tensors, grad)
+    truth = run(lambda *t: reference_contmix(*t, 3, 5), [t.double() for t in tensors], grad.double())
+    for name, a, t in list(zip(NAMES, found, truth, strict=True))[3:6]:
+        op_close((a / size).half(), t / size, grad=True, what=name)
+
+
+def launches(monkeypatch, *case, dtype=torch.float32):
+    """Arguments of every launch of a forward and backward pass on the meta device, by kernel."""
+    calls = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.own = calls.setdefault(name, [])
 
         def __getitem__(self, grid):
-            return lambda **arguments: found.append(arguments["PRECISION"]) or self.kernel[grid](**arguments)
+            return lambda *args, **arguments: self.own.append(arguments)
 
-    for name in ("_contmix_fwd_kernel", "_contmix_bwd_logits_kernel"):
-        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
-    monkeypatch.setattr(module, "product_precision", lambda device: "tf32")
-    check(lambda *a: contmix(*a, backend="triton"), (1, 1, 2, 3, 5, 3, 3), torch.float16, DEVICE)
-    assert found == ["tf32"] * 4  # forward and backward, for both kernel sizes
+    for place in (kernels, kernels.sums):
+        for name in [n for n in vars(place) if n.endswith("_kernel")]:
+            monkeypatch.setattr(place, name, Recorder(name))
+    q, M, bias, rpb1, rpb2, v = (t.to("meta", dtype if t.dim() == 4 else torch.float32) for t in inputs(*case))
+    out, lse = kernels.kernel_forward(q, M, bias, rpb1, rpb2, v, *case[-2:])
+    kernels.kernel_backward(out, out, lse, q, M, bias, rpb1, rpb2, v, *case[-2:])
+    return calls
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_precision_of_products_is_pytorchs(monkeypatch, precision):
+    for place in (kernels, kernels.sums):
+        monkeypatch.setattr(place, "product_precision", lambda device: precision)
+    calls = launches(monkeypatch, 1, 1, 2, 8, 5, 3, 5)
+    assert len(calls.pop("contmix_bias_kernel")) == 4  # forward and backward, for both kernel sizes
+    assert len(calls) == 8
+    assert all(calls.values())
+    assert {c["PRECISION"] for found in calls.values() for c in found} == {precision}
+
+
+@needs_triton
+def test_kernels_are_compiled_once_for_a_model(monkeypatch):
+    """Neither the size of a map nor groups nor batch change a constant of a kernel."""
+    constants = {}
+    for case in (
+        (4, 8, 16, 14, 14, 5, 13),
+        (2, 16, 16, 7, 7, 5, 7),
+        (1, 2, 16, 50, 76, 5, 13),
+        (1, 3, 16, 16, 17, 5, 13),
+    ):
+        for name, calls in launches(monkeypatch, *case, dtype=torch.float16).items():
+            for c in calls:
+                own = {
+                    k: v
+                    for k, v in c.items()
+                    if k.startswith("num_") or (k.isupper() and k not in ("G", "H", "W", "S"))
+                }
+                constants.setdefault((name, c.get("K")), set()).add(str(own))
+    assert {key: len(c) for key, c in constants.items()} == dict.fromkeys(constants, 1)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [
+        ((14, 14, 13), True),
+        ((7, 7, 7), True),
+        ((16, 15, 13), True),
+        ((14, 14, 5), False),
+        ((32, 32, 13), False),
+        ((50, 76, 13), False),
+        ((25, 38, 7), False),
+    ],
+    ids=str,
+)
+def test_kernels_take_few_windows_as_such(size, windows):
+    assert kernels.by_windows(*size) is windows
 
 
 def transposed(t):
