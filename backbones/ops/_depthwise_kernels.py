@@ -36,7 +36,7 @@ if HAS_TRITON:
 
     TAPS = tl.constexpr(32)  # that hold a row of a kernel
     # 1 or a multiple of 16 is no reason to compile, nor in strides, which count vectors
-    _COUNTS = ("B", "C", "CV", "H", "W", "WV", "tiles", "blocks", "groups", "parts", "K", "reach", "dilation", "flip")
+    _COUNTS = ("B", "C", "H", "W", "WV", "tiles", "blocks", "groups", "parts", "K", "reach", "dilation", "flip")
     _STRIDES = tuple(f"stride_{output}{axis}" for output in ("", "d") for axis in "bcyx")
 
     def _jit(function):
@@ -138,12 +138,6 @@ if HAS_TRITON:
         out_base = out_ptr + c.to(INDEX) * stride_dc * VEC
         tl.store(out_base + place, acc.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (u < length) & (x < W))
 
-    @triton.jit
-    def _channels(group, CV, VEC: tl.constexpr, CHANNELS: tl.constexpr):
-        """Channels of a group, and which exist."""
-        c = group * CHANNELS + tl.arange(0, CHANNELS)
-        return c, c < CV * VEC
-
     @_jit
     def _depthwise_last_fwd_kernel(
         x_ptr,
@@ -151,7 +145,6 @@ if HAS_TRITON:
         bias_ptr,
         out_ptr,
         B,
-        CV,
         H,
         W,
         tiles,
@@ -180,11 +173,11 @@ if HAS_TRITON:
         pid = tl.program_id(0)
         phase, pid = pid % dilation, pid // dilation
         u0, pid = pid % blocks * ROWS, pid // blocks
-        c, m_c = _channels(pid % groups, CV, VEC, CHANNELS)
+        c = pid % groups * CHANNELS + tl.arange(0, CHANNELS)
         first = pid // groups * BLOCK
         image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
         x = left[:, None] - LEFT + tl.arange(0, READ)[None, :]
-        m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None] & m_c[None, None, :]
+        m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None]
         x_place = (image[:, None] + x.to(INDEX) * stride_x * VEC)[:, :, None] + c[None, None, :]
         n = tl.arange(0, ROWS * WRITTEN)
         row, t = n // WRITTEN, n % WRITTEN
@@ -200,14 +193,14 @@ if HAS_TRITON:
         for u in range(tl.maximum(u0 - above, 0), tl.minimum(u0 + ROWS + above, length)):
             y = (phase + u * dilation).to(INDEX)
             a = tl.load(x_ptr + y * stride_y * VEC + x_place, mask=m_x, other=0.0)
-            w = tl.load(bands_base + (j + u) * (READ * WRITTEN) + band, mask=m_c[:, None, None], other=0.0)
+            w = tl.load(bands_base + (j + u) * (READ * WRITTEN) + band)
             acc = tl.dot(tl.permute(a, (2, 0, 1)), w, acc, input_precision=PRECISION)
         if BIAS:
-            acc += tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)[:, None, None]
+            acc += tl.load(bias_ptr + c).to(tl.float32)[:, None, None]
         image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
         u, x = (u0 + row)[None, :], left[:, None] + t[None, :]
         place = image[:, None] + ((phase + u * dilation).to(INDEX) * stride_dy + x.to(INDEX) * stride_dx) * VEC
-        ok = (ok[:, None] & (u < length) & (x < W))[:, :, None] & m_c[None, None, :]
+        ok = (ok[:, None] & (u < length) & (x < W))[:, :, None]
         out = tl.permute(acc, (1, 2, 0)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (place[:, :, None] + c[None, None, :]), out, mask=ok)
 
@@ -281,7 +274,6 @@ if HAS_TRITON:
         dout_ptr,
         products_ptr,
         B,
-        CV,
         H,
         W,
         tiles,
@@ -309,7 +301,7 @@ if HAS_TRITON:
         """The same for channels that lie side by side."""
         pid = tl.program_id(0)
         block, part = pid % blocks, pid // blocks // groups
-        c, m_c = _channels(pid // blocks % groups, CV, VEC, CHANNELS)
+        c = pid // blocks % groups * CHANNELS + tl.arange(0, CHANNELS)
         below = block * ROWS - K // 2
         e, n = tl.arange(0, ROWS * READ), tl.arange(0, ROWS * WRITTEN)
         x_row, s = e // READ, e % READ
@@ -319,12 +311,12 @@ if HAS_TRITON:
         for first in range(part * BLOCK, B * tiles, parts * BLOCK):
             image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
             x = left[:, None] - LEFT + s[None, :]
-            m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None] & m_c[None, None, :]
+            m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None]
             place = ((x_row * dilation).to(INDEX)[None, :] * stride_y + x.to(INDEX) * stride_x) * VEC
             x_place = (image[:, None] + place)[:, :, None] + c[None, None, :]
             image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
             x = left[:, None] + t[None, :]
-            m_d = (ok[:, None] & (x < W))[:, :, None] & m_c[None, None, :]
+            m_d = (ok[:, None] & (x < W))[:, :, None]
             place = ((d_row * dilation).to(INDEX)[None, :] * stride_dy + x.to(INDEX) * stride_dx) * VEC
             d_place = (image[:, None] + place)[:, :, None] + c[None, None, :]
             for phase in range(0, dilation):
@@ -338,10 +330,10 @@ if HAS_TRITON:
                     m_u = (u0 + d_row < length)[None, :, None]
                     d = tl.load(dout_ptr + y * stride_dy * VEC + d_place, mask=m_d & m_u, other=0.0)
                     acc = tl.dot(tl.permute(a, (2, 1, 0)), tl.permute(d, (2, 0, 1)), acc, input_precision=PRECISION)
-        out = products_ptr + (part * CV * VEC * blocks + block).to(tl.int64) * (ROWS * ROWS * READ * WRITTEN)
+        out = products_ptr + (part * groups * CHANNELS * blocks + block).to(tl.int64) * (ROWS * ROWS * READ * WRITTEN)
         own = c.to(tl.int64) * blocks * (ROWS * ROWS * READ * WRITTEN)
         place = own[:, None, None] + (e[:, None] * (ROWS * WRITTEN) + n[None, :])[None, :, :]
-        tl.store(out + place, acc, mask=m_c[:, None, None])
+        tl.store(out + place, acc)
 
     @_jit
     def _diagonals_kernel(
@@ -412,14 +404,6 @@ CHOICES = {
         ("last weight", True, 32, 32): Tile(32, 2, 8, 1, 8),
         ("last weight", True, 32, 16): Tile(32, 2, 8, 1, 8),
         ("last weight", True, 64, 32): Tile(16, 1, 8, 1, 8),
-        ("last forward", False, 16, 16): Tile(16, 4, 8, 1, 8),
-        ("last forward", False, 32, 32): Tile(16, 2, 8, 1, 8),
-        ("last forward", False, 32, 16): Tile(16, 4, 8, 1, 8),
-        ("last forward", False, 64, 32): Tile(16, 1, 8, 1, 8),
-        ("last weight", False, 16, 16): Tile(16, 2, 8, 1, 8),
-        ("last weight", False, 32, 32): Tile(16, 1, 8, 1, 8),
-        ("last weight", False, 32, 16): Tile(16, 2, 8, 1, 8),
-        ("last weight", False, 64, 32): Tile(16, 1, 8, 1, 4),
     }
 }
 
@@ -444,9 +428,20 @@ def empty_map(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
 
 
-def _as_kernels_read(x: Tensor, format: torch.memory_format) -> Tensor:
-    """``x`` with its rows, or in channels-last its channels, side by side."""
-    return x if x.stride(1 if format == torch.channels_last else 3) == 1 else x.contiguous(memory_format=format)
+def _reads_channels(x: Tensor) -> bool:
+    """Whether the kernels read channels side by side: in half precision, eight of them at once.
+
+    Products of float32 are so slow there that a copy to the other memory format takes less time.
+    """
+    whole = all(n % 8 == 0 for n in (x.shape[1], x.stride(0), x.stride(2), x.stride(3)))
+    return x.element_size() == 2 and _format(x) == torch.channels_last and whole
+
+
+def _as_read(x: Tensor, last: bool) -> Tensor:
+    """``x`` with its channels or its rows side by side."""
+    if last:
+        return x if _reads_channels(x) else x.contiguous(memory_format=torch.channels_last)
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 class _Launch:
@@ -463,12 +458,12 @@ class _Launch:
         half = x.element_size() == 2
         choices = CHOICES[90]  # other devices take the same until something is measured there
         self.tile = choices[f"last {kernel}" if last else kernel, half, read, written]
-        self.groups = -(-C // self.tile.channels)
+        self.groups = C // self.tile.channels
         tiles = -(-W // written)
         axes = {"b": 0, "y": 2, "x": 3} if last else {"b": 0, "c": 1, "y": 2}
         strides = {f"stride_{name}{a}": t.stride(i) for name, t in (("", x), ("d", like)) for a, i in axes.items()}
         vector = math.gcd(C if last else W, *strides.values(), 16 // x.element_size())
-        sizes = {"CV": C // vector, "W": W, "groups": self.groups} if last else {"C": C, "WV": W // vector}
+        sizes = {"W": W, "groups": self.groups} if last else {"C": C, "WV": W // vector}
         self.blocks = -(-B * tiles // self.tile.block)  # of rows of the products
         self.columns: dict[str, Any] = {"READ": read, "WRITTEN": written, "LEFT": left, "ROWS": self.tile.rows}
         self.taps: dict[str, Any] = {"K": kernel_size, "dilation": dilation}
@@ -492,10 +487,11 @@ class _Launch:
 
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool = False) -> Tensor:
     """Convolution in the dtype and memory format of ``x``, with the kernel turned around by ``flip``."""
-    out, last = empty_map(x), _format(x) == torch.channels_last
+    C, H, K, last, format = x.shape[1], x.shape[2], weight.shape[2], _reads_channels(x), _format(x)
+    x, weight = _as_read(x, last), weight.contiguous()
+    out = empty_map(x)
     if out.numel() == 0:
-        return out
-    x, weight, (_, C, H, _), K = _as_kernels_read(x, _format(x)), weight.contiguous(), x.shape, weight.shape[2]
+        return out.contiguous(memory_format=format)
     launch = _Launch("forward", x, out, K, dilation, last)
     rows, columns = launch.tile.rows, launch.columns
     kernel = _depthwise_last_fwd_kernel if last else _depthwise_fwd_kernel
@@ -514,16 +510,16 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
             BIAS=bias is not None,
             **launch.arguments,
         )
-    return out
+    return out.contiguous(memory_format=format)
 
 
 def kernel_weight_gradient(dout: Tensor, x: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Gradient of the kernel ``[C, 1, K, K]`` in float32."""
-    C, K, format = x.shape[1], kernel_size, _format(x)
+    C, K, last = x.shape[1], kernel_size, _reads_channels(x)
     if x.numel() == 0:
         return torch.zeros(C, 1, K, K, dtype=torch.float32, device=x.device)
     dweight = torch.empty(C, 1, K, K, dtype=torch.float32, device=x.device)
-    x, dout, last = _as_kernels_read(x, format), _as_kernels_read(dout, format), format == torch.channels_last
+    x, dout = _as_read(x, last), _as_read(dout, last)
     launch = _Launch("weight", x, dout, K, dilation, last)
     rows, columns = launch.tile.rows, launch.columns
     kernel = _depthwise_last_bwd_weight_kernel if last else _depthwise_bwd_weight_kernel

@@ -4,10 +4,10 @@
 
 for odd ``K`` and dilation ``d``: ``B * C * H * W * K^2`` multiply-accumulates.
 
-The reference is PyTorch's own convolution.  On a GPU that has cuDNN's kernels for undilated 3x3 and 5x5 ones only; for
-all others a native kernel takes every product one by one, with its own loads and tests of the border.  The Triton
-kernels make products of matrices instead, about twice as many multiplications, but for tensor cores: see
-``_depthwise_kernels.py``.  They add up in a fixed order.
+The reference is PyTorch's own convolution.  On a GPU, for channels first, cuDNN has kernels for undilated 3x3 and 5x5
+ones only; all others go to a native kernel that takes every product one by one, with its own loads and tests of the
+border.  The Triton kernels make products of matrices instead, about twice as many multiplications, but for tensor
+cores: see ``_depthwise_kernels.py``.  They add up in a fixed order, and keep the memory format.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def depthwise_conv(
         bias: ``[C]``, or None.
         dilation: Distance of neighbouring taps.
         backend: ``"torch"``; ``"triton"`` (no float64, taps up to 16 pixels from the centre); or ``"auto"``: Triton
-            where it can run, but for the kernels that cuDNN has.
+            where it can run, but for undilated kernels up to 5x5, which cuDNN has.
 
     Returns:
         ``[B, C, H, W]``.

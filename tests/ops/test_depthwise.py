@@ -112,7 +112,7 @@ def test_kernels_take_any_size(kernel_size):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.contiguous(memory_format=torch.channels_last),  # in float32 by copies
         lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],  # a part of the channels, read in place
         lambda x: x.repeat_interleave(2, 3)[..., ::2],
         lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
@@ -121,6 +121,32 @@ def test_kernels_take_any_size(kernel_size):
 )
 def test_inputs_need_not_be_contiguous(change):
     check(triton_form, (2, 3, 4, 6, 5, 1), torch.float32, change)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "case", [(2, 8, 3, 5, 7, 1), (1, 16, 2, 19, 3, 1), (1, 8, 4, 33, 3, 5), (1, 8, 2, 36, 3, 9)], ids=ids
+)
+def test_kernels_read_eight_channels(case, dtype):
+    check(triton_form, case, dtype, channels_last)
+
+
+@needs_triton
+def test_memory_format_is_kept():
+    """Also that of a part of the channels, read in place, and whatever that of the output's gradient is."""
+    x, weight, _ = (t.half().to(DEVICE) for t in inputs(2, 16, 3, 2, 3, 1))
+    weight.requires_grad_()
+    out = triton_form(channels_last(x)[:, 8:], weight[8:])
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, triton_form(channels_last(x[:, 8:]), weight[8:]))
+    grad = torch.randn(2, 8, 3, 2, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    first, second = (torch.autograd.grad(out, weight, g, retain_graph=True)[0] for g in (grad, channels_last(grad)))
+    assert torch.equal(first, second)
 
 
 @needs_triton
@@ -143,8 +169,8 @@ def test_small_gradients_do_not_vanish_in_float16(size):
         close(a.double() / size, t / size, "gradient", name)
 
 
-def launch(x, kernel="forward", kernel_size=13):
-    return kernels._Launch(kernel, x, x, kernel_size, 1)
+def launch(x, kernel="forward", kernel_size=13, last=False):
+    return kernels._Launch(kernel, x, x, kernel_size, 1, last)
 
 
 @needs_triton
@@ -167,15 +193,15 @@ def test_kernels_index_large_maps_in_64_bits():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)])
 @pytest.mark.parametrize("kernel_size", [3, 17, 19, 31])
-def test_every_width_has_a_tile(dtype, kernel_size):
-    """Which reads as far as its kernel reaches, and fits into shared memory."""
+def test_every_width_has_a_tile(dtype, last, kernel_size):
+    """Which reads as far as its kernel reaches."""
     for kernel, W in itertools.product(("forward", "weight"), (1, 7, 16, 17, 32, 33, 304)):
-        found = launch(torch.empty(2, 3, 5, W, dtype=dtype, device="meta"), kernel, kernel_size)
+        found = launch(torch.empty(2, 8, 5, W, dtype=dtype, device="meta"), kernel, kernel_size, last)
         read, written, left = (found.columns[name] for name in ("READ", "WRITTEN", "LEFT"))
-        assert found.tiles * written >= W
-        assert (left == 0 and found.tiles == 1) or left >= kernel_size // 2 <= read - left - written
+        assert found.arguments["tiles"] * written >= W
+        assert (left == 0 and written >= W) or left >= kernel_size // 2 <= read - left - written
 
 
 @needs_triton
@@ -230,9 +256,9 @@ def test_second_derivatives():
 @needs_triton
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):  # small: each call runs a dozen times
-    x, weight, b = (t.float().to(DEVICE).requires_grad_() for t in inputs(1, 1, 2, 3, 3, 1))
+    x, weight, b = (t.float().to(DEVICE).requires_grad_() for t in inputs(1, 2, 2, 3, 3, 1))
     torch.library.opcheck(torch.ops.vizoo.depthwise_conv.default, (x, weight, b if bias else None, 2))
-    x, weight = x.detach().transpose(2, 3), weight.detach().half()
+    x, weight = (channels_last if bias else torch.clone)(x.detach()), weight.detach().half()
     for needed in ((True, True), (True, False), (False, True)):
         arguments = (torch.randn_like(x), x, weight, 1, *needed)
         torch.library.opcheck(torch.ops.vizoo.depthwise_conv_backward.default, arguments)
