@@ -39,6 +39,7 @@ from .layers import HiLo
 from .layers.build import build
 from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.plain import depthwise, fuses, project, tensors
+from .ops._backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3
@@ -82,9 +83,10 @@ class ConvFFN(nn.Module):
             if self.fused and depthwise(self.dwconv, 3):
                 if fuses(x, self.fc1, self.fc2):
                     return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
-                weight, bias = tensors(self.dwconv)
-                x = depthwise3x3(self.fc1(x).permute(0, 3, 1, 2), weight, bias, gelu=True)
-                return self.fc2(x.permute(0, 2, 3, 1))
+                if on_kernel_device(x):
+                    weight, bias = tensors(self.dwconv)
+                    x = depthwise3x3(self.fc1(x).permute(0, 3, 1, 2), weight, bias, gelu=True)
+                    return self.fc2(x.permute(0, 2, 3, 1))
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
         return self.fc2(F.gelu(x.permute(0, 2, 3, 1)))
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_compiled_onednn, use_onednn
+from ._backend import on_kernel_device, use_compiled_onednn, use_onednn
 from ._cost import Cost, register_cost
 from ._operator import operator
-from .depthwise3x3 import depthwise3x3, reference_depthwise3x3
+from .depthwise3x3 import depthwise3x3
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
 
@@ -42,21 +42,23 @@ def reference_conv_ffn(
         ``[B, H, W, O]``.
     """
     x = F.linear(x, w1, b1).permute(0, 3, 1, 2)  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
-    x = reference_depthwise3x3(x, wd, bd, gelu=True)
-    return F.linear(x.permute(0, 2, 3, 1), w2, b2)
+    x = F.conv2d(x, wd, bd, padding=1, groups=wd.shape[0])
+    return F.linear(F.gelu(x.permute(0, 2, 3, 1)), w2, b2)
 
 
 def conv_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, wd: Tensor, bd: Tensor | None, w2: Tensor, b2: Tensor | None
 ) -> Tensor:
-    """:func:`reference_conv_ffn` by fused oneDNN operators for inference on a CPU, else with :func:`depthwise3x3`."""
+    """:func:`reference_conv_ffn`, by oneDNN for inference on a CPU and with :func:`depthwise3x3` on a GPU."""
     if not torch.jit.is_scripting():
         if use_onednn(x, w1):
             return _onednn_conv_ffn(x, w1, b1, wd, bd, w2, b2)
         if use_compiled_onednn(x, w1):
             return torch.ops.vizoo.conv_ffn(x, w1, b1, wd, bd, w2, b2)
-    x = F.linear(x, w1, b1).permute(0, 3, 1, 2)
-    return F.linear(depthwise3x3(x, wd, bd, gelu=True).permute(0, 2, 3, 1), w2, b2)
+        if on_kernel_device(x):
+            x = depthwise3x3(F.linear(x, w1, b1).permute(0, 3, 1, 2), wd, bd, gelu=True)
+            return F.linear(x.permute(0, 2, 3, 1), w2, b2)
+    return reference_conv_ffn(x, w1, b1, wd, bd, w2, b2)
 
 
 def _onednn_conv_ffn(

@@ -28,18 +28,11 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import power_of_two
+from ._kernels import all_registers, power_of_two
 from ._operator import operator
 
 MAX_SIZE = 65535  # of batch and channels: as many programs as the second and third axis of a launch can have
 PROGRAMS = 1024  # that a launch is not to go below for the sake of longer ones: eight for every multiprocessor
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 4 or list(weight.shape) != [x.shape[1], 1, 3, 3]:
-        raise ValueError(f"got x {list(x.shape)} and weight {list(weight.shape)}, need [B, C, H, W] and [C, 1, 3, 3]")
-    if bias is not None and list(bias.shape) != [x.shape[1]]:
-        raise ValueError(f"got bias {list(bias.shape)}, need [{x.shape[1]}]")
 
 
 def reference_depthwise3x3(
@@ -56,11 +49,7 @@ def reference_depthwise3x3(
 
     Returns:
         ``[B, C, H, W]``.
-
-    Raises:
-        ValueError: If the shapes do not fit each other.
     """
-    _check(x, weight, bias)
     y = F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
     if residual:
         y = x + y
@@ -287,7 +276,7 @@ if HAS_TRITON:
                 p = out_base + tl.cast(y, INDEX) * out_stride_y
                 for r in tl.static_range(ROWS):
                     out = _convolution(tiles, w, bias, r)
-                    other = others[r].to(tl.float32)
+                    other = others[r].to(tl.float32)  # type: ignore[var-annotated]
                     if GELU:
                         other *= _gelu_slope(out)
                         out = other
@@ -322,16 +311,17 @@ class Tile(NamedTuple):
     groups: int
 
 
-def _choice(backward: bool, last: bool, half: bool, H: int, W: int) -> Tile:
+def _choice(backward: bool, last: bool, half: bool, vectors: bool, H: int, W: int) -> Tile:
     """By the machine code for 9.0, not by measured times; other capabilities take the same until measured there.
 
     Eight bytes a thread forward, four backward, is what weights, sums and rows on their way leave registers for: more
-    channels spill, fewer issue more instructions.  Seven rows divide the maps of 224 pixels, eight most others.
+    channels spill, fewer issue more instructions; half as many where strides forbid ``vectors``, as each channel then
+    has a register.  Seven rows divide the maps of 224 pixels, eight most others.
     """
     rows = min((7, 8), key=lambda n: -(-H // n) * n)
     groups = 16 if backward else 4
     if last:
-        return Tile(rows, 64 if half else 32, 8, 8 if backward and half else 4, groups)
+        return Tile(rows, 64 if half else 32, 8, (8 if backward and half else 4) * (1 if vectors else 2), groups)
     cols = power_of_two(W) if W > 8 else 8
     if W > 32:
         cols = min((64, 32), key=lambda n: -(-W // n) * n)
@@ -355,10 +345,6 @@ def _result(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip("bcyx", x.stride(), strict=True)}
-
-
 def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     weight = weight.contiguous()
     return {
@@ -368,11 +354,15 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _launch(x: Tensor, backward: bool) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Programs on each axis of a launch over a map, and arguments: both kernels'."""
+def _launch(backward: bool, **maps: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Programs on each axis of a launch over maps of one shape, and arguments, of both kernels."""
+    x = next(iter(maps.values()))
     B, C, H, W = x.shape
-    last = _channels_last(x)
-    tile = _choice(backward, last, x.element_size() == 2, H, W)
+    strides = {
+        f"{name}_stride_{axis}": s for name, t in maps.items() for axis, s in zip("bcyx", t.stride(), strict=True)
+    }
+    last, vectors = _channels_last(x), all(s == 1 or s % 16 == 0 for s in strides.values())  # as Triton specialises
+    tile = _choice(backward, last, x.element_size() == 2, vectors, H, W)
     groups, columns, blocks = -(-H // tile.rows), -(-W // tile.cols), -(-C // tile.channels)
     programs = columns * blocks * B  # if each has one image
     images = min(-(-tile.groups // groups), max(1, programs // PROGRAMS))
@@ -387,11 +377,14 @@ def _launch(x: Tensor, backward: bool) -> tuple[tuple[int, int, int], dict[str, 
         "span": span * tile.rows,
         "images": images,
         "LAST": last,
+        "INDEX": index_type(*maps.values()),
         "ROWS": tile.rows,
         "WHOLE": H % tile.rows == 0,
         "CHANNELS": tile.channels,
         "COLS": tile.cols,
         "num_warps": tile.warps,
+        **strides,
+        **{f"{name}_ptr": t for name, t in maps.items()},
     }
     return (columns * parts, blocks, -(-B // images)), arguments
 
@@ -402,19 +395,10 @@ def _kernel_forward(
     x = _ordered(x, _channels_last(x))
     y = _result(x)
     if y.numel() > 0:
-        grid, arguments = _launch(x, backward=False)
+        grid, arguments = _launch(False, x=x, y=y)
         with on_device(x):
             _depthwise_fwd_kernel[grid](
-                x_ptr=x,
-                y_ptr=y,
-                **_parameters(weight, bias),
-                **_strides("x", x),
-                **_strides("y", y),
-                **arguments,
-                RESIDUAL=residual,
-                GELU=gelu,
-                FLIP=flip,
-                INDEX=index_type(x, y),
+                **arguments, **_parameters(weight, bias), RESIDUAL=residual, GELU=gelu, FLIP=flip
             )
     return y
 
@@ -427,26 +411,20 @@ def _kernel_backward(
     out = _result(x)
     if out.numel() == 0:
         return out, torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-    grid, arguments = _launch(x, backward=True)
     neighbours, other = (x, dy) if gelu else (dy, x)
+    grid, arguments = _launch(True, map=neighbours, other=other, out=out)
     shares = grid[0] * grid[2]
     dweight = torch.empty(shares, *weight.shape, dtype=torch.float32, device=x.device)
     dbias = torch.empty(shares, weight.shape[0], dtype=torch.float32, device=x.device)
     with on_device(x):
         _depthwise_bwd_kernel[grid](
-            map_ptr=neighbours,
-            other_ptr=other,
-            out_ptr=out,
+            **arguments,
+            **_parameters(weight, bias if gelu else None),
             dweight_ptr=dweight,
             dbias_ptr=dbias,
-            **_parameters(weight, bias if gelu else None),
-            **_strides("map", neighbours),
-            **_strides("other", other),
-            **_strides("out", out),
-            **arguments,
             RESIDUAL=residual,
             GELU=gelu,
-            INDEX=index_type(x, dy, out),
+            **(all_registers(arguments["num_warps"]) if gelu and not last else {}),
         )
     if gelu:
         out = _kernel_forward(out, weight, None, residual, gelu=False, flip=True)
@@ -528,11 +506,11 @@ def depthwise3x3(
         ``[B, C, H, W]``, in the memory format of ``x``.
 
     Raises:
-        ValueError: If the shapes do not fit each other, or ``backend`` cannot run.
+        ValueError: If ``backend`` cannot run.
     """
     if not torch.jit.is_scripting():
-        _check(x, weight, bias)
-        if use_triton(backend, x, _limits(x, weight, bias)):
+        limits = "" if torch.jit.is_tracing() else _limits(x, weight, bias)  # traces warn of comparisons of sizes
+        if use_triton(backend, x, limits):
             return _depthwise3x3(_cast(x, residual), weight, bias, residual, gelu)
     return reference_depthwise3x3(x, weight, bias, residual, gelu)
 
@@ -550,6 +528,10 @@ def _limits(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """What the kernels cannot do with these tensors; empty if nothing."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if x.dim() != 4 or list(weight.shape) != [x.shape[1], 1, 3, 3]:
+        return f"the kernels take maps [B, C, H, W] and weights [C, 1, 3, 3], not {list(x.shape)}, {list(weight.shape)}"
+    if bias is not None and list(bias.shape) != [x.shape[1]]:
+        return f"the kernels take one number a channel as bias, not {list(bias.shape)}"
     for t in (weight, bias):
         if t is not None and t.dtype not in (torch.float32, x.dtype):
             return f"the kernels take weights in float32 or the dtype of the map, not {t.dtype}"
