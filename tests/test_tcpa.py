@@ -49,7 +49,7 @@ def small(seed=0, host="tcpa", settings=None, **kwargs):
 
 @contextlib.contextmanager
 def forms(form):
-    """Context in which models run by kernels, if that is the form; yields the names of our operators that ran."""
+    """Context in which models run by kernels, if that is the form; yields the names of our operators that run."""
     ran = set()
 
     class Watch(TorchDispatchMode):
@@ -100,9 +100,8 @@ def test_golden(name, form):
         else:
             assert model.match_loss is None
         golden_close(model(x), case.outputs["logits"], "logits")
-    assert ran == (
-        {"prompt_attention"} | ({"prompt_match"} if meta["T_TCPA"] else set()) if form == "kernels" else set()
-    )
+    assert ("prompt_attention" in ran) is (form != "plain")
+    assert ("prompt_match" in ran) is (form == "kernels" and meta["T_TCPA"])
 
 
 def test_golden_match():
@@ -344,9 +343,9 @@ def test_layers_are_called(name):
 
 def test_attention_transforms():
     """The attention alone, for every argument: jvp, second derivatives, and its two forms."""
-    shapes = [(2, 3, 7, 8)] * 3 + [(1, 3, 5, 8)] * 2
+    shapes = [(2, 2, 5, 4)] * 3 + [(1, 2, 3, 4)] * 2
     inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    chosen = torch.rand(2, 7, 5).argsort(-1) < 2
+    chosen = torch.rand(2, 5, 3).argsort(-1) < 2
 
     def run(*args):
         return prompt_attention(*args, chosen, 0.4)

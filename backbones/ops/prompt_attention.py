@@ -7,16 +7,18 @@ renormalisation:
 
 With ``N`` tokens, ``P`` prompts and ``h`` heads of ``d`` channels that is ``2 B h N (N + P) d`` multiply-accumulates.
 
-The reference stores every weight.  The fused form moves ``chosen`` into the logits, where ``-inf`` takes an unchosen
-prompt away from numerator and denominator alike, and adds one sink key with the value 0 and the logit ``logsumexp(q
-k_p^T)`` over the unchosen prompts, which brings the denominator back: the same numbers on
-``scaled_dot_product_attention``, with a bias for each pair and head.
+The reference stores every weight.  The fused form, for programs that have to consist of PyTorch's own operators, moves
+``chosen`` into the logits, where ``-inf`` takes an unchosen prompt away from numerator and denominator alike, and adds
+one sink key with the value 0 and the logit ``logsumexp(q k_p^T)`` over the unchosen prompts, which brings the
+denominator back: the same numbers on ``scaled_dot_product_attention``, with a bias for each pair and head.
 
-The Triton kernels have neither weights nor bias in memory.  They walk over the tokens as flash attention does, then
-over what is left: the keys of the last partial tile, and the prompts, together.  A weight that ``chosen`` drops enters
+The other two forms keep nothing for each pair of tokens.  On CPUs, PyTorch's flash attention takes the tokens and plain
+products the few prompts; the log-sums of both merge them.  Flash attention's gradient with the merged output and
+log-sum is that of its part.  The Triton kernels do all in one: they walk over the tokens as flash attention does, then
+over what is left, the prompts together with the keys of the last partial tile.  A weight that ``chosen`` drops enters
 the sums of the softmax and no product with values; of its logit's gradient only the part of the normalisation is left.
-Gradients of prompts that all images share are added up in a fixed order.  Second derivatives, and all under transforms
-of ``torch.func``, are those of the reference or the fused form.
+The kernels add up gradients in a fixed order.  Second derivatives are those of the reference, and transforms of
+``torch.func`` see the fused form.
 """
 
 from __future__ import annotations
@@ -470,17 +472,75 @@ def _empty_outputs(q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32), kept
 
 
+def _prompt_logits(q: Tensor, k_prompt: Tensor, scale: float) -> Tensor:
+    """``[B, h, N, P]`` in float32, or float64 where the queries are float64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(dtype) * scale) @ k_prompt.to(dtype).transpose(-2, -1)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = same_strides(q, k, v)
+    tokens, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    logits = _prompt_logits(q, k_prompt, scale)
+    joint = torch.logaddexp(lse, logits.logsumexp(-1))
+    weight = logits.sub_(joint.unsqueeze(-1)).exp_().mul_(chosen.unsqueeze(1))
+    prompts = weight @ v_prompt.to(weight.dtype)
+    out = tokens_first(q)
+    out.copy_(prompts.addcmul_(tokens.to(weight.dtype), lse.sub(joint).exp_().unsqueeze(-1)))
+    return out, joint.contiguous()
+
+
+def _flash_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prompt: Tensor,
+    v_prompt: Tensor,
+    chosen: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (q, k, v), dout = same_strides(q, k, v), in_order(dout)
+    # the tokens' part is the gradient of attention whose output and log-sum have the prompts in them already
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+    weight = _prompt_logits(q, k_prompt, scale).sub_(lse.unsqueeze(-1)).exp_()
+    wide, kept = dout.to(weight.dtype), chosen.unsqueeze(1)
+    dlogits = (wide @ v_prompt.to(weight.dtype).transpose(-2, -1)).mul_(kept)
+    dlogits.sub_((wide * out).sum(-1, keepdim=True)).mul_(weight).mul_(scale)
+    dv_prompt = weight.mul_(kept).transpose(-2, -1) @ wide
+    dk_prompt = dlogits.transpose(-2, -1) @ q.to(weight.dtype)
+    if k_prompt.shape[0] < q.shape[0]:
+        dk_prompt, dv_prompt = dk_prompt.sum(0, keepdim=True), dv_prompt.sum(0, keepdim=True)
+    dq.add_(dlogits @ k_prompt.to(weight.dtype))
+    dq, dk, dv, dk_prompt, dv_prompt = (in_order(t.to(q.dtype)) for t in (dq, dk, dv, dk_prompt, dv_prompt))
+    return dq, dk, dv, dk_prompt, dv_prompt
+
+
 @operator
 def _prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, chosen: Tensor, scale: float, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, the log-sum of each token's logits ``[B, h, N]`` in base 2, and ``chosen`` as bits ``[B, N, P / 32]``."""
-    return _kernel_forward(q, k, v, k_prompt, v_prompt, chosen=chosen, scale=scale)
+    """Output, the log-sum of each token's logits ``[B, h, N]``, and for kernels ``chosen`` as bits ``[B, N, P / 32]``.
+
+    The log-sum of the kernels is in base 2.
+    """
+    if form == "triton":
+        return _kernel_forward(q, k, v, k_prompt, v_prompt, chosen=chosen, scale=scale)
+    with without_autocast(q):
+        return *_flash_forward(q, k, v, k_prompt, v_prompt, chosen, scale), q.new_empty(0, dtype=torch.int32)
 
 
 @torch.library.register_fake("vizoo::prompt_attention")
-def _(q, k, v, k_prompt, v_prompt, chosen, scale):
-    return _empty_outputs(q, chosen)
+def _(q, k, v, k_prompt, v_prompt, chosen, scale, form):
+    out, lse, kept = _empty_outputs(q, chosen)
+    if form == "triton":
+        return out, lse, kept
+    return out, lse.to(torch.promote_types(q.dtype, torch.float32)), kept.new_empty(0)
 
 
 @operator
@@ -494,18 +554,23 @@ def _prompt_attention_backward(
     v: Tensor,
     k_prompt: Tensor,
     v_prompt: Tensor,
+    chosen: Tensor,
     scale: float,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernel_backward(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale=scale)
+    if form == "triton":
+        return _kernel_backward(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale=scale)
+    with without_autocast(q):
+        return _flash_backward(dout, out, lse, q, k, v, k_prompt, v_prompt, chosen, scale)
 
 
 @torch.library.register_fake("vizoo::prompt_attention_backward")
-def _(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, scale):
+def _(dout, out, lse, kept, q, k, v, k_prompt, v_prompt, chosen, scale, form):
     return tuple(tokens_first(t) for t in (q, k, v, k_prompt, v_prompt))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.form = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -517,8 +582,8 @@ def _differentiate(ctx, dout, *_):
         form = partial(reference_prompt_attention, chosen=chosen, scale=ctx.scale)
         with without_autocast(dout):
             gradients = plain_gradients(form, tensors, dout, ctx.needs_input_grad[:5])
-        return *gradients, None, None
-    return *_prompt_attention_backward(dout, *results, *tensors, ctx.scale), None, None
+        return *gradients, None, None, None
+    return *_prompt_attention_backward(dout, *results, *tensors, chosen, ctx.scale, ctx.form), None, None, None
 
 
 torch.library.register_autograd("vizoo::prompt_attention", _differentiate, setup_context=_save)
@@ -550,10 +615,10 @@ def prompt_attention(
     drop: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`reference_prompt_attention` by fused kernels, or on ``scaled_dot_product_attention``.
+    """:func:`reference_prompt_attention` without the weights of all pairs in memory: same result.
 
-    Without a kernel, each token needs an unchosen prompt.  Exported, traced and scripted graphs and transforms of
-    ``torch.func`` see plain operators.
+    Exported, traced and scripted graphs, transforms of ``torch.func``, dropout, and devices without a form of their own
+    take ``scaled_dot_product_attention`` with a bias, where each token needs an unchosen prompt.
 
     Args:
         q: Queries ``[B, h, N, d]``.
@@ -575,9 +640,10 @@ def prompt_attention(
     """
     if not torch.jit.is_scripting():
         kernels = use_triton(backend, v, _kernel_limits(v, scale, drop))
-        if kernels and not plain_only() and v.numel() > 0:
+        form = "triton" if kernels else "flash" if v.device.type == "cpu" and drop == 0 else "fused"
+        if form != "fused" and not plain_only() and v.numel() > 0:
             tensors = [t.to(v.dtype) for t in (q, k, v, k_prompt, v_prompt)]  # autocast norms queries in float32
-            return _prompt_attention(*tensors, chosen, scale)[0]
+            return _prompt_attention(*tensors, chosen, scale, form)[0]
     return _fused_form(q, k, v, k_prompt, v_prompt, chosen, scale, drop)
 
 

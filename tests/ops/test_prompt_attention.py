@@ -7,7 +7,7 @@ from vizoo.backbones.ops import prompt_attention as module
 from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_attention import prompt_attention, reference_prompt_attention
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter is wrong in bfloat16
 NAMES = ("out", "dq", "dk", "dv", "dk_prompt", "dv_prompt")
@@ -33,39 +33,64 @@ def by_kernels(*args):
     return prompt_attention(*args, backend="triton")
 
 
+def by_flash(*args):
+    return prompt_attention(*args, backend="torch")
+
+
+FORMS = [pytest.param(by_kernels, DEVICE, marks=needs_triton, id="triton"), pytest.param(by_flash, "cpu", id="flash")]
+each_form = pytest.mark.parametrize(("f", "device"), FORMS)
+
+
 def run(f, tensors, chosen, grad, scale=0.3):
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     out = f(*tensors, chosen, scale)
     return out.detach(), *torch.autograd.grad(out, tensors, grad)
 
 
-def check(tensors, chosen, dtype):
-    """Output and gradients of the kernels in ``dtype`` against the reference in float64."""
-    tensors, chosen = [t.to(DEVICE, dtype) for t in tensors], chosen.to(DEVICE)
-    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+def check(f, device, tensors, chosen, dtype):
+    """Output and gradients of a form in ``dtype`` against the reference in float64."""
+    tensors, chosen = [t.to(device, dtype) for t in tensors], chosen.to(device)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     truth = run(reference_prompt_attention, [t.double() for t in tensors], chosen, grad.double())
     plain = run(reference_prompt_attention, tensors, chosen, grad)
-    for i, (a, t, p) in enumerate(zip(run(by_kernels, tensors, chosen, grad), truth, plain, strict=True)):
+    for i, (a, t, p) in enumerate(zip(run(f, tensors, chosen, grad), truth, plain, strict=True)):
         op_close(a, t, p, grad=i > 0, what=NAMES[i])
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernels(case, dtype, nan_empty):
-    check(*inputs(*case), dtype)
+    check(by_kernels, DEVICE, *inputs(*case), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*CASES.values(), (2, 2, 9, 4, 5, 1)])
+def test_flash(case, dtype, nan_empty):
+    check(by_flash, "cpu", *inputs(*case), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_fused_form(dtype):
+    """What programs and transforms see, where each token has an unchosen prompt."""
+    tensors, chosen = inputs(2, 2, 9, 4, 5, 1)
+    chosen[:, :, 0] = False
+    check(lambda *args: module._fused_form(*args, 0.0), "cpu", tensors, chosen, dtype)
+
+
+@needs_triton
 def test_kernels_add_up_images(monkeypatch, nan_empty):
     """Gradients of shared prompts where each program takes several images, the last one fewer."""
     monkeypatch.setattr(module, "PROGRAMS", 2)
-    check(*inputs(3, 1, 21, 5, 16, 1), torch.float32)
+    check(by_kernels, DEVICE, *inputs(3, 1, 21, 5, 16, 1), torch.float32)
 
 
+@needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_precision_of_products_reaches_the_kernels(precision, monkeypatch):
     monkeypatch.setattr(module, "product_precision", lambda device: precision)
     found = launches(monkeypatch)
-    check(*inputs(1, 1, 21, 5, 16, 1), torch.float32)
+    check(by_kernels, DEVICE, *inputs(1, 1, 21, 5, 16, 1), torch.float32)
     assert [x["PRECISION"] for x in found if "PRECISION" in x] == [precision] * 4
     assert len(found) == 5  # and the choice as bits
 
@@ -88,6 +113,7 @@ def launches(monkeypatch, run=True):
     return found
 
 
+@needs_triton
 def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
     found = launches(monkeypatch, run=False)
     for tokens, bits in [(2**10, 32), (2**27, 64)]:
@@ -99,6 +125,7 @@ def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
         found.clear()
 
 
+@needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 def test_every_size_has_tiles(precision, monkeypatch):
     monkeypatch.setattr(module, "product_precision", lambda device: precision)
@@ -110,6 +137,7 @@ def test_every_size_has_tiles(precision, monkeypatch):
                 assert tile.queries >= 16
 
 
+@needs_triton
 @pytest.mark.parametrize("size", [1e-6, 1e-7, 1e3])
 def test_tiny_and_large_float16_gradients(size):
     """Of the output; those of the logits, a small part of it, would be 0 or infinite in float16."""
@@ -119,8 +147,8 @@ def test_tiny_and_large_float16_gradients(size):
     grad = (torch.sign(torch.randn(tensors[0].shape)) * size).half().to(DEVICE)
     unit = grad.double() / grad.abs().max().double()
     truth = run(reference_prompt_attention, [t.double() for t in tensors], chosen, unit)
-    out, *rest = torch.ops.vizoo.prompt_attention(*tensors, chosen, 0.3)
-    found = torch.ops.vizoo.prompt_attention_backward(grad, out, *rest, *tensors, 0.3)
+    out, *rest = torch.ops.vizoo.prompt_attention(*tensors, chosen, 0.3, "triton")
+    found = torch.ops.vizoo.prompt_attention_backward(grad, out, *rest, *tensors, chosen, 0.3, "triton")
     for actual, expected, name in zip(found, truth[1:], NAMES[1:], strict=True):
         wanted = expected * grad.abs().max().double()
         error = (actual.double() - wanted).abs()
@@ -128,6 +156,7 @@ def test_tiny_and_large_float16_gradients(size):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: of keys that are not stored
+@needs_triton
 def test_logits_far_below_zero():
     """What stands for keys past the last must not be larger than any number."""
     tensors, chosen = inputs(1, 1, 21, 5, 16, 1)
@@ -140,38 +169,53 @@ def test_logits_far_below_zero():
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_inputs_need_not_be_contiguous():
+@each_form
+def test_inputs_need_not_be_contiguous(f, device):
     B, h, N, P, d = 2, 3, 11, 5, 16
     q, k, v = torch.randn(B, N, 3, h, d, dtype=torch.float64).permute(2, 0, 3, 1, 4).unbind(0)
     _, kp, vp = torch.randn(1, P, 3, h, d, dtype=torch.float64).permute(2, 0, 3, 1, 4).unbind(0)
     chosen = torch.rand(B, P, N).transpose(1, 2) < 0.5
-    check((q, k, v, kp, vp), chosen, torch.float32)
-    check((q.mT.contiguous().mT, k.flip(2), v, kp.contiguous(), vp), chosen, torch.float32)
+    check(f, device, (q, k, v, kp, vp), chosen, torch.float32)
+    check(f, device, (q.mT.contiguous().mT, k.flip(2), v, kp.contiguous(), vp), chosen, torch.float32)
 
 
 @pytest.mark.parametrize("own", [1, 2])
-def test_opcheck(own):
+@pytest.mark.parametrize("form", [pytest.param("triton", marks=needs_triton), "flash"])
+def test_opcheck(form, own):
+    device = DEVICE if form == "triton" else "cpu"
     tensors, chosen = inputs(2, 2, 7, 3, 16, own)
-    tensors, chosen = [t.float().to(DEVICE).requires_grad_() for t in tensors], chosen.to(DEVICE)
+    tensors, chosen = [t.float().to(device).requires_grad_() for t in tensors], chosen.to(device)
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.vizoo.prompt_attention.default, (*tensors, chosen, 0.5), test_utils=kinds)
+    torch.library.opcheck(torch.ops.vizoo.prompt_attention.default, (*tensors, chosen, 0.5, form), test_utils=kinds)
     tensors = [t.detach() for t in tensors]
-    results = torch.ops.vizoo.prompt_attention(*tensors, chosen, 0.5)
-    arguments = (torch.randn_like(results[0]), *results, *tensors, 0.5)
+    results = torch.ops.vizoo.prompt_attention(*tensors, chosen, 0.5, form)
+    arguments = (torch.randn_like(results[0]), *results, *tensors, chosen, 0.5, form)
     backward = torch.ops.vizoo.prompt_attention_backward.default
     torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_second_derivatives():
+@each_form
+def test_second_derivatives(f, device):
     tensors, chosen = inputs(1, 2, 7, 3, 16, 1)
     found = []
-    for f, dtype in ((by_kernels, torch.float32), (reference_prompt_attention, torch.float64)):
-        leaves = [t.to(DEVICE, dtype).requires_grad_() for t in tensors]
-        out = f(*leaves, chosen.to(DEVICE), 0.3)
+    for form, dtype in ((f, torch.float32), (reference_prompt_attention, torch.float64)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+        out = form(*leaves, chosen.to(device), 0.3)
         first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     for name, actual, expected in zip(NAMES[1:], *found, strict=True):
         op_close(actual, expected, grad=True, what=name)
+
+
+def test_flash_under_autocast():
+    """Products keep the dtype of the values, whatever norms have made of queries and keys."""
+    tensors, chosen = inputs(2, 2, 9, 4, 16, 1)
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in tensors)
+            out = prompt_attention(q.float(), k.float(), v, k_prompt.float(), v_prompt, chosen, 0.3)
+        assert out.dtype == dtype
+        op_close(out, reference_prompt_attention(*(t.to(dtype).double() for t in tensors), chosen, 0.3))
 
 
 class Attend(torch.nn.Module):
@@ -198,23 +242,25 @@ def test_programs_and_transforms_see_plain_operators():
         op_close(out, truth)
 
 
-def test_no_images():
+@each_form
+def test_no_images(f, device):
     tensors, chosen = inputs(1, 2, 5, 3, 16, 1)
     tensors = [t.float()[:0] for t in tensors[:3]] + [t.float() for t in tensors[3:]]
-    tensors = [t.to(DEVICE).requires_grad_() for t in tensors]
-    out = by_kernels(*tensors, chosen[:0].to(DEVICE), 0.3)
+    tensors = [t.to(device).requires_grad_() for t in tensors]
+    out = f(*tensors, chosen[:0].to(device), 0.3)
     assert out.shape == (0, 2, 5, 16)
     assert [g.shape for g in torch.autograd.grad(out.sum(), tensors)] == [t.shape for t in tensors]
 
 
-def test_counts_do_not_depend_on_the_form():
-    """As those of plain operators on every device, forward and backward."""
+@each_form
+def test_counts_are_those_of_plain_operators(f, device):
+    """Of the fused form, forward and backward, so that a model's counts are the same on every device."""
     tensors, chosen = inputs(2, 3, 29, 5, 16, 1)
     found = []
-    for backend in ("torch", "triton"):
-        leaves = [t.float().to(DEVICE).requires_grad_() for t in tensors]
+    for form in (lambda *args: module._fused_form(*args, 0.0), f):
+        leaves = [t.float().to(device).requires_grad_() for t in tensors]
         with FlopCounterMode(display=False) as counter:
-            out = prompt_attention(*leaves, chosen.to(DEVICE), 0.3, backend=backend)
+            out = form(*leaves, chosen.to(device), 0.3)
             forward = counter.get_total_flops()
             out.sum().backward()
         found.append((forward, counter.get_total_flops()))
@@ -230,6 +276,7 @@ REFUSED = {
 }
 
 
+@needs_triton
 @pytest.mark.parametrize(("change", "match"), REFUSED.values(), ids=REFUSED)
 def test_refuses(change, match):
     settings = {"scale": 0.3, "drop": 0.0, "backend": "triton", "dtype": torch.float32, "d": 16, **change}
