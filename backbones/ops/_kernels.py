@@ -51,10 +51,20 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    LOG2E = tl.constexpr(1.4426950408889634)
+
     def index_type(*tensors: Tensor) -> Any:
         """Type of offsets inside one image: 32 bits, and 64 only where an image of one of the tensors needs it."""
         spans = (sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
         return tl.int64 if max(spans) >= 2**31 - 2**16 else tl.int32
+
+    @triton.jit
+    def gradient_factors(grow_ptr, dtype: tl.constexpr):
+        """Factor of gradients of logits before their products, and its inverse: 1 but in float16."""
+        if dtype == tl.float16:
+            grow = tl.load(grow_ptr)
+            return grow, 1 / grow
+        return 1.0, 1.0
 
     @triton.jit
     def load_vectors(ptr, offset, mask, C: tl.constexpr, CP: tl.constexpr):

@@ -195,9 +195,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import index_type, load_vectors, store_vectors
+    from ._kernels import LOG2E, index_type, load_vectors, store_vectors
 
-    LOG2E = tl.constexpr(1.4426950408889634)
     _COUNTS = ["h", "N"]  # one compilation serves all: nothing is faster where one is 1 or divisible by 16
 
     class Tile(NamedTuple):
