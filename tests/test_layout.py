@@ -22,10 +22,13 @@ FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).i
 _PLUMBING = (
     "_backend",
     "_cost",
+    "_deform_kernels",
     "_derivative",
     "_halo_kernels",
+    "_hilo_kernels",
     "_kernels",
     "_neighborhood_kernels",
+    "_ulsam_kernels",
     "attention",
     "na2d_av",
 )
