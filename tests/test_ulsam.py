@@ -15,6 +15,7 @@ from torch import nn
 
 from vizoo.backbones import ulsam as family
 from vizoo.backbones.layers import ULSAM, add_ulsam
+from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ulsam import checkpoint_filter_fn
 from vizoo.tools._counting import count, fvcore_counts
 from vizoo.tools._official import ULSAMLoop
@@ -70,6 +71,24 @@ def test_inference_is_the_loop(case, layout):
         assert ours(x).stride() == x.stride()
         op_close(ours.attention(x).sum((2, 3)), torch.ones(3, splits, dtype=torch.float64))
     op_close(effect(ours, x).detach(), expected)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_kernels_are_the_loop(training):
+    """As on a GPU, in float32: both operators have kernels there, and norms are not folded."""
+    loop, ours = pair(6, 2, dtype=torch.float32)
+    x, found = torch.randn(2, 6, 5, 4), []
+    for module in (ours, loop):
+        given = x.clone().requires_grad_()
+        with kernels_on("cpu"):
+            out = module.train(training)(given)
+            with torch.no_grad():
+                inferred = module.eval()(given)
+        (grad,) = torch.autograd.grad(out.square().sum(), given)
+        found.append((out.detach(), inferred, grad))
+    for a, b in zip(*found, strict=True):
+        op_close(a, b.double())
 
 
 @pytest.mark.parametrize("fused", PLAIN.values(), ids=PLAIN)

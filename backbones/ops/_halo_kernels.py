@@ -27,7 +27,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import LOG2E, index_type, load_vectors, store_vectors
+    from ._kernels import LOG2E, index_type, load_gradient_scale, load_vectors, store_vectors
 
     OFF = tl.constexpr(-1e30)  # score of a key that takes no part: finite, for a whole tile may consist of such keys
     UNIT = tl.constexpr(64.0)  # entry of one-hot matrices; terms are divided by it, for the range of float16
@@ -74,14 +74,6 @@ if HAS_TRITON:
             return tl.dot(x, y, acc, input_precision=PRECISION)
         high = x.to(y.dtype)
         return tl.dot((x - high.to(tl.float32)).to(y.dtype), y, tl.dot(high, y, acc))
-
-    @triton.jit
-    def _factors(grow_ptr, dtype: tl.constexpr):
-        """Factor of gradients of logits before their products, and its inverse: 1 but in float16."""
-        if dtype == tl.float16:
-            grow = tl.load(grow_ptr)
-            return grow, 1 / grow
-        return 1.0, 1.0
 
     @triton.jit
     def _terms(products, first, keys, SIDE: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr):
@@ -299,7 +291,8 @@ if HAS_TRITON:
         unit = scale * SIGN if SIGN != 0 else 1.0
         relative = rel_scale / unit
         unit *= LOG2E
-        grow, shrink = _factors(grow_ptr, q_ptr.dtype.element_ty)
+        grow = load_gradient_scale(grow_ptr, q_ptr.dtype.element_ty)
+        shrink = 1 / grow
         t_r, t_w = tl.arange(0, RP), tl.arange(0, WP)
         b, by, bx, tile, head = _place(tl.program_id(0), heads, nh, nw, tl.cdiv(SIDE * SIDE, BLOCK_M))
         i, m, y, x, m_q = _queries(tile * BLOCK_M, by, bx, QH, QW, SIDE, BLOCK_M)
@@ -425,7 +418,8 @@ if HAS_TRITON:
         unit = scale * SIGN if SIGN != 0 else 1.0
         relative = rel_scale / unit
         unit *= LOG2E
-        grow, shrink = _factors(grow_ptr, q_ptr.dtype.element_ty)
+        grow = load_gradient_scale(grow_ptr, q_ptr.dtype.element_ty)
+        shrink = 1 / grow
         b, ty, tx, _, head = _place(tl.program_id(0), heads, tl.cdiv(H, BLOCK_Y), tl.cdiv(W, BLOCK_X), 1)
         o, e = tl.arange(0, BLOCK_Y * BLOCK_X), tl.arange(0, 16)
         y0, x0 = ty * BLOCK_Y, tx * BLOCK_X

@@ -5,13 +5,23 @@ between every token and the average of each window.  With ``N = H * W`` tokens o
 ``2 N s^2 D`` and Lo-Fi ``2 N^2 D / s^2`` multiply-accumulates.
 
 The references store every score.  The fast forms hand strided views of the projections to PyTorch's fused attention,
-which stores none of them and needs no copies for Lo-Fi.
+which stores none of them and needs no copies for Lo-Fi.  Triton kernels read and write the tokens of small Hi-Fi
+windows in place.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+
+import torch
 from torch import Tensor
 
+from ._backend import use_triton
+from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
+from ._derivative import plain_gradients
+from ._hilo_kernels import MAX_CHANNELS, WINDOWS, kernel_backward, kernel_forward
+from ._operator import operator
 from .attention import attention, reference_attention
 
 
@@ -56,10 +66,90 @@ def reference_hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor
     return _from_windows(reference_attention(q, k, v), B, H, W, window)
 
 
-def hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
-    """:func:`reference_hifi_attention` by fused attention: same arguments, result and errors."""
+@operator
+def _hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    return kernel_forward(qkv, num_heads, window)
+
+
+@torch.library.register_fake("vizoo::hifi_attention")
+def _(qkv, num_heads, window):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+@operator
+def _hifi_attention_backward(dout: Tensor, qkv: Tensor, num_heads: int, window: int) -> Tensor:
+    return kernel_backward(dout, qkv, num_heads, window)
+
+
+@torch.library.register_fake("vizoo::hifi_attention_backward")
+def _(dout, qkv, num_heads, window):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, *ctx.arguments = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _differentiate(ctx, dout):
+    (qkv,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        num_heads, window = ctx.arguments
+        form = functools.partial(reference_hifi_attention, num_heads=num_heads, window=window)
+        return *plain_gradients(form, (qkv,), dout, (True,)), None, None
+    return _hifi_attention_backward(dout, qkv, *ctx.arguments), None, None
+
+
+torch.library.register_autograd("vizoo::hifi_attention", _differentiate, setup_context=_save)
+
+
+def _head(qkv, num_heads: int) -> tuple[int, ...]:
+    return (*qkv[:3], num_heads, qkv[3] // (3 * num_heads))
+
+
+@register_cost("vizoo::hifi_attention", torch.ops.vizoo.hifi_attention)
+def _(qkv, num_heads, window, out=None) -> Cost:
+    q = _head(qkv, num_heads)
+    return windows_cost(math.prod(q[:4]) * window**2, q, q)
+
+
+@register_cost("vizoo::hifi_attention_backward", torch.ops.vizoo.hifi_attention_backward)
+def _(dout, qkv, num_heads, window, out=None) -> Cost:
+    q = _head(qkv, num_heads)
+    return windows_backward_cost(math.prod(q[:4]) * window**2, q, q)
+
+
+def _kernel_limits(qkv: Tensor, num_heads: int, window: int) -> str:
+    """What the Triton kernels cannot do with these inputs; empty if nothing."""
+    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {qkv.dtype}"
+    if window not in WINDOWS:
+        return f"the kernels take windows of {WINDOWS[0]} and {WINDOWS[1]}, not {window}"
+    d = qkv.shape[3] // (3 * num_heads)
+    return f"the kernels take up to {MAX_CHANNELS} channels per head, not {d}" if d > MAX_CHANNELS else ""
+
+
+def hifi_attention(qkv: Tensor, num_heads: int, window: int, backend: str = "auto") -> Tensor:
+    """:func:`reference_hifi_attention` by fused attention or kernels: same result and errors.
+
+    Args:
+        qkv: Projected tokens ``[B, H, W, 3 * h * d]``, laid out as ``[3 (q, k, v), h, d]``.
+        num_heads: Heads ``h``.
+        window: Side ``s`` of a window; ``H`` and ``W`` must be multiples of it.
+        backend: ``"torch"``, ``"triton"`` (no float64, windows of 2 and 4, ``d <= 128``), or ``"auto"``: Triton where
+            it can run.
+
+    Returns:
+        ``[B, H, W, h * d]``.
+
+    Raises:
+        ValueError: If ``H`` or ``W`` is not a multiple of ``window``, or ``backend`` cannot run.
+    """
     B, H, W, C = qkv.shape
     _check_windows(H, W, window)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if use_triton(backend, qkv, _kernel_limits(qkv, num_heads, window)):
+            return _hifi_attention(qkv, num_heads, window)
     q, k, v = _to_windows(qkv, num_heads, window)
     return _from_windows(attention(q, k, v), B, H, W, window)
 

@@ -15,6 +15,8 @@ a fixed order, so it is deterministic.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -285,8 +287,8 @@ def _(x, logits):
 
 @operator
 def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    memory_format = _memory_format(x)
-    return attention_backward(*(t.contiguous(memory_format=memory_format) for t in (dout, x)), logits)
+    dense = partial(torch.Tensor.contiguous, memory_format=_memory_format(x))
+    return attention_backward(dense(dout), dense(x), logits)
 
 
 @torch.library.register_fake("vizoo::subspace_attention_backward")
