@@ -72,10 +72,11 @@ if HAS_TRITON:
     def _tiles(
         first, B, tiles, stride_b, WRITTEN: tl.constexpr, VEC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """Tiles of columns of images, one a row of the products: offset of the image, first column, and which exist."""
+        """Tiles of columns, one a row of the products: offset of the first one's image, of theirs from it, columns."""
         m = first + tl.arange(0, BLOCK)
-        b = m // tiles
-        return b.to(INDEX) * stride_b * VEC, (m - b * tiles) * WRITTEN, m < B * tiles
+        b, first = m // tiles, first // tiles
+        image = (b - first).to(INDEX) * stride_b * VEC
+        return first.to(tl.int64) * stride_b * VEC, image, (m - b * tiles) * WRITTEN, m < B * tiles
 
     @_jit
     def _depthwise_fwd_kernel(
@@ -111,10 +112,11 @@ if HAS_TRITON:
         phase, pid = pid % dilation, pid // dilation
         u0, pid = pid % blocks * ROWS, pid // blocks
         c, W = pid % C, WV * VEC
-        image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+        base, image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
         x = left[:, None] - LEFT + tl.arange(0, READ)[None, :]
         m_x = ok[:, None] & (x >= 0) & (x < W)
-        x_base = x_ptr + c.to(INDEX) * stride_c * VEC + (image[:, None] + x)
+        x_ptr += base + c.to(INDEX) * stride_c * VEC
+        x_place = image[:, None] + x
         n = tl.arange(0, ROWS * WRITTEN)
         row, t = n // WRITTEN, n % WRITTEN
         length = (H - phase + dilation - 1) // dilation  # rows of this phase
@@ -127,16 +129,16 @@ if HAS_TRITON:
         acc = tl.zeros((BLOCK, ROWS * WRITTEN), tl.float32)
         for u in range(tl.maximum(u0 - above, 0), tl.minimum(u0 + ROWS + above, length)):
             y = (phase + u * dilation).to(INDEX)
-            a = tl.load(x_base + y * stride_y * VEC, mask=m_x, other=0.0)
+            a = tl.load(x_ptr + y * stride_y * VEC + x_place, mask=m_x, other=0.0)
             w = tl.load(bands_base + ((j + u) * (READ * WRITTEN) + band))
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if BIAS:
             acc += tl.load(bias_ptr + c).to(tl.float32)
-        image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+        base, image, left, ok = _tiles(pid // C * BLOCK, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
         u, x = (u0 + row)[None, :], left[:, None] + t[None, :]
         place = image[:, None] + (phase + u * dilation).to(INDEX) * stride_dy * VEC + x
-        out_base = out_ptr + c.to(INDEX) * stride_dc * VEC
-        tl.store(out_base + place, acc.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (u < length) & (x < W))
+        out_ptr += base + c.to(INDEX) * stride_dc * VEC
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (u < length) & (x < W))
 
     @_jit
     def _depthwise_last_fwd_kernel(
@@ -175,7 +177,8 @@ if HAS_TRITON:
         u0, pid = pid % blocks * ROWS, pid // blocks
         c = pid % groups * CHANNELS + tl.arange(0, CHANNELS)
         first = pid // groups * BLOCK
-        image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+        base, image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+        x_ptr += base
         x = left[:, None] - LEFT + tl.arange(0, READ)[None, :]
         m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None]
         x_place = (image[:, None] + x.to(INDEX) * stride_x * VEC)[:, :, None] + c[None, None, :]
@@ -197,12 +200,12 @@ if HAS_TRITON:
             acc = tl.dot(tl.permute(a, (2, 0, 1)), w, acc, input_precision=PRECISION)
         if BIAS:
             acc += tl.load(bias_ptr + c).to(tl.float32)[:, None, None]
-        image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+        base, image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
         u, x = (u0 + row)[None, :], left[:, None] + t[None, :]
         place = image[:, None] + ((phase + u * dilation).to(INDEX) * stride_dy + x.to(INDEX) * stride_dx) * VEC
         ok = (ok[:, None] & (u < length) & (x < W))[:, :, None]
         out = tl.permute(acc, (1, 2, 0)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (place[:, :, None] + c[None, None, :]), out, mask=ok)
+        tl.store(out_ptr + base + (place[:, :, None] + c[None, None, :]), out, mask=ok)
 
     @_jit
     def _depthwise_bwd_weight_kernel(
@@ -241,16 +244,18 @@ if HAS_TRITON:
         e, n = tl.arange(0, ROWS * READ), tl.arange(0, ROWS * WRITTEN)
         x_row, s = e // READ, e % READ
         d_row, t = n // WRITTEN, n % WRITTEN
-        x_base = x_ptr + c.to(INDEX) * stride_c * VEC
-        dout_base = dout_ptr + c.to(INDEX) * stride_dc * VEC
+        x_ptr += c.to(INDEX) * stride_c * VEC
+        dout_ptr += c.to(INDEX) * stride_dc * VEC
         start = tl.maximum((-below) // ROWS * ROWS, 0)
         acc = tl.zeros((ROWS * READ, ROWS * WRITTEN), tl.float32)
         for first in range(part * BLOCK, B * tiles, parts * BLOCK):
-            image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            base, image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            x_base = x_ptr + base
             x = left[:, None] - LEFT + s[None, :]
             m_x = ok[:, None] & (x >= 0) & (x < W)
             x_place = image[:, None] + (x_row * dilation).to(INDEX)[None, :] * stride_y * VEC + x
-            image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            base, image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            dout_base = dout_ptr + base
             x = left[:, None] + t[None, :]
             m_d = ok[:, None] & (x < W)
             d_place = image[:, None] + (d_row * dilation).to(INDEX)[None, :] * stride_dy * VEC + x
@@ -309,12 +314,14 @@ if HAS_TRITON:
         start = tl.maximum((-below) // ROWS * ROWS, 0)
         acc = tl.zeros((CHANNELS, ROWS * READ, ROWS * WRITTEN), tl.float32)
         for first in range(part * BLOCK, B * tiles, parts * BLOCK):
-            image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            base, image, left, ok = _tiles(first, B, tiles, stride_b, WRITTEN, VEC, INDEX, BLOCK)
+            x_base = x_ptr + base
             x = left[:, None] - LEFT + s[None, :]
             m_x = (ok[:, None] & (x >= 0) & (x < W))[:, :, None]
             place = ((x_row * dilation).to(INDEX)[None, :] * stride_y + x.to(INDEX) * stride_x) * VEC
             x_place = (image[:, None] + place)[:, :, None] + c[None, None, :]
-            image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            base, image, left, ok = _tiles(first, B, tiles, stride_db, WRITTEN, VEC, INDEX, BLOCK)
+            dout_base = dout_ptr + base
             x = left[:, None] + t[None, :]
             m_d = (ok[:, None] & (x < W))[:, :, None]
             place = ((d_row * dilation).to(INDEX)[None, :] * stride_dy + x.to(INDEX) * stride_dx) * VEC
@@ -325,10 +332,10 @@ if HAS_TRITON:
                     u = u0 + below + x_row
                     m_u = ((u >= 0) & (u < length))[None, :, None]
                     y = (phase + (u0 + below) * dilation).to(INDEX)
-                    a = tl.load(x_ptr + y * stride_y * VEC + x_place, mask=m_x & m_u, other=0.0)
+                    a = tl.load(x_base + y * stride_y * VEC + x_place, mask=m_x & m_u, other=0.0)
                     y = (phase + u0 * dilation).to(INDEX)
                     m_u = (u0 + d_row < length)[None, :, None]
-                    d = tl.load(dout_ptr + y * stride_dy * VEC + d_place, mask=m_d & m_u, other=0.0)
+                    d = tl.load(dout_base + y * stride_dy * VEC + d_place, mask=m_d & m_u, other=0.0)
                     acc = tl.dot(tl.permute(a, (2, 1, 0)), tl.permute(d, (2, 0, 1)), acc, input_precision=PRECISION)
         out = products_ptr + (part * groups * CHANNELS * blocks + block).to(tl.int64) * (ROWS * ROWS * READ * WRITTEN)
         own = c.to(tl.int64) * blocks * (ROWS * ROWS * READ * WRITTEN)
@@ -463,6 +470,7 @@ class _Launch:
         axes = {"b": 0, "y": 2, "x": 3} if last else {"b": 0, "c": 1, "y": 2}
         strides = {f"stride_{name}{a}": t.stride(i) for name, t in (("", x), ("d", like)) for a, i in axes.items()}
         vector = math.gcd(C if last else W, *strides.values(), 16 // x.element_size())
+        images = self.tile.block // tiles + 2  # that a program may meet
         sizes = {"W": W, "groups": self.groups} if last else {"C": C, "WV": W // vector}
         self.blocks = -(-B * tiles // self.tile.block)  # of rows of the products
         self.columns: dict[str, Any] = {"READ": read, "WRITTEN": written, "LEFT": left, "ROWS": self.tile.rows}
@@ -478,7 +486,7 @@ class _Launch:
             **{name: stride // vector for name, stride in strides.items()},
             "VEC": vector,
             "PRECISION": product_precision(x.device),
-            "INDEX": index_type(x.unsqueeze(0), like.unsqueeze(0)),
+            "INDEX": index_type(x[:images].unsqueeze(0), like[:images].unsqueeze(0)),
             "BLOCK": self.tile.block,
             "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
