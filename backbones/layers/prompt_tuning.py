@@ -135,10 +135,9 @@ class TCPA(nn.Module):
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces have one graph for both modes
-            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
-        else:
-            out = out.detach()  # a view of a parameter would say that it needs a gradient
+        # keys learn from the matching loss: the logits give them a gradient of 0; traces have one graph for both modes
+        recorded = torch.is_grad_enabled() or torch.jit.is_tracing()
+        out = out + 0.0 * keys.sum() if recorded else out.detach()
         out = out.unsqueeze(0)
         if self.training and self.prompt_drop > 0.0:
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
