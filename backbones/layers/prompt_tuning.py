@@ -21,7 +21,6 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from ..ops._backend import plain_only
 from ..ops.prompt_attention import prompt_attention, reference_prompt_attention
 from ..ops.prompt_match import Pool, kernel_takes, prompt_match
 from .checks import NATURAL, checked, need
@@ -136,11 +135,9 @@ class TCPA(nn.Module):
         cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
         if cls_prompts is not None and cls_keys is not None:
             out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        recorded = torch.is_grad_enabled()
-        if not torch.jit.is_scripting():
-            recorded = recorded or plain_only()  # a trace is the same with and without gradients
-        if recorded:
-            out = out + 0.0 * keys.sum()  # keys learn from the matching loss: the logits give them a gradient of 0
+        # keys learn from the matching loss: the logits give them a gradient of 0; traces have one graph for both modes
+        recorded = torch.is_grad_enabled() or torch.jit.is_tracing()
+        out = out + 0.0 * keys.sum() if recorded else out.detach()
         out = out.unsqueeze(0)
         if self.training and self.prompt_drop > 0.0:
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
