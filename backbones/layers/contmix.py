@@ -75,12 +75,7 @@ class ResDWConv(nn.Conv2d):
             if x.dtype == torch.float32 and use_onednn(x, self.weight) and keeps_size(self):
                 weight, padding = self.residual_weight(), self.padding
                 return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups)
-            if (
-                is_plain(self, ResDWConv)
-                and keeps_size(self)
-                and self.kernel_size == (3, 3)
-                and self.dilation == (1, 1)
-            ):
+            if depthwise(self, 3, types=(ResDWConv,)):
                 return depthwise3x3(x, self.weight, self.bias, residual=True)
         return x + self._conv_forward(x, self.weight, self.bias)
 

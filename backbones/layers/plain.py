@@ -107,7 +107,7 @@ def keeps_size(conv: nn.Conv2d) -> bool:
 
 
 def depthwise(layer: Any, kernel_size: int, dilation: int = 1, types: tuple[type, ...] = (nn.Conv2d,)) -> bool:
-    """Whether a plain convolution is depthwise with this kernel and dilation, and :func:`keeps_size`."""
+    """Whether a plain convolution, of one of the classes, is depthwise with these sizes, and :func:`keeps_size`."""
     return (
         is_plain(layer, *types)
         and layer.kernel_size == (kernel_size, kernel_size)

@@ -7,12 +7,13 @@ PyTorch's operators move the map once more for a residual and for GELU; the Trit
 
 With ``g = dy * act'(conv(x, weight) + bias [+ x])`` the gradients are sums over the same 3x3 neighbourhoods:
 
-    dx[p]     = sum over taps k of weight[-k] * g[p + k]  [+ g[p]]
-    dweight[k] = sum over p of x[p + k] * g[p]  =  sum over p of x[p] * g[p - k]
+    dx[p] = sum over taps k of weight[-k] * g[p + k]  [+ g[p]]
+    dweight[k] = sum over p of x[p + k] * g[p] = sum over p of x[p] * g[p - k],  dbias = sum over p of g[p]
 
 One kernel does a convolution and sums the products of its neighbourhoods with a second map.  Without GELU it goes over
 neighbourhoods of ``g = dy``, and that is the backward pass.  With GELU it goes over those of ``x``, so that the
 convolution is the argument of GELU, which nobody stored; it writes ``g``, over which the forward kernel gives ``dx``.
+Everything is summed in float32, in a fixed order.
 """
 
 from __future__ import annotations
@@ -299,9 +300,9 @@ if HAS_TRITON:
 
 
 class Tile(NamedTuple):
-    """Rows, channels and columns that a program works on at once, its warps, and after how many groups of rows it ends.
+    """Rows, channels and columns that a program works on at once, its warps, and how many such groups of rows it has.
 
-    The more, the less weigh reading the weights and writing sums of gradients.
+    The more groups, the less it weighs that a program reads the weights and writes sums of their gradients.
     """
 
     rows: int
@@ -424,7 +425,8 @@ def _kernel_backward(
             dbias_ptr=dbias,
             RESIDUAL=residual,
             GELU=gelu,
-            **(all_registers(arguments["num_warps"]) if gelu and not last else {}),
+            # ptxas spills here, but not in the short kernel for whole groups of rows without GELU
+            **(all_registers(arguments["num_warps"]) if not last and (gelu or not arguments["WHOLE"]) else {}),
         )
     if gelu:
         out = _kernel_forward(out, weight, None, residual, gelu=False, flip=True)
