@@ -368,11 +368,12 @@ def read_listing(listing: str) -> tuple[int, list[Loop]]:
 
 
 class _Nest(NamedTuple):
-    """A loop of a kernel's intermediate code: its line, bounds and the loops inside."""
+    """A loop of a kernel's intermediate code: its variable, bounds, the loops inside, and the values it can see."""
 
     variable: str
     bounds: tuple[str, str, str]  # first, end, step
     inner: list[_Nest]
+    defined: dict[str, str]
 
 
 class _Program:
@@ -380,7 +381,7 @@ class _Program:
 
     def __init__(self, ttir: str):
         self.parameters = re.findall(r"(%[\w.#-]+): ", next(x for x in ttir.splitlines() if "tt.func public" in x))
-        self.defined: dict[str, str] = {}
+        scopes: list[dict[str, str]] = [{}]  # a name may mean something else in another region
         self.loops: list[_Nest] = []
         self.lines: list[str] = []  # inside loops
         open_regions: list[list[_Nest] | None] = []
@@ -389,29 +390,33 @@ class _Program:
             if inside:
                 self.lines.append(line)
             if value := re.match(r"\s*(%[\w.#-]+) = (.*)", line):
-                self.defined[value[1]] = value[2]
+                scopes[-1][value[1]] = value[2]
             loop = re.search(r"scf\.for (%[\w.#-]+) = (%[\w.#-]+) to (%[\w.#-]+) step (%[\w.#-]+)", line)
             code = re.sub(r"loc\(.*", "", line)
             closed = code.strip().startswith("}")
-            if closed:
-                open_regions.pop() if open_regions else None
+            if closed and open_regions:
+                open_regions.pop()
+                scopes.pop()
             if code.rstrip().endswith("{"):
-                nest = _Nest(loop[1], (loop[2], loop[3], loop[4]), []) if loop else None
+                nest = _Nest(loop[1], (loop[2], loop[3], loop[4]), [], dict(scopes[-1])) if loop else None
                 if nest:
                     (inside[-1] if inside else self.loops).append(nest)
                 open_regions.append(nest.inner if nest else None)
+                scopes.append(dict(scopes[-1]))
 
-    def value(self, name: str, known: dict[str, int]) -> int:
+    def value(self, name: str, known: dict[str, int], defined: dict[str, str]) -> int:
         """An integer of the code, from those that are known; KeyError if it depends on something else."""
         if name in known:
             return known[name]
         if not name.startswith("%"):
             raise KeyError(name)
-        operation, _, rest = self.defined[name].partition(" ")
+        operation, _, rest = defined[name].partition(" ")
+        if operation in ("tt.get_program_id", "tt.get_num_programs"):
+            return known[f"{operation} {rest[0]}"]
         if operation == "arith.constant":
             found = {"true": 1, "false": 0}.get(rest.split()[0])
             return int(rest.split()[0]) if found is None else found
-        a = [self.value(x, known) for x in re.findall(r"%[\w.#-]+", rest.split(" : ")[0])]
+        a = [self.value(x, known, defined) for x in re.findall(r"%[\w.#-]+", rest.split(" : ")[0])]
         known[name] = _ARITHMETIC[operation](*a, rest)
         return known[name]
 
@@ -419,12 +424,13 @@ class _Program:
         """How often the body of each loop runs in one program, in the order of the code."""
         counts: list[float] = []
         for loop in loops:
-            first, end, step = (self.value(x, known) for x in loop.bounds)
+            seen = dict(known)
+            first, end, step = (self.value(x, seen, loop.defined) for x in loop.bounds)
             number = max(0, -(-(end - first) // step))
             counts.append(float(number))
             if loop.inner:
                 some = sorted({0, number // 2, number - 1} - {-1})
-                parts = [self.passes(loop.inner, {**known, loop.variable: first + i * step}) for i in some]
+                parts = [self.passes(loop.inner, {**seen, loop.variable: first + i * step}) for i in some]
                 empty = [0.0] * sum(1 for _ in _flat(loop.inner))
                 counts += [number * sum(p) / len(some) for p in zip(*parts, strict=True)] if number else empty
         return counts
@@ -479,11 +485,9 @@ def _passes(program: _Program, launch: Launch) -> list[float]:
     for i in range(min(SAMPLES, total)):
         # spread by the golden ratio: equal steps would meet the same place of every map
         pid = i if total <= SAMPLES else int(total * (i * 0.6180339887498949 % 1))
-        here = dict(known)
-        for name, text in program.defined.items():
-            if ids := re.match(r"tt\.get_(program_id|num_programs) (\w)", text):
-                here[name] = axes[ids[2]] if ids[1] == "num_programs" else pid if ids[2] == "x" else 0
-        samples.append(program.passes(program.loops, here))
+        here = {f"tt.get_program_id {axis}": pid if axis == "x" else 0 for axis in axes}
+        here |= {f"tt.get_num_programs {axis}": number for axis, number in axes.items()}
+        samples.append(program.passes(program.loops, known | here))
     return [sum(x) / len(samples) for x in zip(*samples, strict=True)]
 
 

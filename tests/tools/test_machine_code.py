@@ -45,13 +45,26 @@ module {
     %c4 = arith.constant 4 : i32 loc(#loc1)
     %pid = tt.get_program_id x : i32 loc(#loc2)
     %end = arith.addi %n, %pid : i32 loc(#loc3)
-    %a:2 = scf.for %i = %c0 to %end step %c4 iter_args(%b = %c0) -> (i32)  : i32 {
+    %4 = arith.addi %end, %c0 : i32 loc(#loc3)
+    %m = "tt.reduce"(%x) <{axis = 0 : i32}> ({
+    ^bb0(%p: f32, %q: f32):
+      %5 = arith.maxnumf %p, %q : f32 loc(#loc7)
+      tt.reduce.return %5 : f32 loc(#loc7)
+    }) : (tensor<4xf32>) -> f32 loc(#loc7)
+    %5 = arith.addi %4, %c0 : i32 loc(#loc3)
+    %a:2 = scf.for %i = %c0 to %5 step %c4 iter_args(%b = %c0) -> (i32)  : i32 {
       %inner = scf.for %j = %c0 to %i step %c1 iter_args(%d = %c0) -> (i32)  : i32 {
         %wide = arith.extsi %j : i32 to i64 loc(#loc4)
         scf.yield %d : i32
       } loc(#loc5)
+      %6 = arith.addi %i, %c0 : i32 loc(#loc3)
       scf.yield %b : i32
     } loc(#loc6)
+    %6 = "tt.reduce"(%x) <{axis = 0 : i32}> ({
+    ^bb0(%p: f32, %q: f32):
+      %5 = arith.maxnumf %p, %q : f32 loc(#loc7)
+      tt.reduce.return %5 : f32 loc(#loc7)
+    }) : (tensor<4xf32>) -> f32 loc(#loc7)
     scf.for %k = %c1 to %s.1 step %c1  : i32 {
     } loc(#loc7)
     tt.return
