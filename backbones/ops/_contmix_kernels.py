@@ -548,7 +548,7 @@ class _Size:
             "PRECISION": product_precision(q.device),
             "INDEX": self.index,
         }
-        self.values = {
+        self.values: dict[str, Any] = {
             "table_ptr": table,
             "images": B,
             **{f"stride_v{axis}": v.stride(i) for axis, i in zip("bcn", (0, 1, 3), strict=True)},
@@ -617,7 +617,7 @@ class _Size:
     ) -> Tensor:
         """Gradients of all but the tables; returns that of the logits, summed over the images ``[G, N, ROW]``."""
         B, G, C, H, W = self.sizes
-        grads = {"grow_ptr": grow, "dq_ptr": dq, "dq_sum_ptr": dq_sum}
+        grads: dict[str, Any] = {"grow_ptr": grow, "dq_ptr": dq, "dq_sum_ptr": dq_sum}
         if self.windows:
             delta = torch.empty_like(lse)
             several = (H - self.K + 1) * (W - self.K + 1) * self.tiles("backward") > 1
@@ -625,7 +625,13 @@ class _Size:
                 torch.empty_like(t, dtype=torch.float32) if several else t.new_empty(0, dtype=torch.float32)
                 for t in (dM, dv)
             )
-            shared = {**self.values, "v_ptr": self.v, "lse_ptr": lse, "dout_ptr": dout, "delta_ptr": delta}
+            shared: dict[str, Any] = {
+                **self.values,
+                "v_ptr": self.v,
+                "lse_ptr": lse,
+                "dout_ptr": dout,
+                "delta_ptr": delta,
+            }
             self.run(
                 contmix_bwd_kernel,
                 "backward",
