@@ -13,6 +13,7 @@ The size of a map and the number of groups are run-time numbers: a model compile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ CHOICES: dict[int, dict[tuple[str, int, int], _Choice]] = {
         ("forward", 4, 16): _Choice(64, 32, 4, 1),
         ("forward", 4, 32): _Choice(32, 32, 4, 1),
         ("forward", 4, 64): _Choice(32, 32, 8, 1),
-        ("weights", 2, 16): _Choice(64, 64, 4, 1),
+        ("weights", 2, 16): _Choice(64, 32, 2, 1),
         ("weights", 2, 32): _Choice(64, 64, 4, 1),
         ("weights", 2, 64): _Choice(64, 32, 4, 1),
         ("weights", 4, 16): _Choice(64, 32, 4, 1),
@@ -63,7 +64,7 @@ CHOICES: dict[int, dict[tuple[str, int, int], _Choice]] = {
         ("bias", 4, 16): _Choice(64, 32, 4, 1),
         ("bias", 4, 32): _Choice(32, 32, 4, 1),
         ("bias", 4, 64): _Choice(32, 16, 8, 1),
-        ("products", 2, 16): _Choice(64, 64, 4, 1),
+        ("products", 2, 16): _Choice(32, 64, 2, 1),
         ("products", 2, 32): _Choice(64, 32, 4, 1),
         ("products", 2, 64): _Choice(64, 32, 4, 1),
         ("products", 4, 16): _Choice(32, 32, 4, 1),
@@ -178,9 +179,10 @@ if HAS_TRITON:
                 total = total * shrink + tl.sum(p, 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
                 peak = higher
-            acc = acc * (1 / total)[:, None]
+            total = tl.log2(total)
+            acc = acc * tl.exp2(-total)[:, None]
             store_channels(out_ptr + channels, v_place, stride_vc, acc, m_n, C, CP, LAST)
-            tl.store(lse_ptr + ((b * 2 + SECOND) * G + g) * H * W + n, peak * LOG2E + tl.log2(total), mask=m_n)
+            tl.store(lse_ptr + ((b * 2 + SECOND) * G + g) * H * W + n, peak * LOG2E + total, mask=m_n)
 
     @triton.jit(do_not_specialize=_COUNTS)
     def contmix_weights_kernel(
@@ -469,7 +471,6 @@ if HAS_TRITON:
         grow = 1.0
         if q_ptr.dtype.element_ty == tl.float16:
             grow = tl.load(grow_ptr)
-        c = tl.arange(0, CP)
         for tile in range(share, tiles, shares):
             n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             m_n = n < H * W
@@ -486,10 +487,8 @@ if HAS_TRITON:
                 m = load_channels(m_ptr + (b * G + g) * C * S + first, o, S, C, CP, False)
                 dq = tl.dot(ds, m, dq, input_precision=PRECISION)
                 dm = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (1 / grow)
-                p_dm = dm_sum_ptr + ((b * G + g) * shares + share) * C * K * K + (c[None, :] * (K * K) + o[:, None])
-                m_oc = m_o[:, None] & (c < C)[None, :]
-                dm += tl.load(p_dm, mask=m_oc & (tile > share), other=0.0)
-                tl.store(p_dm, dm, mask=m_oc)
+                own = dm_sum_ptr + ((b * G + g) * shares + share) * C * K * K
+                _add(dm, own, own, o, K * K, m_o, m_o & (tile > share), m_o, C, CP, False)
             _store_dq(dq * (1 / grow), dq_ptr, dq_sum_ptr, queries, place, stride_qc, m_n, SECOND, C, CP, LAST)
             tl.debug_barrier()  # another thread of the program may read back what this one wrote
 
@@ -549,7 +548,7 @@ class _Size:
             "PRECISION": product_precision(q.device),
             "INDEX": self.index,
         }
-        self.values = {
+        self.values: dict[str, Any] = {
             "table_ptr": table,
             "images": B,
             **{f"stride_v{axis}": v.stride(i) for axis, i in zip("bcn", (0, 1, 3), strict=True)},
@@ -618,7 +617,7 @@ class _Size:
     ) -> Tensor:
         """Gradients of all but the tables; returns that of the logits, summed over the images ``[G, N, ROW]``."""
         B, G, C, H, W = self.sizes
-        grads = {"grow_ptr": grow, "dq_ptr": dq, "dq_sum_ptr": dq_sum}
+        grads: dict[str, Any] = {"grow_ptr": grow, "dq_ptr": dq, "dq_sum_ptr": dq_sum}
         if self.windows:
             delta = torch.empty_like(lse)
             several = (H - self.K + 1) * (W - self.K + 1) * self.tiles("backward") > 1
@@ -626,7 +625,13 @@ class _Size:
                 torch.empty_like(t, dtype=torch.float32) if several else t.new_empty(0, dtype=torch.float32)
                 for t in (dM, dv)
             )
-            shared = {**self.values, "v_ptr": self.v, "lse_ptr": lse, "dout_ptr": dout, "delta_ptr": delta}
+            shared: dict[str, Any] = {
+                **self.values,
+                "v_ptr": self.v,
+                "lse_ptr": lse,
+                "dout_ptr": dout,
+                "delta_ptr": delta,
+            }
             self.run(
                 contmix_bwd_kernel,
                 "backward",
@@ -666,14 +671,18 @@ class _Size:
         return total / grow if grow.numel() > 0 else total
 
 
-def _sizes(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int) -> list[_Size]:
-    return [_Size(q, M, bias, rpb, v, k1, K, second) for rpb, K, second in ((rpb1, k1, False), (rpb2, k2, True))]
-
-
-def kernel_forward(
+def _sizes(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
-) -> tuple[Tensor, Tensor]:
-    """Output, and log-sum ``[B, 2, G, N]`` of the weights of those kernel sizes that are worked on by windows."""
+) -> tuple[_Size, _Size]:
+    return _Size(q, M, bias, rpb1, v, k1, k1, False), _Size(q, M, bias, rpb2, v, k1, k2, True)
+
+
+def kernel_forward(tensors: Sequence[Tensor], k1: int, k2: int) -> tuple[Tensor, Tensor]:
+    """Output, and log-sum ``[B, 2, G, N]`` of the weights of those kernel sizes that are worked on by windows.
+
+    The tensors are ``q``, ``M``, ``bias``, ``rpb1``, ``rpb2`` and ``v``, the maps dense and in one memory format.
+    """
+    q, M, bias, rpb1, rpb2, v = tensors
     out = torch.empty_like(v)
     lse = torch.zeros(M.shape[0], 2, M.shape[1], q.shape[2] * q.shape[3], dtype=torch.float32, device=q.device)
     if out.numel() > 0:
@@ -683,19 +692,10 @@ def kernel_forward(
 
 
 def kernel_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    M: Tensor,
-    bias: Tensor,
-    rpb1: Tensor,
-    rpb2: Tensor,
-    v: Tensor,
-    k1: int,
-    k2: int,
+    dout: Tensor, out: Tensor, lse: Tensor, tensors: Sequence[Tensor], k1: int, k2: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of ``q``, ``M`` and ``v``, and for each kernel size of the logits, summed over the images."""
+    """Gradients of ``q``, ``M`` and ``v``, and those of each kernel size's logits, summed over the images."""
+    q, M, bias, rpb1, rpb2, v = tensors
     dq, dM, dv = torch.empty_like(q), torch.empty_like(M), torch.empty_like(v)
     if dout.numel() == 0:
         N = q.shape[2] * q.shape[3]

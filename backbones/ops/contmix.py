@@ -10,9 +10,10 @@ Windows are shifted at the border, not padded (see ``na2d_av``).  The first half
 belongs to the small kernel, the second to the large one; each half holds ``G`` groups of ``C`` channels.  With
 ``N = H * W`` queries and ``S = k1^2 + k2^2`` the operator costs ``2 N S C`` multiply-accumulates per group.
 
-The Triton kernels keep logits and weights in registers, with an online softmax, and take and return the layout of the
-surrounding convolutions.  Their backward pass recomputes the weights from ``q``, ``M`` and the stored log-sum, writes
-weights and gradients of the logits once, and adds everything up in a fixed order: it is deterministic.
+The Triton kernels take and return the layout of the surrounding convolutions.  Where a map has few distinct windows
+they keep logits and weights in registers, with an online softmax, and their backward pass recomputes them from ``q``,
+``M`` and the stored log-sum; elsewhere they write the weights of one kernel size at a time.  Everything is added up in
+a fixed order: they are deterministic.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def _dense(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Te
 def _contmix(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
 ) -> tuple[Tensor, Tensor]:
-    return kernel_forward(*_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
+    return kernel_forward(_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
 
 
 @torch.library.register_fake("vizoo::contmix")
@@ -263,7 +264,7 @@ def _contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = q.shape[2], q.shape[3]
     dout, out = (t.contiguous(memory_format=_memory_format(v)) for t in (dout, out))
-    dq, dM, dv, dlogits = kernel_backward(dout, out, lse, *_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
+    dq, dM, dv, dlogits = kernel_backward(dout, out, lse, _dense(q, M, bias, rpb1, rpb2, v), k1, k2)
     drpb1, drpb2 = (
         _rpb_gradient(d.transpose(1, 2), H, W, K).contiguous() for d, K in zip(dlogits, (k1, k2), strict=True)
     )

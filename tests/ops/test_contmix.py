@@ -141,6 +141,15 @@ def test_kernels_take_more_queries_and_offsets_than_a_tile():
 
 
 @needs_triton
+def test_kernels_take_an_empty_batch():
+    tensors = [t[:0].float().to(DEVICE) if t.dim() == 4 else t.float().to(DEVICE) for t in inputs(1, 1, 2, 8, 5, 3, 5)]
+    out, *grads = run(lambda *t: contmix(*t, 3, 5, "triton"), tensors, tensors[-1])
+    assert out.shape == tensors[-1].shape
+    assert [g.shape for g in grads] == [t.shape for t in tensors]
+    assert not any(g.any() for g in grads)
+
+
+@needs_triton
 @pytest.mark.parametrize("size", [1e-4, 1e-6])
 def test_small_gradients_do_not_vanish_in_float16(size):
     """The tables' gradients are float32, and context and queries large: what the kernels lose they lose before."""
@@ -167,9 +176,9 @@ def launches(monkeypatch, *case, dtype=torch.float32):
     for place in (kernels, kernels.sums):
         for name in [n for n in vars(place) if n.endswith("_kernel")]:
             monkeypatch.setattr(place, name, Recorder(name))
-    q, M, bias, rpb1, rpb2, v = (t.to("meta", dtype if t.dim() == 4 else torch.float32) for t in inputs(*case))
-    out, lse = kernels.kernel_forward(q, M, bias, rpb1, rpb2, v, *case[-2:])
-    kernels.kernel_backward(out, out, lse, q, M, bias, rpb1, rpb2, v, *case[-2:])
+    tensors = [t.to("meta", dtype if t.dim() == 4 else torch.float32) for t in inputs(*case)]
+    out, lse = kernels.kernel_forward(tensors, *case[-2:])
+    kernels.kernel_backward(out, out, lse, tensors, *case[-2:])
     return calls
 
 
