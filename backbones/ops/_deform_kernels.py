@@ -20,9 +20,11 @@ if HAS_TRITON:
 
     from ._kernels import index_type
 
+    # 1 or a multiple of 16 is no reason to compile
+    _COUNTS = ["H", "W", "tiles", "stride_ob", "stride_oy", "stride_ox", "stride_oc"]
+
     def _jit(function):
-        # 1 or a multiple of 16 is no reason to compile
-        return triton.jit(function, do_not_specialize=["H", "W", "tiles"])
+        return triton.jit(function, do_not_specialize=_COUNTS)
 
     @triton.jit
     def _neighbours(start, d, size):
@@ -51,7 +53,7 @@ if HAS_TRITON:
         return m, m_m, _neighbours(y.to(tl.float32), dy, H), _neighbours(x.to(tl.float32), dx, W)
 
     @triton.jit
-    def _corner(x_ptr, row, col, on, W, c, stride_y, stride_x, INDEX: tl.constexpr):
+    def _corner(x_ptr, row, col, on, c, stride_y, stride_x, INDEX: tl.constexpr):
         """Channels ``c`` of one corner of every sample: ``[samples, channels]``."""
         offset = row.to(INDEX) * stride_y + col.to(INDEX) * stride_x
         return tl.load(x_ptr + (offset[:, None] + c[None, :]), mask=on, other=0.0).to(tl.float32)
@@ -63,6 +65,7 @@ if HAS_TRITON:
         out_ptr,
         H,
         W,
+        C,
         tiles,
         stride_b,
         stride_y,
@@ -71,7 +74,6 @@ if HAS_TRITON:
         stride_oy,
         stride_ox,
         stride_oc,
-        C: tl.constexpr,
         INDEX: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -87,10 +89,10 @@ if HAS_TRITON:
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             m_c = (c < C)[None, :]
-            out = w00[:, None] * _corner(x_ptr, y0, x0, on00[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            out += w01[:, None] * _corner(x_ptr, y0, x1, on01[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            out += w10[:, None] * _corner(x_ptr, y1, x0, on10[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            out += w11[:, None] * _corner(x_ptr, y1, x1, on11[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
+            out = w00[:, None] * _corner(x_ptr, y0, x0, on00[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            out += w01[:, None] * _corner(x_ptr, y0, x1, on01[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            out += w10[:, None] * _corner(x_ptr, y1, x0, on10[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            out += w11[:, None] * _corner(x_ptr, y1, x1, on11[:, None] & m_c, c, stride_y, stride_x, INDEX)
             p = out_ptr + (m.to(INDEX)[:, None] * C + c[None, :])
             tl.store(p, out.to(out_ptr.dtype.element_ty), mask=m_m[:, None] & m_c)
 
@@ -111,6 +113,7 @@ if HAS_TRITON:
         weight_ptr,
         H,
         W,
+        C,
         tiles,
         stride_b,
         stride_y,
@@ -119,7 +122,6 @@ if HAS_TRITON:
         stride_oy,
         stride_ox,
         stride_oc,
-        C: tl.constexpr,
         INDEX: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -149,10 +151,10 @@ if HAS_TRITON:
             dout = tl.load(dout_ptr + (m.to(INDEX)[:, None] * C + c[None, :]), mask=m_m[:, None] & m_c, other=0.0).to(
                 tl.float32
             )
-            v00 = _corner(x_ptr, y0, x0, on00[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            v01 = _corner(x_ptr, y0, x1, on01[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            v10 = _corner(x_ptr, y1, x0, on10[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
-            v11 = _corner(x_ptr, y1, x1, on11[:, None] & m_c, W, c, stride_y, stride_x, INDEX)
+            v00 = _corner(x_ptr, y0, x0, on00[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            v01 = _corner(x_ptr, y0, x1, on01[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            v10 = _corner(x_ptr, y1, x0, on10[:, None] & m_c, c, stride_y, stride_x, INDEX)
+            v11 = _corner(x_ptr, y1, x1, on11[:, None] & m_c, c, stride_y, stride_x, INDEX)
             g_y += dout * (wx0[:, None] * (v10 - v00) + wx1[:, None] * (v11 - v01))
             g_x += dout * (wy0[:, None] * (v01 - v00) + wy1[:, None] * (v11 - v10))
         cols_out = W // 2 * 2
@@ -167,7 +169,7 @@ if HAS_TRITON:
 CHOICES = {90: (32, 32)}
 
 
-def _launch(kernel, x: Tensor, offset: Tensor, **arguments: Any) -> None:
+def _launch(kernel, x: Tensor, offset: Tensor, out: Tensor, **arguments: Any) -> None:
     B, H, W, C = x.shape
     samples, channels = CHOICES[90]  # other devices take the same until something is measured there
     tiles = -(-(H // 2 * 2) * (W // 2 * 2) // samples)
@@ -181,7 +183,7 @@ def _launch(kernel, x: Tensor, offset: Tensor, **arguments: Any) -> None:
             **{f"stride_{axis}": x.stride(i) for i, axis in enumerate("byx")},
             **{f"stride_o{axis}": offset.stride(i) for i, axis in enumerate("byxc")},
             C=C,
-            INDEX=index_type(x),
+            INDEX=index_type(x, out),
             BLOCK_M=samples,
             BLOCK_C=min(channels, max(C & -C, 16)),  # the largest power of two that divides C
             num_warps=4,
@@ -198,7 +200,7 @@ def kernel_forward(x: Tensor, offset: Tensor) -> Tensor:
     B, H, W, C = x.shape
     out = x.new_empty(B, H // 2 * 2, W // 2 * 2, C)
     if out.numel() > 0:
-        _launch(deform_fwd_kernel, _dense_channels(x), offset, out_ptr=out)
+        _launch(deform_fwd_kernel, _dense_channels(x), offset, out, out_ptr=out)
     return out
 
 
@@ -216,6 +218,7 @@ def kernel_backward(dout: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Te
         deform_bwd_kernel,
         _dense_channels(x),
         offset,
+        dout,
         dout_ptr=dout,
         doffset_ptr=doffset,
         index_ptr=index,

@@ -129,7 +129,7 @@ if HAS_TRITON:
 CHOICES = {90: {2: 32, 4: 16}}
 
 
-def _launch(kernel, qkv: Tensor, num_heads: int, window: int, **arguments: Any) -> None:
+def _launch(kernel, qkv: Tensor, num_heads: int, window: int, out: Tensor, **arguments: Any) -> None:
     B, H, W, C = qkv.shape
     d = C // (3 * num_heads)
     block = CHOICES[90][qkv.element_size()]  # other devices take the same until something is measured there
@@ -148,7 +148,7 @@ def _launch(kernel, qkv: Tensor, num_heads: int, window: int, **arguments: Any) 
             WINDOW=window,
             # three parts in TF32 take as many instructions as float32 products on such small tiles, and spill
             PRECISION="tf32" if product_precision(qkv.device) == "tf32" else "ieee",
-            INDEX=index_type(qkv),
+            INDEX=index_type(qkv, out),
             BLOCK=block,
             num_warps=max(1, power_of_two(d) // 32),
             **arguments,
@@ -163,7 +163,7 @@ def kernel_forward(qkv: Tensor, num_heads: int, window: int) -> Tensor:
     """``[B, H, W, h * d]``."""
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     if out.numel() > 0:
-        _launch(hifi_fwd_kernel, _dense_channels(qkv), num_heads, window, out_ptr=out)
+        _launch(hifi_fwd_kernel, _dense_channels(qkv), num_heads, window, out, out_ptr=out)
     return out
 
 
@@ -173,5 +173,5 @@ def kernel_backward(dout: Tensor, qkv: Tensor, num_heads: int, window: int) -> T
     if dqkv.numel() > 0:
         dout, qkv = dout.contiguous(), _dense_channels(qkv)
         arguments = {"dout_ptr": dout, "dqkv_ptr": dqkv, "grow_ptr": gradient_scale(dout)}
-        _launch(hifi_bwd_kernel, qkv, num_heads, window, **arguments)
+        _launch(hifi_bwd_kernel, qkv, num_heads, window, dqkv, **arguments)
     return dqkv
