@@ -12,9 +12,14 @@ from ._backend import HAS_TRITON
 SHARED_BYTES = 99 << 10  # of a program: what GPUs of compute capability 8.6 and 8.9 allow; those of 9.0 have 227 KiB
 
 
-def power_of_two(n: int) -> int:
-    """Smallest power of two that is at least ``n`` and 16, the least side of a product of tiles."""
-    return max(16, 1 << (n - 1).bit_length())
+def cdiv(n: int, d: int) -> int:
+    """``n / d``, rounded up; Triton's own of these two helpers cost the host 6 us a call."""
+    return -(-n // d)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """Smallest power of two that is at least ``n`` and ``least``: by default the least side of a product of tiles."""
+    return max(least, 1 << max(0, n - 1).bit_length())
 
 
 def product_precision(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import all_registers, power_of_two, product_precision
+from ._kernels import all_registers, cdiv, power_of_two, product_precision
 
 TILE = 4  # side of a tile: the region of a larger one has more pairs outside the windows
 
@@ -278,7 +278,7 @@ if HAS_TRITON:
         def __init__(self, value: Tensor, sizes: Sequence[int], strides: Sequence[int], K: int, row: int, index: Any):
             B, G, C, H, W = sizes
             CP = power_of_two(C)
-            self.value, self.programs = value, B * triton.cdiv(H, TILE) * triton.cdiv(W, TILE)
+            self.value, self.programs = value, B * cdiv(H, TILE) * cdiv(W, TILE)
             self.options: dict[str, Any] = {
                 "G": G,
                 "H": H,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import power_of_two, product_precision
+from ._kernels import cdiv, power_of_two, product_precision
 
 TILE = 8  # rows and columns of a tile: larger ones spend more on pairs outside the windows
 COLUMNS = 16  # of a step
@@ -65,7 +65,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import index_type, load_vectors, store_vectors
+    from ._kernels import LOG2E, index_type, load_vectors, store_vectors
 
     # a kernel must not be compiled again because one of these is 1 or divisible by 16
     _COUNTS = ["heads", "rows", "cols", "key_rows", "key_cols", "dilate_i", "dilate_j", "tables"]
@@ -245,7 +245,7 @@ if HAS_TRITON:
         if MASKED:
             inside &= kj < n_k
         place = (head * (2 * K[0] - 1) + row) * (2 * K[1] - 1) + (kj - qj + (K[1] - 1))
-        bias = tl.load(rpb_ptr + place, mask=inside, other=float("-inf")) * 1.4426950408889634  # log2(e)
+        bias = tl.load(rpb_ptr + place, mask=inside, other=float("-inf")) * LOG2E
         out = ((head * tl.num_programs(0) + columns) * (2 * K[0]) + row) * (TW * WIDTH)
         out += (tl.arange(0, TW) * WIDTH)[:, None] + w[None, :]
         tl.store(table_ptr + out, bias, mask=(w < WIDTH)[None, :])
@@ -834,17 +834,17 @@ if HAS_TRITON:
         def reach(self, axis: int) -> int:
             """Most keys on an axis that a tile of queries needs, on this map."""
             K, S, R = (pair[axis] for pair in self.window[:3])
-            return min(_region(K, S), triton.cdiv(self.sizes[1][axis], R))
+            return min(_region(K, S), cdiv(self.sizes[1][axis], R))
 
         def tiles(self, axis: int, by_key: bool) -> int:
             R = self.window.dilation[axis]
-            return R * triton.cdiv(triton.cdiv(self.sizes[by_key][axis], R), TILE)
+            return R * cdiv(cdiv(self.sizes[by_key][axis], R), TILE)
 
         def make_table(self, by_key: bool) -> None:
             K, S, R = (pair[1] for pair in self.window[:3])
             queries, keys = self.sizes[0][1], self.sizes[1][1]
             columns = key_columns(queries, keys, K, S, R, self.window.masked) if by_key else _region(K, S)
-            chunks, tiles = triton.cdiv(columns, COLUMNS), self.tiles(1, by_key)
+            chunks, tiles = cdiv(columns, COLUMNS), self.tiles(1, by_key)
             width = chunks * COLUMNS
             heads, rows = self.rpb.shape[0], self.rpb.shape[1] + 1
             table = self.rpb.new_empty(heads, tiles, rows, TILE, width)
@@ -874,8 +874,8 @@ if HAS_TRITON:
         def bias_gradient(self, images: int, **others: Any) -> Tensor:
             """Gradient of the bias ``[h, 2 Kh - 1, 2 Kw - 1]``: one table of each program, summed up in order."""
             tiles, heads = self.tiles(0, False) * self.tiles(1, False), self.q.shape[3]
-            steps = triton.cdiv(self.reach(0), self.choice("bias").BLOCK // COLUMNS) * self.options["CHUNKS"]
-            shares = min(images, triton.cdiv(PROGRAMS, tiles * heads * steps))
+            steps = cdiv(self.reach(0), self.choice("bias").BLOCK // COLUMNS) * self.options["CHUNKS"]
+            shares = min(images, cdiv(PROGRAMS, tiles * heads * steps))
             drpb = self.rpb.new_zeros(steps, shares, heads, tiles, *self.rpb.shape[1:])
             options = {"drpb_ptr": drpb, "images": images, "shares": shares, **others}
             self.run(neighborhood_bwd_bias_kernel, "bias", shares, steps=steps, **options)
@@ -885,7 +885,7 @@ if HAS_TRITON:
             """Let queries see additional keys, whose bias and mask become a table ``[h or 1, H W or 1, P padded]``."""
             number = k.shape[1]
             bias = k.new_zeros(1, 1, number) if bias is None else bias
-            padding = triton.cdiv(number, KEYS) * KEYS - number
+            padding = cdiv(number, KEYS) * KEYS - number
             table = F.pad(bias.float() * math.log2(math.e), [0, padding], value=-math.inf).contiguous()
             if index_type(k, v, table) == tl.int64:
                 self.options["INDEX"] = tl.int64
@@ -923,9 +923,9 @@ if HAS_TRITON:
         def additional_gradients(self, **others: Any) -> tuple[Tensor, Tensor]:
             """Gradients of additional keys and values ``[B, P, h, C]``: shares of the queries, summed up in order."""
             k, v = self.additional["add_k_ptr"], self.additional["add_v_ptr"]
-            programs = k.shape[0] * k.shape[2] * triton.cdiv(k.shape[1], KEYS)
-            steps = triton.cdiv(self.q.shape[1] * self.q.shape[2], self.choice("additional").BLOCK)
-            shares = min(steps, triton.cdiv(PROGRAMS, programs))
+            programs = k.shape[0] * k.shape[2] * cdiv(k.shape[1], KEYS)
+            steps = cdiv(self.q.shape[1] * self.q.shape[2], self.choice("additional").BLOCK)
+            shares = min(steps, cdiv(PROGRAMS, programs))
             dk, dv = (t.new_empty(shares, *t.shape, dtype=torch.float32) for t in (k, v))
             self._run_additional(
                 neighborhood_bwd_additional_kernel, "additional", programs, shares, dk_ptr=dk, dv_ptr=dv, **others
@@ -936,8 +936,8 @@ if HAS_TRITON:
             """Gradient of the bias of additional keys ``[h, H W, P]``: shares of the images, summed up in order."""
             images, H, W, heads, _ = self.q.shape
             number = self.additional["number"]
-            tiles = triton.cdiv(number, KEYS) * triton.cdiv(H * W, self.choice("additional_bias").BLOCK)
-            shares = min(images, triton.cdiv(PROGRAMS, tiles * heads))
+            tiles = cdiv(number, KEYS) * cdiv(H * W, self.choice("additional_bias").BLOCK)
+            shares = min(images, cdiv(PROGRAMS, tiles * heads))
             dbias = self.q.new_empty(shares, heads, H * W, number, dtype=torch.float32)
             kernel = neighborhood_bwd_additional_bias_kernel
             others |= {"dbias_ptr": dbias, "images": images}

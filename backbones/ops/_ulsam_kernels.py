@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import all_registers
+from ._kernels import all_registers, power_of_two
 
 MAX_CHANNELS = 2048  # of a group, for the logits: a program holds all of them
 MAX_POSITIONS = 1024  # of a map, for the attention: a program holds all of them
@@ -308,8 +308,8 @@ ATTENTION_CHOICES = {90: 4096}  # elements of a tile, chosen in the same way
 def _tiles(kernel: str, G: int, H: int, W: int) -> Tiles:
     """Equal tiles of rows; columns and channels as the powers of two that hold them, but no more than fit."""
     rows, elements, elements_of_warp = CHOICES[90][kernel]  # elsewhere the same until something is measured there
-    channels = triton.next_power_of_2(G)
-    cols = min(triton.next_power_of_2(max(W, 1)), max(1, elements // channels))
+    channels = power_of_two(G, 1)
+    cols = min(power_of_two(W, 1), max(1, elements // channels))
     warps = max(1, cols * channels // elements_of_warp)
     return Tiles(max(1, -(-H // max(1, -(-H // rows)))), cols, channels, warps)
 
@@ -385,8 +385,8 @@ def kernel_backward(
 
 def _launch_attention(kernel, x: Tensor, g: int, **arguments) -> None:
     B, C, H, W = x.shape
-    BLOCK_N = triton.next_power_of_2(max(1, H * W))
-    BLOCK_C = max(1, min(ATTENTION_CHOICES[90] // BLOCK_N, triton.next_power_of_2(C // g)))
+    BLOCK_N = power_of_two(H * W, 1)
+    BLOCK_C = max(1, min(ATTENTION_CHOICES[90] // BLOCK_N, power_of_two(C // g, 1)))
     if x.numel() > 0:
         with on_device(x):
             kernel[(B * g,)](

@@ -34,7 +34,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
+from ._kernels import cdiv, gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
 from ._operator import operator
 from .attention import attention
 
@@ -384,7 +384,7 @@ def _launch(kernel, name: str, programs: int, tokens: int, pointers: tuple[Tenso
     """``programs`` for each tile of ``tokens``; the pointers begin with queries and keys, ``name`` finds the tiles."""
     q, k = pointers[:2]
     tile = _choice(q, name)
-    kernel[(programs * triton.cdiv(tokens, tile.keys if name == "key" else tile.queries),)](
+    kernel[(programs * cdiv(tokens, tile.keys if name == "key" else tile.queries),)](
         *pointers,
         h=q.shape[1],
         N=q.shape[2],
@@ -421,7 +421,7 @@ def _kernel_forward(*inputs: Tensor, chosen: Tensor, scale: float) -> tuple[Tens
     W = kept.shape[2]
     with on_device(out):
         rows = {"rows": B * N, "P": chosen.shape[2], "W": W, "ROWS": 64}
-        _prompt_pack_kernel[triton.cdiv(B * N, 64), W](chosen.contiguous(), kept, **rows)
+        _prompt_pack_kernel[cdiv(B * N, 64), W](chosen.contiguous(), kept, **rows)
         _launch(_prompt_fwd_kernel, "fwd", B * h, N, (*tensors, kept, out, lse), scale, **prompts, W=W)
     return out, lse, kept
 
@@ -437,8 +437,8 @@ def _kernel_backward(
     dq, dk, dv = (tokens_first(q) for _ in range(3))
     images, dprompts = 1, [tokens_first(k_prompt) for _ in range(2)]
     if own < B:
-        images = triton.cdiv(B, triton.cdiv(PROGRAMS, h * triton.cdiv(P, _choice(q, "key").keys)))
-        shares = k_prompt.expand(triton.cdiv(B, images), -1, -1, -1)
+        images = cdiv(B, cdiv(PROGRAMS, h * cdiv(P, _choice(q, "key").keys)))
+        shares = k_prompt.expand(cdiv(B, images), -1, -1, -1)
         dprompts = [tokens_first(shares, torch.float32) for _ in range(2)]
     W = kept.shape[2]
     with on_device(q):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device, plain_only, use_triton
 from ._cost import Cost, register_cost
-from ._kernels import power_of_two, product_precision
+from ._kernels import cdiv, power_of_two, product_precision
 from ._operator import operator
 
 MAX_POOL = 64  # prompts of a pool: a token's cosines stay in registers
@@ -112,7 +112,7 @@ def _prompt_match(
     if x.stride(2) != 1:
         x = x.contiguous()
     tokens, channels, num_warps, num_stages = CHOICES[90]  # other capabilities take the same
-    programs = triton.cdiv(B * prefix, tokens) + triton.cdiv(B * (N - prefix), tokens)
+    programs = cdiv(B * prefix, tokens) + cdiv(B * (N - prefix), tokens)
     cls_columns, columns = cls_keys.shape[0] * cls_length, keys.shape[0] * length
     chosen = torch.empty(B, N, cls_columns + columns, dtype=torch.bool, device=x.device)
     loss = torch.empty(programs, dtype=torch.float32, device=x.device)

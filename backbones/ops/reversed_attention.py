@@ -32,7 +32,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
+from ._kernels import cdiv, gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
 from ._operator import operator
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
@@ -520,7 +520,7 @@ def _launch(kernel, pointers: tuple[Tensor, ...], scale: float) -> None:
     rows = kernel in (_rows_fwd_kernel, _rows_bwd_kernel)
     tile = _tile(q, rows)
     own = tile.senders if kernel in (_tiles_lse_kernel, _tiles_bwd_senders_kernel) else tile.receivers
-    kernel[(B * h * (1 if rows else triton.cdiv(N, own)),)](
+    kernel[(B * h * (1 if rows else cdiv(N, own)),)](
         *pointers,
         h=h,
         N=N,
