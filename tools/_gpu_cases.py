@@ -308,7 +308,8 @@ def hifi(H: int, h: int, d: int, window: int, batch: int = 128) -> Case:
         return [draw(device, B, H, H, 3 * h * d)]
 
     reference = bind(hilo.reference_hifi_attention, h, window)
-    forms: Forms = {"sdpa": bind(hilo.hifi_attention, h, window), "reference": reference}
+    forms: Forms = {name: bind(hilo.hifi_attention, h, window, backend=name) for name in ("triton", "torch")}
+    forms["reference"] = reference
     name, flops = f"hifi {H}x{H} h{h} d{d} w{window}", 4 * H * H * window**2 * h * d
     return Case(name, batch, inputs, frozenset({0}), reference, forms, flops, ("reference",))
 

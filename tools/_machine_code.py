@@ -28,6 +28,8 @@ MODELS = (  # one or more of each family that has kernels, so that together they
     "dependencyvit_small",
     "overlock_t",
     "mobilenetv2_100_ulsam_r13_14_16_17_g4",
+    "vit_base_patch16_224_tcpa",
+    "litv2_s",
 )
 # an H100, for the estimates: instructions that all schedulers issue in a second, bytes/s and FLOP/s that are reached
 ISSUE_RATE, BYTES_RATE, FLOP_RATES = 132 * 4 * 1.755e9, 3.0e12, {"float32": 5.0e13}
