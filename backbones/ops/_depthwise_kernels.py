@@ -11,6 +11,8 @@ The gradient of the input is the same with the kernel turned around.  That of th
 
 Dilated rows of the output that meet the same rows of the input are worked on together: rows ``phase + dilation * u``.
 
+With channels last a program has eight channels, whose products are done at once: what it reads is then in one piece.
+
 Letters: ``u`` row of a phase, ``j`` row of a kernel, ``s`` column read, ``t`` column written, both of a tile.
 """
 
@@ -464,9 +466,10 @@ class _Launch:
             read, written = 4 * left, 2 * left
         half = x.element_size() == 2
         choices = CHOICES[90]  # other devices take the same until something is measured there
-        self.tile = choices[f"last {kernel}" if last else kernel, half, read, written]
-        self.groups = C // self.tile.channels
-        tiles = -(-W // written)
+        tile, tiles = choices[f"last {kernel}" if last else kernel, half, read, written], -(-W // written)
+        # no more rows of the products than there are
+        self.tile = tile._replace(block=min(tile.block, power_of_two(max(B * tiles, 1))))
+        self.groups = C // tile.channels
         axes = {"b": 0, "y": 2, "x": 3} if last else {"b": 0, "c": 1, "y": 2}
         strides = {f"stride_{name}{a}": t.stride(i) for name, t in (("", x), ("d", like)) for a, i in axes.items()}
         vector = math.gcd(C if last else W, *strides.values(), 16 // x.element_size())
