@@ -116,8 +116,11 @@ class Code(NamedTuple):
 
     @property
     def longest(self) -> Loop:
-        """The longest loop; of a kernel without loops, one that holds no instruction."""
-        return max(self.loops, key=lambda loop: loop.length, default=Loop(0, -1, dict.fromkeys(MIX, 0)))
+        """The longest loop with none inside; of a kernel without loops, one that holds no instruction."""
+        inner = [
+            x for x in self.loops if not any(x.first <= y.first and y.last <= x.last for y in self.loops if y != x)
+        ]
+        return max(inner, key=lambda loop: loop.length, default=Loop(0, -1, dict.fromkeys(MIX, 0)))
 
 
 def missing(disassembler: bool = True) -> str:
@@ -633,7 +636,7 @@ COLUMNS = [
 
 
 def row(code: Code) -> dict[str, Any]:
-    """Figures of a kernel by the names of ``COLUMNS``, those of its longest loop for the kinds of instructions."""
+    """Figures of a kernel by the names of ``COLUMNS``; its longest inner loop's for the kinds of instructions."""
     return {
         **{name: getattr(code, name) for name in COLUMNS if name in Code._fields},
         "shape": "x".join(map(str, code.shape)),
