@@ -24,16 +24,22 @@ def _format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
 
 
 class Watch(TorchDispatchMode):
-    """Every operator that runs: its name, inputs and outputs."""
+    """Every operator that runs: its name, inputs and outputs; and what all together read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Tensor], list[Tensor]]] = []
+        self.moved = 0  # bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         found = [[t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), out)]
         self.calls.append((func._schema.name, *found))  # type: ignore[arg-type]
+        returns, (took, gave) = func._schema.returns, found
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if gave and not views and "empty" not in func._schema.name:
+            written = [t for t in gave if not any(t is other for other in took)]
+            self.moved += sum(t.numel() * t.element_size() for t in (*took, *written))
         return out
 
 
@@ -65,4 +71,5 @@ def fake_gpu(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watc
                 if t is not None:
                     module._buffers[name] = fake(t)
         watch.calls.clear()
+        watch.moved = 0
         yield watch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import timm
 import torch
 import zoo
 from fake_gpu import fake_gpu
+from timm.layers import set_fast_norm
 from torch import Tensor
 
 # operators whose gradients raise under torch.use_deterministic_algorithms(True) on a GPU
@@ -70,3 +73,33 @@ def test_maps_keep_layout_and_dtype(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert [tuple(t.shape[:2]) for t in maps] == [(8, 3)]
     sums = [gave[0] for operator, _, gave in watch.calls if operator in ("aten::add", "aten::cat")]
     assert {t.dtype for t in sums if t.dim() == 4 and t.shape[2] > 1} == {torch.bfloat16}
+
+
+def moved(name: str, monkeypatch: pytest.MonkeyPatch, half: bool = False, fast_norm: bool = False) -> str:
+    """Gigabytes that inference on 128 images reads and writes, with autocast or in half precision."""
+    set_fast_norm(fast_norm)
+    try:
+        model = timm.create_model(name).eval()
+    finally:
+        set_fast_norm(False)
+    model = model.bfloat16() if half else model
+    with fake_gpu(model, monkeypatch) as watch, torch.no_grad():
+        x = images(model, 128)
+        with torch.autocast("cuda", torch.bfloat16, enabled=not half):
+            model(x.bfloat16() if half else x)
+    return f"{watch.moved / 1e9:.0f}"
+
+
+def test_what_casts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of README.md on autocast, norms in half precision, and weights in half precision."""
+    text = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    told = re.search(
+        r"`nat_tiny` reads and writes (\d+) GB .*? (\d+) GB .*? (\d+) GB .*?`overlock_t` (\d+), (\d+) and (\d+)", text
+    )
+    assert told is not None
+    found = [
+        moved(name, monkeypatch, **options)
+        for name in ("nat_tiny", "overlock_t")
+        for options in ({}, {"fast_norm": True}, {"half": True})
+    ]
+    assert list(told.groups()) == found

@@ -27,8 +27,9 @@ HEADS_SEE = {
     f"{LAYERS}.resampling",
 }
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
-# ContMix is built on the weighted sum; kernels of some operators fill files of their own
-PLUMBING = {f"{OPS}.{name}" for name in ("_backend", "_cost", "_derivative", "_operator", "attention", "na2d_av")}
+# ContMix is built on the weighted sum, ConvFFN on a convolution; kernels of some operators fill files of their own
+_PLUMBING = ("_backend", "_cost", "_derivative", "_operator", "attention", "depthwise3x3", "na2d_av")
+PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
 PLUMBING |= {f"{OPS}.{path.stem}" for path in (ROOT / "backbones/ops").glob("_*kernels.py")}
 KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
