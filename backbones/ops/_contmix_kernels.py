@@ -77,10 +77,9 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from ._kernels import index_type
+    from ._kernels import LOG2E, index_type
     from ._na2d_av_kernels import load_channels, store_channels, window_start
 
-    LOG2E = tl.constexpr(1.4426950408889634)
     # a kernel must not be compiled again because one of these is 1 or divisible by 16
     _COUNTS = ["images", "shares", "G", "H", "W", "S", "first", "tiles"]
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._backend import HAS_TRITON, on_device
-from ._kernels import power_of_two, product_precision
+from ._kernels import empty_map, memory_format, power_of_two, product_precision
 
 MAX_REACH = 15  # columns left and right of a column that its result depends on
 PARTS = 528  # programs of the kernel's gradient that share its sums over the images: 4 for each multiprocessor
@@ -427,23 +427,13 @@ def kernel_limits(x: Tensor, kernel_size: int, dilation: int) -> str:
     return ""
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Channels-last where channels lie side by side, also in a part of a map."""
-    return torch.channels_last if x.stride(1) == 1 and x.stride(3) > 1 else torch.contiguous_format
-
-
-def empty_map(x: Tensor) -> Tensor:
-    """Empty map of the shape, dtype and memory format of ``x``."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
-
-
 def _reads_channels(x: Tensor) -> bool:
     """Whether the kernels read channels side by side: in half precision, eight of them at once.
 
     Products of float32 are so slow there that a copy to the other memory format takes less time.
     """
     whole = all(n % 8 == 0 for n in (x.shape[1], x.stride(0), x.stride(2), x.stride(3)))
-    return x.element_size() == 2 and _format(x) == torch.channels_last and whole
+    return x.element_size() == 2 and memory_format(x) == torch.channels_last and whole
 
 
 def _as_read(x: Tensor, last: bool) -> Tensor:
@@ -498,7 +488,7 @@ class _Launch:
 
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool = False) -> Tensor:
     """Convolution in the dtype and memory format of ``x``, with the kernel turned around by ``flip``."""
-    C, H, K, last, format = x.shape[1], x.shape[2], weight.shape[2], _reads_channels(x), _format(x)
+    C, H, K, last, format = x.shape[1], x.shape[2], weight.shape[2], _reads_channels(x), memory_format(x)
     x, weight = _as_read(x, last), weight.contiguous()
     out = empty_map(x)
     if out.numel() == 0:

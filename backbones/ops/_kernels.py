@@ -52,6 +52,21 @@ def gradient_scale(dout: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(1, dtype=torch.float32, device=dout.device), -exponent)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Layout of the maps that a kernel makes of ``x``: channels-last if channels lie side by side, also in a part."""
+    return torch.channels_last if x.stride(1) == 1 and x.stride(3) > 1 else torch.contiguous_format
+
+
+def empty_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty map without gaps in the shape and memory format of ``x``."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def dense_map(x: Tensor) -> Tensor:
+    """``x`` without gaps, in its memory format."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
 def tokens_first(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Empty ``[B, h, N, d]`` in the memory order ``[B, N, h, d]``, which the next linear layer takes as it is."""
     B, h, N, D = like.shape

@@ -27,6 +27,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import empty_map, memory_format
 from ._operator import operator
 from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 
@@ -201,13 +202,6 @@ if HAS_TRITON:
     from ._contmix_kernels import kernel_backward, kernel_forward
 
 
-def _memory_format(t: Tensor) -> torch.memory_format:
-    """The dense layout to give to ``t``: positions are one axis with one stride in both."""
-    if not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def _skew_sum(t: Tensor, L: int, kernel_size: int) -> Tensor:
     """Adjoint of the relative index on one axis, by sums in a fixed order: ``[..., K, L]`` -> ``[..., 2K - 1]``.
 
@@ -230,8 +224,7 @@ def _rpb_gradient(ds: Tensor, H: int, W: int, kernel_size: int) -> Tensor:
 
 def _dense(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """What the kernels take: maps in the memory format of the values."""
-    memory_format = _memory_format(v)
-    maps = (t.contiguous(memory_format=memory_format) for t in (q, v))
+    maps = (t.contiguous(memory_format=memory_format(v)) for t in (q, v))
     return next(maps), *(t.contiguous() for t in (M, bias, rpb1, rpb2)), next(maps)
 
 
@@ -245,7 +238,7 @@ def _contmix(
 @torch.library.register_fake("vizoo::contmix")
 def _(q, M, bias, rpb1, rpb2, v, k1, k2):
     lse = q.new_empty(M.shape[0], 2, M.shape[1], q.shape[2] * q.shape[3], dtype=torch.float32)
-    return torch.empty_like(v, memory_format=_memory_format(v)), lse
+    return empty_map(v), lse
 
 
 @operator
@@ -263,7 +256,7 @@ def _contmix_backward(
     k2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = q.shape[2], q.shape[3]
-    dout, out = (t.contiguous(memory_format=_memory_format(v)) for t in (dout, out))
+    dout, out = (t.contiguous(memory_format=memory_format(v)) for t in (dout, out))
     dq, dM, dv, dlogits = kernel_backward(dout, out, lse, _dense(q, M, bias, rpb1, rpb2, v), k1, k2)
     drpb1, drpb2 = (
         _rpb_gradient(d.transpose(1, 2), H, W, K).contiguous() for d, K in zip(dlogits, (k1, k2), strict=True)
@@ -274,7 +267,7 @@ def _contmix_backward(
 @torch.library.register_fake("vizoo::contmix_backward")
 def _(dout, q, M, bias, rpb1, rpb2, v, out, lse, k1, k2):
     plain = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (M, bias, rpb1, rpb2))
-    dq, dv = (torch.empty_like(t, memory_format=_memory_format(v)) for t in (q, v))
+    dq, dv = (torch.empty_like(t, memory_format=memory_format(v)) for t in (q, v))
     return dq, *plain, dv
 
 

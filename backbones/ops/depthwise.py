@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ._backend import use_triton, without_autocast
 from ._cost import Cost, register_cost
-from ._depthwise_kernels import empty_map, kernel_forward, kernel_limits, kernel_weight_gradient
+from ._depthwise_kernels import kernel_forward, kernel_limits, kernel_weight_gradient
 from ._derivative import plain_gradients
+from ._kernels import empty_map
 from ._operator import operator
 
 

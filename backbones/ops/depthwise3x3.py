@@ -29,7 +29,7 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._kernels import all_registers, power_of_two
+from ._kernels import all_registers, empty_map, memory_format, power_of_two
 from ._operator import operator
 
 MAX_SIZE = 65535  # of batch and channels: as many programs as the second and third axis of a launch can have
@@ -329,21 +329,11 @@ def _choice(backward: bool, last: bool, half: bool, vectors: bool, H: int, W: in
     return Tile(rows, 128 // cols, cols, 4, groups)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.stride(1) == 1
-
-
 def _ordered(x: Tensor, last: bool) -> Tensor:
     """With channels, or columns, next to each other in memory."""
     if x.stride(1 if last else 3) == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def _result(x: Tensor) -> Tensor:
-    """Empty map without gaps in the memory format of ``x``."""
-    order = torch.channels_last if _channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
 def _parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
@@ -362,7 +352,10 @@ def _launch(backward: bool, **maps: Tensor) -> tuple[tuple[int, int, int], dict[
     strides = {
         f"{name}_stride_{axis}": s for name, t in maps.items() for axis, s in zip("bcyx", t.stride(), strict=True)
     }
-    last, vectors = _channels_last(x), all(s == 1 or s % 16 == 0 for s in strides.values())  # as Triton specialises
+    last, vectors = (
+        memory_format(x) == torch.channels_last,
+        all(s == 1 or s % 16 == 0 for s in strides.values()),
+    )  # as Triton specialises
     tile = _choice(backward, last, x.element_size() == 2, vectors, H, W)
     groups, columns, blocks = -(-H // tile.rows), -(-W // tile.cols), -(-C // tile.channels)
     programs = columns * blocks * B  # if each has one image
@@ -393,8 +386,8 @@ def _launch(backward: bool, **maps: Tensor) -> tuple[tuple[int, int, int], dict[
 def _kernel_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool, flip: bool = False
 ) -> Tensor:
-    x = _ordered(x, _channels_last(x))
-    y = _result(x)
+    x = _ordered(x, memory_format(x) == torch.channels_last)
+    y = empty_map(x)
     if y.numel() > 0:
         grid, arguments = _launch(False, x=x, y=y)
         with on_device(x):
@@ -407,9 +400,9 @@ def _kernel_forward(
 def _kernel_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = _channels_last(x)
+    last = memory_format(x) == torch.channels_last
     x, dy = _ordered(x, last), _ordered(dy, last)
-    out = _result(x)
+    out = empty_map(x)
     if out.numel() == 0:
         return out, torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
     neighbours, other = (x, dy) if gelu else (dy, x)
@@ -440,7 +433,7 @@ def _depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
 
 @torch.library.register_fake("vizoo::depthwise3x3")
 def _(x, weight, bias, residual, gelu):
-    return _result(x)
+    return empty_map(x)
 
 
 @operator
@@ -452,7 +445,7 @@ def _depthwise3x3_backward(
 
 @torch.library.register_fake("vizoo::depthwise3x3_backward")
 def _(dy, x, weight, bias, residual, gelu):
-    return _result(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return empty_map(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _save(ctx, inputs, output) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ._backend import plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
+from ._kernels import dense_map, empty_map, memory_format
 from ._operator import operator
 from ._ulsam_kernels import (
     MAX_CHANNELS,
@@ -79,14 +80,10 @@ def reference_ulsam_logits(
     return _plain_form(x, weight, bias, scale, shift)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _shifted_form(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """The separable maximum, for inference: a few images at a time, in float32 at least."""
     B, C, H, W = x.shape
-    g, last = weight.shape[0], _is_channels_last(x)
+    g, last = weight.shape[0], memory_format(x) == torch.channels_last
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), bias.to(dtype)
     x = x.permute(0, 2, 3, 1) if last else x.contiguous()
@@ -119,10 +116,6 @@ def _shifted_form(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
     return out
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-
-
 @operator
 def _ulsam_logits(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, save: bool, triton_kernel: bool
@@ -131,7 +124,7 @@ def _ulsam_logits(
     if not triton_kernel:
         with without_autocast(x):
             return _shifted_form(x, weight, bias, scale, shift), x.new_empty(0, dtype=torch.int8)
-    x = x.contiguous(memory_format=_memory_format(x))
+    x = dense_map(x)
     return kernel_forward(x, weight, bias, scale, shift, save)
 
 
@@ -139,7 +132,7 @@ def _ulsam_logits(
 def _(x, weight, bias, scale, shift, save, triton_kernel):
     logits = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     if save:
-        return logits, torch.empty_like(x, dtype=torch.int8, memory_format=_memory_format(x))
+        return logits, empty_map(x, torch.int8)
     return logits, x.new_empty(0, dtype=torch.int8)
 
 
@@ -148,13 +141,13 @@ def _ulsam_logits_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, place: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``x``, and the sums that make those of the parameters, one tensor: see ``kernel_backward``."""
-    return kernel_backward(dlogits, x.contiguous(memory_format=_memory_format(x)), weight, scale, place)
+    return kernel_backward(dlogits, dense_map(x), weight, scale, place)
 
 
 @torch.library.register_fake("vizoo::ulsam_logits_backward")
 def _(dlogits, x, weight, scale, place):
     sums = x.new_empty(weight.shape[0] + x.shape[1] * (1 if scale is None else 2), dtype=torch.float32)
-    return torch.empty_like(x, memory_format=_memory_format(x)), sums
+    return empty_map(x), sums
 
 
 def _save(ctx, inputs, output) -> None:
@@ -277,24 +270,24 @@ def reference_subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
 
 @operator
 def _subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
-    return attention_forward(x.contiguous(memory_format=_memory_format(x)), logits)
+    return attention_forward(dense_map(x), logits)
 
 
 @torch.library.register_fake("vizoo::subspace_attention")
 def _(x, logits):
-    return torch.empty_like(x, memory_format=_memory_format(x))
+    return empty_map(x)
 
 
 @operator
 def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    dense = partial(torch.Tensor.contiguous, memory_format=_memory_format(x))
+    dense = partial(torch.Tensor.contiguous, memory_format=memory_format(x))
     return attention_backward(dense(dout), dense(x), logits)
 
 
 @torch.library.register_fake("vizoo::subspace_attention_backward")
 def _(dout, x, logits):
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return torch.empty_like(x, memory_format=_memory_format(x)), dlogits
+    return empty_map(x), dlogits
 
 
 def _differentiate_attention(ctx, dout):
