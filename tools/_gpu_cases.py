@@ -413,7 +413,7 @@ def prompts(N: int, P: int, h: int, d: int, batch: int = 128) -> Case:
 def cases(dry: bool) -> Iterator[Case]:
     """The operators at shapes of the zoo's models at 224 pixels, or one tiny shape each."""
     if dry:
-        yield neighborhood(6, 1, 16, 3, 2, batch=2)
+        yield neighborhood(5, 1, 16, 3, batch=2)
         yield aggregated(5, 1, 16, 4, batch=2)
         yield halo_attention(4, 1, 16, 4, 1, 2, batch=2)
         yield timm_halo(8, 16, 2, 4, 1, batch=2)

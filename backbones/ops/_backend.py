@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -240,6 +241,20 @@ def load_natten() -> Any:
     import natten
 
     return natten
+
+
+class KernelModule:
+    """A file of kernels of this folder, imported when one of its names is first used: Triton reads each one's source.
+
+    Args:
+        name: Of the file.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = f"{__package__}.{name}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -27,7 +27,6 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device
 from ._kernels import empty_map, memory_format, power_of_two, product_precision
 
-MAX_REACH = 15  # columns left and right of a column that its result depends on
 PARTS = 528  # programs of the kernel's gradient that share its sums over the images: 4 for each multiprocessor
 
 if HAS_TRITON:
@@ -415,16 +414,6 @@ CHOICES = {
         ("last weight", True, 64, 32): Tile(16, 1, 8, 1, 8),
     }
 }
-
-
-def kernel_limits(x: Tensor, kernel_size: int, dilation: int) -> str:
-    """What the kernels cannot do with this map and kernel; empty if nothing."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
-    reach = dilation * (kernel_size // 2)
-    if reach > MAX_REACH:
-        return f"the kernels reach up to {MAX_REACH} pixels from the centre, not {reach}"
-    return ""
 
 
 def _reads_channels(x: Tensor) -> bool:

@@ -19,10 +19,6 @@ from torch import Tensor
 from ._backend import HAS_TRITON, on_device
 from ._kernels import all_registers, gradient_scale, power_of_two, product_precision
 
-MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
-MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
-MAX_TABLE = 8192  # rows times channels of a table, each as the power of two that holds it
-
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -475,21 +471,6 @@ if HAS_TRITON:
         image, place = b * H * W * heads, ((ky * W + kx) * heads + head).to(INDEX)
         store_vectors(dk_ptr + image * D, place * D, dk * (scale * shrink), m_k, D, DP)
         store_vectors(dv_ptr + image * DV, place * DV, dv, m_k, DV, DVP)
-
-
-def kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
-    """What the kernels cannot do with these queries, values and rows of a table; empty if nothing."""
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
-    if max(2 * q.shape[4], v.shape[4]) > MAX_CHANNELS:
-        return (
-            f"the kernels take up to {MAX_CHANNELS} channels per head, half in queries, not {q.shape[4]}, {v.shape[4]}"
-        )
-    if rows > MAX_ROWS:
-        return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}"
-    if q.shape[4] > MAX_TABLE // power_of_two(rows):
-        return f"the kernels take tables with up to {MAX_TABLE} numbers in use, not {rows} rows of {q.shape[4]}"
-    return ""
 
 
 class Tile(NamedTuple):

@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, use_triton, without_autocast
+from ._backend import KernelModule, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import empty_map, memory_format
 from ._operator import operator
 from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
+
+kernels = KernelModule("_contmix_kernels")
 
 
 def working_size(H: int, W: int, kernel_size: int) -> tuple[int, int]:
@@ -198,10 +200,6 @@ def _matmul_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor,
     return torch.stack([small, large], dim=1).reshape(v.shape)
 
 
-if HAS_TRITON:
-    from ._contmix_kernels import kernel_backward, kernel_forward
-
-
 def _skew_sum(t: Tensor, L: int, kernel_size: int) -> Tensor:
     """Adjoint of the relative index on one axis, by sums in a fixed order: ``[..., K, L]`` -> ``[..., 2K - 1]``.
 
@@ -232,7 +230,7 @@ def _dense(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Te
 def _contmix(
     q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
 ) -> tuple[Tensor, Tensor]:
-    return kernel_forward(_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
+    return kernels.kernel_forward(_dense(q, M, bias, rpb1, rpb2, v), k1, k2)
 
 
 @torch.library.register_fake("vizoo::contmix")
@@ -257,7 +255,7 @@ def _contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = q.shape[2], q.shape[3]
     dout, out = (t.contiguous(memory_format=memory_format(v)) for t in (dout, out))
-    dq, dM, dv, dlogits = kernel_backward(dout, out, lse, _dense(q, M, bias, rpb1, rpb2, v), k1, k2)
+    dq, dM, dv, dlogits = kernels.kernel_backward(dout, out, lse, _dense(q, M, bias, rpb1, rpb2, v), k1, k2)
     drpb1, drpb2 = (
         _rpb_gradient(d.transpose(1, 2), H, W, K).contiguous() for d, K in zip(dlogits, (k1, k2), strict=True)
     )

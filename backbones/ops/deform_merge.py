@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import plain_only, use_triton
+from ._backend import KernelModule, plain_only, use_triton
 from ._cost import Cost, register_cost
-from ._deform_kernels import kernel_backward, kernel_forward
 from ._derivative import differentiable, plain_gradients
 from ._operator import operator
+
+kernels = KernelModule("_deform_kernels")
 
 
 def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +124,7 @@ def _rows_form(x: Tensor, offset: Tensor) -> Tensor:
 
 @operator
 def _deform_sample(x: Tensor, offset: Tensor) -> Tensor:
-    return kernel_forward(x, offset)
+    return kernels.kernel_forward(x, offset)
 
 
 @torch.library.register_fake("vizoo::deform_sample")
@@ -133,7 +134,7 @@ def _(x, offset):
 
 @operator
 def _deform_sample_backward(dout: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    return kernel_backward(dout, x, offset)
+    return kernels.kernel_backward(dout, x, offset)
 
 
 @torch.library.register_fake("vizoo::deform_sample_backward")

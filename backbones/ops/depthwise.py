@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_triton, without_autocast
+from ._backend import KernelModule, use_triton, without_autocast
 from ._cost import Cost, register_cost
-from ._depthwise_kernels import kernel_forward, kernel_limits, kernel_weight_gradient
 from ._derivative import plain_gradients
 from ._kernels import empty_map
 from ._operator import operator
+
+kernels = KernelModule("_depthwise_kernels")
+MAX_REACH = 15  # columns left and right of a column that its result depends on
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
@@ -63,7 +65,7 @@ def reference_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 @operator
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    return kernel_forward(x, weight, bias, dilation)
+    return kernels.kernel_forward(x, weight, bias, dilation)
 
 
 @torch.library.register_fake("vizoo::depthwise_conv")
@@ -76,10 +78,10 @@ def _depthwise_conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``weight``, empty where they are not needed."""
-    dx = kernel_forward(dout, weight, None, dilation, flip=True) if need_x else x.new_empty(0)
+    dx = kernels.kernel_forward(dout, weight, None, dilation, flip=True) if need_x else x.new_empty(0)
     if not need_weight:
         return dx, weight.new_empty(0)
-    return dx, kernel_weight_gradient(dout, x, weight.shape[2], dilation).to(weight.dtype)
+    return dx, kernels.kernel_weight_gradient(dout, x, weight.shape[2], dilation).to(weight.dtype)
 
 
 @torch.library.register_fake("vizoo::depthwise_conv_backward")
@@ -147,6 +149,16 @@ def depthwise_conv(
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))  # as a convolution
-    if use_triton(backend, x, kernel_limits(x, weight.shape[2], dilation)):
+    if use_triton(backend, x, _kernel_limits(x, weight.shape[2], dilation)):
         return _depthwise_conv(x, weight, bias, dilation)
     return _plain_form(x, weight, bias, dilation)
+
+
+def _kernel_limits(x: Tensor, kernel_size: int, dilation: int) -> str:
+    """What the kernels cannot do with this map and kernel; empty if nothing."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    reach = dilation * (kernel_size // 2)
+    if reach > MAX_REACH:
+        return f"the kernels reach up to {MAX_REACH} pixels from the centre, not {reach}"
+    return ""

@@ -28,12 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import plain_only, use_triton, without_autocast
+from ._backend import KernelModule, plain_only, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._halo_kernels import kernel_backward, kernel_forward, kernel_limits
+from ._kernels import power_of_two
 from ._operator import operator
 
+kernels = KernelModule("_halo_kernels")
+MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
+MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
+MAX_TABLE = 8192  # rows times channels of a table, each as the power of two that holds it
 CHUNK = 1 << 18  # scores that the chunked form works on at once for each thread: 1 MiB, the cache of a core
 
 
@@ -349,7 +353,7 @@ def _halo_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
     if triton_kernel:
-        return kernel_forward(train, *args)
+        return kernels.kernel_forward(train, *args)
     with without_autocast(q):
         out = _chunked_forward(*args)
     return out, out.new_empty(0), out.new_empty(0, dtype=torch.float32)
@@ -384,7 +388,7 @@ def _halo_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
     if triton_kernel:
-        dq, dk, dv, *dtables = kernel_backward(dout, out, rest, lse, *args)
+        dq, dk, dv, *dtables = kernels.kernel_backward(dout, out, rest, lse, *args)
     else:
         with without_autocast(q):
             dq, dk, dv, *dtables = _chunked_backward(dout, *args)
@@ -489,7 +493,7 @@ def halo_attention(
     mask, pixel = pad_mode == "mask", rel_index == "pixel"
     if not torch.jit.is_scripting():
         rows = (block_size // stride - 1) * (stride if pixel else 1) + block_size + 2 * halo_size
-        use = use_triton(backend, v, kernel_limits(q, v, rows))
+        use = use_triton(backend, v, _kernel_limits(q, v, rows))
         if not plain_only():
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             tensors = q.to(common), k.to(common), v.to(common), height_rel, width_rel
@@ -502,3 +506,18 @@ def halo_attention(
                 q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
             )
     return _plain_form(q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel)
+
+
+def _kernel_limits(q: Tensor, v: Tensor, rows: int) -> str:
+    """What the kernels cannot do with these queries, values and rows of a table; empty if nothing."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
+    if max(2 * q.shape[4], v.shape[4]) > MAX_CHANNELS:
+        return (
+            f"the kernels take up to {MAX_CHANNELS} channels per head, half in queries, not {q.shape[4]}, {v.shape[4]}"
+        )
+    if rows > MAX_ROWS:
+        return f"the kernels take tables with up to {MAX_ROWS} rows in use, not {rows}"
+    if q.shape[4] > MAX_TABLE // power_of_two(rows):
+        return f"the kernels take tables with up to {MAX_TABLE} numbers in use, not {rows} rows of {q.shape[4]}"
+    return ""

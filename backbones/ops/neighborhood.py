@@ -34,12 +34,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, choose_backend, is_transforming, load_natten, plain_only, without_autocast
+from ._backend import (
+    HAS_TRITON,
+    KernelModule,
+    choose_backend,
+    is_transforming,
+    load_natten,
+    plain_only,
+    without_autocast,
+)
 from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
 from ._derivative import plain_gradients
 from ._kernels import gradient_scale
 from ._operator import operator
 
+kernels = KernelModule("_neighborhood_kernels")
 MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers
 _WORKSPACE = 4 << 20  # bytes of keys and values gathered at once on a CPU, so that they stay in the cache
 
@@ -624,7 +633,6 @@ def _tiles_backward(
 
 
 if HAS_TRITON:
-    from . import _neighborhood_kernels as kernels
     from ._kernels import index_type
 
 

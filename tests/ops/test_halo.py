@@ -10,6 +10,7 @@ from timm.layers.halo_attn import HaloAttn
 from tolerance import close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from vizoo.backbones.ops import _halo_kernels
 from vizoo.backbones.ops import halo as module
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
@@ -310,9 +311,9 @@ def test_kernels_index_large_images_in_64_bits():
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("window", [6, 14, 18])
 def test_every_width_has_a_tile(half, queries, window):
-    from vizoo.backbones.ops._halo_kernels import MAX_CHANNELS, _choice
+    from vizoo.backbones.ops._halo_kernels import _choice
 
-    for kernel, width in itertools.product(("forward", "query", "key"), range(32, 2 * MAX_CHANNELS + 1, 16)):
+    for kernel, width in itertools.product(("forward", "query", "key"), range(32, 2 * module.MAX_CHANNELS + 1, 16)):
         tile = _choice(kernel, half, width, queries, window)
         assert 16 <= tile.queries <= max(16, 2 * queries)
         assert kernel != "key" or max(tile.rows, tile.cols) <= 8  # their one-hot matrix has 8 + 8 columns
@@ -553,7 +554,7 @@ def test_rejects_backends():
 def test_auto_never_interprets(monkeypatch):
     """On CPU tensors the kernels run only when a caller insists."""
     calls = []
-    monkeypatch.setattr(module, "kernel_forward", lambda *a: calls.append(a))
+    monkeypatch.setattr(_halo_kernels, "kernel_forward", lambda *a: calls.append(a))
     halo_attention(*(t.float() for t in inputs(*CASES[1])), *CASES[1][-3:])
     assert calls == []
 

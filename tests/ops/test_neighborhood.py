@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerance import close, golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.ops import _backend
+from vizoo.backbones.ops import _backend, _neighborhood_kernels
 from vizoo.backbones.ops import neighborhood as module
 from vizoo.backbones.ops._backend import HAS_TRITON
 from vizoo.backbones.ops._cost import COSTS
@@ -388,7 +388,7 @@ def test_kernels_with_additional_keys(case, P, bias, boundary, dtype):
 
 @needs_triton
 def test_kernels_take_several_tiles_of_additional_keys(monkeypatch):
-    monkeypatch.setattr(module.kernels, "PROGRAMS", 3)  # of several shares
+    monkeypatch.setattr(_neighborhood_kernels, "PROGRAMS", 3)  # of several shares
     case = (2, 5, 7, 1, 2, 2, (3, 3), (1, 1), (1, 1))
     check(triton_form, case, torch.float32, DEVICE, additional(70, "hN"), boundary="mask")
 
@@ -429,7 +429,7 @@ def test_kernels_keep_small_gradients_with_additional_keys(small):
 @needs_triton
 def test_columns_of_queries_for_a_tile_of_keys():
     """What the kernels set aside is what the definition of the window needs, and no more."""
-    T = module.kernels.TILE
+    T = _neighborhood_kernels.TILE
     for K, S, R, extra, masked in itertools.product((1, 2, 3, 7), (1, 2, 3), (1, 3), (0, 4), (False, True)):
         for L in range(R if masked else K * R, 26) if K >= S else ():
             queries = max(1, L - extra)
@@ -440,7 +440,7 @@ def test_columns_of_queries_for_a_tile_of_keys():
                 for j in range(0, -(-(L - g) // R), T):
                     reach = ((first < j + T) & (first + K > j)).nonzero()
                     most = max(most, int(reach[-1] - reach[0]) + 1 if len(reach) else 0)
-            assert module.kernels.key_columns(queries, L, K, S, R, masked) == most, (queries, L, K, S, R)
+            assert _neighborhood_kernels.key_columns(queries, L, K, S, R, masked) == most, (queries, L, K, S, R)
 
 
 class Recorder:
@@ -459,7 +459,7 @@ def launches(monkeypatch, q, kernel_size=7, dilation=1, number=0):
     names += ["bwd_additional", "bwd_additional_bias"] if number else []
     recorders = {name: Recorder() for name in names}
     for name, recorder in recorders.items():
-        monkeypatch.setattr(module.kernels, f"neighborhood_{name}_kernel", recorder)
+        monkeypatch.setattr(_neighborhood_kernels, f"neighborhood_{name}_kernel", recorder)
     window = module._Window(*((n, n) for n in (kernel_size, 1, dilation)))
     rpb = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
     B, H, W, h, d = q.shape
@@ -500,7 +500,7 @@ def test_kernels_are_compiled_once_for_additional_keys(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 def test_precision_of_products_is_pytorchs(monkeypatch, precision):
-    monkeypatch.setattr(module.kernels, "product_precision", lambda device: precision)
+    monkeypatch.setattr(_neighborhood_kernels, "product_precision", lambda device: precision)
     calls = launches(monkeypatch, torch.empty(1, 7, 7, 1, 4, device="meta"), number=5)
     del calls["table"]
     assert {c["PRECISION"] for found in calls.values() for c in found} == {precision}
@@ -517,7 +517,7 @@ def test_offsets_are_wide_where_an_image_needs_it(monkeypatch):
 @needs_triton
 def test_kernels_share_images(monkeypatch):
     """The bias' gradient of several images by one program."""
-    monkeypatch.setattr(module.kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(_neighborhood_kernels, "PROGRAMS", 1)
     check(triton_form, (3, 5, 5, 1, 2, 2, (3, 3), (1, 1), (1, 1)), torch.float32, DEVICE)
 
 
@@ -880,8 +880,8 @@ def test_works_without_triton_and_natten():
         "import sys, torch, timm\n"
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('triton', 'natten') else found(name, *a)\n"
-        "from vizoo.backbones.ops import neighborhood as m\n"
-        "assert not hasattr(m, 'kernels')\n"
+        "from vizoo.backbones.ops import neighborhood as m, _neighborhood_kernels as n\n"
+        "assert not hasattr(n, 'triton')\n"
         "q = torch.rand(1, 3, 5, 1, 2, requires_grad=True)\n"
         "args = q, q.detach(), q.detach(), 3\n"
         "assert torch.allclose(m.neighborhood_attention(*args), m.reference_neighborhood_attention(*args), atol=1e-6)\n"

@@ -132,7 +132,7 @@ def test_crash_and_hang_cost_one_job(tmp_path, monkeypatch):
 
 def test_what_fails_in_the_child_is_a_row(tmp_path):
     """The true child answers an error with its text and goes on."""
-    job = {"section": "ops", "item": "depthwise 9x9 c8 k5", "dtype": "float32", "form": "NCHW"}
+    job = {"section": "ops", "item": "depthwise 9x9 c8 k7", "dtype": "float32", "form": "reference"}
     with contextlib.closing(_gpu_suite.Worker("dry")) as worker:
         assert worker.ask({**job, "item": "nothing"}, 120) == {"failed": "KeyError: 'nothing'"}
         process = worker.process
