@@ -40,6 +40,7 @@ from .layers.build import build
 from .layers.checks import check_patches, checked, scaled
 from .layers.mlp import Mlp
 from .layers.plain import project, tensors
+from .ops._backend import autocast_dtype
 
 __all__ = ["NiNformer"]
 
@@ -171,9 +172,8 @@ class TokenMixing(nn.Module):
 @register_notrace_function
 def gated(u: Tensor, v: Tensor) -> Tensor:
     """``u * v``, in float32 under autocast: the product has no bound, float16 has."""
-    if not torch.jit.is_scripting():
-        kind = u.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if autocast_dtype(u) is not None:
             return u.float() * v.float()
     return u * v
 

@@ -262,9 +262,13 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of the inputs of products on the device of ``x``; None where it is off."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Context in which products on the device of ``x`` keep the dtypes that the operator chose."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import KernelModule, use_triton, without_autocast
+from ._backend import KernelModule, autocast_dtype, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import empty_map
@@ -134,7 +134,7 @@ def depthwise_conv(
         weight: Kernels ``[C, 1, K, K]``, odd ``K``; one wider than ``x`` is rounded, its gradient is not.
         bias: ``[C]``, or None.
         dilation: Distance of neighbouring taps.
-        backend: ``"torch"``; ``"triton"`` (no float64, taps up to 16 pixels from the centre); or ``"auto"``: Triton
+        backend: ``"torch"``; ``"triton"`` (no float64, taps up to 15 pixels from the centre); or ``"auto"``: Triton
             where it can run, but for undilated kernels up to 5x5, which cuDNN has.
 
     Returns:
@@ -146,9 +146,9 @@ def depthwise_conv(
     _check(x, weight, bias, dilation)
     if backend == "auto" and dilation == 1 and weight.shape[2] <= 5:
         backend = "torch"
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))  # as a convolution
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)  # as a convolution
     if use_triton(backend, x, _kernel_limits(x, weight.shape[2], dilation)):
         return _depthwise_conv(x, weight, bias, dilation)
     return _plain_form(x, weight, bias, dilation)

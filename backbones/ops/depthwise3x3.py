@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, use_triton, without_autocast
+from ._backend import HAS_TRITON, autocast_dtype, on_device, use_triton, without_autocast
 from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import all_registers, empty_map, memory_format, power_of_two
@@ -512,10 +512,9 @@ def depthwise3x3(
 
 def _cast(x: Tensor, residual: bool) -> Tensor:
     """As autocast does it: convolutions are done in half precision, and a wider map that is added stays as it is."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return x
-    dtype = torch.get_autocast_dtype(device)
     return x.to(torch.promote_types(x.dtype, dtype) if residual else dtype)
 
 
