@@ -39,7 +39,7 @@ from .layers import HiLo
 from .layers.build import build
 from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.plain import depthwise, fuses, project, tensors
-from .ops._backend import on_kernel_device
+from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3

@@ -40,7 +40,7 @@ from .layers.build import build
 from .layers.checks import check_patches, checked, scaled
 from .layers.mlp import Mlp
 from .layers.plain import project, tensors
-from .ops._backend import autocast_dtype
+from .ops.backend import autocast_dtype
 
 __all__ = ["NiNformer"]
 

@@ -28,8 +28,8 @@ from .layers.build import build
 from .layers.checks import check_model_name, check_multiple, checked, need
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
 from .layers.plain import tensors
-from .ops._backend import is_transforming, plain_only
 from .ops.attention import attention
+from .ops.backend import is_transforming, plain_only
 
 __all__ = ["OAT", "convert_oat"]
 

@@ -484,7 +484,7 @@ def test_features_of_inner_layers() -> None:
 
 def test_forward_mode_leaves_no_trace() -> None:
     """After a transform the fast path runs again."""
-    from vizoo.backbones.ops._backend import is_transforming
+    from vizoo.backbones.ops.backend import is_transforming
 
     model = timm.create_model("test_litv2").eval()
     torch.func.jvp(model, (sample(model),), (sample(model),))

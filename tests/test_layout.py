@@ -28,10 +28,10 @@ HEADS_SEE = {
 }
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 # ContMix is built on the weighted sum, ConvFFN on a convolution; kernels of some operators fill files of their own
-_PLUMBING = ("_backend", "_cost", "_derivative", "_operator", "attention", "depthwise3x3", "na2d_av")
+_PLUMBING = ("backend", "cost", "_derivative", "operators", "attention", "depthwise3x3", "na2d_av")
 PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
 PLUMBING |= {f"{OPS}.{path.stem}" for path in (ROOT / "backbones/ops").glob("_*kernels.py")}
-KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/_backend.py
+KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
 IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
@@ -99,9 +99,9 @@ def refused(path: Path, found: Import) -> str | None:
     name = module_name(path)
     if found.within("heads", "tools", "backbones", "configs"):
         return "our folders are imported by their vizoo name"
-    compiles = name.startswith(OPS) or name == "vizoo.tools._machine_code"
-    if found.within(*KERNELS) and (found.always or not compiles) and name != f"{OPS}._backend":
-        return "kernel libraries are imported behind the probe of ops/_backend.py"
+    compiles = name.startswith(OPS) or name == "vizoo.tools.gpu.machine_code"
+    if found.within(*KERNELS) and (found.always or not compiles) and name != f"{OPS}.backend":
+        return "kernel libraries are imported behind the probe of ops/backend.py"
     if name.startswith(OPS):
         if name == OPS and found.within(OPS):
             return None
@@ -173,7 +173,7 @@ def test_import_rules_bite() -> None:
     assert [case for case in bad if reason(*case) is None] == []
     good = [
         ("backbones/ops/attention.py", "triton.language", False),
-        ("backbones/ops/attention.py", f"{OPS}._backend", True),
+        ("backbones/ops/attention.py", f"{OPS}.backend", True),
         ("backbones/family.py", f"{OPS}.attention", True),
         ("backbones/family.py", "timm.layers", True),
         ("tools/bench.py", f"{BACKBONES}.family", True),

@@ -28,7 +28,7 @@ from vizoo.backbones.layers import (
     tcpa_state_dict,
     vpt,
 )
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 CASES = ["tcpa_vfpt_tiny", "tcpa_vfpt_tiny_rtcpa_iprompt", "tcpa_vpt_tiny"]

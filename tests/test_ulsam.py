@@ -15,10 +15,10 @@ from torch import nn
 
 from vizoo.backbones import ulsam as family
 from vizoo.backbones.layers import ULSAM, add_ulsam
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ulsam import checkpoint_filter_fn
-from vizoo.tools._counting import count, fvcore_counts
-from vizoo.tools._official import ULSAMLoop
+from vizoo.tools.profiling.counting import count, fvcore_counts
+from vizoo.tools.profiling.official import ULSAMLoop
 
 CASES = [(64, 4, 14, 14), (64, 1, 7, 9), (12, 12, 5, 3), (24, 3, 1, 8), (40, 8, 17, 1)]  # dim, splits, H, W
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}

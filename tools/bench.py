@@ -18,26 +18,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools._gpu_suite import BUDGET, SECTIONS, run
 from vizoo.tools.common import (
-    MOST,
-    MOST_THREADS,
     Failure,
-    Parser,
     UserError,
     append_table,
     build_model,
     check_table,
     compute_device,
     explain,
-    number,
     print_table,
     progress,
-    read_size,
     resolve_models,
     run_tool,
     short,
 )
+from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
+from vizoo.tools.options import MOST, MOST_THREADS, Parser, number, read_size
 
 EXAMPLES = """\
 examples:
@@ -215,7 +211,7 @@ def build_sides(args: argparse.Namespace) -> tuple[Any, Any, str, list[int]]:
     """
     from timm.layers import set_fused_attn
 
-    from vizoo.tools._official import ULSAMLoop, official_hilo, official_model, timm_model
+    from vizoo.tools.profiling.official import ULSAMLoop, official_hilo, official_model, timm_model
 
     if args.name == "halo":
         from timm.layers.halo_attn import HaloAttn
@@ -475,7 +471,7 @@ def _compile(args: argparse.Namespace) -> None:
     """Compile kernels for a GPU that need not be there: report on them, or only fill the cache."""
     import torch
 
-    from vizoo.tools import _machine_code as code
+    from vizoo.tools.gpu import machine_code as code
 
     option = "--sass" if args.sass else "--warm"
     for name in args.name:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import ast
 import contextlib
 import csv
 import difflib
@@ -11,7 +9,6 @@ import errno
 import fnmatch
 import functools
 import json
-import math
 import os
 import reprlib
 import stat
@@ -32,86 +29,6 @@ class UserError(ValueError):
 
 class Failure(Exception):
     """Something went wrong while running: the message says what, where, and what helps; tools exit with status 1."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one line, as all bad input of a tool."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(message)
-
-
-def number(
-    kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False, below: bool = False
-) -> Callable[[str], Any]:
-    """Argument type: a finite number between two bounds.
-
-    Args:
-        kind: ``int`` or ``float``.
-        low: Smallest value.
-        high: Largest value.
-        above: ``low`` itself is not allowed.
-        below: ``high`` itself is not allowed.
-
-    Returns:
-        Parser of a text; it raises ``argparse.ArgumentTypeError`` with what is allowed.
-    """
-    need = "a whole number" if kind is int else "a finite number"
-    if low > -math.inf and high < math.inf and not above and not below:
-        need += f" between {low:g} and {high:g}"
-    else:
-        bounds = [f"above {low:g}" if above else f"of at least {low:g}"] * (low > -math.inf)
-        bounds += [f"below {high:g}" if below else f"of at most {high:g}"] * (high < math.inf)
-        need = " ".join([need, *" and ".join(bounds).split()])
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-            fits = math.isfinite(value)  # OverflowError for an int of over 308 digits
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits or not (low < value if above else low <= value) or not (value < high if below else value <= high):
-            raise argparse.ArgumentTypeError(
-                f"got {text if text.isprintable() and text[:120] == text != '' else short(text)}, must be {need}"
-            )
-        return value
-
-    return parse
-
-
-class KeyValues(argparse.Action):
-    """Collects words KEY=VALUE in a dictionary; a value is a literal of Python, else text."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Store the dictionary.
-
-        Raises:
-            argparse.ArgumentError: For a word without ``=`` or without a key.
-        """
-        found: dict[str, Any] = {}
-        for word in values:
-            key, equals, text = word.partition("=")
-            if not equals or not key.isidentifier():
-                raise argparse.ArgumentError(self, f"got {short(word)}, must be KEY=VALUE")
-            found[key] = literal(text)
-        setattr(namespace, self.dest, found)
-
-
-def literal(text: str) -> Any:
-    """The value of a literal of Python, or the text itself, whatever it looks like."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # TypeError: {[]: 1}
-        return text
-
-
-MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
-MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
 
 
 def short(value: Any, length: int = 120) -> str:
@@ -271,6 +188,25 @@ def resolve_models(patterns: Sequence[str]) -> list[str]:
             raise UserError(f"unknown tag {tag!r} of model {arch!r}; known: {', '.join(tags) or 'none'}")
         names.append(pattern)
     return list(dict.fromkeys(names))
+
+
+def resolve_model(pattern: str, option: str = "--model") -> str:
+    """The one model that a name or a glob stands for.
+
+    Args:
+        pattern: As for :func:`resolve_models`.
+        option: That it was given with, for the message.
+
+    Returns:
+        Its name.
+
+    Raises:
+        UserError: As :func:`resolve_models`, and if it stands for several.
+    """
+    names = resolve_models([pattern])
+    if len(names) != 1:
+        raise UserError(f"{option} {pattern!r} matches {len(names)} models; name one")
+    return names[0]
 
 
 def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwargs: Any) -> Any:
@@ -561,26 +497,6 @@ def check_output(path: str | Path | None, name: str, *suffixes: str, mark: bytes
         head = f.read(1 << 16)
     if head and mark not in head:
         raise UserError(f"{what}: holds something that vizoo did not write; remove it or choose another name")
-
-
-def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, int]:
-    """Check an image size.
-
-    Args:
-        values: One side of a square in pixels, or height and width.
-        name: Argument name for the message.
-
-    Returns:
-        ``(height, width)`` in pixels.
-
-    Raises:
-        UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
-    """
-    sides = [values] if isinstance(values, int) else list(values)
-    if len(sides) not in (1, 2) or not all(1 <= s <= MOST for s in sides):
-        got = " ".join(map(str, sides))
-        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
-    return sides[0], sides[-1]
 
 
 @functools.cache

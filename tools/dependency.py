@@ -13,18 +13,8 @@ import torch
 from timm.data import resolve_data_config
 
 from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
-from vizoo.tools._images import add_window
-from vizoo.tools.common import (
-    KeyValues,
-    Parser,
-    UserError,
-    build_model,
-    check_output,
-    number,
-    resolve_models,
-    run_tool,
-    save_figure,
-)
+from vizoo.tools.common import UserError, build_model, check_output, resolve_model, run_tool, save_figure
+from vizoo.tools.options import WINDOW, Parser, add, add_alias, check_outputs, number
 from vizoo.tools.show import need_finite, read_input
 
 EXAMPLES = """\
@@ -45,39 +35,38 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vizoo dependency",
         description="Draw an image with the dependency tree of its tokens, its parts and its saliency.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...; or 'china' or 'flower'")
-    p.add_argument("--model", default="dependencyvit_tiny", metavar="MODEL", help="(dependencyvit_tiny)")
-    p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
-    p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
-    p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
-    add_window(p)
+    add(p, "--model", "a dependencyvit_* model; dependencyvit_tiny", default="dependencyvit_tiny")
+    add(p, "--checkpoint", "for example model_best.pth.tar of a run")
+    add(p, "--num-classes", "of the checkpoint; the model's")
+    add(p, "--model-kwargs")
+    add(p, "--img-size", "the model's; of the shorter side")
+    add(p, "--window", WINDOW)
     p.add_argument("--method", choices=["greedy", "edmonds"], default="greedy", help="parser of the tree (greedy)")
     p.add_argument("--layers", type=number(int, 1), metavar="K", help="take the mean of the last K layers (all)")
     p.add_argument("--parts", type=number(int, 1), default=5, metavar="K", help="parts to cut the tree into (5)")
     p.add_argument("--min-size", type=number(int, 1), default=4, metavar="N", help="tokens below a cut, at least (4)")
-    p.add_argument("--out", default="dependency.png", metavar="FILE.png", help="(dependency.png)")
+    add(p, "--plot", ".png; dependency.png", default="dependency.png")
+    add_alias(p, "--out", "plot")
     return p
 
 
 def _dependency(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    names = resolve_models([args.model])
-    if len(names) != 1:
-        raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
-    check_output(args.out, "--out", ".png")
+    name = resolve_model(args.model)
+    check_output(args.plot, "--plot", ".png")
+    check_outputs(args.num_classes)
     kwargs: dict[str, Any] = dict(args.model_kwargs)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
     torch.manual_seed(0)  # of untrained weights
-    model = build_model(names[0], checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    model = build_model(name, checkpoint_path=args.checkpoint or "", **kwargs).eval()
     if not hasattr(model, "get_dependency"):
         raise UserError(f"--model {args.model!r} has no dependency tree; allowed: dependencyvit_*")
     depth = len(model.blocks)
     if args.layers is not None and args.layers > depth:
-        raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {names[0]}")
+        raise UserError(f"--layers {args.layers}: from 1 to {depth}, the layers of {name}")
     step = max(model.patch_embed.patch_size)
     photo = str(files("sklearn.datasets.images") / f"{args.image}.jpg") if args.image in PHOTOS else args.image
     data = resolve_data_config({}, model=model)
@@ -87,19 +76,19 @@ def _dependency(argv: list[str]) -> int:
     with torch.inference_mode():
         model(normed)
         found = model.get_dependency(args.layers)
-    need_finite((found.masks,), args.checkpoint or names[0])
+    need_finite((found.masks,), args.checkpoint or name)
     try:
         tree = dependency_tree(found, args.method)
     except ValueError as e:
         raise UserError(f"--method {args.method}: {e}") from None
     parts = subtrees(found, tree, args.parts, args.min_size)
     trained = "" if args.checkpoint else ", untrained"
-    draw_dependency(x[0], found, tree, parts, Path(args.out), f"{names[0]}{trained}\n{Path(photo).name}")
+    draw_dependency(x[0], found, tree, parts, Path(args.plot), f"{name}{trained}\n{Path(photo).name}")
     if not args.checkpoint:
         print("no --checkpoint: these are untrained weights, which see nothing in an image", file=sys.stderr)
     size, root = "x".join(map(str, found.size)), divmod(int(tree.rank[0].argmin()), found.size[1])
     print(
-        f"{args.out}: {args.method} tree of {size} tokens, root at row {root[0]}, column {root[1]}, "
+        f"{args.plot}: {args.method} tree of {size} tokens, root at row {root[0]}, column {root[1]}, "
         f"depth {tree.depth[0].max()}, {parts[0].max() + 1} parts"
     )
     return 0

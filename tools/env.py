@@ -10,7 +10,8 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from vizoo.tools.common import Parser, run_tool
+from vizoo.tools.common import run_tool
+from vizoo.tools.options import Parser
 
 PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
 PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
@@ -31,7 +32,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import vizoo
-    from vizoo.backbones.ops._backend import backends
+    from vizoo.backbones.ops.backend import backends
 
     versions: dict[str, str | None] = {"vizoo": vizoo.__version__, "python": platform.python_version()}
     for package in PACKAGES:

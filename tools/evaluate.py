@@ -15,23 +15,8 @@ from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy, reduce_tensor
 from torch import nn
 
-from vizoo.tools._data import digits_splits, held_out_loader, open_split, reorder_classes, reordered
-from vizoo.tools._images import add_window
-from vizoo.tools._scanpath_train import evaluate_scanpaths
-from vizoo.tools._train_options import (
-    add_skip_unreadable,
-    asked_task,
-    model_config,
-    options_file,
-    parse_options,
-    stored_options,
-)
-from vizoo.tools._train_output import load_training_checkpoint, match_classes, say_unnamed, skipped_text
-from vizoo.tools._tuning import tune
 from vizoo.tools.common import (
     Failure,
-    KeyValues,
-    Parser,
     UserError,
     build_model,
     check_output,
@@ -39,11 +24,24 @@ from vizoo.tools.common import (
     print_table,
     progress,
     read_yaml,
-    resolve_models,
+    resolve_model,
     run_tool,
     save_figure,
     write_json,
 )
+from vizoo.tools.data.folders import digits_splits, held_out_loader, open_split, reorder_classes, reordered
+from vizoo.tools.options import WINDOW, KeyValues, Parser, add
+from vizoo.tools.training.options import (
+    add_skip_unreadable,
+    asked_task,
+    model_config,
+    options_file,
+    parse_options,
+    stored_options,
+)
+from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
+from vizoo.tools.training.scanpath import evaluate_scanpaths
+from vizoo.tools.training.tuning import tune
 
 LARGEST_MATRIX = 20  # classes of a confusion matrix that is printed
 EXAMPLES = """\
@@ -151,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="NAME|DIR", help="'digits' or a folder with one folder for each split")
     p.add_argument("--split", metavar="NAME", help="folder with one folder of images for each class (validation)")
     add_skip_unreadable(p)
-    add_window(p)
+    add(p, "--window", WINDOW)
     p.add_argument("--check-images", choices=("auto", "full", "header", "none"), help="as in 'vizoo train' (auto)")
     p.add_argument("--img-size", type=int, metavar="N", help="side of the square input (the model's)")
     p.add_argument("--in-chans", type=int, choices=(1, 3), help="channels: 1 grey, 3 RGB (3)")
@@ -196,14 +194,12 @@ def _evaluate(argv: list[str]) -> int:
     if task == "scanpath":
         return evaluate_scanpaths(argv)
     if task in ("detection", "segmentation"):
-        from vizoo.tools._dense_train import evaluate_dense
+        from vizoo.tools.training.dense import evaluate_dense
 
         return evaluate_dense(task, argv)
     args = build_parser().parse_args(argv)
     options = _options(args)
-    names = resolve_models([options.model])
-    if len(names) != 1:
-        raise UserError(f"--model {options.model!r} matches {len(names)} models; name one")
+    name = resolve_model(options.model)
     check_output(args.out, "--out", ".json")
     check_output(args.plot, "--plot", ".png")
     device = compute_device(options.device)
@@ -224,7 +220,7 @@ def _evaluate(argv: list[str]) -> int:
     if outputs < len(classes):
         raise UserError(f"--num-classes {outputs} is below the {len(classes)} classes of the data")
     if args.pretrained:
-        trained, who = published_classes(names[0], classes, outputs), f"--pretrained {names[0]}"
+        trained, who = published_classes(name, classes, outputs), f"--pretrained {name}"
     else:
         trained, who = stored_classes(checkpoint, args.run), f"checkpoint {checkpoint!r}"
     order = match_classes(trained, classes, f"--data {options.data!r}", who)
@@ -232,11 +228,11 @@ def _evaluate(argv: list[str]) -> int:
     classes = reordered(classes, order)
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
-    model = build_model(names[0], functools.partial(tune, args=options), **weights, **kwargs).to(device)
+    model = build_model(name, functools.partial(tune, args=options), **weights, **kwargs).to(device)
     say_unnamed(trained, who)
     result = measure(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
-    about = {"model": names[0], "checkpoint": checkpoint, "data": options.data, "input": size}
+    about = {"model": name, "checkpoint": checkpoint, "data": options.data, "input": size}
     result = {**about, "skipped": dataset.skipped, **result}
     _report(result)
     if args.out:
@@ -294,7 +290,7 @@ def measure(model: nn.Module, loader: Any, device: torch.device, classes: Sequen
 
     Args:
         model: Maps images ``[B, C, H, W]`` to logits ``[B, at least classes]``.
-        loader: Of :func:`vizoo.tools._data.held_out_loader`.
+        loader: Of :func:`vizoo.tools.data.folders.held_out_loader`.
         device: Where the model is.
         classes: Their names.
 

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
-from vizoo.tools._check_data import check_coco, check_masks
-from vizoo.tools._train_output import locked, match_classes
-from vizoo.tools.common import Parser, UserError, atomic_write, check_output, run_tool
+from vizoo.tools.common import UserError, atomic_write, check_output, run_tool
+from vizoo.tools.data.checks import check_coco, check_masks
+from vizoo.tools.options import Parser
+from vizoo.tools.training.run import locked, match_classes
 
 try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
     from vizoo.heads import mm
@@ -82,7 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--launcher", choices=["none", "pytorch"], default="none", help="'pytorch' under torchrun")
     p.add_argument("--no-check-data", action="store_true", help="start without looking at images and annotations")
     p.add_argument("--out", metavar="FILE", help="where 'convert' writes")
-    p.add_argument("--debug", action="store_true", help="show full tracebacks")
     return p
 
 

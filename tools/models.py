@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import Parser, UserError, match_names, print_table, run_tool, short
+from vizoo.tools.common import UserError, match_names, print_table, run_tool, short
+from vizoo.tools.options import Parser
 
 EXAMPLES = """\
 examples:

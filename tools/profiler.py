@@ -15,12 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vizoo.backbones.ops._cost import Cost, register_cost
+from vizoo.backbones.ops.cost import Cost, register_cost
 from vizoo.tools.common import (
-    MOST,
-    MOST_THREADS,
     Failure,
-    Parser,
     UserError,
     append_table,
     atomic_write,
@@ -30,21 +27,19 @@ from vizoo.tools.common import (
     check_table,
     console,
     explain,
-    literal,
-    number,
     print_table,
     progress,
-    read_size,
     resolve_device,
     resolve_models,
     run_tool,
     save_figure,
     short,
 )
+from vizoo.tools.options import MOST, MOST_THREADS, Parser, literal, number, read_size
 
 if TYPE_CHECKING:
-    from vizoo.tools._counting import Count
-    from vizoo.tools._timing import Comparison, Memory, Stats
+    from vizoo.tools.profiling.counting import Count
+    from vizoo.tools.profiling.timing import Comparison, Memory, Stats
 
 __all__ = ["Cost", "Profile", "compare", "count", "measure", "profile", "register_cost"]
 
@@ -234,24 +229,24 @@ class Profile:
 
 
 def count(model: Any, *args: Any, **kwargs: Any) -> Count:
-    """Count what one call of a module costs; see :func:`vizoo.tools._counting.count`."""
-    from vizoo.tools import _counting
+    """Count what one call of a module costs; see :func:`vizoo.tools.profiling.counting.count`."""
+    from vizoo.tools.profiling import counting
 
-    return _counting.count(model, *args, **kwargs)
+    return counting.count(model, *args, **kwargs)
 
 
 def measure(*args: Any, **kwargs: Any) -> Stats:
-    """Time a function; see :func:`vizoo.tools._timing.measure`."""
-    from vizoo.tools import _timing
+    """Time a function; see :func:`vizoo.tools.profiling.timing.measure`."""
+    from vizoo.tools.profiling import timing
 
-    return _timing.measure(*args, **kwargs)
+    return timing.measure(*args, **kwargs)
 
 
 def compare(*args: Any, **kwargs: Any) -> Comparison:
-    """Time functions in alternation; see :func:`vizoo.tools._timing.compare`."""
-    from vizoo.tools import _timing
+    """Time functions in alternation; see :func:`vizoo.tools.profiling.timing.compare`."""
+    from vizoo.tools.profiling import timing
 
-    return _timing.compare(*args, **kwargs)
+    return timing.compare(*args, **kwargs)
 
 
 def environment(device: Any) -> dict[str, Any]:
@@ -385,7 +380,7 @@ def _build(
     import torch
     from timm.models import get_model_input_config
 
-    from vizoo.tools._counting import unwrap
+    from vizoo.tools.profiling.counting import unwrap
 
     place: dict[str, Any] = {} if real else {"device": "meta"}
     if isinstance(model, str):
@@ -407,7 +402,7 @@ def _counted(
     net: Any, inputs: Sequence[Any], name: str, side: tuple[int, int] | None, real: Callable[[], Any] | None
 ) -> Count:
     """Counts on the meta device, or where that cannot settle them of ``real()`` weights and random inputs."""
-    from vizoo.tools._timing import random_like
+    from vizoo.tools.profiling.timing import random_like
 
     found: Count | None = None
     try:
@@ -444,8 +439,8 @@ def _dtype(net: Any) -> Any:
 
 
 def _second_engine(result: Profile, net: Any, inputs: Sequence[Any], check: bool, fvcore: bool) -> None:
-    from vizoo.tools._counting import differences, fvcore_counts
-    from vizoo.tools._timing import random_like
+    from vizoo.tools.profiling.counting import differences, fvcore_counts
+    from vizoo.tools.profiling.timing import random_like
 
     try:
         one = [random_like(x, 1, "cpu", _dtype(net)) for x in inputs]
@@ -476,7 +471,7 @@ def _measure(
 ) -> None:
     import torch
 
-    from vizoo.tools._timing import conditions, measure_model
+    from vizoo.tools.profiling.timing import conditions, measure_model
 
     config = result.config
     dtype = getattr(torch, DTYPES[config["dtype"]])
@@ -759,7 +754,7 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _threads(args: argparse.Namespace) -> list[int]:
     if args.threads is None:
-        from vizoo.tools._timing import default_threads
+        from vizoo.tools.profiling.timing import default_threads
 
         return [default_threads()]
     try:

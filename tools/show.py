@@ -12,19 +12,9 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from vizoo.tools._images import add_window, read_image
-from vizoo.tools.common import (
-    Failure,
-    KeyValues,
-    Parser,
-    UserError,
-    build_model,
-    check_output,
-    number,
-    resolve_models,
-    run_tool,
-    save_figure,
-)
+from vizoo.tools.common import Failure, UserError, build_model, check_output, resolve_model, run_tool, save_figure
+from vizoo.tools.data.images import read_image
+from vizoo.tools.options import WINDOW, Parser, add, add_alias, check_outputs
 
 MOST_RATIO = 16  # of the sides of an image: a picture of a thinner one shows nothing
 MOST_PIXELS = 2**22  # of an image for a model: it keeps some hundred bytes of each
@@ -42,42 +32,41 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vizoo show",
         description="Draw the attention maps of a medusa_* model over an image.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...")
-    p.add_argument("--model", required=True, metavar="MODEL", help="a medusa_* model")
-    p.add_argument("--checkpoint", metavar="PATH", help="its weights, for example model_best.pth.tar of a run")
-    p.add_argument("--pretrained", action="store_true", help="or its published weights")
-    p.add_argument("--num-classes", type=number(int, 1), metavar="N", help="outputs of the checkpoint (the model's)")
-    p.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="arguments")
-    p.add_argument("--img-size", type=number(int, 1), metavar="N", help="shorter side for the model (the model's)")
-    add_window(p)
-    p.add_argument("--out", default="attention.png", metavar="FILE.png", help="(attention.png)")
+    add(p, "--model", "a medusa_* model", required=True)
+    add(p, "--checkpoint", "for example model_best.pth.tar of a run")
+    add(p, "--pretrained", "or --checkpoint")
+    add(p, "--num-classes", "of the checkpoint; the model's")
+    add(p, "--model-kwargs")
+    add(p, "--img-size", "the model's; of the shorter side")
+    add(p, "--window", WINDOW)
+    add(p, "--plot", ".png; attention.png", default="attention.png")
+    add_alias(p, "--out", "plot")
     return p
 
 
 def _show(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    names = resolve_models([args.model])
-    if len(names) != 1:
-        raise UserError(f"--model {args.model!r} matches {len(names)} models; name one")
-    check_output(args.out, "--out", ".png")
+    name = resolve_model(args.model)
+    check_output(args.plot, "--plot", ".png")
     if not args.checkpoint and not args.pretrained:
         raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
+    check_outputs(args.num_classes)
     kwargs: dict[str, Any] = dict(args.model_kwargs)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
-    model = build_model(names[0], pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    model = build_model(name, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
     if not hasattr(model, "attention_maps"):
         raise UserError(f"--model {args.model!r} has no attention maps to draw; allowed: medusa_*")
     data = resolve_data_config({}, model=model)
     x, normed = read_input(args.image, data, args.img_size, args.window)
     with torch.inference_mode():
         whole, local = model.attention_maps(normed)
-    need_finite((whole, *local), args.checkpoint or names[0])
-    draw_attention(x[0], whole[0], [m[0] for m in local], Path(args.out), f"{names[0]}\n{Path(args.image).name}")
+    need_finite((whole, *local), args.checkpoint or name)
+    draw_attention(x[0], whole[0], [m[0] for m in local], Path(args.plot), f"{name}\n{Path(args.image).name}")
     size = "x".join(map(str, x.shape[2:]))
-    print(f"{args.out}: global map and {len(local)} maps of {names[0]} over {args.image}, {size}")
+    print(f"{args.plot}: global map and {len(local)} maps of {name} over {args.image}, {size}")
     return 0
 
 
@@ -95,7 +84,7 @@ def read_input(
         path: Of the image.
         data: The model's data configuration.
         size: Shorter side in pixels; None means the model's.
-        window: As in :func:`vizoo.tools._images.read_image`.
+        window: As in :func:`vizoo.tools.data.images.read_image`.
         multiple: Both sides are rounded to a multiple of this.
         most: Pixels for the model.
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools._gpu_suite import FIELDS, read_record
-from vizoo.tools.common import Failure, Parser, UserError, atomic_write, build_model, read_text, run_tool, short
+from vizoo.tools.common import Failure, UserError, atomic_write, build_model, read_text, run_tool, short
+from vizoo.tools.gpu.suite import FIELDS, read_record
 from vizoo.tools.models import list_zoo
+from vizoo.tools.options import Parser
 
 EXAMPLES = """\
 examples:

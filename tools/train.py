@@ -42,7 +42,17 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from vizoo.backbones.medusa import MEDUSA, medusa_parameters
-from vizoo.tools._data import (
+from vizoo.tools.common import (
+    UserError,
+    build_model,
+    compute_device,
+    console,
+    is_exhausted,
+    progress,
+    resolve_models,
+    run_tool,
+)
+from vizoo.tools.data.folders import (
     Splits,
     build_loaders,
     digits_splits,
@@ -52,9 +62,9 @@ from vizoo.tools._data import (
     seed_everything,
     seeded_batches,
 )
-from vizoo.tools._scanpath_train import train_scanpaths
-from vizoo.tools._train_options import asked_task, model_config, parse_options
-from vizoo.tools._train_output import (
+from vizoo.tools.evaluate import evaluate
+from vizoo.tools.training.options import asked_task, model_config, parse_options
+from vizoo.tools.training.run import (
     Saver,
     check_loss,
     draw_curves,
@@ -69,18 +79,8 @@ from vizoo.tools._train_output import (
     write_options,
     write_summary,
 )
-from vizoo.tools._tuning import PROMPTS, tune
-from vizoo.tools.common import (
-    UserError,
-    build_model,
-    compute_device,
-    console,
-    is_exhausted,
-    progress,
-    resolve_models,
-    run_tool,
-)
-from vizoo.tools.evaluate import evaluate
+from vizoo.tools.training.scanpath import train_scanpaths
+from vizoo.tools.training.tuning import PROMPTS, tune
 
 
 class Stopped(Exception):
@@ -740,7 +740,7 @@ def _train(argv: list[str]) -> int:
     if task == "scanpath":
         return train_scanpaths(argv)
     if task in ("detection", "segmentation"):
-        from vizoo.tools._dense_train import train_dense
+        from vizoo.tools.training.dense import train_dense
 
         return train_dense(task, argv)
     args = parse_options(argv)

@@ -13,7 +13,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops._backend import on_kernel_device, plain_only, use_onednn, without_autocast
+from ..ops.backend import on_kernel_device, plain_only, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, working_size
 from ..ops.depthwise import depthwise_conv
 from ..ops.depthwise3x3 import depthwise3x3

@@ -4,7 +4,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from ..ops._backend import is_transforming, on_kernel_device
+from ..ops.backend import is_transforming, on_kernel_device
 
 __all__ = ["to_channels_last", "to_fast_layout"]
 

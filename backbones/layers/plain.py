@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..ops._backend import use_compiled_onednn, use_onednn, without_autocast
+from ..ops.backend import use_compiled_onednn, use_onednn, without_autocast
 from ..ops.linear import onednn_linear
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype, is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops._backend import on_kernel_device
+from ..ops.backend import on_kernel_device
 from ..ops.ulsam import reference_subspace_attention, subspace_attention, subspace_maps, ulsam_logits
 from .checks import ANY, check_multiple, checked
 from .contmix import as_written

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import _na2d_av_kernels as sums
-from ._backend import HAS_TRITON, on_device
 from ._kernels import all_registers, gradient_scale, power_of_two, product_precision
+from .backend import HAS_TRITON, on_device
 
 PROGRAMS = 1024  # of a kernel that works on several images in turn: enough to fill a GPU
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device
+from .backend import HAS_TRITON, on_device
 
 if HAS_TRITON:
     import triton

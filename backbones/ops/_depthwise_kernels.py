@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device
 from ._kernels import empty_map, memory_format, power_of_two, product_precision
+from .backend import HAS_TRITON, on_device
 
 PARTS = 528  # programs of the kernel's gradient that share its sums over the images: 4 for each multiprocessor
 

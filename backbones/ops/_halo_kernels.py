@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device
 from ._kernels import all_registers, gradient_scale, power_of_two, product_precision
+from .backend import HAS_TRITON, on_device
 
 if HAS_TRITON:
     import triton

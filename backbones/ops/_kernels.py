@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON
+from .backend import HAS_TRITON
 
 SHARED_BYTES = 99 << 10  # of a program: what GPUs of compute capability 8.6 and 8.9 allow; those of 9.0 have 227 KiB
 

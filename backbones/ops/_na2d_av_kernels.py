@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device
 from ._kernels import all_registers, cdiv, power_of_two, product_precision
+from .backend import HAS_TRITON, on_device
 
 TILE = 4  # side of a tile: the region of a larger one has more pairs outside the windows
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device
 from ._kernels import cdiv, power_of_two, product_precision
+from .backend import HAS_TRITON, on_device
 
 TILE = 8  # rows and columns of a tile: larger ones spend more on pairs outside the windows
 COLUMNS = 16  # of a step

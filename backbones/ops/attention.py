@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._backend import is_transforming, on_kernel_device
 from ._derivative import differentiable
+from .backend import is_transforming, on_kernel_device
 
 # images in one call of PyTorch's CUDA kernels: an axis of their grids (PyTorch's issues 142228 and 146704)
 MAX_BATCH = 65535

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import KernelModule, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import empty_map, memory_format
-from ._operator import operator
+from .backend import KernelModule, use_triton, without_autocast
+from .cost import Cost, register_cost
 from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
+from .operators import operator
 
 kernels = KernelModule("_contmix_kernels")
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import on_kernel_device, use_compiled_onednn, use_onednn
-from ._cost import Cost, register_cost
-from ._operator import operator
+from .backend import on_kernel_device, use_compiled_onednn, use_onednn
+from .cost import Cost, register_cost
 from .depthwise3x3 import depthwise3x3
+from .operators import operator
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import KernelModule, plain_only, use_triton
-from ._cost import Cost, register_cost
 from ._derivative import differentiable, plain_gradients
-from ._operator import operator
+from .backend import KernelModule, plain_only, use_triton
+from .cost import Cost, register_cost
+from .operators import operator
 
 kernels = KernelModule("_deform_kernels")
 

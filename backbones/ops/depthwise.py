@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import KernelModule, autocast_dtype, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import empty_map
-from ._operator import operator
+from .backend import KernelModule, autocast_dtype, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 kernels = KernelModule("_depthwise_kernels")
 MAX_REACH = 15  # columns left and right of a column that its result depends on

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, autocast_dtype, on_device, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import all_registers, empty_map, memory_format, power_of_two
-from ._operator import operator
+from .backend import HAS_TRITON, autocast_dtype, on_device, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 MAX_SIZE = 65535  # of batch and channels: as many programs as the second and third axis of a launch can have
 PROGRAMS = 1024  # that a launch is not to go below for the sake of longer ones: eight for every multiprocessor

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import KernelModule, plain_only, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import power_of_two
-from ._operator import operator
+from .backend import KernelModule, plain_only, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 kernels = KernelModule("_halo_kernels")
 MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory

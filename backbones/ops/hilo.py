@@ -17,12 +17,12 @@ import math
 import torch
 from torch import Tensor
 
-from ._backend import use_triton
-from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
 from ._derivative import plain_gradients
 from ._hilo_kernels import MAX_CHANNELS, WINDOWS, kernel_backward, kernel_forward
-from ._operator import operator
 from .attention import attention, reference_attention
+from .backend import use_triton
+from .cost import Cost, register_cost, windows_backward_cost, windows_cost
+from .operators import operator
 
 
 def _check_windows(H: int, W: int, window: int) -> None:

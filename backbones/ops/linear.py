@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import use_compiled_onednn, use_onednn
-from ._cost import Cost, register_cost
-from ._operator import operator
+from .backend import use_compiled_onednn, use_onednn
+from .cost import Cost, register_cost
+from .operators import operator
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

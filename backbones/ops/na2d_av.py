@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, plain_only, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
-from ._operator import operator
+from .backend import HAS_TRITON, plain_only, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 MAX_CHANNELS = 64  # of a group, for the Triton kernels: a tile of values has to fit into registers
 

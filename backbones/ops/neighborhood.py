@@ -34,7 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import (
+from ._derivative import plain_gradients
+from ._kernels import gradient_scale
+from .backend import (
     HAS_TRITON,
     KernelModule,
     choose_backend,
@@ -43,10 +45,8 @@ from ._backend import (
     plain_only,
     without_autocast,
 )
-from ._cost import Cost, register_cost, windows_backward_cost, windows_cost
-from ._derivative import plain_gradients
-from ._kernels import gradient_scale
-from ._operator import operator
+from .cost import Cost, register_cost, windows_backward_cost, windows_cost
+from .operators import operator
 
 kernels = KernelModule("_neighborhood_kernels")
 MAX_CHANNELS = 128  # of a head, for the Triton kernels: a tile of queries has to fit into registers

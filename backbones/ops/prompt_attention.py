@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import cdiv, gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
-from ._operator import operator
 from .attention import attention
+from .backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 MAX_HEAD_SIZE = 128  # of the Triton kernels
 PROGRAMS = 1024  # of the kernel for the gradients of prompts that all images share: enough to fill a GPU

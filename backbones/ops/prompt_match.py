@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, plain_only, use_triton
-from ._cost import Cost, register_cost
 from ._kernels import cdiv, power_of_two, product_precision
-from ._operator import operator
+from .backend import HAS_TRITON, on_device, plain_only, use_triton
+from .cost import Cost, register_cost
+from .operators import operator
 
 MAX_POOL = 64  # prompts of a pool: a token's cosines stay in registers
 

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import cdiv, gradient_scale, in_order, power_of_two, product_precision, same_strides, tokens_first
-from ._operator import operator
+from .backend import HAS_TRITON, on_device, plain_only, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 BLOCK_SCORES = 2**18  # scores of a block for each thread: 1 MiB, measured best from 2^17 to 2^19
 EAGER_SCORES = 2**19  # up to here inference is as fast in plain operators, without the call of an operator

@@ -21,11 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backend import plain_only, use_triton, without_autocast
-from ._cost import Cost, register_cost
 from ._derivative import plain_gradients
 from ._kernels import dense_map, empty_map, memory_format
-from ._operator import operator
 from ._ulsam_kernels import (
     MAX_CHANNELS,
     MAX_POSITIONS,
@@ -34,6 +31,9 @@ from ._ulsam_kernels import (
     kernel_backward,
     kernel_forward,
 )
+from .backend import plain_only, use_triton, without_autocast
+from .cost import Cost, register_cost
+from .operators import operator
 
 _CHUNK = 1 << 18  # elements of the framed buffer, a few images: it should stay in a core's cache
 

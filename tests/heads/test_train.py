@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vizoo.tools import _dense_train as tool
 from vizoo.tools import cli
+from vizoo.tools.training import dense as tool
 
 SMALL = [
     "fpn_channels=32",

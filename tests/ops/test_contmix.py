@@ -7,9 +7,9 @@ from golden import image, load, weights
 from tolerance import close, golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
 from vizoo.backbones.ops.contmix import contmix, reference_contmix, working_size
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.na2d_av import na2d_av
 
 if HAS_TRITON:

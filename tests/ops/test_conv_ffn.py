@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import op_close
 
-from vizoo.backbones.ops import _backend, conv_ffn
+from vizoo.backbones.ops import backend, conv_ffn
 from vizoo.backbones.ops.linear import linear
 
 SIZES = [(1, 1, 1, 3, 5), (2, 3, 7, 8, 16), (3, 5, 2, 7, 13), (5, 9, 4, 16, 64)]  # B, H, W, C, hidden
@@ -42,7 +42,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(conv_ffn.reference_conv_ffn, args)
 
 
-@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -53,7 +53,7 @@ def test_onednn(size, bias, dtype, monkeypatch):
     truth = conv_ffn.reference_conv_ffn(*(None if t is None else t.double() for t in half))
     plain = conv_ffn.reference_conv_ffn(*half)
     with torch.no_grad():
-        assert _backend.use_onednn(half[0], half[1])
+        assert backend.use_onednn(half[0], half[1])
         op_close(conv_ffn.conv_ffn(*half), truth, plain, what="whole")
         _, H, W, _, M = size
         monkeypatch.setattr(conv_ffn, "_CHUNK_BYTES", 2 * H * W * M * half[0].element_size())
@@ -62,7 +62,7 @@ def test_onednn(size, bias, dtype, monkeypatch):
         op_close(conv_ffn.conv_ffn(*half), truth, plain, what="one image at a time")
 
 
-@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_onednn_reads_strided_inputs(dtype):
     args = [t.to(dtype) for t in tensors(2, 5, 3, 8, 16)]
@@ -77,15 +77,15 @@ def test_onednn_reads_strided_inputs(dtype):
 def test_onednn_stands_back():
     """Autograd, autocast, other dtypes and tracing get plain operators; the results are theirs."""
     x, w = torch.randn(2, 4), torch.randn(3, 4)
-    assert not _backend.use_onednn(x, w)  # autograd is on
+    assert not backend.use_onednn(x, w)  # autograd is on
     with torch.no_grad():
-        assert not _backend.use_onednn(x.double(), w.double())
-        assert not _backend.use_onednn(x.half(), w.half())
-        assert not _backend.use_onednn(x.bfloat16(), w)
-        assert not _backend.use_onednn(x[:0], w)
-        assert not _backend.use_onednn(x.to("meta"), w.to("meta"))
+        assert not backend.use_onednn(x.double(), w.double())
+        assert not backend.use_onednn(x.half(), w.half())
+        assert not backend.use_onednn(x.bfloat16(), w)
+        assert not backend.use_onednn(x[:0], w)
+        assert not backend.use_onednn(x.to("meta"), w.to("meta"))
         with torch.autocast("cpu"):
-            assert not _backend.use_onednn(x, w)
+            assert not backend.use_onednn(x, w)
             assert linear(x, w).dtype == torch.bfloat16
         traced = torch.jit.trace(linear, (x, w))
         assert "mkldnn" not in str(traced.inlined_graph)
@@ -94,7 +94,7 @@ def test_onednn_stands_back():
     assert linear(x, weight).requires_grad
 
 
-@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [*SIZES, (0, 3, 2, 4, 8)], ids=str)
 def test_compiled_operators(size, bias):
@@ -105,7 +105,7 @@ def test_compiled_operators(size, bias):
         torch.library.opcheck(torch.ops.vizoo.linear.default, (x, args[1], args[2]))
 
 
-@pytest.mark.skipif(bool(_backend.onednn_missing()), reason=f"no oneDNN path: {_backend.onednn_missing()}")
+@pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_inference_keeps_onednn(dtype):
     """One graph with the operators inside; with gradients or for export they are plain."""
@@ -135,7 +135,7 @@ def test_compiled_inference_keeps_onednn(dtype):
 
 
 def test_backends_give_reasons():
-    found = {b.name: b for b in _backend.backends()}
+    found = {b.name: b for b in backend.backends()}
     assert list(found) == ["torch", "onednn", "cuda", "triton", "natten"]
     assert found["torch"].usable
     assert all(b.reason for b in found.values())

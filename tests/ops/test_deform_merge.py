@@ -9,7 +9,7 @@ from torchvision.ops import deform_conv2d
 from zoo import gradients
 
 from vizoo.backbones.litv2 import DeformableTokenMerging
-from vizoo.backbones.ops._backend import HAS_TRITON
+from vizoo.backbones.ops.backend import HAS_TRITON
 from vizoo.backbones.ops.deform_merge import (
     deform_merge,
     deform_sample,

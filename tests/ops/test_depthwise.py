@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock
 from vizoo.backbones.ops import _depthwise_kernels as kernels
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.depthwise import depthwise_conv, reference_depthwise_conv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vizoo.backbones.layers.contmix import residual_conv
 from vizoo.backbones.litv2 import ConvFFN
 from vizoo.backbones.ops import depthwise3x3 as module
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
-from vizoo.backbones.ops._cost import flop_formulas
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.cost import flop_formulas
 from vizoo.backbones.ops.depthwise3x3 import depthwise3x3, reference_depthwise3x3
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

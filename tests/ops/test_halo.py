@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops import _halo_kernels
 from vizoo.backbones.ops import halo as module
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.halo import halo_attention, reference_halo_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

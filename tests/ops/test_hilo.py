@@ -6,9 +6,9 @@ from tolerance import op_close
 
 from vizoo.backbones.layers import HiLo
 from vizoo.backbones.ops import attention as attention_module
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
-from vizoo.backbones.ops._cost import COSTS
 from vizoo.backbones.ops.attention import MAX_BATCH, attention
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.hilo import (
     hifi_attention,
     lofi_attention,

@@ -8,8 +8,8 @@ from tolerance import golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops import na2d_av as module
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.na2d_av import matmul_na2d_av, na2d_av, reference_na2d_av
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,10 +252,10 @@ def test_rejects_backends():
     [(False, True, "triton is not installed"), (True, False, "the tensors are on cpu, not on a CUDA device")],
 )
 def test_says_why_no_kernel_runs(monkeypatch, has, interpreted, message):
-    from vizoo.backbones.ops import _backend
+    from vizoo.backbones.ops import backend
 
-    monkeypatch.setattr(_backend, "HAS_TRITON", has)
-    monkeypatch.setattr(_backend, "INTERPRETED", interpreted)
+    monkeypatch.setattr(backend, "HAS_TRITON", has)
+    monkeypatch.setattr(backend, "INTERPRETED", interpreted)
     attn, value = (t.float() for t in inputs(1, 1, 3, 3, 2, 3))
     with pytest.raises(ValueError, match=message):
         na2d_av(attn, value, 3, "triton")

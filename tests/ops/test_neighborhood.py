@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from tolerance import close, golden_close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.ops import _backend, _neighborhood_kernels
+from vizoo.backbones.ops import _neighborhood_kernels, backend
 from vizoo.backbones.ops import neighborhood as module
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.neighborhood import neighborhood_attention, reference_neighborhood_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -596,7 +596,7 @@ NATTEN_CASES = [
 ]
 
 
-@pytest.mark.skipif(bool(_backend._natten_absent()), reason=f"NATTEN: {_backend._natten_absent()}")
+@pytest.mark.skipif(bool(backend._natten_absent()), reason=f"NATTEN: {backend._natten_absent()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("drop", [(), (3,)], ids=["bias", "plain"])
 @pytest.mark.parametrize("case", NATTEN_CASES, ids=ids)
@@ -616,7 +616,7 @@ def test_natten_on_a_cpu(case, drop, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(_backend.natten_missing()), reason=f"NATTEN: {_backend.natten_missing()}")
+@pytest.mark.skipif(bool(backend.natten_missing()), reason=f"NATTEN: {backend.natten_missing()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [(2, 15, 19, 2, 32, 32, (7, 7), (1, 1), (2, 2)), CASES[4]], ids=ids)
 def test_natten(case, dtype):

@@ -4,7 +4,7 @@ from tolerance import op_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops import prompt_attention as module
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_attention import prompt_attention, reference_prompt_attention
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.layers.prompt_tuning import TCPA
 from vizoo.backbones.ops import prompt_match as module
-from vizoo.backbones.ops._backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_match import Pool, kernel_takes, prompt_match
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops import reversed_attention as module
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.reversed_attention import (
     dependency_mask,
     reference_reversed_attention,
@@ -531,7 +531,7 @@ def test_rejects_backends(monkeypatch):
     wide = torch.zeros(1, 1, 3, 129)
     with pytest.raises(ValueError, match="up to 128 channels per head, not 129"):
         reversed_attention(wide, wide, wide, backend="triton")
-    monkeypatch.setattr("vizoo.backbones.ops._backend.HAS_TRITON", False)
+    monkeypatch.setattr("vizoo.backbones.ops.backend.HAS_TRITON", False)
     with pytest.raises(ValueError, match="triton is not installed"):
         reversed_attention(wide[..., :9], wide[..., :9], wide[..., :9], backend="triton")
 

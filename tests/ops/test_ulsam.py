@@ -6,15 +6,15 @@ from tolerance import close, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops import ulsam as module
-from vizoo.backbones.ops._backend import HAS_TRITON
-from vizoo.backbones.ops._cost import COSTS
+from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.ulsam import (
     reference_subspace_attention,
     reference_ulsam_logits,
     subspace_attention,
     ulsam_logits,
 )
-from vizoo.tools._counting import count
+from vizoo.tools.profiling.counting import count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

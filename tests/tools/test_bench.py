@@ -7,7 +7,8 @@ import torch
 from tolerance import golden_close
 from torch import nn
 
-from vizoo.tools import _official, bench
+from vizoo.tools import bench
+from vizoo.tools.profiling import official
 
 
 def rows_of(path):
@@ -201,11 +202,11 @@ def test_model_against_timm(tmp_path):
 
 
 def test_timm_side_has_our_parameters():
-    for name in _official._TIMM:
-        ours, theirs = timm.create_model(name, device="meta"), _official.timm_model(name)
+    for name in official._TIMM:
+        ours, theirs = timm.create_model(name, device="meta"), official.timm_model(name)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1], name
-    assert _official.timm_model("litv2_s") is None
+    assert official.timm_model("litv2_s") is None
 
 
 def test_official_side_from_a_checkout(tmp_path, monkeypatch):
@@ -223,10 +224,10 @@ def test_official_side_from_a_checkout(tmp_path, monkeypatch):
         "        self.kwargs = kwargs\n",
         encoding="utf-8",
     )
-    model = _official.official_model(tmp_path, "litv2_s_alpha05", 96)
+    model = official.official_model(tmp_path, "litv2_s_alpha05", 96)
     assert isinstance(model, nn.Module)
     assert (model.kwargs["alpha"], model.kwargs["img_size"], model.kwargs["embed_dim"]) == (0.5, 96, 96)
-    assert _official.official_model(tmp_path, "litv2_b", 224).kwargs["num_heads"] == [4, 8, 16, 32]
+    assert official.official_model(tmp_path, "litv2_b", 224).kwargs["num_heads"] == [4, 8, 16, 32]
     assert model(torch.zeros(1, 3, 6, 8)).shape == (1, 4, 3, 4)
     assert sorted(k for k, _ in model.named_parameters()) == [
         "bias",
@@ -262,7 +263,7 @@ def test_official_nat_from_a_checkout(tmp_path):
     )
     natten = sys.modules.get("natten")
     for name, dilation in (("nat_mini", 1), ("dinat_s_tiny", 2)):
-        peer = _official.official_model(tmp_path, name, 224)
+        peer = official.official_model(tmp_path, name, 224)
         nn.init.normal_(peer.rpb)
         layer = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=dilation)
         layer.load_state_dict(peer.state_dict(), strict=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vizoo.tools._check_data import check_coco, check_masks, read_coco
-from vizoo.tools._dense_data import Boxes, Masks, detection_parts, outline, segmentation_parts
-from vizoo.tools._images import ImageError
 from vizoo.tools.common import UserError
+from vizoo.tools.data.checks import check_coco, check_masks, read_coco
+from vizoo.tools.data.dense import Boxes, Masks, detection_parts, outline, segmentation_parts
+from vizoo.tools.data.images import ImageError
 
 IMAGES = [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 12} for i in range(3)]
 TRIANGLE = [[1.0, 1.0, 9.0, 1.0, 5.0, 8.0]]

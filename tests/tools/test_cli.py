@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from vizoo.tools import cli, common, env, models, table
+from vizoo.tools import cli, common, env, models, options, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,10 +235,10 @@ def test_names_and_globs():
 @pytest.mark.parametrize("values", [[0], [-3], [1, 2, 3], [4, 0]])
 def test_sizes(values):
     with pytest.raises(common.UserError, match="at least 1 pixel"):
-        common.read_size(values)
-    assert common.read_size([5]) == (5, 5)
-    assert common.read_size([5, 7]) == (5, 7)
-    assert common.read_size(9) == (9, 9)
+        options.read_size(values)
+    assert options.read_size([5]) == (5, 5)
+    assert options.read_size([5, 7]) == (5, 7)
+    assert options.read_size(9) == (9, 9)
 
 
 def test_a_reader_that_goes_away_ends_the_printing_only(tmp_path):

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from zoo import each_kind, is_fixed
 
-from vizoo.backbones.ops._cost import COSTS, Cost, register_cost
-from vizoo.tools._counting import count, differences, fvcore_counts, unwrap
+from vizoo.backbones.ops.cost import COSTS, Cost, register_cost
+from vizoo.tools.profiling.counting import count, differences, fvcore_counts, unwrap
 
 # model, size, parameters, multiply-accumulates, fvcore's own total, activations
 ANCHORS = {

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vizoo.tools import _gpu_cases, _gpu_suite, _gpu_worker, bench, cli, table
+from vizoo.tools import bench, cli, table
+from vizoo.tools.gpu import cases, suite, worker
 
 ROOT = Path(__file__).parents[2]
 ABSENT = [
@@ -62,10 +63,10 @@ def rows_of(path):
 def run_fake(path, items, seconds=30.0):
     jobs = [{"section": "ops", "item": item} for item in items]
     with (
-        contextlib.closing(_gpu_suite.Record(path)) as record,
-        contextlib.closing(_gpu_suite.Worker("dry", (sys.executable, "-c", FAKE))) as worker,
+        contextlib.closing(suite.Record(path)) as record,
+        contextlib.closing(suite.Worker("dry", (sys.executable, "-c", FAKE))) as worker,
     ):
-        _gpu_suite.run_jobs(record, worker, jobs, time.monotonic() + seconds, {})
+        suite.run_jobs(record, worker, jobs, time.monotonic() + seconds, {})
     return rows_of(path)
 
 
@@ -75,7 +76,7 @@ def test_dry_run(tmp_path, capsys):
     assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--budget", "400"]) == 0
     start, *rows, end = rows_of(out)
     assert (start["section"], start["dry"], end["failures"]) == ("start", True, 0)
-    assert list(dict.fromkeys(row["section"] for row in rows)) == [*_gpu_suite.SECTIONS, "shares"]
+    assert list(dict.fromkeys(row["section"] for row in rows)) == [*suite.SECTIONS, "shares"]
     assert not [row for row in rows if "failed" in row or "left_out" in row]
     (env,) = (row for row in rows if row["section"] == "env")
     assert env["torch"] == torch.__version__
@@ -84,7 +85,7 @@ def test_dry_run(tmp_path, capsys):
     (tests,) = (row for row in rows if row["section"] == "tests")
     assert tests["status"] == 0
     assert "skipped" in tests["summary"]
-    planned = _gpu_suite.plan(dry=True)
+    planned = suite.plan(dry=True)
     for section, jobs in planned.items():
         found = [row for row in rows if row["section"] == section]
         assert [{k: row[k] for k in job} for row, job in zip(found, jobs, strict=True)] == jobs, section
@@ -110,7 +111,7 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_crash_and_hang_cost_one_job(tmp_path, monkeypatch):
-    monkeypatch.setitem(_gpu_suite.MOST, "ops", 3.0)
+    monkeypatch.setitem(suite.MOST, "ops", 3.0)
     items = ["a", "crash", "b", "exit", "hang", "c", "half", "fatal", "d", "e"]
     rows = run_fake(tmp_path / "x.jsonl", items)
     assert [row["item"] for row in rows] == items
@@ -133,7 +134,7 @@ def test_crash_and_hang_cost_one_job(tmp_path, monkeypatch):
 def test_what_fails_in_the_child_is_a_row(tmp_path):
     """The true child answers an error with its text and goes on."""
     job = {"section": "ops", "item": "depthwise 9x9 c8 k7", "dtype": "float32", "form": "reference"}
-    with contextlib.closing(_gpu_suite.Worker("dry")) as worker:
+    with contextlib.closing(suite.Worker("dry")) as worker:
         assert worker.ask({**job, "item": "nothing"}, 120) == {"failed": "KeyError: 'nothing'"}
         process = worker.process
         assert worker.ask({**job, "dtype": "bfloat16"}, 120)["forward_ms"] > 0
@@ -141,7 +142,7 @@ def test_what_fails_in_the_child_is_a_row(tmp_path):
 
 
 def test_wrong_results_get_no_time(monkeypatch):
-    child = _gpu_worker.Child(dry=True)
+    child = worker.Child(dry=True)
     (case,) = (c for c in child.cases.values() if c.name.startswith("lofi"))
     job = {"section": "ops", "item": case.name, "dtype": "float32"}
     for name, form in (
@@ -162,17 +163,17 @@ def test_cases_are_well_formed(dry):
     """Names are unique, and models and peers exist, as nobody sees the full sizes before a GPU does."""
     import timm
 
-    found = list(_gpu_cases.cases(dry))
+    found = list(cases.cases(dry))
     assert len({case.name for case in found}) == len(found)
     for case in found:
         assert {*case.compiled, *case.floors} <= set(case.forms)
-    models = _gpu_suite.DRY_MODELS if dry else _gpu_suite.MODELS
+    models = suite.DRY_MODELS if dry else suite.MODELS
     assert not [name for name in models if not timm.is_model(name)]
 
 
 def test_flex_and_masks_are_right():
     """Forms that a dry run leaves out or that stand for the neighbourhood by a mask."""
-    for case in (_gpu_cases.neighborhood(7, 1, 16, 3, 2, batch=2), _gpu_cases.neighborhood(5, 1, 16, 3, bias=False)):
+    for case in (cases.neighborhood(7, 1, 16, 3, 2, batch=2), cases.neighborhood(5, 1, 16, 3, bias=False)):
         inputs = case.inputs(2, torch.device("cpu"))
         with torch.no_grad():
             reference = case.reference(*inputs)
@@ -190,7 +191,7 @@ def test_budget_is_kept(tmp_path, capsys):
     assert time.monotonic() - start < 15
     rows = rows_of(out)
     left = {row["section"]: len(row["left_out"]) for row in rows if "left_out" in row}
-    planned = _gpu_suite.plan(dry=True)
+    planned = suite.plan(dry=True)
     assert left["models"] == len(planned["models"])
     assert "rows failed" in capsys.readouterr().err
 

@@ -15,17 +15,17 @@ from dicoms import STORED, dicom
 from PIL import Image
 
 from vizoo.tools import cli
-from vizoo.tools._data import folder_splits, open_split
-from vizoo.tools._images import (
+from vizoo.tools.common import UserError
+from vizoo.tools.data.folders import folder_splits, open_split
+from vizoo.tools.data.images import (
     ImageError,
     UnreadableImage,
-    add_window,
     check_header,
     list_files,
     read_image,
     read_mask,
 )
-from vizoo.tools.common import UserError
+from vizoo.tools.options import add
 
 RAMP = np.linspace(0, 65535, 24 * 20).round().astype(np.uint16).reshape(24, 20)
 
@@ -427,7 +427,7 @@ def test_nothing_is_printed_about_files_that_are_read(tmp_path):
     exif = Image.Exif()
     exif[274], exif[271] = 1, "camera"
     Image.new("L", (9, 9)).save(tmp_path / "exif.png", exif=exif.tobytes()[:-9])
-    code = "import sys; from vizoo.tools._images import read_image; [read_image(p) for p in sys.argv[1:]]"
+    code = "import sys; from vizoo.tools.data.images import read_image; [read_image(p) for p in sys.argv[1:]]"
     words = [sys.executable, "-c", code, *map(str, tmp_path.iterdir())]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -439,7 +439,7 @@ def test_nothing_is_printed_about_files_that_are_read(tmp_path):
 @pytest.mark.parametrize("words", ["nan 10", "inf 10", "1 nan", "1 inf", "1 0", "1 -10", "1e999 1"])
 def test_windows_are_checked(words, tmp_path):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_window(parser)
+    add(parser, "--window")
     with pytest.raises(argparse.ArgumentError, match="need a finite centre and a width above 0"):
         parser.parse_args(["--window", *words.split()])
     assert parser.parse_args(["--window", "-600", "1500"]).window == (-600, 1500)

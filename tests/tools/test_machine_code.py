@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from vizoo.backbones.ops._kernels import SHARED_BYTES
-from vizoo.tools import _machine_code as code
 from vizoo.tools import bench
+from vizoo.tools.gpu import machine_code as code
 
 TRANSFORMERS = ["nat_tiny", "dependencyvit_small", "vit_base_patch16_224_tcpa", "litv2_s"]
 CONVOLUTIONS = ["halo_h1", "overlock_t", "mobilenetv2_100_ulsam_r13_14_16_17_g4"]

@@ -171,7 +171,7 @@ def test_strict_fails_on_partial_counts(opaque_resnet, capsys):
 
 
 def test_check_bites(capsys, monkeypatch):
-    monkeypatch.setattr("vizoo.tools._counting.fvcore_counts", lambda *a, **k: {"": 5})
+    monkeypatch.setattr("vizoo.tools.profiling.counting.fvcore_counts", lambda *a, **k: {"": 5})
     status, _, err = run(capsys, "resnet18", "--size", "64", "--check")
     assert status == 1
     assert "by fvcore 0" in err
@@ -181,7 +181,7 @@ def test_second_engine_that_cannot_trace(capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no\ntrace")
 
-    monkeypatch.setattr("vizoo.tools._counting.fvcore_counts", broken)
+    monkeypatch.setattr("vizoo.tools.profiling.counting.fvcore_counts", broken)
     status, out, err = run(capsys, "resnet18", "--size", "64", "--check")
     assert (status, out) == (1, "")
     assert err == "vizoo profile: error: 'resnet18': the second engine cannot trace it: no trace\n"
@@ -388,7 +388,7 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel\nfor this dtype")
 
-    monkeypatch.setattr("vizoo.tools._timing.measure", broken)
+    monkeypatch.setattr("vizoo.tools.profiling.timing.measure", broken)
     status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--mode", "latency")
     assert (status, out) == (1, "")
     assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")

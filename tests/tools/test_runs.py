@@ -20,8 +20,9 @@ import yaml
 from PIL import Image
 from runs import TASKS, start
 
-from vizoo.tools import _dense_train, _scanpath_train, cli, common, train
-from vizoo.tools._train_output import Saver, locked, match_classes, newest_checkpoint, say_unnamed
+from vizoo.tools import cli, common, train
+from vizoo.tools.training import dense, scanpath
+from vizoo.tools.training.run import Saver, locked, match_classes, newest_checkpoint, say_unnamed
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -58,9 +59,9 @@ class Killed(BaseException):
 
 STEPS = {
     "classification": (train.Trainer, "backward"),
-    "detection": (_dense_train, "_loss"),
-    "segmentation": (_dense_train, "_loss"),
-    "scanpath": (_scanpath_train, "teacher_forced"),
+    "detection": (dense, "_loss"),
+    "segmentation": (dense, "_loss"),
+    "scanpath": (scanpath, "teacher_forced"),
 }
 
 
@@ -154,7 +155,7 @@ def test_nothing_is_overwritten(task, left, folders, run, capsys) -> None:
 def test_one_run_at_a_time(task, folders, tmp_path, capsys) -> None:
     """A second process is told who holds the folder; the lock ends with its holder, even one that is killed."""
     code = (
-        "import sys, time, pathlib\nfrom vizoo.tools._train_output import locked\n"
+        "import sys, time, pathlib\nfrom vizoo.tools.training.run import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     folder = tmp_path / "run"
@@ -472,9 +473,10 @@ def test_one_process(task, folders, tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize("task", TASKS[:3])
 def test_dead_worker(task, folders, tmp_path, monkeypatch, capfd) -> None:
     """A data worker that the system kills is one line and status 1."""
-    from vizoo.tools import _data, _dense_data
+    from vizoo.tools.data.dense import Boxes, Masks
+    from vizoo.tools.data.folders import Images
 
-    owner = {"classification": _data.Images, "detection": _dense_data.Boxes, "segmentation": _dense_data.Masks}[task]
+    owner = {"classification": Images, "detection": Boxes, "segmentation": Masks}[task]
     monkeypatch.setattr(owner, "__getitem__", lambda self, index: os.kill(os.getpid(), 9))
     assert start(task, folders, tmp_path / "run", "-j", "1") == 1
     err = capfd.readouterr().err

@@ -27,8 +27,8 @@ from vizoo.heads.detection import detector
 from vizoo.heads.features import FeatureLevels
 from vizoo.heads.segmentation import segmentor
 from vizoo.tools import cli
-from vizoo.tools._scanpath_data import load_scanpaths
-from vizoo.tools._train_output import load_training_checkpoint, newest_checkpoint
+from vizoo.tools.data.scanpaths import load_scanpaths
+from vizoo.tools.training.run import load_training_checkpoint, newest_checkpoint
 
 torch.set_num_threads(1)
 bad, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from vizoo.tools import _timing
 from vizoo.tools.profiler import compare, measure
+from vizoo.tools.profiling import timing
 
 
 class Clock:
@@ -82,7 +82,7 @@ def test_bad_arguments(kwargs):
 
 def test_quantiles_are_numpys():
     samples = np.random.default_rng(0).random(37).tolist()
-    stats = _timing.Stats(samples, None, 0.0, 0)
+    stats = timing.Stats(samples, None, 0.0, 0)
     for q in (0, 0.1, 0.25, 0.5, 0.9, 0.99, 1):
         assert stats.quantile(q) == pytest.approx(np.quantile(samples, q))
     d = stats.to_dict()
@@ -96,7 +96,7 @@ def test_garbage_collection_comes_back():
         assert not gc.isenabled()
         raise KeyError("x")
 
-    with pytest.raises(KeyError), _timing.quiet():
+    with pytest.raises(KeyError), timing.quiet():
         fail()
     assert gc.isenabled()
 
@@ -143,7 +143,7 @@ def test_ratio_has_an_interval():
     rng = np.random.default_rng(0)
     fast = (0.1 + 0.01 * rng.random(50)).tolist()
     slow = (0.2 + 0.02 * rng.random(50)).tolist()
-    ratio, low, high = _timing.Comparison({"fast": fast, "slow": slow}, 1.0, {}).ratio("slow")
+    ratio, low, high = timing.Comparison({"fast": fast, "slow": slow}, 1.0, {}).ratio("slow")
     assert ratio == pytest.approx(np.median(slow) / np.median(fast))
     assert low <= ratio <= high
     assert high - low < 0.2
@@ -162,7 +162,7 @@ def test_memory_is_tracked():
     model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 256)).eval()
     x = torch.randn(1024, 64)
     with torch.inference_mode():
-        found = _timing.peak_memory(lambda: model(x), model, [x], "cpu")
+        found = timing.peak_memory(lambda: model(x), model, [x], "cpu")
     weights = 4 * sum(p.numel() for p in model.parameters())
     assert found.how == "tracked"
     assert found.activations == pytest.approx(2 * 1024 * 256 * 4, rel=0.01)
@@ -177,7 +177,7 @@ def test_memory_falls_back_to_the_resident_set(monkeypatch):
 
     monkeypatch.setattr(mem_tracker, "MemTracker", broken)
     model, x = nn.Linear(4, 4), torch.zeros(1, 4)
-    found = _timing.peak_memory(lambda: model(x), model, [x], "cpu")
+    found = timing.peak_memory(lambda: model(x), model, [x], "cpu")
     assert found.how == "resident set"
     assert found.peak >= 4 * 20 + 16
 
@@ -201,7 +201,7 @@ def test_resident_set_sees_the_peak_and_not_the_end(monkeypatch):
         size = 20 << 20
 
     monkeypatch.setattr(psutil, "Process", Process)
-    assert _timing._resident_growth(allocate) == 60 << 20
+    assert timing._resident_growth(allocate) == 60 << 20
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_default_threads_know_the_quota(quota, threads, monkeypatch):
         return quota
 
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
-    monkeypatch.setattr(_timing.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
-    monkeypatch.setattr(_timing.Path, "read_text", read)
-    assert _timing.default_threads() == threads
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(timing.Path, "read_text", read)
+    assert timing.default_threads() == threads
 
 
 def test_inputs_grow_with_the_batch():
-    f = _timing.random_like
+    f = timing.random_like
     image = f(torch.zeros(1, 3, 4, 5), 2, "cpu", torch.bfloat16)
     assert (image.shape, image.dtype) == ((2, 3, 4, 5), torch.bfloat16)
     assert image.float().std() > 0.5
@@ -243,22 +243,22 @@ def test_batch_is_halved_until_it_fits(monkeypatch):
         tried.append(fn().shape[0])
         if tried[-1] > 10:
             raise torch.cuda.OutOfMemoryError
-        return _timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
+        return timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
 
-    monkeypatch.setattr(_timing, "measure", fake)
-    found = _timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"), batch=64)
+    monkeypatch.setattr(timing, "measure", fake)
+    found = timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"), batch=64)
     assert tried == [64, 32, 16, 8]
     assert (found.throughput, found.throughput_batch) == (pytest.approx(10), 8)
     assert found.notes == ["out of memory: batch reduced to 8"]
-    monkeypatch.setattr(_timing, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+    monkeypatch.setattr(timing, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        _timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"))
+        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"))
 
 
 def test_conditions_come_back():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32, torch.backends.cudnn.benchmark
-    with _timing.conditions(torch.device("cpu"), torch.bfloat16, amp=True, tf32=True):
+    with timing.conditions(torch.device("cpu"), torch.bfloat16, amp=True, tf32=True):
         assert matmul.allow_tf32
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
@@ -274,6 +274,6 @@ def test_on_a_gpu():
     with torch.inference_mode():
         stats = measure(lambda: model(x), "cuda", min_time=0.2, max_time=1)
         assert stats.cpu_use is None
-        assert 0 < _timing.back_to_back(lambda: model(x), "cuda", 0.02) <= 2 * stats.median
-        found = _timing.peak_memory(lambda: model(x), model, [x], "cuda")
+        assert 0 < timing.back_to_back(lambda: model(x), "cuda", 0.02) <= 2 * stats.median
+        found = timing.peak_memory(lambda: model(x), model, [x], "cuda")
     assert found.activations >= 4096 * 1024 * 4

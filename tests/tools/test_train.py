@@ -21,9 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from vizoo.tools import train as tool
-from vizoo.tools._data import build_loaders, digits_splits, seeded_batches
-from vizoo.tools._train_options import build_parser, parse_options
-from vizoo.tools._train_output import Saver, draw_curves, newest_checkpoint
+from vizoo.tools.data.folders import build_loaders, digits_splits, seeded_batches
+from vizoo.tools.training.options import build_parser, parse_options
+from vizoo.tools.training.run import Saver, draw_curves, newest_checkpoint
 
 DATA: list[str] = []
 DIGITS = ["--data", "digits", "--model", "test_convnext", "-b", "256"]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vizoo.heads.checkpoints import NUMPY_GLOBALS
-from vizoo.tools._images import MOST_PIXELS, read_image
 from vizoo.tools.common import UserError, check_file, read_json, short
+from vizoo.tools.data.images import MOST_PIXELS, read_image
 
 AMAZON_GRID = (6, 14)
 # objects of a shelf: its grid, width and height of a cell, space above (all in pixels of a 1680x1050 screen)

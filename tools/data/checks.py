@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vizoo.tools._images import MOST_PIXELS, ImageError, check_header, list_files, read_mask
 from vizoo.tools.common import UserError, check_file, read_json, short
+from vizoo.tools.data.images import MOST_PIXELS, ImageError, check_header, list_files, read_mask
 
 SHOWN = 10  # records named in a message
 FULL_CHECK_LIMIT = 20_000  # more files are not opened, only looked for
@@ -350,7 +350,7 @@ def class_ids(
         Class ids ``[H, W]`` from 0, ``ignore_index`` where there is none, int64; and whether the mask was turned.
 
     Raises:
-        UnreadableImage: As :func:`vizoo.tools._images.read_mask`.
+        UnreadableImage: As :func:`vizoo.tools.data.images.read_mask`.
         ImageError: For another value.
     """
     values, turned = read_mask(path)

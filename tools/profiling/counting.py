@@ -5,7 +5,7 @@ that sees every operator: it sums the other FLOPs, activations and bytes, and na
 It runs in inference mode, where fused attention stays one operator on every device, so that counts do not depend on
 the kernel behind it.  Whatever is computed where none of them looks (NumPy, threads, extensions) makes the count
 partial, with the reason.  The second engine is fvcore's trace on the CPU with complete handlers; both read
-``vizoo.backbones.ops._cost.COSTS``.
+``vizoo.backbones.ops.cost.COSTS``.
 
 Constants of the other FLOPs are conventions, per element: norm 5 (batch norm in evaluation 2), softmax 5, GELU 8,
 SiLU and its kin 5, sigmoid 4, bilinear sample 8 (4 multiply-adds), everything else elementwise 1, sums and means 1 per
@@ -36,8 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vizoo.backbones.ops._backend import whole_operators
-from vizoo.backbones.ops._cost import COSTS, Cost, find_operator, flop_formulas
+from vizoo.backbones.ops.backend import whole_operators
+from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 
 
 class ModuleCost(NamedTuple):

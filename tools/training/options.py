@@ -15,8 +15,8 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 
-from vizoo.tools._images import add_window
-from vizoo.tools.common import KeyValues, Parser, UserError, number, read_yaml, short
+from vizoo.tools.common import UserError, read_yaml, short
+from vizoo.tools.options import WINDOW, KeyValues, Parser, add, number
 
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
 TUNE_RECIPE = "classification/tune.yaml"
@@ -145,7 +145,6 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line overrides it")
-    p.add_argument("--debug", action="store_true", help="show full tracebacks")
     text = "(classification); '--task detection --help' and so on explain the others"
     p.add_argument("--task", choices=TASKS, default=argparse.SUPPRESS, help=text)
 
@@ -166,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="before training decode every image, open it, or trust it (auto: decode up to 20,000, else open)",
     )
     add_skip_unreadable(g)
-    add_window(g)
+    add(g, "--window", WINDOW)
     g.add_argument("-j", "--workers", type=count, default=4, metavar="N", help="loader processes (4; digits 0)")
     g.add_argument("--pin-mem", action=toggle, default=False, help="pin memory, faster transfer to a GPU")
 

@@ -7,13 +7,12 @@ but where labels were drawn on the pixels as they are stored, those are read.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vizoo.tools.common import UserError, check_file, short
+from vizoo.tools.options import window_type
 
 DICOM = (".dcm", ".dicom")
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # modes of Pillow for more than 8 bits of gray
@@ -184,48 +184,6 @@ def list_files(folder: str | Path) -> list[Path]:
         folders[:] = sorted(d for d in folders if not (os.path.islink(p := os.path.join(root, d)) and is_loop(Path(p))))
         found += [Path(root, f) for f in files]
     return found
-
-
-def window_type(values: Sequence[float]) -> tuple[float, float]:
-    """Check centre and width of a window.
-
-    Args:
-        values: Both.
-
-    Returns:
-        Both.
-
-    Raises:
-        ValueError: If the centre is no finite number or the width none above 0.
-    """
-    center, width = values
-    if not (math.isfinite(center) and 0 < width < math.inf):
-        raise ValueError(f"window of centre {center:g} and width {width:g}: need a finite centre and a width above 0")
-    return float(center), float(width)
-
-
-class _Window(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        try:
-            setattr(namespace, self.dest, window_type(values))
-        except ValueError as e:
-            raise argparse.ArgumentError(self, str(e)) from None
-
-
-def add_window(parser: Any) -> None:
-    """Add the option ``--window``, the same in every command.
-
-    Args:
-        parser: Parser of :mod:`argparse`, or a group of one.
-    """
-    parser.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        action=_Window,
-        metavar=("CENTER", "WIDTH"),
-        help="values that 16-bit gray, float and DICOM images show (the whole range; the window in the DICOM file)",
-    )
 
 
 @contextlib.contextmanager

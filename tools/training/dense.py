@@ -27,10 +27,23 @@ from torch.utils.data import DataLoader
 
 from vizoo.heads.detection import detector
 from vizoo.heads.segmentation import segmentor
-from vizoo.tools._data import seed_everything, seeded_batches
-from vizoo.tools._dense_data import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
-from vizoo.tools._train_options import add_skip_unreadable, check_range, stored_arguments
-from vizoo.tools._train_output import (
+from vizoo.tools.common import (
+    UserError,
+    check_output,
+    check_weights,
+    compute_device,
+    is_exhausted,
+    print_table,
+    progress,
+    resolve_models,
+    save_figure,
+    write_json,
+)
+from vizoo.tools.data.dense import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
+from vizoo.tools.data.folders import seed_everything, seeded_batches
+from vizoo.tools.options import KeyValues, Parser, number
+from vizoo.tools.training.options import add_skip_unreadable, check_range, stored_arguments
+from vizoo.tools.training.run import (
     EpochRun,
     check_loss,
     draw_curves,
@@ -42,21 +55,6 @@ from vizoo.tools._train_output import (
     skipped_text,
     write_options,
     write_summary,
-)
-from vizoo.tools.common import (
-    KeyValues,
-    Parser,
-    UserError,
-    check_output,
-    check_weights,
-    compute_device,
-    is_exhausted,
-    number,
-    print_table,
-    progress,
-    resolve_models,
-    save_figure,
-    write_json,
 )
 
 ARCHS = {
@@ -358,7 +356,7 @@ def train_dense(task: str, argv: list[str]) -> int:
     args = build_train_parser(task).parse_args(argv)
     refuse_processes(task)
     device = compute_device(args.device)
-    options = {**{k: v for k, v in vars(args).items() if k != "resume"}, "task": task}
+    options = {**{k: v for k, v in vars(args).items() if k not in ("resume", "debug")}, "task": task}
     if args.arch == "upernet" and args.batch_size == 1:
         raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
     check_range("--scale", options.get("scale"))

@@ -18,26 +18,11 @@ import timm
 import torch
 
 from vizoo.backbones.oat import OAT, next_fixations
-from vizoo.tools._data import seed_everything
-from vizoo.tools._images import read_image
-from vizoo.tools._scanpath_data import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
-from vizoo.tools._train_options import stored_arguments
-from vizoo.tools._train_output import (
-    EpochRun,
-    check_loss,
-    open_run,
-    refuse_processes,
-    write_options,
-    write_summary,
-)
 from vizoo.tools.common import (
-    KeyValues,
-    Parser,
     UserError,
     build_model,
     check_output,
     compute_device,
-    number,
     print_table,
     progress,
     resolve_models,
@@ -45,7 +30,20 @@ from vizoo.tools.common import (
     short,
     write_json,
 )
+from vizoo.tools.data.folders import seed_everything
+from vizoo.tools.data.images import read_image
+from vizoo.tools.data.scanpaths import PARTS, Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
+from vizoo.tools.options import KeyValues, Parser, number
 from vizoo.tools.scanpaths import Behaviour, average, compare, sim
+from vizoo.tools.training.options import stored_arguments
+from vizoo.tools.training.run import (
+    EpochRun,
+    check_loss,
+    open_run,
+    refuse_processes,
+    write_options,
+    write_summary,
+)
 
 BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
@@ -145,7 +143,7 @@ def _build(name: str, kwargs: dict[str, Any], checkpoint: str = "") -> OAT:
 def batches(
     model: OAT, trials: Sequence[Trial], size: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Trials as :func:`vizoo.tools._scanpath_data.collate` gives them, on the device.
+    """Trials as :func:`vizoo.tools.data.scanpaths.collate` gives them, on the device.
 
     Args:
         model: Says whether it looks at crops or whole images.
@@ -261,7 +259,7 @@ def train_scanpaths(argv: list[str]) -> int:
     max_len = max(len(t.sequence) for t in parts["train"])
     counts = {name: len(trials) for name, trials in parts.items()}
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in kwargs.items()}
-    stored = {k: v for k, v in options.items() if k != "resume"}
+    stored = {k: v for k, v in options.items() if k not in ("resume", "debug")}
     stored |= {"task": "scanpath", "model_kwargs": kwargs, "max_len": max_len}
     with open_run(args, args.model) as (folder, checkpoint):
         trainer = _Trainer(model, parts, {**stored, "trials_of_parts": counts}, device, folder)

@@ -26,8 +26,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torchvision import transforms
 
-from vizoo.tools._images import DICOM, UnreadableImage, check_header, list_files, read_image
 from vizoo.tools.common import UserError, progress
+from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
 DIGITS_HELD_OUT = 360
 FULL_CHECK_LIMIT = 20_000
@@ -59,7 +59,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 class ClassFolders(ReaderImageFolder):
-    """timm's reader of class folders, for all that :func:`vizoo.tools._images.read_image` reads and no file twice.
+    """timm's reader of class folders, for all that :func:`vizoo.tools.data.images.read_image` reads and no file twice.
 
     Args:
         root: Folder of class folders.
@@ -82,7 +82,7 @@ class Images(ImageDataset):
     Args:
         root: Folder of class folders.
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
-        window: As in :func:`vizoo.tools._images.read_image`.
+        window: As in :func:`vizoo.tools.data.images.read_image`.
     """
 
     def __init__(self, root: str, mode: str, window: tuple[float, float] | None) -> None:
@@ -94,7 +94,7 @@ class Images(ImageDataset):
         """Image and class.
 
         Raises:
-            UnreadableImage: As :func:`vizoo.tools._images.read_image`.
+            UnreadableImage: As :func:`vizoo.tools.data.images.read_image`.
         """
         path, target = self.reader.samples[index]
         image = read_image(path, self.mode, self.window)

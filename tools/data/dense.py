@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from vizoo.tools._check_data import (
+from vizoo.tools.common import UserError, read_text, short
+from vizoo.tools.data.checks import (
     Annotation,
     Coco,
     Picture,
@@ -26,9 +27,8 @@ from vizoo.tools._check_data import (
     list_names,
     read_coco,
 )
-from vizoo.tools._data import reordered, say_skipped, unreadable
-from vizoo.tools._images import read_image, read_mask
-from vizoo.tools.common import UserError, read_text, short
+from vizoo.tools.data.folders import reordered, say_skipped, unreadable
+from vizoo.tools.data.images import read_image, read_mask
 
 IGNORED = 255  # value of mask pixels that count neither in the loss nor in the metrics
 PARTS = ("train", "val")
@@ -93,7 +93,7 @@ class Boxes(Dataset):
         """Image ``[3, H, W]``; boxes ``[n, 4]``, labels ``[n]``, iscrowd ``[n]`` and masks ``[n, H, W]``.
 
         Raises:
-            ImageError: As :func:`vizoo.tools._images.read_image`.
+            ImageError: As :func:`vizoo.tools.data.images.read_image`.
         """
         record = self.images[index]
         image = _tensor(_read_picture(self.folder, record))
@@ -160,7 +160,7 @@ class Masks(Dataset):
         """Image ``[3, H, W]`` in bytes and class ids ``[H, W]`` before the transform.
 
         Raises:
-            ImageError: As :func:`vizoo.tools._images.read_image` and :func:`vizoo.tools._check_data.class_ids`.
+            ImageError: As :func:`vizoo.tools.data.images.read_image` and :func:`vizoo.tools.data.checks.class_ids`.
         """
         image_file, mask_file = self.pairs[index]
         ids, turned = class_ids(mask_file, self.classes, self.reduce_zero_label, IGNORED)

@@ -37,7 +37,7 @@ START, MOST = (
     {"env": 40.0, "ops": 40.0, "models": 40.0, "graphs": 40.0, "profile": 20.0, "compile": 120.0},
 )  # seconds of a job
 WARMERS = 4  # processes that compile; each holds a model in the GPU's memory
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ("section", "item", "dtype", "form", "batch", "mode")  # of a job
 MODELS = {  # name: batch, modes beside inference and training
     "nat_tiny": (128, "train plain"),
@@ -139,7 +139,7 @@ class Worker:
         command: What to run in place of the true child.
     """
 
-    def __init__(self, mode: str, command: Sequence[str] = (sys.executable, "-m", "vizoo.tools._gpu_worker")) -> None:
+    def __init__(self, mode: str, command: Sequence[str] = (sys.executable, "-m", "vizoo.tools.gpu.worker")) -> None:
         self.mode, self.command = mode, command
         self.process: subprocess.Popen[bytes] | None = None
         self.results: int | None = None
@@ -254,8 +254,8 @@ def child_environment(mode: str) -> dict[str, str]:
 
 def plan(dry: bool, only: str = "") -> dict[str, list[dict[str, Any]]]:
     """Jobs of each section whose item contains ``only``, the most important ones first."""
-    from vizoo.backbones.ops._backend import HAS_TRITON, natten_missing
-    from vizoo.tools._gpu_cases import cases
+    from vizoo.backbones.ops.backend import HAS_TRITON, natten_missing
+    from vizoo.tools.gpu.cases import cases
 
     absent = {"natten"} if dry or natten_missing() else set()
     absent |= set() if HAS_TRITON else {"triton"}

@@ -125,7 +125,7 @@ class Code(NamedTuple):
 
 def missing(disassembler: bool = True) -> str:
     """Why no machine code can be made here, or read where the ``disassembler`` is asked for; empty when it can."""
-    from vizoo.backbones.ops._backend import HAS_TRITON, INTERPRETED
+    from vizoo.backbones.ops.backend import HAS_TRITON, INTERPRETED
 
     if not HAS_TRITON:
         return "the package triton is not installed"
@@ -254,7 +254,7 @@ def _operator_calls(model: Any, x: Any, dtype: Any) -> Iterator[tuple[Any, tuple
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from vizoo.backbones.ops._backend import kernels_on
+    from vizoo.backbones.ops.backend import kernels_on
 
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -294,7 +294,7 @@ def launches(
     """
     import torch
 
-    from vizoo.backbones.ops._operator import BODIES
+    from vizoo.backbones.ops.operators import BODIES
 
     kind = getattr(torch, dtype)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -314,7 +314,7 @@ def _floor_ms(operator: Any, args: Sequence[Any], dtype: str) -> float:
     """Least time of an operator by its bytes and products, on the GPU that the constants above describe."""
     import torch
 
-    from vizoo.backbones.ops._cost import COSTS, first_shape
+    from vizoo.backbones.ops.cost import COSTS, first_shape
 
     out = operator(*args)
     tensors = [x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, torch.Tensor)]

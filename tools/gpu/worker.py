@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vizoo.tools._gpu_cases import Case, cases
-from vizoo.tools._timing import Memory, back_to_back, measure, peak_memory
 from vizoo.tools.bench import TOLERANCE
 from vizoo.tools.common import build_model
+from vizoo.tools.gpu.cases import Case, cases
 from vizoo.tools.profiler import one_line
+from vizoo.tools.profiling.timing import Memory, back_to_back, measure, peak_memory
 
 READY, FATAL = "ready", "fatal"  # keys of what is told beside the results
 SECONDS = 0.06  # of warm-up and of sampling for an operator, each
@@ -93,7 +93,7 @@ class Child:
         import platform
         from importlib import metadata
 
-        from vizoo.backbones.ops._backend import backends
+        from vizoo.backbones.ops.backend import backends
         from vizoo.tools.bench import device_name
 
         row: dict[str, Any] = {"python": platform.python_version(), "device": device_name(self.device)}

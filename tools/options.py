@@ -1,0 +1,329 @@
+"""The options that several commands have: each is described once, so that it reads and behaves the same everywhere.
+
+A command says what differs, its default and a note in parentheses, with :func:`add`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vizoo.tools.common import UserError, short
+
+MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
+MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command: the text of examples stays as it is, options are written out, errors are one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs})
+        self.add_argument("--debug", action="store_true", help="show full tracebacks")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(message)
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False, below: bool = False
+) -> Callable[[str], Any]:
+    """Argument type: a finite number between two bounds.
+
+    Args:
+        kind: ``int`` or ``float``.
+        low: Smallest value.
+        high: Largest value.
+        above: ``low`` itself is not allowed.
+        below: ``high`` itself is not allowed.
+
+    Returns:
+        Parser of a text; it raises ``argparse.ArgumentTypeError`` with what is allowed.
+    """
+    need = "a whole number" if kind is int else "a finite number"
+    if low > -math.inf and high < math.inf and not above and not below:
+        need += f" between {low:g} and {high:g}"
+    else:
+        bounds = [f"above {low:g}" if above else f"of at least {low:g}"] * (low > -math.inf)
+        bounds += [f"below {high:g}" if below else f"of at most {high:g}"] * (high < math.inf)
+        need = " ".join([need, *" and ".join(bounds).split()])
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            fits = math.isfinite(value)  # OverflowError for an int of over 308 digits
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits or not (low < value if above else low <= value) or not (value < high if below else value <= high):
+            raise argparse.ArgumentTypeError(
+                f"got {text if text.isprintable() and text[:120] == text != '' else short(text)}, must be {need}"
+            )
+        return value
+
+    return parse
+
+
+class KeyValues(argparse.Action):
+    """Collects words KEY=VALUE in a dictionary; a value is a literal of Python, else text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the dictionary.
+
+        Raises:
+            argparse.ArgumentError: For a word without ``=`` or without a key.
+        """
+        found: dict[str, Any] = {}
+        for word in values:
+            key, equals, text = word.partition("=")
+            if not equals or not key.isidentifier():
+                raise argparse.ArgumentError(self, f"got {short(word)}, must be KEY=VALUE")
+            found[key] = literal(text)
+        setattr(namespace, self.dest, found)
+
+
+def literal(text: str) -> Any:
+    """The value of a literal of Python, or the text itself, whatever it looks like."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # TypeError: {[]: 1}
+        return text
+
+
+def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, int]:
+    """Check an image size.
+
+    Args:
+        values: One side of a square in pixels, or height and width.
+        name: Argument name for the message.
+
+    Returns:
+        ``(height, width)`` in pixels.
+
+    Raises:
+        UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
+    """
+    sides = [values] if isinstance(values, int) else list(values)
+    if len(sides) not in (1, 2) or not all(1 <= s <= MOST for s in sides):
+        got = " ".join(map(str, sides))
+        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
+    return sides[0], sides[-1]
+
+
+def window_type(values: Sequence[float]) -> tuple[float, float]:
+    """Check centre and width of a window.
+
+    Args:
+        values: Both.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: If the centre is no finite number or the width none above 0.
+    """
+    center, width = values
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise ValueError(f"window of centre {center:g} and width {width:g}: need a finite centre and a width above 0")
+    return float(center), float(width)
+
+
+class _Window(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, window_type(values))
+        except ValueError as e:
+            raise argparse.ArgumentError(self, str(e)) from None
+
+
+DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of --dtype, and torch's
+
+
+def dtype(text: str) -> str:
+    """Argument type: a key of :data:`DTYPES`; torch's names are understood too.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The key.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    known = {**{name: key for key, name in reversed(DTYPES.items())}, **{key: key for key in DTYPES}}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"got {short(text)}, must be one of {', '.join(DTYPES)}")
+    return known[text]
+
+
+def _threads(text: str) -> list[int]:
+    """Argument type: numbers of threads, perhaps several with commas between them."""
+    return [number(int, 1, MOST_THREADS)(part) for part in text.split(",")]
+
+
+TASKS = ("classification", "detection", "segmentation", "scanpath")
+_COUNT, _POSITIVE = number(int, 0), number(int, 1)
+_REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
+_TOGGLE: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
+_SWITCH: dict[str, Any] = {"action": "store_true"}
+_WORDS: dict[str, Any] = {"nargs": "*", "action": KeyValues, "metavar": "KEY=VALUE"}
+
+SHARED: dict[str, dict[str, Any]] = {
+    # model and data
+    "--model": {"metavar": "MODEL", "help": "a model of timm or vizoo, see 'vizoo models'"},
+    "--model-kwargs": {**_WORDS, "help": "further arguments of the model"},
+    "--pretrained": {**_TOGGLE, "help": "published weights"},
+    "--checkpoint": {"metavar": "FILE", "help": "weights to load"},
+    "--num-classes": {"type": number(int, 0, MOST), "metavar": "N", "help": "outputs of the model"},
+    "--in-chans": {"type": _POSITIVE, "metavar": "N", "help": "channels of an image, 1 is gray and 3 is RGB"},
+    "--reparam": {**_SWITCH, "help": "merge branches for inference where the model can"},
+    "--data": {"metavar": "DATA", "help": "the data"},
+    "--images": {"metavar": "DIR", "help": "images of the scenes"},
+    "--split": {"metavar": "NAME", "help": "part of the data"},
+    "--check-images": {
+        "choices": ("auto", "full", "header", "none"),
+        "help": "decode every image first, open it, or trust it; auto decodes up to 20,000, else opens",
+    },
+    "--check-data": {
+        "choices": ("full", "none"),
+        "help": "look at every image and mask first; the records of a COCO file are checked in any case",
+    },
+    "--skip-unreadable": {
+        **_SWITCH,
+        "help": "leave out images that cannot be read, and say how many, instead of stopping",
+    },
+    "--window": {
+        "type": float,
+        "nargs": 2,
+        "action": _Window,
+        "metavar": ("CENTER", "WIDTH"),
+        "help": "values that 16-bit gray, float and DICOM images show",
+    },
+    "--size": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "pixels of an image"},
+    "--img-size": {"type": _POSITIVE, "metavar": "N", "help": "side of the model's input in pixels"},
+    "--crop-pct": {"type": number(float, 0.01, 1), "metavar": "SHARE", "help": "centre crop of held-out images"},
+    "--scale": {"type": _ABOVE, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "random scale of training images"},
+    "--hflip": {"type": _SHARE, "metavar": "P", "help": "probability of a mirrored training image"},
+    "--workers": {"type": _COUNT, "metavar": "N", "help": "processes that read images"},
+    # heads
+    "--arch": {"metavar": "NAME", "help": "what stands on the backbone"},
+    "--arch-kwargs": {**_WORDS, "help": "further arguments of the heads"},
+    "--frozen-stages": {"type": number(int, -1), "metavar": "N", "help": "what stays fixed: 0 stem, 1 and stage 1"},
+    # how it is computed
+    "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N"},
+    "--batch-size": {"type": number(int, 1, MOST), "metavar": "N", "help": "images at once in each process"},
+    "--batch": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "images at once"},
+    "--threads": {"type": _threads, "nargs": "+", "metavar": "N", "help": "CPU threads, each in a fresh process"},
+    "--amp": {**_TOGGLE, "help": "mixed precision"},
+    "--dtype": {"type": dtype, "nargs": "+", "metavar": "DTYPE", "help": "fp32, tf32, bf16 or fp16"},
+    "--channels-last": {**_TOGGLE, "help": "channels-last memory layout of images and weights"},
+    "--compile": {
+        "nargs": "?",
+        "const": "default",
+        "choices": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        "metavar": "MODE",
+        "help": "torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+    },
+    # training
+    "--task": {"choices": TASKS, "help": "what to train or to measure"},
+    "--config": {"metavar": "FILE", "help": "YAML file of options, such as args.yaml; the command line overrides it"},
+    "--grad-accum-steps": {"type": _POSITIVE, "metavar": "N", "help": "batches for each update"},
+    "--amp-dtype": {"choices": ("float16", "bfloat16"), "help": "of --amp"},
+    "--sync-bn": {**_TOGGLE, "help": "BatchNorm over all processes, CUDA only"},
+    "--dist-bn": {"choices": ("reduce", "broadcast", ""), "help": "statistics of BatchNorm after an epoch"},
+    "--opt": {"metavar": "NAME", "help": "any optimizer of timm"},
+    "--weight-decay": {"type": _REAL, "metavar": "W", "help": "not for biases and norms"},
+    "--clip-grad": {"type": _REAL, "metavar": "NORM", "help": "clip gradients"},
+    "--clip-mode": {"choices": ("norm", "value", "agc"), "help": "how"},
+    "--lr": {"type": _REAL, "metavar": "LR", "help": "learning rate"},
+    "--epochs": {"type": _POSITIVE, "metavar": "N", "help": "passes over the training data"},
+    "--sched": {
+        "choices": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"),
+        "help": "how the learning rate falls",
+    },
+    "--min-lr": {"type": _REAL, "metavar": "LR", "help": "where it ends"},
+    "--decay-epochs": {"type": _REAL, "metavar": "N", "help": "of step, wsd and rsqrt"},
+    "--decay-milestones": {"type": _POSITIVE, "nargs": "+", "metavar": "EPOCH", "help": "of multistep"},
+    "--decay-rate": {"type": _REAL, "metavar": "RATE", "help": "of step and multistep, power of poly"},
+    "--model-ema": {**_TOGGLE, "help": "average the weights; the average is evaluated"},
+    "--model-ema-decay": {"type": _SHARE, "metavar": "DECAY", "help": "of the average"},
+    "--model-ema-warmup": {**_TOGGLE, "help": "start with a shorter average"},
+    "--seed": {"type": _COUNT, "metavar": "S", "help": "of all random numbers"},
+    "--output": {"metavar": "DIR", "help": "where runs go"},
+    "--experiment": {"metavar": "NAME", "help": "folder of the run in it"},
+    "--resume": {
+        "nargs": "?",
+        "const": "auto",
+        "metavar": "FILE",
+        "help": "go on from a checkpoint; without a file from the newest of the run, from the start if there is none",
+    },
+    "--no-resume-opt": {**_SWITCH, "help": "resume the weights only, not the optimizer"},
+    "--checkpoint-hist": {"type": _POSITIVE, "metavar": "N", "help": "best checkpoints to keep"},
+    "--recovery-interval": {"type": _COUNT, "metavar": "N", "help": "also save every N updates"},
+    "--eval-metric": {"metavar": "NAME", "help": "what says which epoch is the best"},
+    "--log-interval": {"type": _POSITIVE, "metavar": "N", "help": "updates for a line where no bar is shown"},
+    # results
+    "--out": {"metavar": "FILE", "help": "write the result there"},
+    "--plot": {"metavar": "FILE", "help": "draw a picture there"},
+    "--json": {**_SWITCH, "help": "print the result as JSON and nothing else"},
+}  # fmt: skip
+WINDOW = "the whole range; the window in the DICOM file"  # note of --window
+SHORT = {"--config": "-c", "--batch-size": "-b", "--workers": "-j"}
+
+
+def add(parser: Any, flag: str, note: str = "", default: Any = None, required: bool = False) -> None:
+    """Add a shared option.
+
+    Args:
+        parser: Parser of :mod:`argparse`, or a group of one.
+        flag: Key of :data:`SHARED`.
+        note: In parentheses after the text of the option: what holds here; empty for the default.
+        default: Value where the option is not given.
+        required: Whether it must be given.
+    """
+    spec = dict(SHARED[flag])
+    if default is not None or ("default" not in spec and spec.get("action") != "store_true"):
+        spec["default"] = {} if default is None and spec.get("action") is KeyValues else default
+    if not note and default not in (None, False):
+        note = " ".join(map(str, default)) if isinstance(default, list | tuple) else f"{default}"
+    spec["help"] += f" ({note})" if note else ""
+    spec["help"] = spec["help"].replace("%", "%%")
+    if required:
+        spec["required"] = True
+    parser.add_argument(*([SHORT[flag]] if flag in SHORT else []), flag, **spec)
+
+
+def check_outputs(count: int | None) -> None:
+    """Refuse ``--num-classes 0``, a model without a head, where the head is needed.
+
+    Args:
+        count: Of the option.
+
+    Raises:
+        UserError: For 0.
+    """
+    if count == 0:
+        raise UserError("argument --num-classes: got 0, must be a whole number of at least 1")
+
+
+def add_alias(parser: Any, flag: str, dest: str) -> None:
+    """Keep a former name of an option working without showing it.
+
+    Args:
+        parser: As for :func:`add`, which has the option ``dest`` already.
+        flag: The former name.
+        dest: Attribute of the option, for example ``"plot"``.
+    """
+    spec = next(a for a in parser._actions if a.dest == dest)
+    parser.add_argument(
+        flag, dest=dest, type=spec.type, nargs=spec.nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
