@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from vizoo.tools import cli
-from vizoo.tools.evaluate import LARGEST_MATRIX, draw_confusion, measure
+from vizoo.tools.evaluation.classification import LARGEST_MATRIX, draw_confusion, figures
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_figures_by_hand():
     calls, target = torch.tensor([0, 0, 1, 2, 1]), torch.tensor([0, 1, 1, 3, 1])
     logits = torch.nn.functional.one_hot(calls, 4).float()
     loader = DataLoader(TensorDataset(logits, target), batch_size=2)
-    found = measure(torch.nn.Identity(), loader, torch.device("cpu"), ["a", "b", "c", "d"])
+    found = figures(torch.nn.Identity(), loader, torch.device("cpu"), ["a", "b", "c", "d"])
     assert found["images"] == 5
     assert found["top1"] == pytest.approx(60)
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-6)

@@ -20,6 +20,7 @@ from zoo import build
 from vizoo.tools import cli
 from vizoo.tools.common import UserError
 from vizoo.tools.data.scanpaths import Batches, collate, load_scanpaths, search_task, split
+from vizoo.tools.evaluation.scanpath import human_agreement
 from vizoo.tools.scanpaths import (
     Behaviour,
     behaviour,
@@ -32,7 +33,7 @@ from vizoo.tools.scanpaths import (
     sequence_score,
     sim,
 )
-from vizoo.tools.training.scanpath import human_agreement, teacher_forced
+from vizoo.tools.training.scanpath import teacher_forced
 
 SCREEN = (1680, 1050)
 SHELF = [[c * 186, 135 + r * 305, c * 186 + 186, 135 + r * 305 + 305] for r in range(3) for c in range(9)]

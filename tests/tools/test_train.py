@@ -21,9 +21,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from vizoo.tools import train as tool
-from vizoo.tools.data.folders import build_loaders, digits_splits, seeded_batches
-from vizoo.tools.training.options import build_parser, parse_options
+from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
+from vizoo.tools.training.classification import Classification, accuracies, build_parser, parse_options
+from vizoo.tools.training.loop import Loop
 from vizoo.tools.training.run import Saver, draw_curves, newest_checkpoint
+from vizoo.tools.training.task import World
+from vizoo.tools.training.tuning import PROMPTS
 
 DATA: list[str] = []
 DIGITS = ["--data", "digits", "--model", "test_convnext", "-b", "256"]
@@ -148,9 +151,9 @@ def test_whole_run_moved_the_weights_and_wrote_its_files(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "options"),
     [
-        pytest.param(tool.Trainer, "backward", 3, [], id="first-epoch"),
-        pytest.param(tool.Trainer, "backward", 8, [], id="second-epoch"),
-        pytest.param(tool.Trainer, "backward", 8, ["--recovery-interval", "1"], id="recovery"),
+        pytest.param(Loop, "backward", 3, [], id="first-epoch"),
+        pytest.param(Loop, "backward", 8, [], id="second-epoch"),
+        pytest.param(Loop, "backward", 8, ["--recovery-interval", "1"], id="recovery"),
         pytest.param(Saver, "_save", 1, [], id="before-saving"),
         pytest.param(Saver, "_duplicate", 1, [], id="between-last-and-best"),
         pytest.param(Saver, "_duplicate", 2, [], id="before-best"),
@@ -171,7 +174,7 @@ def test_run_killed_anywhere_resumes_exactly(whole, tmp_path, monkeypatch, owner
 def test_ctrl_c_saves_at_an_update_and_resumes_exactly(whole, tmp_path, monkeypatch, capsys, call) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_call(patch, tool.Trainer, "backward", call, interrupt)
+        at_call(patch, Loop, "backward", call, interrupt)
         assert run(folder, *RANDOM) == 130
     assert "continue with the same command and --resume" in capsys.readouterr().err
     saved = newest_checkpoint(folder)
@@ -197,14 +200,15 @@ def test_process_killed_by_the_system_resumes_exactly(whole, tmp_path) -> None:
     code = """
 import os, signal, sys, torch
 from vizoo.tools import train
+from vizoo.tools.training.loop import Loop
 torch.set_num_threads(1)
-backward, calls = train.Trainer.backward, []
+backward, calls = Loop.backward, []
 def until_killed(*args, **kwargs):
     calls.append(0)
     if len(calls) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(*args, **kwargs)
-train.Trainer.backward = until_killed
+Loop.backward = until_killed
 train.main(sys.argv[1:])
 """
     options = [*DATA, *RANDOM, "--output", str(tmp_path), "--experiment", "run", "--recovery-interval", "1"]
@@ -219,7 +223,7 @@ def test_loader_processes_resume_exactly(tmp_path, monkeypatch) -> None:
     options = ["--epochs", "2", "--workers", "2", "--mixup", "0.5"]
     assert run(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
-        at_call(patch, tool.Trainer, "backward", 8, interrupt)
+        at_call(patch, Loop, "backward", 8, interrupt)
         assert run(tmp_path / "cut", *options) == 130
     assert run(tmp_path / "cut", *options, "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -240,8 +244,8 @@ def test_best_checkpoint_loads_and_gives_the_reported_accuracy(tmp_path, capsys)
     exec(line.removeprefix("load it: "), names)  # the printed words really work
     args = parse_options([*DIGITS, "--in-chans", "1"])
     data = timm.data.resolve_data_config(vars(args), model=names["model"])
-    loaders = build_loaders(args, digits_splits("L"), data, torch.device("cpu"), 10, False)
-    measured = tool.evaluate(names["model"], loaders[1], torch.device("cpu"))
+    loader = held_out_loader(args, digits_splits("L").held_out, data, torch.device("cpu"))
+    measured = accuracies(names["model"], loader, torch.device("cpu"))
     best = max(float(r["eval_top1"]) for r in rows(folder))
     assert best > 50
     assert measured["top1"] == best
@@ -271,7 +275,7 @@ def test_resumed_learning_rate_follows_the_schedule(tmp_path, monkeypatch, sched
     options += ["--sched-on-updates" if sched[1] else "--no-sched-on-updates"]
     assert run(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
-        at_call(patch, tool.Trainer, "backward", 13, interrupt)
+        at_call(patch, Loop, "backward", 13, interrupt)
         assert run(tmp_path / "cut", *options) == 130
     assert run(tmp_path / "cut", *options, "--resume") == 0
     lrs = [r["lr"] for r in rows(tmp_path / "whole")]
@@ -283,7 +287,7 @@ def test_half_precision_scaler_is_resumed(tmp_path, monkeypatch) -> None:
     options = ["--amp", "--epochs", "2"]
     assert run(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
-        at_call(patch, tool.Trainer, "backward", 8, interrupt)
+        at_call(patch, Loop, "backward", 8, interrupt)
         assert run(tmp_path / "cut", *options) == 130
     assert load(tmp_path / "cut" / "recovery-1-3.pth.tar")["amp_scaler"]["_growth_tracker"] > 0
     assert run(tmp_path / "cut", *options, "--resume") == 0
@@ -521,14 +525,14 @@ def test_every_timm_option_keeps_its_name_and_every_option_is_explained() -> Non
     text = build_parser().format_help()
     for action in build_parser()._actions:
         assert action.help, action.dest
+        if action.help == argparse.SUPPRESS:
+            continue  # a former name
         assert all(s in text for s in action.option_strings if not s.startswith("--no-"))
     assert "examples:" in text
 
 
-def trainer(*options: str) -> tool.Trainer:
-    args = parse_options([*DIGITS, *options])
-    world = argparse.Namespace(distributed=False, world_size=1, global_rank=0, device="cpu")
-    return tool.Trainer(args, world, digits_splits("RGB"))
+def trainer(*options: str) -> Loop:
+    return Loop(Classification(parse_options([*DIGITS, *options]), World()))
 
 
 def test_learning_rates_and_parameter_groups() -> None:
@@ -556,7 +560,7 @@ def test_learning_rates_and_parameter_groups() -> None:
 
 def test_augmentation_options_reach_the_loader() -> None:
     run = trainer("--vflip", "0.3", "--hflip", "0.2", "--rotate", "5", "--translate", "0.1", "--color-jitter", "0.2")
-    text = str(run.loader.dataset.transform)
+    text = str(run.task.loader.dataset.transform)
     for word in (
         "VerticalFlip(p=0.3)",
         "HorizontalFlip(p=0.2)",
@@ -565,19 +569,19 @@ def test_augmentation_options_reach_the_loader() -> None:
         "(0.8,",
     ):
         assert word in text, text
-    plain = str(trainer("--no-aug").loader.dataset.transform)
+    plain = str(trainer("--no-aug").task.loader.dataset.transform)
     assert "Random" not in plain
     more = trainer("--aa", "rand-m3", "--grayscale-prob", "0.1", "--gaussian-blur-prob", "0.1", "--reprob", "0.5")
-    text = str(more.loader.dataset.transform)
+    text = str(more.task.loader.dataset.transform)
     assert "RandAugment" in text
     assert "Grayscale" in text
     assert "GaussianBlur" in text
-    assert more.loader.random_erasing.probability == 0.5
-    assert "RandomCropOrPad" in str(trainer("--train-crop-mode", "rkrr").loader.dataset.transform)
+    assert more.task.loader.random_erasing.probability == 0.5
+    assert "RandomCropOrPad" in str(trainer("--train-crop-mode", "rkrr").task.loader.dataset.transform)
 
 
 def test_batches_follow_seed_epoch_and_position_only() -> None:
-    loader = trainer("--reprob", "0.5").loader
+    loader = trainer("--reprob", "0.5").task.loader
 
     def batches(epoch: int, rank: int = 0, disturb: bool = False) -> list[torch.Tensor]:
         out = []
@@ -607,17 +611,16 @@ def test_digits_split_is_fixed_and_stratified() -> None:
     assert b.train[0][0].getextrema()[0][1] == 255
 
 
-def test_evaluate_counts_repeated_images_once() -> None:
-    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1], [9, 0, 0]])
-    target = torch.tensor([0, 0, 1, 2, 1])  # the last one only fills the batch
+def test_accuracies_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [0, 0, 1]])
+    target = torch.tensor([0, 0, 1, 2])
     loader = DataLoader(TensorDataset(logits, target), batch_size=3)
-    loader.sampler.num_valid_samples = 4
     seen = []
     device = torch.device("cpu")
-    out = tool.evaluate(torch.nn.Identity(), loader, device, on_batch=lambda logits, target: seen.append(len(target)))
+    out = accuracies(torch.nn.Identity(), loader, device, on_batch=lambda logits, target: seen.append(len(target)))
     assert out["top1"] == 75.0
     assert out["top5"] == 100.0
-    assert out["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:4], target[:4]).item(), rel=1e-6)
+    assert out["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-6)
     assert seen == [3, 1]
 
 
@@ -647,8 +650,8 @@ def test_two_processes_train_together(tmp_path) -> None:
     args = parse_options(DIGITS)
     model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
     data = timm.data.resolve_data_config(vars(args), model=model)
-    held_out = build_loaders(args, digits_splits("RGB"), data, torch.device("cpu"), 10, False)[1]
-    measured = tool.evaluate(model, held_out, torch.device("cpu"))
+    held_out = held_out_loader(args, digits_splits("RGB").held_out, data, torch.device("cpu"))
+    measured = accuracies(model, held_out, torch.device("cpu"))
     assert measured["top1"] == pytest.approx(float(table[1]["eval_top1"]), abs=1e-4)
     assert measured["loss"] == pytest.approx(float(table[1]["eval_loss"]), rel=1e-5)
 
@@ -668,7 +671,7 @@ MEDUSA = ["--model", "test_medusa", "--epochs", "3", "--warmup-epochs", "0", "--
 def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch) -> None:
     """Backbone, then body, then both at a tenth of the rate; a run cut off in the last part ends the same."""
     states, rates = [], []
-    epoch = tool.Trainer.train_epoch
+    epoch = Loop.train_epoch
 
     def spy(self):
         if not states:
@@ -678,7 +681,7 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
         rates.append(sorted({g["lr"] for g in self.optimizer.param_groups}))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool.Trainer, "train_epoch", spy)
+        patch.setattr(Loop, "train_epoch", spy)
         assert run(tmp_path / "whole", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 0
     out = capsys.readouterr().out
     for line in (
@@ -698,7 +701,7 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
     assert rates == [[0.005, 0.01], [0.005, 0.01], pytest.approx([0.0005, 0.001])]
     assert [float(r["lr"]) for r in rows(tmp_path / "whole")] == pytest.approx([0.01, 0.01, 0.001])
     with monkeypatch.context() as patch:
-        at_call(patch, tool.Trainer, "backward", 13, interrupt)
+        at_call(patch, Loop, "backward", 13, interrupt)
         assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 130
     assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01", "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -722,7 +725,7 @@ def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     options = ["--model", "test_vit", "--model-kwargs", "patch_size=8", "depth=2", "--tune", method]
     options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2", "--random-epochs", "1"]
     options += ["--warmup-epochs", "0"]
-    if method in tool.PROMPTS:
+    if method in PROMPTS:
         options += ["--tune-kwargs", "prompt_drop=0.2"]
     assert run(tmp_path / "run", *options) == 0
     after = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
@@ -730,7 +733,7 @@ def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert changed >= {"head.weight", "head.bias"}
     assert ("blocks.0.attn.qkv.weight" in changed) is (method == "full")
     assert method == "full" or changed == {"head.weight", "head.bias"}
-    assert len(after) > len(before) or method not in tool.PROMPTS
+    assert len(after) > len(before) or method not in PROMPTS
     namespace: dict = {}
     exec(capsys.readouterr().out.rpartition("load it: ")[2].strip(), namespace)
     assert namespace["model"].state_dict().keys() == after.keys()

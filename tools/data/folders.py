@@ -294,31 +294,29 @@ def _check_images(datasets: Sequence[Images], how: str, skip_unreadable: bool) -
             raise UserError(f"no image of class {names[0]!r} in {dataset.reader.root!r} can be read")
 
 
-def build_loaders(
+def training_loader(
     args: argparse.Namespace,
-    splits: Splits,
+    dataset: Any,
     data_config: dict[str, Any],
     device: torch.device,
     num_classes: int,
-    distributed: bool,
-) -> tuple[Any, Any]:
-    """Build timm's training and evaluation loaders.
+) -> Any:
+    """Build timm's training loader.
 
     Args:
         args: Options of ``vizoo train``.
-        splits: Both data sets.
+        dataset: Training images.
         data_config: Of :func:`timm.data.resolve_data_config`.
         device: Where batches end up.
         num_classes: Width of mixed targets.
-        distributed: Share the data between processes.
 
     Returns:
-        Training loader and held-out loader.
+        The loader.
 
     Raises:
         UserError: For augmentation options timm refuses.
     """
-    shared = _shared(args, data_config, device, distributed)
+    shared = _shared(args, data_config, device)
     collate = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
         collate = FastCollateMixup(
@@ -333,7 +331,7 @@ def build_loaders(
         )
     try:
         train = create_loader(
-            splits.train,
+            dataset,
             batch_size=args.batch_size,
             is_training=True,
             no_aug=args.no_aug,
@@ -363,55 +361,71 @@ def build_loaders(
         shift = transforms.RandomAffine(
             args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
         )
-        splits.train.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
-    held_out = held_out_loader(args, splits.held_out, data_config, device, distributed)
-    if distributed:
-        train.sampler.seed = args.seed  # torch's sampler shuffles by seed + epoch
-    return train, held_out
+        dataset.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
+    return train
 
 
-def held_out_loader(
-    args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device, distributed: bool = False
-) -> Any:
-    """Build timm's evaluation loader; arguments as for :func:`build_loaders`."""
+def held_out_loader(args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device) -> Any:
+    """Build timm's evaluation loader; arguments as for :func:`training_loader`."""
     return create_loader(
         dataset,
         batch_size=args.validation_batch_size or args.batch_size,
         interpolation=data_config["interpolation"],
         crop_pct=data_config["crop_pct"],
-        **_shared(args, data_config, device, distributed),
+        **_shared(args, data_config, device),
     )
 
 
-def _shared(
-    args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, distributed: bool
-) -> dict[str, Any]:
+def _shared(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What both loaders have in common."""
     return {
         **{k: data_config[k] for k in ("input_size", "mean", "std")},
         "num_workers": args.workers,
         "pin_memory": args.pin_mem,
         "device": device,
-        "distributed": distributed,
         "persistent_workers": False,  # workers of an epoch start from its seed, so a resumed epoch is the same
         "worker_seeding": _start_worker,
     }
 
 
+def ignore_interrupts(worker: int) -> None:
+    """Start of a data worker: after Ctrl-C the main process still finishes its step.
+
+    Args:
+        worker: Its number.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _start_worker(info: Any) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the main process still finishes its step
+    ignore_interrupts(info.id)
     return int(info.seed)
+
+
+def seed_from(*words: int) -> int:
+    """A seed of 64 bits that follows from a few numbers."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def seed_everything(*words: int) -> None:
     """Seed Python, NumPy and torch (all devices) from a few numbers."""
-    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+    seed = seed_from(*words)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def seeded_batches(loader: Any, seed: int, rank: int, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def order_seed(seed: int, epoch: int) -> int:
+    """What the generator of a loader that has one of its own starts an epoch from."""
+    return seed * 100_003 + epoch
+
+
+def unwrapped(loader: Any) -> Any:
+    """The loader of torch, which timm's wraps."""
+    return getattr(loader, "loader", loader)
+
+
+def seeded_batches(loader: Any, seed: int, rank: int, epoch: int) -> Iterator[Any]:
     """Go once through a training loader with randomness that depends on the position only.
 
     All generators are seeded before each batch is fetched: shuffling and workers follow the first seed of the epoch,
@@ -425,10 +439,13 @@ def seeded_batches(loader: Any, seed: int, rank: int, epoch: int) -> Iterator[tu
         epoch: From 0.
 
     Yields:
-        Images ``[B, C, H, W]`` and targets ``[B]``, or ``[B, classes]`` with mixup.
+        What the loader gives.
     """
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(epoch)
+    sampler, generator = unwrapped(loader).batch_sampler.sampler, unwrapped(loader).generator
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    if generator is not None:
+        generator.manual_seed(order_seed(seed, epoch))
     seed_everything(seed, rank, epoch, 0)  # for the worker processes
     batches = iter(loader)
     for k in range(len(loader)):

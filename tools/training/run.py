@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 import yaml
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
-from torch import nn
 
 from vizoo.tools.common import Failure, UserError, atomic_write, check_file, replace, save_figure, short
 
@@ -404,7 +402,7 @@ def _names(classes: Sequence[str]) -> str:
     return f"{', '.join(map(str, classes[:NAMED]))}{more}"
 
 
-def _check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequence[str], who: str) -> dict[str, Any]:
+def check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Sequence[str], who: str) -> dict[str, Any]:
     """Refuse to go on with a checkpoint of another task, or with options that would make another run of it.
 
     Args:
@@ -414,13 +412,14 @@ def _check_kept(checkpoint: dict[str, Any], options: dict[str, Any], kept: Seque
         who: The checkpoint, for the message.
 
     Returns:
-        The options of the checkpoint.
+        The options of the checkpoint, none where it does not say them.
 
     Raises:
         UserError: Names what differs.
     """
-    before = checkpoint.get("options")
-    if checkpoint.get("task") != options["task"] or not isinstance(before, dict):
+    before = checkpoint.get("args") or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before  # in those of timm's script
+    if checkpoint.get("task", "classification") != options["task"] or not isinstance(before, dict):
         raise UserError(f"{who} is no checkpoint of 'vizoo train --task {options['task']}'")
     for key in kept:
         if before.get(key) != options[key]:
@@ -487,112 +486,6 @@ def read_history(history: Any, keys: Sequence[str]) -> list[dict[str, float]]:
     return list(history)
 
 
-class EpochRun:
-    """A run that is saved after every whole epoch: what a checkpoint of it holds, and how it goes on from one.
-
-    Args:
-        model: The model.
-        options: Of the command, with ``task``, ``epochs`` and ``lr``.
-        folder: Of the run.
-
-    Attributes:
-        kept: Options that must be equal when it goes on.
-        metric: Column of summary.csv that says which epoch is the best.
-        optimizer: Set by the subclass.
-    """
-
-    kept: Sequence[str] = ()
-    metric = ""
-    optimizer: torch.optim.Optimizer
-
-    def __init__(self, model: nn.Module, options: dict[str, Any], folder: Path) -> None:
-        self.model: Any = model
-        self.options, self.folder = options, folder
-        self.epoch = 0
-        self.history: list[dict[str, float]] = []
-        self.taken_over = 0  # epochs of another folder, of which this one has no checkpoint
-        self.elapsed, self.started = 0.0, time.monotonic()
-
-    def entries(self) -> dict[str, Any]:
-        """What else a checkpoint holds, ``arch`` at least."""
-        raise NotImplementedError
-
-    def check(self, checkpoint: dict[str, Any], who: str) -> None:
-        """Refuse a checkpoint of other data, before anything of it is loaded.
-
-        Args:
-            checkpoint: Its entries.
-            who: The checkpoint, for the message.
-        """
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of a run.
-
-        Args:
-            path: The file.
-
-        Raises:
-            UserError: If it is of another task, other data, or options that must not change.
-        """
-        checkpoint, who = load_training_checkpoint(path), f"--resume {str(path)!r}"
-        before = _check_kept(checkpoint, self.options, self.kept, who)
-        self.check(checkpoint, who)
-        try:
-            self.history = read_history(checkpoint.get("history"), ("train_loss", self.metric))
-            self.epoch, self.elapsed = int(checkpoint["epoch"]) + 1, float(checkpoint["elapsed"])
-            if self.epoch != len(self.history):
-                raise ValueError(f"it is of epoch {self.epoch}, its history of {len(self.history)}")
-            self.model.load_state_dict(checkpoint["state_dict"])
-            load_optimizer(self.optimizer, checkpoint["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.options["lr"]
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(f"{who} does not fit the run: {' '.join(str(e).split())[:200]}") from None
-        if path.parent.resolve() != self.folder.resolve():
-            self.taken_over = self.epoch
-            if self.epoch >= self.options["epochs"]:
-                raise UserError(f"{who}: all {self.epoch} epochs are done already")
-        say_changes(before, self.options)
-        print(f"resuming after epoch {self.epoch} of {self.options['epochs']}")
-        if self.history:
-            write_summary(self.folder, self.history)
-
-    def save(self, epoch: int, *others: str) -> None:
-        """Write last.pth.tar, and others of the same contents before it.
-
-        Args:
-            epoch: The last one that is finished, -1 for none.
-            *others: Names without ending.
-        """
-        contents = {
-            "task": self.options["task"],
-            **self.entries(),
-            "epoch": epoch,
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "options": self.options,
-            "history": self.history,
-            "elapsed": self.elapsed + time.monotonic() - self.started,
-            "metric": self.history[-1][self.metric] if self.history else None,
-        }
-        for name in (*others, "last"):
-            save_checkpoint(self.folder / f"{name}.pth.tar", contents)
-
-
-def refuse_processes(task: str) -> None:
-    """Say that a task trains in one process, where ``torchrun`` started several: each would train all of it.
-
-    Args:
-        task: Of ``vizoo train``.
-
-    Raises:
-        UserError: In one of several processes.
-    """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        raise UserError(f"--task {task} trains in one process, torchrun started {count}; start it without torchrun")
-
-
 def check_loss(value: float, where: str, advice: str) -> None:
     """Stop a training whose loss is not finite.
 
@@ -613,7 +506,8 @@ def draw_curves(
     path: Path,
     title: str,
     how: str,
-    metric: tuple[str, str] = ("top1", "top-1 accuracy (%)"),
+    metric: tuple[str, str, str] = ("eval_top1", "top-1 accuracy", " %"),
+    decreasing: bool = False,
 ) -> None:
     """Draw the losses and one metric over the epochs.
 
@@ -622,40 +516,40 @@ def draw_curves(
         path: PNG file to write.
         title: Above the picture.
         how: What makes the training values differ from held-out ones.
-        metric: Its column of summary.csv, after ``train_`` and ``eval_`` or alone, and its name.
+        metric: Its column of summary.csv, its name and its unit.
+        decreasing: Whether smaller is better.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    column, name, unit = metric
     epochs = [row["epoch"] + 1 for row in history]
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
-    series = (
-        ("train_", f"training ({how})", "tab:gray"),
-        ("eval_", "held-out", "tab:blue"),
-        ("", "held-out", "tab:blue"),
+    label = f"{name} ({unit.strip()})" if unit else name
+    training = column.replace("eval_", "train_") if column.startswith("eval_") else ""
+    lines = (
+        (panels[0], "train_loss", f"training ({how})", "tab:gray"),
+        (panels[0], "eval_loss" if "eval_loss" in history[-1] else "loss", "held-out", "tab:blue"),
+        (panels[1], training, f"training ({how})", "tab:gray"),
+        (panels[1], column, "held-out", "tab:blue"),
     )
-    for axes, column, label in zip(panels, ("loss", metric[0]), ("loss", metric[1]), strict=True):
-        for prefix, name, colour in series:
-            key = prefix + column
-            if key in history[-1]:
-                marker = "o" if len(history) <= 30 else None
-                axes.plot(
-                    epochs,
-                    [row.get(key, math.nan) for row in history],
-                    label=name,
-                    color=colour,
-                    marker=marker,
-                    markersize=3,
-                )
-        axes.set(xlabel="epoch", ylabel=label)
+    for axes, key, line, colour in lines:
+        if key in history[-1]:
+            marker = "o" if len(history) <= 30 else None
+            values = [row.get(key, math.nan) for row in history]
+            axes.plot(epochs, values, label=line, color=colour, marker=marker, markersize=3)
+    for axes, text in zip(panels, ("loss", label), strict=True):
+        axes.set(xlabel="epoch", ylabel=text)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    held_out = f"eval_{metric[0]}" if f"eval_{metric[0]}" in history[-1] else metric[0]
-    best = max(history, key=lambda row: -math.inf if math.isnan(row[held_out]) else row[held_out])
     panels[0].legend(frameon=False)
-    panels[1].axhline(best[held_out], color="tab:blue", linewidth=0.8, linestyle=":")
-    panels[1].set_title(f"best {best[held_out]:.2f} % in epoch {int(best['epoch']) + 1}", fontsize=10)
+    sign = -1 if decreasing else 1
+    best = max(history, key=lambda row: -math.inf if math.isnan(row[column]) else sign * row[column])
+    panels[1].axhline(best[column], color="tab:blue", linewidth=0.8, linestyle=":")
+    panels[1].set_title(
+        f"best {best[column]:.{2 if unit else 4}f}{unit} in epoch {int(best['epoch']) + 1}", fontsize=10
+    )
     save_figure(figure, path)
