@@ -21,7 +21,8 @@ from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
 from vizoo.tools.common import UserError, atomic_write, check_output, run_tool
-from vizoo.tools.data.checks import check_coco, check_masks
+from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
+from vizoo.tools.data.coco import check_coco
 from vizoo.tools.options import Parser
 from vizoo.tools.training.run import locked, match_classes
 
@@ -340,16 +341,10 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
                 raise ValueError(f"ann_file {dataset.ann_file!r} does not exist")
             names = Path(dataset.ann_file).read_text(encoding="utf-8").split()
         classes = type(dataset).METAINFO.get("classes") if dataset.label_map else dataset.metainfo.get("classes")
-        check_masks(
-            dataset.data_prefix["img_path"],
-            dataset.data_prefix["seg_map_path"],
-            len(classes or range(255)),  # without names any class may occur
-            image_suffix=dataset.img_suffix,
-            mask_suffix=dataset.seg_map_suffix,
-            reduce_zero_label=dataset.reduce_zero_label,
-            ignore_index=dataset.ignore_index,
-            names=names,
-        )
+        folders = (dataset.data_prefix["img_path"], dataset.data_prefix["seg_map_path"])
+        count = len(classes or range(255))  # without names any class may occur
+        ids = ClassIds(count, dataset.reduce_zero_label, dataset.ignore_index)
+        check_masks(MaskFolder(*folders, dataset.img_suffix, dataset.seg_map_suffix, names), ids)
 
 
 # training and testing

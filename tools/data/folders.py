@@ -12,7 +12,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +26,10 @@ from timm.utils.misc import natural_key
 from torchvision import transforms
 
 from vizoo.tools.common import UserError, progress
+from vizoo.tools.data.checks import FULL_CHECK_LIMIT, in_threads
 from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
 DIGITS_HELD_OUT = 360
-FULL_CHECK_LIMIT = 20_000
 SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval")}
 
 
@@ -255,8 +254,8 @@ def unreadable(readers: Sequence[tuple[str | Path, Callable[[], Any]]]) -> dict[
             return str(e)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
-        problems = bar.track(pool.map(problem, readers), len(readers), description="checking images")
+    with progress() as bar:
+        problems = bar.track(in_threads(problem, readers), len(readers), description="checking images")
         return {str(file): text for (file, _), text in zip(readers, problems, strict=True) if text}
 
 

@@ -39,7 +39,7 @@ from vizoo.tools.common import (
     save_figure,
     write_json,
 )
-from vizoo.tools.data.dense import IGNORED, Boxes, Masks, Parts, detection_parts, segmentation_parts
+from vizoo.tools.data.dense import IGNORED, Boxes, Crops, Masks, Parts, detection_parts, segmentation_parts
 from vizoo.tools.data.folders import seed_everything, seeded_batches
 from vizoo.tools.options import KeyValues, Parser, number
 from vizoo.tools.training.options import add_skip_unreadable, check_range, stored_arguments
@@ -220,17 +220,9 @@ def open_parts(options: dict[str, Any], statistics: tuple[Any, Any] = ((0.0,) * 
     checked, skip = options["check_data"] == "full", options.get("skip_unreadable", False)
     if options["task"] == "detection":
         return detection_parts(options["data"], options["arch"] == "mask_rcnn", options["hflip"], checked, skip)
-    return segmentation_parts(
-        options["data"],
-        options.get("num_classes"),
-        options["reduce_zero_label"],
-        options["size"][0],
-        tuple(options["scale"]),
-        options["hflip"],
-        statistics,
-        checked,
-        skip,
-    )
+    crops = Crops(options["size"][0], tuple(options["scale"]), options["hflip"], *statistics)
+    classes, reduce = options.get("num_classes"), options["reduce_zero_label"]
+    return segmentation_parts(options["data"], classes, reduce, crops, checked, skip)
 
 
 def _collate(batch: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
