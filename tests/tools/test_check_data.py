@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from vizoo.tools.common import UserError
+from vizoo.tools.data import checks
 from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
 from vizoo.tools.data.coco import check_coco, read_coco
 from vizoo.tools.data.dense import Boxes, Crops, Masks, detection_parts, outline, segmentation_parts
@@ -205,6 +206,37 @@ def test_bad_masks(values, options, message, pairs):
         put(pairs, values)
     with pytest.raises(ValueError, match=re.escape(message)):
         look(pairs, **options)
+
+
+def test_rare_empty_masks_pass(pairs):
+    """One of 1,000 may be empty, as of boxes."""
+    put(pairs, np.full((12, 20), 255))
+    look(pairs, names=[*["x"] * 999, "y"])
+    with pytest.raises(ValueError, match=r"has 1 bad record: y: .*y\.png' holds no class at all"):
+        look(pairs, names=[*["x"] * 998, "y"])
+    (pairs / "images" / "x.jpg").unlink()
+    with pytest.raises(ValueError, match=r"has 999 bad records: x: image"):  # and not the empty one
+        look(pairs, names=[*["x"] * 999, "y"])
+
+
+def test_many_files_are_only_looked_for(pairs, images, tmp_path, monkeypatch):
+    """Beyond the limit no file is opened, but one that is missing is still found: of masks and of COCO files."""
+    (tmp_path / "a.json").write_text(json.dumps(GOOD))
+    for file in (pairs / "images" / "y.jpg", pairs / "masks" / "y.png", images / "2.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot read mask"):
+        look(pairs)
+    with pytest.raises(UserError, match="cannot read image"):
+        check_coco(tmp_path / "a.json", images)
+    monkeypatch.setattr(checks, "FULL_CHECK_LIMIT", 2)
+    look(pairs)
+    check_coco(tmp_path / "a.json", images)
+    (pairs / "masks" / "y.png").unlink()
+    (images / "2.png").unlink()
+    with pytest.raises(UserError, match=r"y\.png' does not exist"):
+        look(pairs)
+    with pytest.raises(UserError, match=r"2\.png' does not exist"):
+        check_coco(tmp_path / "a.json", images)
 
 
 def test_bad_mask_folders(pairs):
@@ -504,6 +536,16 @@ def test_mm_wants_masks_for_upright_images(tmp_path):
 
 
 # segmentation folders
+
+
+@pytest.mark.parametrize("options", [{}, {"checked": False}, {"skip_unreadable": True}])
+def test_folders_without_images_are_refused(options, tmp_path):
+    """Nothing to train on is said, whether files are looked at or not."""
+    root = ade_folder(tmp_path, 1, STORED_IDS)
+    for kind in ("images", "annotations"):
+        (root / kind / "training" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"images/training' holds no image that ends in '\.jpg'"):
+        masks(root, **options)
 
 
 def test_more_classes_than_masks_can_hold_are_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from vizoo.tools.common import UserError, check_file, short
 from vizoo.tools.data.images import ImageError, check_header, list_files, read_mask
 
 SHOWN = 10  # records named in a message
-FULL_CHECK_LIMIT = 20_000  # more files are not looked at as closely
+FULL_CHECK_LIMIT = 20_000  # files
 RARE = 1e-3  # empty annotations below this share are no error: COCO has some itself, and every loader drops them
 
 Bad = list[tuple[str, str]]  # names of records, and what is wrong with them
@@ -54,6 +54,11 @@ def need_folder(what: str, folder: str | Path) -> None:
     """
     if not os.path.isdir(folder):
         raise UserError(f"{what} folder {short(str(folder))} does not exist")
+
+
+def are_few(files: Sized) -> bool:
+    """Whether files are few enough for each to be looked at closely."""
+    return len(files) <= FULL_CHECK_LIMIT
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -175,7 +180,7 @@ def check_masks(folder: MaskFolder, ids: ClassIds, as_stored: bool = False) -> N
     need_folder("image", folder.images)
     need_folder("mask", folder.masks)
     names = folder.listed()
-    known = ids if len(names) <= FULL_CHECK_LIMIT else None
+    known = ids if are_few(names) else None
     problem = functools.partial(_pair_problem, ids=known, as_stored=as_stored)
     bad: Bad = []
     empty: Bad = []

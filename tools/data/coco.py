@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vizoo.tools.common import UserError, read_json, short
-from vizoo.tools.data.checks import FULL_CHECK_LIMIT, SHOWN, Bad, image_problem, in_threads, need_folder, refuse
+from vizoo.tools.data.checks import SHOWN, Bad, are_few, image_problem, in_threads, need_folder, refuse
 from vizoo.tools.data.images import MOST_PIXELS
 
 SLACK = 1.0  # pixels that a box may stand out by rounding
@@ -127,7 +127,7 @@ def _repeated_names(categories: dict[int | str, str]) -> Iterator[tuple[str, str
 def _picture_problems(pictures: Sequence[Picture], folder: str | Path, as_stored: bool) -> Iterator[tuple[str, str]]:
     """What is wrong with images by their headers; over 20,000 are only looked for."""
     need_folder("image", folder)
-    opened = len(pictures) <= FULL_CHECK_LIMIT
+    opened = are_few(pictures)
 
     def problem(image: Picture) -> str | None:
         return image_problem(Path(folder, image.file_name), image.size if opened else None, None, as_stored)

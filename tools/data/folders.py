@@ -26,7 +26,7 @@ from timm.utils.misc import natural_key
 from torchvision import transforms
 
 from vizoo.tools.common import UserError, progress
-from vizoo.tools.data.checks import FULL_CHECK_LIMIT, in_threads
+from vizoo.tools.data.checks import are_few, in_threads
 from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
 DIGITS_HELD_OUT = 360
@@ -272,7 +272,7 @@ def _check_images(datasets: Sequence[Images], how: str, skip_unreadable: bool) -
     if skip_unreadable:
         how = "full"
     if how == "auto":
-        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
+        how = "full" if are_few(files) else "header"
     if how == "none":
         return
     window = datasets[0].window
