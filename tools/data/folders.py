@@ -317,22 +317,30 @@ def build_loaders(
     Raises:
         UserError: For augmentation options timm refuses.
     """
-    shared = _shared(args, data_config, device, distributed)
-    collate = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-        collate = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
+    train = _training_loader(args, splits.train, data_config, device, num_classes, distributed)
+    if (args.rotate or args.translate) and not args.no_aug:
+        shift = transforms.RandomAffine(
+            args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
         )
+        splits.train.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
+    held_out = held_out_loader(args, splits.held_out, data_config, device, distributed)
+    if distributed:
+        train.sampler.seed = args.seed  # torch's sampler shuffles by seed + epoch
+    return train, held_out
+
+
+def _training_loader(
+    args: argparse.Namespace,
+    dataset: Any,
+    data_config: dict[str, Any],
+    device: torch.device,
+    num_classes: int,
+    distributed: bool,
+) -> Any:
+    collate = _mixup(args, num_classes)
     try:
-        train = create_loader(
-            splits.train,
+        return create_loader(
+            dataset,
             batch_size=args.batch_size,
             is_training=True,
             no_aug=args.no_aug,
@@ -351,22 +359,28 @@ def build_loaders(
             auto_augment=args.aa,
             interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
             collate_fn=collate,
-            **shared,
+            **_shared(args, data_config, device, distributed),
         )
     except (AssertionError, KeyError, ValueError) as e:
         raise UserError(
             f"timm refuses the augmentation options (--aa {args.aa}, {type(e).__name__}: {e}); "
             "policies of --aa are rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0 and their variants"
         ) from None
-    if (args.rotate or args.translate) and not args.no_aug:
-        shift = transforms.RandomAffine(
-            args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
-        )
-        splits.train.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
-    held_out = held_out_loader(args, splits.held_out, data_config, device, distributed)
-    if distributed:
-        train.sampler.seed = args.seed  # torch's sampler shuffles by seed + epoch
-    return train, held_out
+
+
+def _mixup(args: argparse.Namespace, num_classes: int) -> FastCollateMixup | None:
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    return FastCollateMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def held_out_loader(
