@@ -221,9 +221,9 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
 
 def _sti_trials(record: Any, name: str, where: str, images: str | None, grid: tuple[int, int]) -> Iterator[Trial]:
     """What the viewers of one image did."""
-    width, height = screen = _sti_size(record, where)
+    width, height = size = _sti_size(record, where)
     boxes, coords = grid_boxes(grid, (width / grid[1], height / grid[0]))
-    (target,) = assign(_sti_target(record, screen, where), boxes)
+    (target,) = assign(_sti_target(record, size, where), boxes)
     image = Path(images) / name if images else None
     if image:
         try:
