@@ -95,8 +95,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"CONFIG is missing: vizoo mm {args.action} CONFIG")
     if args.out and args.action != "convert":
         raise UserError(f"--out {args.out!r}: only 'vizoo mm convert' writes a checkpoint")
-    if args.load_from and not args.load_from.startswith(("http://", "https://")) and not Path(args.load_from).is_file():
-        raise UserError(f"--load-from {args.load_from!r} does not exist")
+    _need_file("--load-from ", args.load_from)
     cfg = load_config(args)
     if args.action == "convert":
         return _convert(cfg, args)
@@ -196,12 +195,14 @@ def check_config(cfg: Any) -> None:
                 "and model.backbone.pretrained for weights of the zoo"
             )
         _check_channels(model, _backbone_channels(backbone))
-    _check_weights("model.backbone.init_cfg.checkpoint", backbone.get("init_cfg"))
-    _check_weights("model.init_cfg.checkpoint", model.get("init_cfg"))
-    for key in ("load_from", *(f"{split}_evaluator.ann_file" for split in ("val", "test"))):
-        file = _get(cfg, key)
-        if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
-            raise UserError(f"{key}={file!r} does not exist")
+    for key in (
+        "model.backbone.init_cfg.checkpoint",
+        "model.init_cfg.checkpoint",
+        "load_from",
+        "val_evaluator.ann_file",
+        "test_evaluator.ann_file",
+    ):
+        _need_file(f"{key}=", _get(cfg, key))
 
 
 def _is_ours(backbone: Any) -> bool:
@@ -224,10 +225,10 @@ def _is_remote(file: str) -> bool:
     return "://" in file
 
 
-def _check_weights(key: str, init_cfg: Any) -> None:
-    file = init_cfg.get("checkpoint") if hasattr(init_cfg, "get") else None
+def _need_file(key: str, file: Any) -> None:
+    """Refuse a local file that does not exist."""
     if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
-        raise UserError(f"{key}={file!r} does not exist")
+        raise UserError(f"{key}{file!r} does not exist")
 
 
 def _backbone_channels(backbone: Any) -> list[int]:
