@@ -13,9 +13,9 @@ import torch
 from timm.data import resolve_data_config
 
 from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
-from vizoo.tools.common import UserError, build_model, check_output, resolve_model, run_tool, save_figure
-from vizoo.tools.options import WINDOW, Parser, add, add_alias, check_outputs, number
-from vizoo.tools.show import need_finite, read_input
+from vizoo.tools.common import UserError, check_output, resolve_model, run_tool, save_figure
+from vizoo.tools.options import WINDOW, Parser, add, add_alias, number
+from vizoo.tools.show import image_panels, load_model, need_finite, read_input
 
 EXAMPLES = """\
 examples:
@@ -56,12 +56,8 @@ def _dependency(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     name = resolve_model(args.model)
     check_output(args.plot, "--plot", ".png")
-    check_outputs(args.num_classes)
-    kwargs: dict[str, Any] = dict(args.model_kwargs)
-    if args.num_classes is not None:
-        kwargs["num_classes"] = args.num_classes
     torch.manual_seed(0)  # of untrained weights
-    model = build_model(name, checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    model = load_model(name, args)
     if not hasattr(model, "get_dependency"):
         raise UserError(f"--model {args.model!r} has no dependency tree; allowed: dependencyvit_*")
     depth = len(model.blocks)
@@ -107,21 +103,19 @@ def draw_dependency(
         path: PNG file to write.
         title: Above the image.
     """
-    from matplotlib import colormaps
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
-
     height, width = image.shape[1:]
-    rows, columns = dependency.size
-    pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
-    extent = (0, width, height, 0)
-    figure = Figure(figsize=(14, 3.4 * height / width + 1.6), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 4)
-    for axes in panels:
-        axes.imshow(pixels.numpy(), cmap="gray", extent=extent)
-        axes.set_axis_off()
-    panels[0].set_title(title, fontsize=9)
+    figure, panels, extent = image_panels(image, 4, (14, 3.4 * height / width + 1.6), title)
+    _draw_tree(figure, panels[1], tree, dependency.size, (height, width))
+    _draw_parts(figure, panels[2], parts[0], extent)
+    _draw_saliency(figure, panels[3], dependency, extent)
+    save_figure(figure, path)
 
+
+def _draw_tree(figure: Any, axes: Any, tree: Tree, grid: tuple[int, int], size: tuple[int, int]) -> None:
+    """Lines from each token to its parent, and a star at the root."""
+    from matplotlib.collections import LineCollection
+
+    (rows, columns), (height, width) = grid, size
     token = torch.arange(rows * columns)
     place = torch.stack([(token % columns + 0.5) * width / columns, (token // columns + 0.5) * height / rows], 1)
     parents, depth = tree.parents[0], tree.depth[0]
@@ -134,29 +128,33 @@ def draw_dependency(
         clim=(1, deepest),
         linewidths=(0.4 + 0.8 * (1 - (depth[children] - 1) / deepest)).numpy(),
     )
-    panels[1].add_collection(lines)
-    root = place[parents < 0][0].tolist()
-    panels[1].plot(*root, marker="*", color="white", markeredgecolor="black", markersize=13)
-    panels[1].set_title(f"tree: root (star), {deepest} levels below it", fontsize=9)
-    figure.colorbar(lines, ax=panels[1], orientation="horizontal", shrink=0.8, label="edges to the root")
+    axes.add_collection(lines)
+    axes.plot(*place[parents < 0][0].tolist(), marker="*", color="white", markeredgecolor="black", markersize=13)
+    axes.set_title(f"tree: root (star), {deepest} levels below it", fontsize=9)
+    figure.colorbar(lines, ax=axes, orientation="horizontal", shrink=0.8, label="edges to the root")
+
+
+def _draw_parts(figure: Any, axes: Any, parts: torch.Tensor, extent: Any) -> None:
+    """A colour for each part; ``parts`` is ``[h, w]``."""
+    from matplotlib import colormaps
 
     count = int(parts.max()) + 1
     colours = colormaps["tab10" if count <= 10 else "tab20"].resampled(max(count, 2))
-    labels = panels[2].imshow(
-        parts[0].numpy(), cmap=colours, alpha=0.55, extent=extent, interpolation="nearest", vmin=-0.5, vmax=count - 0.5
-    )
-    panels[2].set_title(f"parts: {count} subtrees", fontsize=9)
-    figure.colorbar(labels, ax=panels[2], orientation="horizontal", shrink=0.8, ticks=range(count), label="part")
+    look: dict[str, Any] = {"cmap": colours, "alpha": 0.55, "extent": extent, "interpolation": "nearest"}
+    labels = axes.imshow(parts.numpy(), vmin=-0.5, vmax=count - 0.5, **look)
+    axes.set_title(f"parts: {count} subtrees", fontsize=9)
+    figure.colorbar(labels, ax=axes, orientation="horizontal", shrink=0.8, ticks=range(count), label="part")
 
+
+def _draw_saliency(figure: Any, axes: Any, dependency: Dependency, extent: Any) -> None:
+    """What each token receives, and an outline of the foreground."""
     scaled, foreground = saliency(dependency)
-    shown = panels[3].imshow(scaled[0].numpy(), cmap="magma", alpha=0.6, extent=extent, interpolation="nearest")
-    if foreground.any() and rows > 1 and columns > 1:
-        panels[3].contour(
-            foreground[0].float().numpy(), levels=[0.5], colors="cyan", linewidths=0.9, extent=extent, origin="upper"
-        )
-    panels[3].set_title(f"saliency: foreground {float(foreground.float().mean()):.0%}", fontsize=9)
-    figure.colorbar(shown, ax=panels[3], orientation="horizontal", shrink=0.8, label="received, scaled")
-    save_figure(figure, path)
+    shown = axes.imshow(scaled[0].numpy(), cmap="magma", alpha=0.6, extent=extent, interpolation="nearest")
+    if foreground.any() and min(dependency.size) > 1:
+        edge: dict[str, Any] = {"levels": [0.5], "colors": "cyan", "linewidths": 0.9}
+        axes.contour(foreground[0].float().numpy(), extent=extent, origin="upper", **edge)
+    axes.set_title(f"saliency: foreground {float(foreground.float().mean()):.0%}", fontsize=9)
+    figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.8, label="received, scaled")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,8 +21,9 @@ from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
 from vizoo.tools.common import UserError, atomic_write, check_output, run_tool
-from vizoo.tools.data.checks import check_coco, check_masks
-from vizoo.tools.options import Parser
+from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
+from vizoo.tools.data.coco import check_coco
+from vizoo.tools.options import Parser, add
 from vizoo.tools.training.run import locked, match_classes
 
 try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
@@ -65,24 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vizoo mm",
         description="Train and test configs of mmdet and mmseg, convert checkpoints for them.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("action", choices=["train", "test", "convert", "link", "unlink"])
     p.add_argument("config", nargs="?", metavar="CONFIG", help="config file (.py), or the name of one of the zoo's")
     p.add_argument("--work-dir", metavar="DIR", help="where logs and checkpoints go; default work_dirs/NAME")
-    p.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="FILE",
-        help="continue the work dir's newest checkpoint, or FILE",
-    )
+    add(p, "--resume")
     p.add_argument("--load-from", metavar="FILE", help="checkpoint to test, to convert, or to start training from")
-    p.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    add(p, "--amp", "needs a GPU")
     p.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="settings that replace those of the config")
     p.add_argument("--launcher", choices=["none", "pytorch"], default="none", help="'pytorch' under torchrun")
     p.add_argument("--no-check-data", action="store_true", help="start without looking at images and annotations")
-    p.add_argument("--out", metavar="FILE", help="where 'convert' writes")
+    add(p, "--out", "the checkpoint of 'convert'")
     return p
 
 
@@ -101,8 +95,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"CONFIG is missing: vizoo mm {args.action} CONFIG")
     if args.out and args.action != "convert":
         raise UserError(f"--out {args.out!r}: only 'vizoo mm convert' writes a checkpoint")
-    if args.load_from and not args.load_from.startswith(("http://", "https://")) and not Path(args.load_from).is_file():
-        raise UserError(f"--load-from {args.load_from!r} does not exist")
+    _need_file("--load-from ", args.load_from)
     cfg = load_config(args)
     if args.action == "convert":
         return _convert(cfg, args)
@@ -125,29 +118,7 @@ def load_config(args: argparse.Namespace) -> Any:
     Raises:
         UserError: For a file or a base that does not exist, or that is no config.
     """
-    from mmengine.config import Config, DictAction
-
-    file = args.config
-    if Path(file).is_dir():
-        raise UserError(f"config {file!r} is a folder, need a file")
-    if not Path(file).is_file():
-        from vizoo.heads.mm import config_path
-
-        try:
-            file = config_path(file)
-        except ValueError as e:
-            raise UserError(f"config {args.config!r} does not exist, and {e}") from None
-    try:
-        cfg = Config.fromfile(file)
-        for option in args.cfg_options or ():
-            key, equals, value = option.partition("=")
-            if not equals or not all(key.split(".")):
-                raise UserError(f"--cfg-options {option!r}: write KEY=VALUE")
-            cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:  # a config is Python: it can raise anything
-        raise UserError(f"config {args.config!r} cannot be read: {_one_line(e)}") from e
+    cfg = _read_config(args.config, args.cfg_options or ())
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     if not isinstance(cfg.work_dir, str):
@@ -163,12 +134,42 @@ def load_config(args: argparse.Namespace) -> Any:
             raise UserError(f"--resume {args.resume!r} does not exist")
         cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
-        if not torch.cuda.is_available():
-            raise UserError("--amp: mixed precision needs a GPU, none is here")
-        if not hasattr(cfg.get("optim_wrapper"), "update"):
-            raise UserError("--amp: the config has no optim_wrapper")
-        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        _mix_precision(cfg)
     return cfg
+
+
+def _read_config(name: str, options: Sequence[str]) -> Any:
+    """The config of a file, or of the zoo by its name, with options put into it."""
+    from mmengine.config import Config, DictAction
+
+    if Path(name).is_dir():
+        raise UserError(f"config {name!r} is a folder, need a file")
+    file = name
+    if not Path(name).is_file():
+        try:
+            file = mm.config_path(name)
+        except ValueError as e:
+            raise UserError(f"config {name!r} does not exist, and {e}") from None
+    try:
+        cfg = Config.fromfile(file)
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals or not all(key.split(".")):
+                raise UserError(f"--cfg-options {option!r}: write KEY=VALUE")
+            cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:  # a config is Python: it can raise anything
+        raise UserError(f"config {name!r} cannot be read: {_one_line(e)}") from e
+    return cfg
+
+
+def _mix_precision(cfg: Any) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("--amp: mixed precision needs a GPU, none is here")
+    if not hasattr(cfg.get("optim_wrapper"), "update"):
+        raise UserError("--amp: the config has no optim_wrapper")
+    cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
 
 
 def check_config(cfg: Any) -> None:
@@ -194,12 +195,14 @@ def check_config(cfg: Any) -> None:
                 "and model.backbone.pretrained for weights of the zoo"
             )
         _check_channels(model, _backbone_channels(backbone))
-    _check_weights("model.backbone.init_cfg.checkpoint", backbone.get("init_cfg"))
-    _check_weights("model.init_cfg.checkpoint", model.get("init_cfg"))
-    for key in ("load_from", *(f"{split}_evaluator.ann_file" for split in ("val", "test"))):
-        file = _get(cfg, key)
-        if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
-            raise UserError(f"{key}={file!r} does not exist")
+    for key in (
+        "model.backbone.init_cfg.checkpoint",
+        "model.init_cfg.checkpoint",
+        "load_from",
+        "val_evaluator.ann_file",
+        "test_evaluator.ann_file",
+    ):
+        _need_file(f"{key}=", _get(cfg, key))
 
 
 def _is_ours(backbone: Any) -> bool:
@@ -222,10 +225,10 @@ def _is_remote(file: str) -> bool:
     return "://" in file
 
 
-def _check_weights(key: str, init_cfg: Any) -> None:
-    file = init_cfg.get("checkpoint") if hasattr(init_cfg, "get") else None
+def _need_file(key: str, file: Any) -> None:
+    """Refuse a local file that does not exist."""
     if isinstance(file, str) and not _is_remote(file) and not Path(file).is_file():
-        raise UserError(f"{key}={file!r} does not exist")
+        raise UserError(f"{key}{file!r} does not exist")
 
 
 def _backbone_channels(backbone: Any) -> list[int]:
@@ -340,16 +343,10 @@ def _check_dataset(cfg: Any, config: dict[str, Any], labelled: bool) -> None:
                 raise ValueError(f"ann_file {dataset.ann_file!r} does not exist")
             names = Path(dataset.ann_file).read_text(encoding="utf-8").split()
         classes = type(dataset).METAINFO.get("classes") if dataset.label_map else dataset.metainfo.get("classes")
-        check_masks(
-            dataset.data_prefix["img_path"],
-            dataset.data_prefix["seg_map_path"],
-            len(classes or range(255)),  # without names any class may occur
-            image_suffix=dataset.img_suffix,
-            mask_suffix=dataset.seg_map_suffix,
-            reduce_zero_label=dataset.reduce_zero_label,
-            ignore_index=dataset.ignore_index,
-            names=names,
-        )
+        folders = (dataset.data_prefix["img_path"], dataset.data_prefix["seg_map_path"])
+        count = len(classes or range(255))  # without names any class may occur
+        ids = ClassIds(count, dataset.reduce_zero_label, dataset.ignore_index)
+        check_masks(MaskFolder(*folders, dataset.img_suffix, dataset.seg_map_suffix, names), ids)
 
 
 # training and testing
@@ -369,9 +366,6 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         UserError: If something in the config or the data is wrong; nothing has been started then.
         FloatingPointError: If the loss, or a weight to test, is infinite or no number.
     """
-    from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
-
     training = args.action == "train"
     if not training and not cfg.get("load_from"):
         raise UserError("--load-from is missing: the checkpoint to test")
@@ -385,47 +379,69 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
     if not args.no_check_data:
         _build(lambda: check_data(cfg, ("train", "val") if training else ("test",)))
     if training:
-        randomness = {**cfg.get("randomness", {})}
-        cfg.randomness = {**randomness, "seed": randomness.get("seed") or 0}
-        hooks = cfg.get("custom_hooks") or []
-        ours = ({"type": "SeedByPosition", "seed": cfg.randomness.seed}, {"type": "StopWhenDiverged"})
-        there = [hook.get("type") for hook in hooks]
-        cfg.custom_hooks = [*hooks, *(hook for hook in ours if hook["type"] not in there)]
+        _add_hooks(cfg)
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
-    if on_cpus:
-        _join_processes(cfg)
-    main_module = sys.modules["__main__"]
-    of_main = main_module.__spec__
-    if __name__ != "__main__":  # spawned data workers import the main module: let it be this one
-        main_module.__spec__ = importlib.util.find_spec(__name__)
-    held = contextlib.ExitStack()
-    try:
+    with _cpu_processes(cfg) if on_cpus else contextlib.nullcontext(), _main_module(), contextlib.ExitStack() as held:
         if training and int(os.environ.get("RANK", "0")) == 0:
             Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(Path(cfg.work_dir), "--work-dir"))
-        runner = _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
-        if training:
-            _build(lambda: (runner.train_loop, runner.val_loop))
-            runner.optim_wrapper = _build(lambda: runner.build_optim_wrapper(runner.optim_wrapper))
-            backbone = getattr(getattr(runner.model, "module", runner.model), "backbone", None)
-            if isinstance(backbone, mm.VizooBackbone):  # weights that cannot be had end it here, with a message
-                _build(backbone.init_weights)
-            if checkpoint and cfg.get("resume"):
-                _check_fit(runner.model, checkpoint, "--resume")
-                _check_optimizer(runner.optim_wrapper, checkpoint)
-                _check_classes(runner.train_loop.dataloader.dataset, checkpoint, "--resume")
-            runner.train()
-        else:
-            if checkpoint:
-                name = f"--load-from {cfg.load_from!r}"
-                _check_fit(runner.model, checkpoint, name)
-                _check_classes(_build(lambda: runner.test_loop).dataloader.dataset, checkpoint, name)
-            runner.test()
+        return (_train if training else _test)(cfg, checkpoint)
+
+
+def _add_hooks(cfg: Any) -> None:
+    """Let a resumed run repeat an uninterrupted one, and end one whose loss is no number."""
+    randomness = {**cfg.get("randomness", {})}
+    cfg.randomness = {**randomness, "seed": randomness.get("seed") or 0}
+    hooks = cfg.get("custom_hooks") or []
+    ours = ({"type": "SeedByPosition", "seed": cfg.randomness.seed}, {"type": "StopWhenDiverged"})
+    there = [hook.get("type") for hook in hooks]
+    cfg.custom_hooks = [*hooks, *(hook for hook in ours if hook["type"] not in there)]
+
+
+@contextlib.contextmanager
+def _main_module() -> Iterator[None]:
+    """Spawned data workers import the main module: let it be this one, which knows mmcv's operators."""
+    main_module = sys.modules["__main__"]
+    of_main = main_module.__spec__
+    if __name__ != "__main__":
+        main_module.__spec__ = importlib.util.find_spec(__name__)
+    try:
+        yield
     finally:
-        held.close()
         main_module.__spec__ = of_main
-        if on_cpus:
-            torch.distributed.destroy_process_group()
+
+
+def _runner(cfg: Any) -> Any:
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    return _build(lambda: RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg))
+
+
+def _train(cfg: Any, checkpoint: dict[str, Any] | None) -> Any:
+    """Train, or go on from a checkpoint that fits; the runner."""
+    runner = _runner(cfg)
+    _build(lambda: (runner.train_loop, runner.val_loop))
+    runner.optim_wrapper = _build(lambda: runner.build_optim_wrapper(runner.optim_wrapper))
+    backbone = getattr(getattr(runner.model, "module", runner.model), "backbone", None)
+    if isinstance(backbone, mm.VizooBackbone):  # weights that cannot be had end it here, with a message
+        _build(backbone.init_weights)
+    if checkpoint and cfg.get("resume"):
+        _check_fit(runner.model, checkpoint, "--resume")
+        _check_optimizer(runner.optim_wrapper, checkpoint)
+        _check_classes(runner.train_loop.dataloader.dataset, checkpoint, "--resume")
+    runner.train()
+    return runner
+
+
+def _test(cfg: Any, checkpoint: dict[str, Any] | None) -> Any:
+    """Measure a checkpoint that fits; the runner."""
+    runner = _runner(cfg)
+    if checkpoint:
+        name = f"--load-from {cfg.load_from!r}"
+        _check_fit(runner.model, checkpoint, name)
+        _check_classes(_build(lambda: runner.test_loop).dataloader.dataset, checkpoint, name)
+    runner.test()
     return runner
 
 
@@ -528,18 +544,23 @@ def _one_line(e: BaseException) -> str:
     return text if isinstance(e, ValueError) and text else f"{type(e).__name__}: {text}"
 
 
-def _join_processes(cfg: Any) -> None:
+@contextlib.contextmanager
+def _cpu_processes(cfg: Any) -> Iterator[None]:
     """What mmengine's own launcher does only for GPUs."""
     if "RANK" not in os.environ:
         raise UserError("--launcher pytorch: start with torchrun --nproc_per_node=N -m vizoo.tools.mm ...")
     torch.distributed.init_process_group("gloo")
-    cfg.model_wrapper_cfg = {
-        "type": "MMDistributedDataParallel",
-        "broadcast_buffers": False,
-        "device_ids": None,  # written out: mmengine fills in a GPU otherwise
-        **(cfg.get("model_wrapper_cfg") or {}),
-    }
-    _replace_sync_bn(cfg.model)
+    try:
+        cfg.model_wrapper_cfg = {
+            "type": "MMDistributedDataParallel",
+            "broadcast_buffers": False,
+            "device_ids": None,  # written out: mmengine fills in a GPU otherwise
+            **(cfg.get("model_wrapper_cfg") or {}),
+        }
+        _replace_sync_bn(cfg.model)
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _replace_sync_bn(node: Any) -> None:

@@ -52,11 +52,7 @@ def _show(argv: list[str]) -> int:
     check_output(args.plot, "--plot", ".png")
     if not args.checkpoint and not args.pretrained:
         raise UserError("--checkpoint is missing: give one, or --pretrained for the published weights")
-    check_outputs(args.num_classes)
-    kwargs: dict[str, Any] = dict(args.model_kwargs)
-    if args.num_classes is not None:
-        kwargs["num_classes"] = args.num_classes
-    model = build_model(name, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    model = load_model(name, args, args.pretrained)
     if not hasattr(model, "attention_maps"):
         raise UserError(f"--model {args.model!r} has no attention maps to draw; allowed: medusa_*")
     data = resolve_data_config({}, model=model)
@@ -68,6 +64,27 @@ def _show(argv: list[str]) -> int:
     size = "x".join(map(str, x.shape[2:]))
     print(f"{args.plot}: global map and {len(local)} maps of {name} over {args.image}, {size}")
     return 0
+
+
+def load_model(name: str, args: argparse.Namespace, pretrained: bool = False) -> Any:
+    """Build a model with the weights and arguments that the options say.
+
+    Args:
+        name: Of the model.
+        args: ``checkpoint``, ``num_classes`` and ``model_kwargs``.
+        pretrained: Load the published weights.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        UserError: As :func:`vizoo.tools.common.build_model`, and for ``--num-classes 0``.
+    """
+    check_outputs(args.num_classes)
+    kwargs = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        kwargs["num_classes"] = args.num_classes
+    return build_model(name, pretrained=pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
 
 
 def read_input(
@@ -121,6 +138,31 @@ def need_finite(values: Sequence[torch.Tensor], weights: str) -> None:
         raise Failure(f"the network gives NaN or infinite values; the weights of {weights!r} may be broken")
 
 
+def image_panels(image: torch.Tensor, count: int, size: tuple[float, float], title: str) -> tuple[Any, Any, Any]:
+    """Draw an image several times in a row.
+
+    Args:
+        image: ``[C, H, W]`` from 0 to 1.
+        count: How often.
+        size: Width and height of the picture in inches.
+        title: Above the first one.
+
+    Returns:
+        The figure, its panels, and the extent of whatever is drawn over an image.
+    """
+    from matplotlib.figure import Figure
+
+    pixels = image.permute(1, 2, 0).squeeze(2) if image.shape[0] == 1 else image.permute(1, 2, 0)
+    extent = (0, image.shape[2], image.shape[1], 0)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    panels = figure.subplots(1, count)
+    for axes in panels:
+        axes.imshow(pixels.numpy(), cmap="gray", extent=extent)
+        axes.set_axis_off()
+    panels[0].set_title(title, fontsize=9)
+    return figure, panels, extent
+
+
 def draw_attention(
     image: torch.Tensor, global_map: torch.Tensor, local: Sequence[torch.Tensor], path: Path, title: str
 ) -> None:
@@ -133,24 +175,15 @@ def draw_attention(
         path: PNG file to write.
         title: Above the image.
     """
-    from matplotlib.figure import Figure
-
-    pixels = image.permute(1, 2, 0).squeeze(2).numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()
-    extent = (0, image.shape[2], image.shape[1], 0)
     maps = {"global": global_map.mean(0)}
     maps.update({f"scale {i}, {m.shape[1]}x{m.shape[2]}": m.mean(0) for i, m in enumerate(local, start=1)})
     n = len(maps) + 1
-    figure = Figure(figsize=(2.9 * n, 2.6 * image.shape[1] / image.shape[2] + 1.1), dpi=150, layout="constrained")
-    panels = figure.subplots(1, n)
-    panels[0].imshow(pixels, cmap="gray", extent=extent)
-    panels[0].set_title(title, fontsize=9)
+    size = (2.9 * n, 2.6 * image.shape[1] / image.shape[2] + 1.1)
+    figure, panels, extent = image_panels(image, n, size, title)
     for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
-        axes.imshow(pixels, cmap="gray", extent=extent)
         shown = axes.imshow(values.numpy(), cmap="magma", alpha=0.6, extent=extent, interpolation="bilinear")
         axes.set_title(f"{name}\n{values.min():.2f} to {values.max():.2f}", fontsize=9)
         figure.colorbar(shown, ax=axes, orientation="horizontal", shrink=0.8)
-    for axes in panels:
-        axes.set_axis_off()
     save_figure(figure, path)
 
 

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from vizoo.tools.common import UserError
-from vizoo.tools.data.checks import check_coco, check_masks, read_coco
-from vizoo.tools.data.dense import Boxes, Masks, detection_parts, outline, segmentation_parts
+from vizoo.tools.data import checks
+from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
+from vizoo.tools.data.coco import check_coco, read_coco
+from vizoo.tools.data.dense import Boxes, Crops, Masks, detection_parts, outline, segmentation_parts
 from vizoo.tools.data.images import ImageError
 
 IMAGES = [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 12} for i in range(3)]
@@ -163,27 +165,31 @@ def pairs(tmp_path):
     return tmp_path
 
 
+def look(root, classes=4, reduce_zero_label=False, images="images", masks="masks", **options):
+    check_masks(MaskFolder(root / images, root / masks, **options), ClassIds(classes, reduce_zero_label))
+
+
 def put(pairs, values, name="y"):
     Image.fromarray(np.asarray(values, np.uint8)).save(pairs / "masks" / f"{name}.png")
 
 
 def test_good_masks(pairs):
-    check_masks(pairs / "images", pairs / "masks", 4)
-    check_masks(str(pairs / "images"), str(pairs / "masks"), 3, reduce_zero_label=True)
+    look(pairs)
+    check_masks(MaskFolder(str(pairs / "images"), str(pairs / "masks")), ClassIds(3, reduce_zero_label=True))
     put(pairs, np.full((12, 20), 255) - 253 * np.eye(12, 20))
-    check_masks(pairs / "images", pairs / "masks", 4)
+    look(pairs)
     with Image.open(pairs / "masks" / "x.png") as mask:
         mask.putpalette(list(range(256)) * 3)
         mask.save(pairs / "masks" / "x.png")
-    check_masks(pairs / "images", pairs / "masks", 4)
-    check_masks(pairs / "images", pairs / "masks", 4, names=["x", "a/z"])
+    look(pairs)
+    look(pairs, names=["x", "a/z"])
 
 
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
         (np.full((12, 20), 4), {}, "y.png' holds class id 4, need 0 to 3 or 255"),
-        (np.full((12, 20), 4), {"num_classes": 3, "reduce_zero_label": True}, "holds class id 4, need 1 to 3 or 255"),
+        (np.full((12, 20), 4), {"classes": 3, "reduce_zero_label": True}, "holds class id 4, need 1 to 3 or 255"),
         (np.zeros((20, 12)), {}, "y.jpg' is 20x12 pixels, its labels are for 12x20"),
         (np.full((12, 20), 255), {}, "y.png' holds no class at all"),
         (np.zeros((12, 20)), {"reduce_zero_label": True}, "y.png' holds no class at all"),
@@ -199,18 +205,49 @@ def test_bad_masks(values, options, message, pairs):
     else:
         put(pairs, values)
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_masks(pairs / "images", pairs / "masks", **{"num_classes": 4, **options})
+        look(pairs, **options)
+
+
+def test_rare_empty_masks_pass(pairs):
+    """One of 1,000 may be empty, as of boxes."""
+    put(pairs, np.full((12, 20), 255))
+    look(pairs, names=[*["x"] * 999, "y"])
+    with pytest.raises(ValueError, match=r"has 1 bad record: y: .*y\.png' holds no class at all"):
+        look(pairs, names=[*["x"] * 998, "y"])
+    (pairs / "images" / "x.jpg").unlink()
+    with pytest.raises(ValueError, match=r"has 999 bad records: x: image"):  # and not the empty one
+        look(pairs, names=[*["x"] * 999, "y"])
+
+
+def test_many_files_are_only_looked_for(pairs, images, tmp_path, monkeypatch):
+    """Beyond the limit no file is opened, but one that is missing is still found: of masks and of COCO files."""
+    (tmp_path / "a.json").write_text(json.dumps(GOOD))
+    for file in (pairs / "images" / "y.jpg", pairs / "masks" / "y.png", images / "2.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot read mask"):
+        look(pairs)
+    with pytest.raises(UserError, match="cannot read image"):
+        check_coco(tmp_path / "a.json", images)
+    monkeypatch.setattr(checks, "FULL_CHECK_LIMIT", 2)
+    look(pairs)
+    check_coco(tmp_path / "a.json", images)
+    (pairs / "masks" / "y.png").unlink()
+    (images / "2.png").unlink()
+    with pytest.raises(UserError, match=r"y\.png' does not exist"):
+        look(pairs)
+    with pytest.raises(UserError, match=r"2\.png' does not exist"):
+        check_coco(tmp_path / "a.json", images)
 
 
 def test_bad_mask_folders(pairs):
     with pytest.raises(ValueError, match=r"mask folder '.*nowhere' does not exist"):
-        check_masks(pairs / "images", pairs / "nowhere", 4)
+        look(pairs, masks="nowhere")
     with pytest.raises(ValueError, match=r"image folder '.*nowhere' does not exist"):
-        check_masks(pairs / "nowhere", pairs / "masks", 4)
+        look(pairs, images="nowhere")
     data = (pairs / "masks" / "x.png").read_bytes()
     (pairs / "masks" / "x.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"mask folder '.*' has 1 bad record: x: cannot read mask .*x\.png'"):
-        check_masks(pairs / "images", pairs / "masks", 4)
+        look(pairs)
 
 
 # every number of every record
@@ -465,8 +502,8 @@ STORED_IDS = (np.arange(240).reshape(12, 20) % 5).astype(np.uint8)
 
 
 def masks(root, classes=5, checked=True, **options):
-    parts = segmentation_parts(str(root), classes, False, 64, (1, 1), 0.0, ((0.0,) * 3, (1.0,) * 3), checked, **options)
-    return parts.train
+    crops = Crops(64, (1, 1), 0.0, (0.0,) * 3, (1.0,) * 3)
+    return segmentation_parts(str(root), classes, False, crops, checked, **options).train
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -492,13 +529,23 @@ def test_masks_lie_on_what_they_label(tag, checked, tmp_path):
 
 def test_mm_wants_masks_for_upright_images(tmp_path):
     root = ade_folder(tmp_path, 6, STORED_IDS)
-    words = (root / "images" / "training", root / "annotations" / "training", 5, ".png")
+    folder = MaskFolder(root / "images" / "training", root / "annotations" / "training", ".png")
     with pytest.raises(UserError, match="its labels are for its stored pixels"):
-        check_masks(*words)
-    check_masks(*words, as_stored=True)
+        check_masks(folder, ClassIds(5))
+    check_masks(folder, ClassIds(5), as_stored=True)
 
 
 # segmentation folders
+
+
+@pytest.mark.parametrize("options", [{}, {"checked": False}, {"skip_unreadable": True}])
+def test_folders_without_images_are_refused(options, tmp_path):
+    """Nothing to train on is said, whether files are looked at or not."""
+    root = ade_folder(tmp_path, 1, STORED_IDS)
+    for kind in ("images", "annotations"):
+        (root / kind / "training" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"images/training' holds no image that ends in '\.jpg'"):
+        masks(root, **options)
 
 
 def test_more_classes_than_masks_can_hold_are_refused(tmp_path):

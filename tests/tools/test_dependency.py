@@ -33,7 +33,7 @@ def test_what_the_model_recorded_is_drawn_over_the_image(photo, tmp_path, monkey
     weights, out = tmp_path / "m.pth", tmp_path / "a.png"
     torch.save(timm.create_model(MODEL[1], num_classes=7).state_dict(), weights)
     words = ["dependency", str(photo), *MODEL, "--checkpoint", str(weights), "--num-classes", "7", "--img-size", "64"]
-    options = ["--method", "edmonds", "--layers", "3", "--parts", "3", "--min-size", "2", "--out", str(out)]
+    options = ["--method", "edmonds", "--layers", "3", "--parts", "3", "--min-size", "2", "--plot", str(out)]
     assert cli.main(words + options) == 0
     said = capsys.readouterr()
     assert "edmonds tree of 4x6 tokens, root at row" in said.out
@@ -59,7 +59,7 @@ def test_untrained_weights_are_called_untrained_and_repeat(photo, tmp_path, caps
     pictures = []
     for name in ("a.png", "b.png"):
         out = tmp_path / name
-        assert cli.main(["dependency", str(photo), *MODEL, "--out", str(out)]) == 0
+        assert cli.main(["dependency", str(photo), *MODEL, "--plot", str(out)]) == 0
         said = capsys.readouterr()
         assert "untrained weights" in said.err
         assert "greedy tree of 6x9 tokens" in said.out
@@ -68,7 +68,7 @@ def test_untrained_weights_are_called_untrained_and_repeat(photo, tmp_path, caps
 
 
 def test_photo_of_scikit_learn(tmp_path, capsys):
-    words = ["dependency", "flower", *MODEL, "--img-size", "48", "--out", str(tmp_path / "a.png")]
+    words = ["dependency", "flower", *MODEL, "--img-size", "48", "--plot", str(tmp_path / "a.png")]
     assert cli.main(words) == 0
     assert "tree of 3x4 tokens" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_photo_of_scikit_learn(tmp_path, capsys):
 def test_one_token_and_gray(tmp_path):
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "gray.png")
     words = ["dependency", str(tmp_path / "gray.png"), *MODEL, "--model-kwargs", "in_chans=1", "--img-size", "9"]
-    assert cli.main([*words, "--out", str(tmp_path / "a.png")]) == 0
+    assert cli.main([*words, "--plot", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -87,8 +87,8 @@ def test_one_token_and_gray(tmp_path):
         (["{photo}", "--model", "test_resnet"], "'test_resnet' has no dependency tree; allowed: dependencyvit_*"),
         (["{photo}", *MODEL, "--checkpoint", "{photo}"], "photo.png' does not fit 'test_dependencyvit_lite'"),
         (["/nowhere.png", *MODEL], "image '/nowhere.png' does not exist"),
-        (["{photo}", *MODEL, "--out", "a.txt"], "ending must be .png"),
-        (["{photo}", *MODEL, "--out", "/no/a.png"], "no such folder"),
+        (["{photo}", *MODEL, "--plot", "a.txt"], "ending must be .png"),
+        (["{photo}", *MODEL, "--plot", "/no/a.png"], "no such folder"),
         (["{photo}", *MODEL, "--layers", "5"], "--layers 5: from 1 to 4, the layers of test_dependencyvit_lite"),
         (["{photo}", *MODEL, "--parts", "0"], "--parts: got 0, must be a whole number of at least 1"),
         (["{photo}", *MODEL, "--min-size", "-1"], "--min-size: got -1, must be a whole number of at least 1"),

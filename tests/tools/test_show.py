@@ -39,7 +39,7 @@ def test_every_map_is_drawn_over_the_image(photo, weights, tmp_path, monkeypatch
     monkeypatch.setattr(show, "draw_attention", spy)
     out = tmp_path / "a.png"
     words = ["show", str(photo), "--model", "test_medusa", "--checkpoint", str(weights), "--img-size", "64"]
-    assert cli.main([*words, "--out", str(out)]) == 0
+    assert cli.main([*words, "--plot", str(out)]) == 0
     assert "4 maps of test_medusa" in capsys.readouterr().out
     image, whole, local, *_ = drawn[0]
     assert image.shape == (3, 64, 96)
@@ -75,8 +75,8 @@ def test_channel_maps_and_gray(tmp_path):
             "'/nowhere.png' does not exist",
         ),
         (["{weights}", "--model", "test_medusa", "--checkpoint", "{weights}"], "cannot identify image file"),
-        (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--out", "a.txt"], "ending must be .png"),
-        (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--out", "/no/a.png"], "no such folder"),
+        (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--plot", "a.txt"], "ending must be .png"),
+        (["{photo}", "--model", "test_medusa", "--checkpoint", "{weights}", "--plot", "/no/a.png"], "no such folder"),
     ],
 )
 def test_bad_input_is_one_line(words, message, photo, weights, capsys):
@@ -112,7 +112,7 @@ def test_bad_pictures_are_one_line(case, command, tmp_path, capsys):
     make(tmp_path / "a.png")
     torch.save(timm.create_model(command[-1]).state_dict(), tmp_path / "m.pth")
     words = [*command, str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "m.pth"), "--img-size", "64"]
-    assert cli.main([*words, "--out", str(tmp_path / "out.png")]) == 2
+    assert cli.main([*words, "--plot", str(tmp_path / "out.png")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert message in err
@@ -140,7 +140,7 @@ def test_bad_options_are_one_line(words, message, command, photo, tmp_path, caps
     model = {"show": "test_medusa", "dependency": DEPENDENCY}[command]
     torch.save(timm.create_model(model).state_dict(), tmp_path / "m.pth")
     given = [command, str(photo), "--model", model, "--checkpoint", str(tmp_path / "m.pth"), *words.split()]
-    assert cli.main([*given, "--out", str(tmp_path / "out.png")]) == 2
+    assert cli.main([*given, "--plot", str(tmp_path / "out.png")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert message in err
@@ -157,11 +157,30 @@ def test_broken_weights_draw_nothing(value, command, photo, tmp_path, capsys):
     state[key].fill_(value)
     torch.save(state, tmp_path / "m.pth")
     words = [command, str(photo), "--model", model, "--checkpoint", str(tmp_path / "m.pth"), "--img-size", "64"]
-    assert cli.main([*words, "--out", str(tmp_path / "out.png")]) == 1
+    assert cli.main([*words, "--plot", str(tmp_path / "out.png")]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert "NaN" in err
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "dependency"])
+def test_former_name_of_plot(command, photo, tmp_path, capsys):
+    """``--out``, as the option was called, still draws the same picture and is checked alike, but is not shown."""
+    model = {"show": "test_medusa", "dependency": DEPENDENCY}[command]
+    torch.save(timm.create_model(model).state_dict(), tmp_path / "m.pth")
+    words = [command, str(photo), "--model", model, "--checkpoint", str(tmp_path / "m.pth"), "--img-size", "64"]
+    for option in ("--plot", "--out"):
+        assert cli.main([*words, option, str(tmp_path / f"{option[2:]}.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    capsys.readouterr()
+    assert cli.main([*words, "--out", "a.txt"]) == 2
+    assert "--plot 'a.txt': the ending must be .png" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "--plot FILE" in shown
+    assert "--out" not in shown
 
 
 def test_picture_is_turned_and_windowed(tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from vizoo.tools.common import UserError, read_text, short
-from vizoo.tools.data.checks import (
-    Annotation,
-    Coco,
-    Picture,
-    check_masks,
-    class_ids,
-    list_names,
-    read_coco,
-)
+from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks, list_names
+from vizoo.tools.data.coco import Annotation, Coco, Picture, read_coco
 from vizoo.tools.data.folders import reordered, say_skipped, unreadable
 from vizoo.tools.data.images import read_image, read_mask
 
 IGNORED = 255  # value of mask pixels that count neither in the loss nor in the metrics
 PARTS = ("train", "val")
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}  # of images/ and annotations/ (ADE20K)
+TO_FLOAT: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
 
 
 @dataclass
@@ -122,22 +116,13 @@ class Masks(Dataset):
 
     Args:
         pairs: Image and mask files.
-        classes: Their number.
-        reduce_zero_label: Values are one more than the class, and 0 is no class (ADE20K).
+        ids: What the masks may hold.
         transform: Of torchvision's v2; takes image and mask.
         skipped: Pairs that were left out because they cannot be read.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Path, Path]],
-        classes: int,
-        reduce_zero_label: bool,
-        transform: Any,
-        skipped: int = 0,
-    ) -> None:
-        self.pairs, self.classes, self.reduce_zero_label = list(pairs), classes, reduce_zero_label
-        self.transform, self.skipped = transform, skipped
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], ids: ClassIds, transform: Any, skipped: int = 0) -> None:
+        self.pairs, self.ids, self.transform, self.skipped = list(pairs), ids, transform, skipped
         self.order: np.ndarray | None = None  # of the ids, where it is another one than that of the files
 
     def __len__(self) -> int:
@@ -160,13 +145,14 @@ class Masks(Dataset):
         """Image ``[3, H, W]`` in bytes and class ids ``[H, W]`` before the transform.
 
         Raises:
-            ImageError: As :func:`vizoo.tools.data.images.read_image` and :func:`vizoo.tools.data.checks.class_ids`.
+            ImageError: As :func:`vizoo.tools.data.images.read_image` and :class:`vizoo.tools.data.checks.ClassIds`.
         """
         image_file, mask_file = self.pairs[index]
-        ids, turned = class_ids(mask_file, self.classes, self.reduce_zero_label, IGNORED)
+        ids, turned = self.ids.read(mask_file)
         if self.order is not None:
             ids = np.where(ids == IGNORED, IGNORED, self.order[np.minimum(ids, len(self.order) - 1)])
-        image = read_image(image_file, size=ids.shape[::-1], turned=turned or None)  # type: ignore[arg-type]
+        height, width = ids.shape
+        image = read_image(image_file, size=(width, height), turned=turned or None)
         return _tensor(image), tv_tensors.Mask(torch.from_numpy(ids))
 
 
@@ -210,41 +196,40 @@ def detection_parts(root: str, masks: bool, hflip: float, checked: bool, skip_un
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise UserError("COCO files need pycocotools: install it with pip install 'vizoo[detection]'")
-    files, cocos, folders, skipped = {}, {}, {}, {}
-    for part in PARTS:
-        matches = sorted(Path(root).glob(f"annotations/instances_{part}*.json"))
-        if len(matches) != 1:
-            raise UserError(
-                f"--data {root!r}: {len(matches)} files annotations/instances_{part}*.json, need one; its images are "
-                f"in the folder named like the rest, such as {part}2017/"
-            )
-        files[part] = matches[0]
-        name = matches[0].stem.removeprefix("instances_")
-        folders[part] = next(
-            (d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name)
-        )
-        looked_at = folders[part] if checked and not skip_unreadable else None
-        cocos[part] = coco = read_coco(files[part], folder=looked_at)
-        total = len(coco.images)
-        if skip_unreadable:
-            coco.images = _readable(
-                coco.images,
-                [folders[part] / i.file_name for i in coco.images],
-                [functools.partial(_read_picture, folders[part], i) for i in coco.images],
-            )
-        skipped[part] = total - len(coco.images)
+    opened = {part: _open_coco(root, part, checked, skip_unreadable) for part in PARTS}
     flip: list[Any] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
-    train, val = v2.Compose([*flip, *_TO_FLOAT]), v2.Compose(_TO_FLOAT)
-    first = Boxes(cocos["train"], folders["train"], masks, train, True, skipped["train"])
-    second = Boxes(cocos["val"], folders["val"], masks, val, False, skipped["val"])
-    if first.classes != second.classes:
-        raise UserError(f"--data {root!r}: {files['val'].name} has other categories than {files['train'].name}")
-    if not len(first):
-        raise UserError(f"--data {root!r}: no image of {files['train'].name} has an object")
-    return Parts(first, second, first.classes)
+    transforms = {"train": v2.Compose([*flip, *TO_FLOAT]), "val": v2.Compose(TO_FLOAT)}
+    train, val = (
+        Boxes(coco, folder, masks, transforms[part], part == "train", skipped)
+        for part, (coco, folder, skipped) in opened.items()
+    )
+    names = [Path(coco.file).name for coco, _, _ in opened.values()]
+    if train.classes != val.classes:
+        raise UserError(f"--data {root!r}: {names[1]} has other categories than {names[0]}")
+    if not len(train):
+        raise UserError(f"--data {root!r}: no image of {names[0]} has an object")
+    return Parts(train, val, train.classes)
 
 
-def _readable(items: Sequence[Any], files: Sequence[Path], readers: Sequence[Any]) -> list[Any]:
+def _open_coco(root: str, part: str, checked: bool, skip_unreadable: bool) -> tuple[Coco, Path, int]:
+    """A part's file, the folder of its images, and how many of them are left out."""
+    matches = sorted(Path(root).glob(f"annotations/instances_{part}*.json"))
+    if len(matches) != 1:
+        raise UserError(
+            f"--data {root!r}: {len(matches)} files annotations/instances_{part}*.json, need one; its images are "
+            f"in the folder named like the rest, such as {part}2017/"
+        )
+    name = matches[0].stem.removeprefix("instances_")
+    folder = next((d for d in (Path(root, name), Path(root, "images", name)) if d.is_dir()), Path(root, name))
+    coco = read_coco(matches[0], folder=folder if checked and not skip_unreadable else None)
+    total = len(coco.images)
+    if skip_unreadable:
+        readers = [functools.partial(_read_picture, folder, image) for image in coco.images]
+        coco.images = _readable(coco.images, [folder / image.file_name for image in coco.images], readers)
+    return coco, folder, total - len(coco.images)
+
+
+def _readable(items: Sequence[Any], files: Sequence[Path], readers: Sequence[Callable[[], Any]]) -> list[Any]:
     """The items whose files can be read; how many cannot is printed.
 
     Raises:
@@ -258,19 +243,35 @@ def _readable(items: Sequence[Any], files: Sequence[Path], readers: Sequence[Any
     return kept
 
 
-_TO_FLOAT: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+@dataclass(frozen=True)
+class Crops:
+    """How images of segmentation are prepared.
+
+    Attributes:
+        side: Of training crops, and the shorter one of held-out images, in pixels.
+        scale: Smallest and largest factor of the random size of training images.
+        hflip: Probability of a mirrored training image.
+        mean: Of the backbone's images, for each channel.
+        std: Their standard deviation.
+    """
+
+    side: int
+    scale: tuple[float, float]
+    hflip: float
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def transforms(self) -> dict[str, v2.Compose]:
+        """Transform of images and masks of each part."""
+        normalize = [*TO_FLOAT, v2.Normalize(self.mean, self.std)]
+        fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}  # the mean colour, after normalisation
+        crop = v2.RandomCrop(self.side, pad_if_needed=True, fill=fill)  # type: ignore[arg-type]
+        train = [_RandomSize(self.scale), *normalize, crop, v2.RandomHorizontalFlip(self.hflip)]
+        return {"train": v2.Compose(train), "val": v2.Compose([_ShortSide(self.side), *normalize])}
 
 
 def segmentation_parts(
-    root: str,
-    classes: int | None,
-    reduce_zero_label: bool,
-    crop: int,
-    scale: tuple[float, float],
-    hflip: float,
-    statistics: tuple[Sequence[float], Sequence[float]],
-    checked: bool,
-    skip_unreadable: bool = False,
+    root: str, classes: int | None, reduce_zero_label: bool, crops: Crops, checked: bool, skip_unreadable: bool = False
 ) -> Parts:
     """Open a folder in the layout of ADE20K or of Pascal VOC.
 
@@ -280,10 +281,7 @@ def segmentation_parts(
             ``classes.txt`` with a name on every line.
         classes: Their number; None for the lines of ``classes.txt``.
         reduce_zero_label: Values of masks are one more than the class, and 0 is no class.
-        crop: Side of training crops in pixels.
-        scale: Smallest and largest factor of the random size.
-        hflip: Probability of a mirrored training image.
-        statistics: Mean and standard deviation of the backbone's images.
+        crops: How images are prepared.
         checked: Whether to look at every mask first.
         skip_unreadable: Decode every image, and leave out pairs of which one cannot be read; ``skipped`` of the data
             counts them.
@@ -294,47 +292,45 @@ def segmentation_parts(
     Raises:
         UserError: For another layout, an unknown number of classes, more classes than masks can hold, or bad masks.
     """
-    base = Path(root)
-    if not base.is_dir():
+    if not Path(root).is_dir():
         raise UserError(f"--data {root!r} is no folder")
-    listed = base / "classes.txt"
-    names = read_text(listed, "classes").split("\n") if listed.exists() else []
-    names = [n.strip() for n in names if n.strip()]
-    if classes is None and not names:
-        raise UserError(f"--num-classes is missing: {str(listed)!r}, which could tell, does not exist")
-    if classes is not None and names and classes != len(names):
-        raise UserError(f"--num-classes {classes}: {str(listed)!r} has {len(names)} lines")
-    count, most = len(names) or classes or 0, IGNORED - reduce_zero_label
+    names = _class_names(Path(root, "classes.txt"), classes, IGNORED - reduce_zero_label)
+    ids = ClassIds(len(names), reduce_zero_label, IGNORED)
+    transforms = crops.transforms()
+    opened = {part: _open_pairs(root, part, ids, checked, skip_unreadable) for part in PARTS}
+    train, val = (Masks(pairs, ids, transforms[part], skipped) for part, (pairs, skipped) in opened.items())
+    return Parts(train, val, names)
+
+
+def _class_names(file: Path, count: int | None, most: int) -> list[str]:
+    """Names of ``count`` classes, or of as many as a file lists; made up where there is none."""
+    lines = read_text(file, "classes").split("\n") if file.exists() else []
+    names = [line.strip() for line in lines if line.strip()]
+    if count is None and not names:
+        raise UserError(f"--num-classes is missing: {str(file)!r}, which could tell, does not exist")
+    if count is not None and names and count != len(names):
+        raise UserError(f"--num-classes {count}: {str(file)!r} has {len(names)} lines")
+    count = len(names) or count or 0
     if not 0 < count <= most:
         raise UserError(f"--num-classes {count}: need 1 to {most}, as {IGNORED} in a mask is no class")
-    names = names or [f"class {i}" for i in range(count)]
-    _refuse_twice(listed, names)
-    skipped: dict[str, int] = {}
-    pairs: dict[str, list[tuple[Path, Path]]] = {}
-    for part in PARTS:
-        images, masks, stems = _layout(base, root, part)
-        suffix = next((s for s in (".jpg", ".png", ".jpeg") if list_names(images, s)), ".jpg")
-        if stems is None:  # a mask without an image is an error too
-            stems = sorted({*list_names(images, suffix), *list_names(masks, ".png")})
-        total = len(stems)
-        both = {s: (images / f"{s}{suffix}", masks / f"{s}.png") for s in stems}
-        if skip_unreadable:
-            stems = _readable(
-                stems, [both[s][0] for s in stems], [functools.partial(_read_pair, *both[s]) for s in stems]
-            )
-        skipped[part] = total - len(stems)
-        if checked:
-            check_masks(images, masks, len(names), suffix, ".png", reduce_zero_label, IGNORED, stems, as_stored=True)
-        pairs[part] = [both[s] for s in stems]
-    normalize = [*_TO_FLOAT, v2.Normalize(*statistics)]
-    padded = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}  # the mean colour, after normalisation
-    cut = [v2.RandomCrop(crop, pad_if_needed=True, fill=padded), v2.RandomHorizontalFlip(hflip)]  # type: ignore[arg-type]
-    train, val = v2.Compose([_RandomSize(scale), *normalize, *cut]), v2.Compose([_ShortSide(crop), *normalize])
-    first, second = (
-        Masks(pairs[part], len(names), reduce_zero_label, transform, skipped[part])
-        for part, transform in (("train", train), ("val", val))
-    )
-    return Parts(first, second, names)
+    _refuse_twice(file, names)
+    return names or [f"class {i}" for i in range(count)]
+
+
+def _open_pairs(
+    root: str, part: str, ids: ClassIds, checked: bool, skip_unreadable: bool
+) -> tuple[list[tuple[Path, Path]], int]:
+    """Files of a part's images and masks, and how many pairs are left out."""
+    folder = _layout(root, part)
+    names = folder.listed()
+    total = len(names)
+    if skip_unreadable:
+        pairs = [folder.pair(name) for name in names]
+        readers = [functools.partial(_read_pair, *pair) for pair in pairs]
+        names = _readable(names, [image for image, _ in pairs], readers)
+    if checked:
+        check_masks(replace(folder, names=names), ids, as_stored=True)
+    return [folder.pair(name) for name in names], total - len(names)
 
 
 def _refuse_twice(file: Path, names: Sequence[str]) -> None:
@@ -348,20 +344,26 @@ def _read_pair(image: Path, mask: Path) -> None:
     read_mask(mask)
 
 
-def _layout(base: Path, root: str, part: str) -> tuple[Path, Path, list[str] | None]:
-    """Folders of images and masks, and the names in a list, if there is one."""
-    for name in FOLDERS[part]:
-        if Path(base, "images", name).is_dir():
-            return Path(base, "images", name), Path(base, "annotations", name), None
-    listed = base / "ImageSets" / "Segmentation" / f"{part}.txt"
-    if listed.is_file():
-        stems = read_text(listed, "list").split()
-        _refuse_twice(listed, stems)
-        return base / "JPEGImages", base / "SegmentationClass", stems
-    raise UserError(
-        f"--data {root!r}: neither images/{FOLDERS[part][1]} (ADE20K) nor "
-        f"ImageSets/Segmentation/{part}.txt (VOC) exists"
-    )
+def _layout(root: str, part: str) -> MaskFolder:
+    """Where the images and masks of a part lie, and their names: those of a list, or else all there are."""
+    listed = Path(root, "ImageSets", "Segmentation", f"{part}.txt")
+    folder = next((name for name in FOLDERS[part] if Path(root, "images", name).is_dir()), None)
+    names: list[str] | None = None
+    if folder:
+        images, masks = Path(root, "images", folder), Path(root, "annotations", folder)
+    elif listed.is_file():
+        images, masks = Path(root, "JPEGImages"), Path(root, "SegmentationClass")
+        names = read_text(listed, "list").split()
+        _refuse_twice(listed, names)
+    else:
+        raise UserError(
+            f"--data {root!r}: neither images/{FOLDERS[part][1]} (ADE20K) nor "
+            f"ImageSets/Segmentation/{part}.txt (VOC) exists"
+        )
+    suffix = next((s for s in (".jpg", ".png", ".jpeg") if list_names(images, s)), ".jpg")
+    if names is None:  # a mask without an image is an error too
+        names = sorted({*list_names(images, suffix), *list_names(masks, ".png")})
+    return MaskFolder(images, masks, suffix, ".png", names)
 
 
 class _RandomSize(torch.nn.Module):

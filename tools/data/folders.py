@@ -12,7 +12,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +26,10 @@ from timm.utils.misc import natural_key
 from torchvision import transforms
 
 from vizoo.tools.common import UserError, progress
+from vizoo.tools.data.checks import are_few, in_threads
 from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
 DIGITS_HELD_OUT = 360
-FULL_CHECK_LIMIT = 20_000
 SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval")}
 
 
@@ -255,8 +254,8 @@ def unreadable(readers: Sequence[tuple[str | Path, Callable[[], Any]]]) -> dict[
             return str(e)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress() as bar:
-        problems = bar.track(pool.map(problem, readers), len(readers), description="checking images")
+    with progress() as bar:
+        problems = bar.track(in_threads(problem, readers), len(readers), description="checking images")
         return {str(file): text for (file, _), text in zip(readers, problems, strict=True) if text}
 
 
@@ -273,7 +272,7 @@ def _check_images(datasets: Sequence[Images], how: str, skip_unreadable: bool) -
     if skip_unreadable:
         how = "full"
     if how == "auto":
-        how = "full" if len(files) <= FULL_CHECK_LIMIT else "header"
+        how = "full" if are_few(files) else "header"
     if how == "none":
         return
     window = datasets[0].window
@@ -316,21 +315,20 @@ def training_loader(
     Raises:
         UserError: For augmentation options timm refuses.
     """
-    shared = _shared(args, data_config, device)
-    collate = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-        collate = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
+    train = _training_loader(args, dataset, data_config, device, num_classes)
+    if (args.rotate or args.translate) and not args.no_aug:
+        shift = transforms.RandomAffine(
+            args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
         )
+        dataset.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
+    return train
+
+
+def _training_loader(
+    args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device, num_classes: int
+) -> Any:
     try:
-        train = create_loader(
+        return create_loader(
             dataset,
             batch_size=args.batch_size,
             is_training=True,
@@ -349,20 +347,29 @@ def training_loader(
             gaussian_blur_prob=args.gaussian_blur_prob,
             auto_augment=args.aa,
             interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
-            collate_fn=collate,
-            **shared,
+            collate_fn=_mixup(args, num_classes),
+            **_shared(args, data_config, device),
         )
     except (AssertionError, KeyError, ValueError) as e:
         raise UserError(
             f"timm refuses the augmentation options (--aa {args.aa}, {type(e).__name__}: {e}); "
             "policies of --aa are rand-m9-mstd0.5-inc1, augmix-m3-w3, original, v0 and their variants"
         ) from None
-    if (args.rotate or args.translate) and not args.no_aug:
-        shift = transforms.RandomAffine(
-            args.rotate, (args.translate,) * 2, interpolation=transforms.InterpolationMode.BILINEAR
-        )
-        dataset.transform.transforms.insert(1, shift)  # after the crop: at full size, before the conversion
-    return train
+
+
+def _mixup(args: argparse.Namespace, num_classes: int) -> FastCollateMixup | None:
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    return FastCollateMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def held_out_loader(args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device) -> Any:

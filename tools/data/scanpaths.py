@@ -9,7 +9,7 @@ import pickle
 import pickletools
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,7 @@ def _read_pickle(path: str) -> Any:
     data = check_file(path, "--data").read_bytes()
     try:
         for opcode, index, _ in pickletools.genops(data):
-            if (
-                "PUT" in opcode.name and index and index > len(data)
-            ):  # the memory for that many values would be taken at once
+            if "PUT" in opcode.name and index and index > len(data):  # memory for all values before is taken at once
                 raise pickle.UnpicklingError(f"it keeps a value number {index}")
         return _NumbersOnly(io.BytesIO(data)).load()
     except Exception as e:  # what it holds is called, so it raises what it likes
@@ -209,43 +207,9 @@ def _field(record: Any, key: str, where: str) -> Any:
 
 
 def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tuple[int, int]) -> Scanpaths:
-    trials = []
+    trials: list[Trial] = []
     for name, record in content.items():
-        where = f"{path}: record {name!r}"
-        size = _field(record, "size", where)
-        width, height = (
-            _numbers(_field(size, k, f"{where}, size"), (), f"{where}, size", f"a positive {k}").item()
-            for k in ("width", "height")
-        )
-        if not 1 <= min(width, height) <= max(width, height) <= LARGEST_SCREEN:
-            need = f"a positive width and height of at most {LARGEST_SCREEN:,} pixels"
-            raise UserError(f"{where}, size: got {width:g}x{height:g}, need {need}")
-        boxes, coords = grid_boxes(grid, (width / grid[1], height / grid[0]))
-        truth = _field(record, "ground_truth", where)
-        if not isinstance(truth, list) or not truth:
-            raise UserError(f"{where}, ground_truth: got {short(truth, 60)}, need a list with the target's box")
-        sides = ("xmin", "xmax", "ymin", "ymax")
-        values = [_field(truth[0], k, f"{where}, ground_truth") for k in sides]
-        x1, x2, y1, y2 = _numbers(values, (4,), f"{where}, ground_truth", "four numbers").tolist()
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise UserError(f"{where}, ground_truth: box {values} as {sides} is not inside {width:g}x{height:g}")
-        (target,) = assign(torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]]), boxes)
-        image = Path(images) / name if images else None
-        if image:
-            try:
-                read_image(image)  # now, as the first epoch that needs it may be hours away
-            except UserError as e:
-                raise UserError(f"{where}: {e}") from None
-        scene = Scene(name, boxes, coords, (round(width), round(height)), image)
-        fixations = _field(record, "fixations", where)
-        if not isinstance(fixations, dict) or not fixations:
-            raise UserError(f"{where}, fixations: got {short(fixations, 60)}, need viewer: [[x, y], ...]")
-        for viewer, points in fixations.items():
-            who = f"{where}, fixations of viewer {viewer!r}"
-            xy = _numbers(points, (None, 2), who, "[[x, y], ...] in pixels")
-            _check_gaze(xy, scene.screen, who)
-            sequence = assign(torch.from_numpy(xy).float(), boxes)
-            trials.append(Trial(scene, target, sequence, str(viewer), "sti"))
+        trials += _sti_trials(record, name, f"{path}: record {name!r}", images, grid)
     if not trials:
         raise UserError(f"{path}: holds no record")
     lengths = np.array([len(t.sequence) for t in trials])
@@ -253,6 +217,55 @@ def _read_sti(content: dict[str, Any], path: str, images: str | None, grid: tupl
     kept = [t for t in trials if len(t.sequence) <= longest]
     note = f"{len(trials) - len(kept)} of {len(trials)} left out: over {longest:.1f} fixations (mean + 3 deviations)"
     return Scanpaths(kept, grid, note)
+
+
+def _sti_trials(record: Any, name: str, where: str, images: str | None, grid: tuple[int, int]) -> Iterator[Trial]:
+    """What the viewers of one image did."""
+    width, height = size = _sti_size(record, where)
+    boxes, coords = grid_boxes(grid, (width / grid[1], height / grid[0]))
+    (target,) = assign(_sti_target(record, size, where), boxes)
+    image = Path(images) / name if images else None
+    if image:
+        try:
+            read_image(image)  # now, as the first epoch that needs it may be hours away
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+    scene = Scene(name, boxes, coords, (round(width), round(height)), image)
+    fixations = _field(record, "fixations", where)
+    if not isinstance(fixations, dict) or not fixations:
+        raise UserError(f"{where}, fixations: got {short(fixations, 60)}, need viewer: [[x, y], ...]")
+    for viewer, points in fixations.items():
+        who = f"{where}, fixations of viewer {viewer!r}"
+        xy = _numbers(points, (None, 2), who, "[[x, y], ...] in pixels")
+        _check_gaze(xy, scene.screen, who)
+        yield Trial(scene, target, assign(torch.from_numpy(xy).float(), boxes), str(viewer), "sti")
+
+
+def _sti_size(record: Any, where: str) -> tuple[float, float]:
+    """Width and height of an image."""
+    size = _field(record, "size", where)
+    width, height = (
+        _numbers(_field(size, k, f"{where}, size"), (), f"{where}, size", f"a positive {k}").item()
+        for k in ("width", "height")
+    )
+    if not 1 <= min(width, height) <= max(width, height) <= LARGEST_SCREEN:
+        need = f"a positive width and height of at most {LARGEST_SCREEN:,} pixels"
+        raise UserError(f"{where}, size: got {width:g}x{height:g}, need {need}")
+    return width, height
+
+
+def _sti_target(record: Any, size: tuple[float, float], where: str) -> Tensor:
+    """Centre ``[1, 2]`` of the target's box."""
+    width, height = size
+    truth = _field(record, "ground_truth", where)
+    if not isinstance(truth, list) or not truth:
+        raise UserError(f"{where}, ground_truth: got {short(truth, 60)}, need a list with the target's box")
+    sides = ("xmin", "xmax", "ymin", "ymax")
+    values = [_field(truth[0], k, f"{where}, ground_truth") for k in sides]
+    x1, x2, y1, y2 = _numbers(values, (4,), f"{where}, ground_truth", "four numbers").tolist()
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise UserError(f"{where}, ground_truth: box {values} as {sides} is not inside {width:g}x{height:g}")
+    return torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
 
 
 def _check_gaze(points: np.ndarray, screen: tuple[int, int], where: str) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from vizoo.heads.detection import detector
 from vizoo.heads.segmentation import segmentor
 from vizoo.tools.common import UserError, is_exhausted, progress, resolve_model
-from vizoo.tools.data.dense import IGNORED, Boxes, Parts, detection_parts, segmentation_parts
+from vizoo.tools.data.dense import IGNORED, Boxes, Crops, Parts, detection_parts, segmentation_parts
 from vizoo.tools.data.folders import ignore_interrupts, seed_everything
 from vizoo.tools.data.shares import Share, from_first, gather, share_order
 from vizoo.tools.options import Parser, add, check_outputs, number
@@ -146,17 +146,9 @@ def open_parts(options: dict[str, Any], statistics: tuple[Any, Any] = ((0.0,) * 
     checked, skip = options["check_data"] == "full", options.get("skip_unreadable", False)
     if options["task"] == "detection":
         return detection_parts(options["data"], options["arch"] == "mask_rcnn", options["hflip"], checked, skip)
-    return segmentation_parts(
-        options["data"],
-        options.get("num_classes"),
-        options["reduce_zero_label"],
-        options["size"][0],
-        tuple(options["scale"]),
-        options["hflip"],
-        statistics,
-        checked,
-        skip,
-    )
+    crops = Crops(options["size"][0], tuple(options["scale"]), options["hflip"], *statistics)
+    classes, reduce = options.get("num_classes"), options["reduce_zero_label"]
+    return segmentation_parts(options["data"], classes, reduce, crops, checked, skip)
 
 
 def statistics(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

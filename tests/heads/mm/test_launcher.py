@@ -327,6 +327,30 @@ def test_options_reach_the_config(write_config, tmp_path):
     assert not cfg.resume
 
 
+def test_files_of_a_config_are_looked_for(write_config, tmp_path, capsys):
+    """One rule for weights in the config and on the command line: a local file must be there, an address may be."""
+    where = 'model["backbone"].update(init_cfg=dict(type="Pretrained", checkpoint="{}"))\n'
+    config = write_config(tmp_path / "config.py", "retinanet", "resnet18", where.format("/no.pth"))
+    assert "model.backbone.init_cfg.checkpoint='/no.pth' does not exist" in refuse(capsys, "train", config)
+    assert "--load-from '/no.pth' does not exist" in refuse(capsys, "train", config, "--load-from", "/no.pth")
+    for address in ("https://example.org/a.pth", "s3://bucket/a.pth"):
+        config = write_config(tmp_path / "config.py", "retinanet", "resnet18", where.format(address))
+        args = launcher.build_parser().parse_args(["train", str(config), "--load-from", address])
+        launcher.check_config(launcher.load_config(args))
+
+
+def test_spellings_of_options():
+    parse = launcher.build_parser().parse_args
+    assert [parse(["train", *words]).resume for words in ([], ["--resume"], ["--resume", "a.pth"])] == [
+        None,
+        "auto",
+        "a.pth",
+    ]
+    assert [parse(["train", *words]).amp for words in ([], ["--amp"], ["--no-amp"])] == [False, True, False]
+    assert parse(["convert", "c.py", "--out", "a.pth"]).out == "a.pth"
+    assert parse(["train", "c.py", "--no-check-data"]).no_check_data
+
+
 def test_resume_forgets_where_training_started(write_config, tmp_path):
     """``--resume`` takes the newest checkpoint, and ``load_from`` of the config only when there is none."""
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18", 'load_from = "start.pth"\n')
