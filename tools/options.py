@@ -183,7 +183,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--model-kwargs": {**_WORDS, "help": "further arguments of the model"},
     "--pretrained": {**_TOGGLE, "help": "published weights"},
     "--checkpoint": {"metavar": "FILE", "help": "weights to load"},
-    "--num-classes": {"type": number(int, 0, MOST), "metavar": "N", "help": "outputs of the model"},
+    "--num-classes": {"type": _COUNT, "metavar": "N", "help": "outputs of the model"},
     "--in-chans": {"type": _POSITIVE, "metavar": "N", "help": "channels of an image, 1 is gray and 3 is RGB"},
     "--reparam": {**_SWITCH, "help": "merge branches for inference where the model can"},
     "--data": {"metavar": "DATA", "help": "the data"},
@@ -211,7 +211,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--size": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "pixels of an image"},
     "--img-size": {"type": _POSITIVE, "metavar": "N", "help": "side of the model's input in pixels"},
     "--crop-pct": {"type": number(float, 0.01, 1), "metavar": "SHARE", "help": "centre crop of held-out images"},
-    "--scale": {"type": _ABOVE, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "random scale of training images"},
+    "--scale": {"type": _REAL, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "random scale of training images"},
     "--hflip": {"type": _SHARE, "metavar": "P", "help": "probability of a mirrored training image"},
     "--workers": {"type": _COUNT, "metavar": "N", "help": "processes that read images"},
     # heads

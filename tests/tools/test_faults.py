@@ -134,7 +134,7 @@ TRAIN: dict[str, list[tuple[str, str]]] = {
         ("--img-size -5", "--img-size: got -5"),
         ("--model test_vit --img-size 1", "cannot take input 1x1"),
         ("--batch-size 0", "--batch-size: got 0"),
-        ("--batch-size 999", "--batch-size 999 exceeds the training images"),
+        ("--batch-size 999", "--batch-size 999 exceeds the 16 training images"),
         ("--workers -1", "--workers: got -1"),
         ("--mixup 0.5 --batch-size 5", "--batch-size 5 is odd"),
         ("--aa nonsense", "--aa nonsense"),

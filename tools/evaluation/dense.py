@@ -20,7 +20,16 @@ from vizoo.tools.common import (
 from vizoo.tools.data.dense import IGNORED, Boxes, Masks
 from vizoo.tools.evaluation.results import add_results, check_results, write_results
 from vizoo.tools.options import Parser, add
-from vizoo.tools.training.dense import build, build_train_parser, measure, open_parts, precision, segment, statistics
+from vizoo.tools.training.dense import (
+    build,
+    build_train_parser,
+    check_options,
+    measure,
+    open_parts,
+    precision,
+    segment,
+    statistics,
+)
 from vizoo.tools.training.options import stored_arguments
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
 
@@ -62,6 +71,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     """
     args = build_parser(task).parse_args(argv)
     options, records = stored_arguments(build_train_parser(task), args.run, task)
+    check_options({**options, "task": task})
     check_results(args)
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")

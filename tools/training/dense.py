@@ -109,6 +109,28 @@ def build_train_parser(task: str) -> Parser:
     return p
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse what the parser cannot know to be wrong.
+
+    Args:
+        options: Of the command or of a run.
+
+    Raises:
+        UserError: Names the option.
+    """
+    task, arch = options["task"], options["arch"]
+    check_choice("--arch", arch, ARCHS[task])
+    metrics = [m for m in METRICS[task] if m != "AP_mask" or arch == "mask_rcnn"]
+    check_choice("--eval-metric", options["eval_metric"], metrics)
+    sides = 2 if task == "detection" else 1
+    if len(options["size"]) != sides:
+        raise UserError(f"argument --size: expected {sides} argument{'s' * (sides > 1)}")
+    check_outputs(options.get("num_classes"))
+    check_range("--scale", options.get("scale"))
+    if arch == "upernet" and options["batch_size"] == 1:
+        raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
+
+
 def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
     """The model of a run.
 
@@ -418,14 +440,5 @@ def train_dense(task: str, argv: list[str]) -> int:
         argv: Arguments.
     """
     args = parse_task(build_train_parser(task), argv, task)
-    check_choice("--arch", args.arch, ARCHS[task])
-    metrics = [m for m in METRICS[task] if m != "AP_mask" or args.arch == "mask_rcnn"]
-    check_choice("--eval-metric", args.eval_metric, metrics)
-    sides = 2 if task == "detection" else 1
-    if len(args.size) != sides:
-        raise UserError(f"argument --size: expected {sides} argument{'s' * (sides > 1)}")
-    check_outputs(getattr(args, "num_classes", None))
-    check_range("--scale", getattr(args, "scale", None))
-    if args.arch == "upernet" and args.batch_size == 1:
-        raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
+    check_options(vars(args))
     return train(args, Dense)

@@ -94,6 +94,9 @@ def build_scheduler(
     Raises:
         UserError: If the options do not go together.
     """
+    if args.decay_rate > 1 and args.sched != "poly":
+        need = "must be a number between 0 and 1, but as power of --sched poly"
+        raise UserError(f"argument --decay-rate: got {args.decay_rate:g}, {need}")
     keywords = timm.scheduler.scheduler_kwargs(args)
     if getattr(args, "warmup_updates", None) is not None:
         keywords |= _counted_in_updates(args, updates_per_epoch)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vizoo.tools.common import UserError, read_yaml, short
-from vizoo.tools.options import TASKS, KeyValues, add
+from vizoo.tools.options import KeyValues, add
 
 RECORDS = ("classes", "max_len", "skipped", "trials_of_parts")  # what args.yaml says of the data, no options
 UNSTORED = ("config", "debug", "resume")  # of this command, not of the run
@@ -210,16 +210,22 @@ def lr_scale(text: str) -> tuple[str, float]:
 
 def asked_task(argv: Sequence[str]) -> str | None:
     """The task that a command names with ``--task``, by its ``--config`` or by the folder of a run; None for none."""
+    task = _word(argv, "--task") or _config_task(argv)
+    return task or next((str(found) for word in argv if (found := stored_options(word).get("task"))), None)
+
+
+def _config_task(argv: Sequence[str]) -> str | None:
+    config = _word(argv, "--config", "-c")
+    task = _stored(Path(config)).get("task") if config else None
+    return None if task is None else str(task)
+
+
+def _word(argv: Sequence[str], *flags: str) -> str | None:
+    """What follows an option, long before a parser of a task is chosen."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--task", nargs="?")
-    parser.add_argument("-c", "--config", nargs="?")
-    known, _ = parser.parse_known_args(list(argv))
-    if known.task:
-        return str(known.task)
-    found = [_stored(Path(known.config))] if known.config else []
-    found += [stored_options(word) for word in argv]
-    task = next((options["task"] for options in found if "task" in options), None)
-    return task if task is None or task in TASKS else str(task)
+    parser.add_argument(*flags, nargs="?", dest="value")
+    found: str | None = parser.parse_known_args(list(argv))[0].value
+    return found
 
 
 def _stored(file: Path) -> dict[str, Any]:
@@ -294,8 +300,15 @@ def parse_task(
     Raises:
         UserError: For bad options or configuration files.
     """
-    config = parser.parse_args(argv).config
-    words = config_words(parser, Path(config), task) if config else []
+    words = []
+    try:
+        config = parser.parse_args(argv).config
+    except UserError as e:
+        if "--task" in argv or not (asked := _config_task(argv)):
+            raise
+        raise UserError(f"--config is of --task {asked!r}, need classification, or options of that task: {e}") from None
+    if config:
+        words = config_words(parser, Path(config), task)
     for path in recipes(parser.parse_args(words + argv)):
         words = config_words(parser, path, task) + words
     args = parser.parse_args(words + argv)
