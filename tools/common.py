@@ -111,6 +111,8 @@ LIBRARY_FAILURES = {
     "out of memory": "out of memory; lower --batch-size, the image size or --workers",
     "can't start new thread": "the system starts no further thread; lower --workers",
     "DataLoader worker": "a data worker died, killed perhaps because memory ran out; lower --workers or --batch-size",
+    "Connection closed by peer": "another process of this run ended; its own message says why",
+    "Connection reset by peer": "another process of this run ended; its own message says why",
     "unable to open shared memory": "no shared memory is left for data workers; lower --workers",
     "unable to write to file": "no shared memory is left for data workers; lower --workers",
 }
@@ -145,9 +147,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 2 if error.errno in WRONG_PATHS else 1, f"the system refuses{file}: {reason[:400]}"
     if isinstance(error, RuntimeError):
         text = str(error)
-        return next(
-            ((1, f"{why} ({_first_line(error)[:200]})") for k, why in LIBRARY_FAILURES.items() if k in text), None
-        )
+        return next(((1, f"{why} ({named(error)[:200]})") for k, why in LIBRARY_FAILURES.items() if k in text), None)
     return None
 
 
@@ -249,8 +249,8 @@ def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwarg
         if is_exhausted(e):
             raise
         if not given or isinstance(e, TypeError):
-            raise UserError(f"cannot build {name!r}: {_first_line(e)}") from e
-        why = _first_line(e) if isinstance(e, RuntimeError) else "not a checkpoint that PyTorch reads safely"
+            raise UserError(f"cannot build {name!r}: {named(e)}") from e
+        why = named(e) if isinstance(e, RuntimeError) else "not a checkpoint that PyTorch reads safely"
         raise UserError(f"checkpoint file {str(given)!r} does not fit {name!r} or cannot be read: {why}") from e
 
 
@@ -273,10 +273,27 @@ def check_weights(model: Any, file: str | Path) -> None:
         raise Failure(f"checkpoint file {short(str(file))} {what}; take an earlier checkpoint")
 
 
-def _first_line(e: BaseException) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    text = " ".join(lines[:3]) if lines else "no message"
-    return f"{type(e).__name__}: {text[:400]}"
+def one_line(error: BaseException, length: int = 300) -> str:
+    """What an error of a library says, on one line.
+
+    Args:
+        error: The error.
+        length: Most characters.
+
+    Returns:
+        Its message, or the name of its class where it has none.
+    """
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """:func:`one_line` after the name of the error's class, for errors that say little without it."""
+    return f"{type(error).__name__}: {one_line(error, 400)}"
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the first of those that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def resolve_device(spec: str) -> Any:
@@ -402,7 +419,7 @@ def read_json(path: str | Path, name: str) -> Any:
     except RecursionError:
         raise UserError(f"{name} {short(str(path))} is nested too deeply") from None
     except ValueError as e:
-        raise UserError(f"{name} {short(str(path))} is no JSON: {_first_line(e).partition(': ')[2]}") from None
+        raise UserError(f"{name} {short(str(path))} is no JSON: {one_line(e)}") from None
 
 
 MOST_VALUES = 1_000_000  # of a YAML file; aliases of aliases make billions of a few lines
@@ -440,7 +457,7 @@ def read_yaml(path: str | Path, name: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{what} is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as e:  # ValueError: a date or a number that is none
-        raise UserError(f"{what} is no YAML: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(f"{what} is no YAML: {one_line(e, 200)}") from None
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise UserError(f"{what}: expected lines 'option: value'")
     return options

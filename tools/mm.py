@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vizoo.heads.checkpoints import convert_checkpoint, read_checkpoint, state_of
-from vizoo.tools.common import UserError, atomic_write, check_output, run_tool
+from vizoo.tools.common import UserError, atomic_write, check_output, is_first_process, named, one_line, run_tool
 from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
 from vizoo.tools.data.coco import check_coco
 from vizoo.tools.options import Parser, add
@@ -160,7 +160,7 @@ def _read_config(name: str, options: Sequence[str]) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as e:  # a config is Python: it can raise anything
-        raise UserError(f"config {name!r} cannot be read: {_one_line(e)}") from e
+        raise UserError(f"config {name!r} cannot be read: {_explained(e)}") from e
     return cfg
 
 
@@ -242,7 +242,7 @@ def _backbone_channels(backbone: Any) -> list[int]:
         pretrained_arguments(backbone.get("pretrained", False))
         return mm.channels(**kwargs)
     except Exception as e:  # whatever the model's constructor raises
-        raise UserError(f"model.backbone: {_one_line(e)}") from e
+        raise UserError(f"model.backbone: {_explained(e)}") from e
 
 
 def _check_channels(model: Any, channels: list[int]) -> None:
@@ -308,7 +308,7 @@ def check_data(cfg: Any, splits: Sequence[str]) -> None:
             try:
                 _check_dataset(cfg, same, labelled=split != "test")
             except Exception as e:  # whatever a constructor raises
-                raise UserError(f"{key}: {_one_line(e)}") from e
+                raise UserError(f"{key}: {_explained(e)}") from e
 
 
 def _datasets(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
@@ -382,7 +382,7 @@ def run(cfg: Any, args: argparse.Namespace) -> Any:
         _add_hooks(cfg)
     on_cpus = args.launcher == "pytorch" and not torch.cuda.is_available()
     with _cpu_processes(cfg) if on_cpus else contextlib.nullcontext(), _main_module(), contextlib.ExitStack() as held:
-        if training and int(os.environ.get("RANK", "0")) == 0:
+        if training and is_first_process():
             Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(Path(cfg.work_dir), "--work-dir"))
         return (_train if training else _test)(cfg, checkpoint)
@@ -534,14 +534,12 @@ def _build(what: Callable[[], Any]) -> Any:
     except (UserError, MemoryError):
         raise
     except Exception as e:  # whatever a constructor raises
-        raise UserError(f"the config cannot be built: {_one_line(e)}") from e
+        raise UserError(f"the config cannot be built: {_explained(e)}") from e
 
 
-def _one_line(e: BaseException) -> str:
-    """What an exception of others says, without the lines after its first three."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    text = " ".join(lines[:3])
-    return text if isinstance(e, ValueError) and text else f"{type(e).__name__}: {text}"
+def _explained(e: BaseException) -> str:
+    """What an exception of others says; a ValueError says enough without its name."""
+    return one_line(e, 400) if isinstance(e, ValueError) else named(e)
 
 
 @contextlib.contextmanager

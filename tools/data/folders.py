@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torchvision import transforms
 
-from vizoo.tools.common import UserError, progress
+from vizoo.tools.common import UserError, is_first_process, progress
 from vizoo.tools.data.checks import are_few, in_threads
 from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
@@ -261,7 +260,7 @@ def unreadable(readers: Sequence[tuple[str | Path, Callable[[], Any]]]) -> dict[
 
 def say_skipped(bad: dict[str, str], total: int) -> None:
     """Print how many files are left out because they cannot be read, once in a run of several processes."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         first = f"; the first: {next(iter(bad.values()))}" if bad else ""
         print(f"--skip-unreadable: {len(bad):,} of {total:,} images left out{first}")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vizoo.heads.checkpoints import NUMPY_GLOBALS
-from vizoo.tools.common import UserError, check_file, read_json, short
+from vizoo.tools.common import UserError, check_file, one_line, read_json, short
 from vizoo.tools.data.images import MOST_PIXELS, read_image
 
 AMAZON_GRID = (6, 14)
@@ -160,7 +160,7 @@ def _read_pickle(path: str) -> Any:
                 raise pickle.UnpicklingError(f"it keeps a value number {index}")
         return _NumbersOnly(io.BytesIO(data)).load()
     except Exception as e:  # what it holds is called, so it raises what it likes
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        reason = one_line(e, 200)
         raise UserError(f"--data {path!r}: cannot read it: {reason}") from None
 
 

@@ -14,6 +14,7 @@ from vizoo.tools.common import (
     UserError,
     check_weights,
     compute_device,
+    one_line,
     print_table,
     save_figure,
 )
@@ -86,8 +87,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     try:
         model.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
     except (AttributeError, RuntimeError, TypeError) as e:
-        reason = " ".join(" ".join(str(e).split()).split(" ")[:30])
-        raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {reason}") from None
+        raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {one_line(e)}") from None
     check_weights(model, file)
     say_unnamed(trained, str(file))
     model.to(device)

@@ -24,7 +24,7 @@ from timm.utils import accuracy
 from torch import nn
 
 from vizoo.backbones.medusa import MEDUSA, medusa_parameters
-from vizoo.tools.common import Failure, UserError, build_model, is_exhausted, resolve_model
+from vizoo.tools.common import Failure, UserError, build_model, is_exhausted, one_line, resolve_model
 from vizoo.tools.data.folders import (
     Splits,
     digits_splits,
@@ -374,8 +374,8 @@ class Classification(Task):
             if is_exhausted(e):
                 raise
             what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
-            reason = (str(e).strip() or "no message").splitlines()[0][:200]
-            raise UserError(f"model {self.args.model!r} cannot take {what}: {type(e).__name__}: {reason}") from None
+            reason = f"{type(e).__name__}: {one_line(e, 200)}"
+            raise UserError(f"model {self.args.model!r} cannot take {what}: {reason}") from None
         try:
             split_logits(trained)
         except TypeError as e:
@@ -427,7 +427,7 @@ class Classification(Task):
         try:
             compiled: Any = torch.compile(self.model, backend=backend)
         except (RuntimeError, ImportError) as e:
-            raise UserError(f"--torchcompile {backend!r}: {str(e).splitlines()[0]}") from None
+            raise UserError(f"--torchcompile {backend!r}: {one_line(e)}") from None
         found: nn.Module = compiled
         return found
 

@@ -30,7 +30,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, reduce_ten
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
-from vizoo.tools.common import UserError, compute_device, console, progress
+from vizoo.tools.common import UserError, compute_device, console, one_line, progress
 from vizoo.tools.data.folders import seed_everything, seeded_batches
 from vizoo.tools.data.shares import from_first
 from vizoo.tools.training.optimizer import build_optimizer, build_scheduler, precision
@@ -160,8 +160,8 @@ class Loop:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             if isinstance(e, UserError):
                 raise
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(f"{who} is no checkpoint of 'vizoo train': {type(e).__name__}: {reason}") from e
+            reason = f"{type(e).__name__}: {one_line(e, 200)}"
+            raise UserError(f"{who} is no checkpoint of 'vizoo train': {reason}") from e
         self.schedule()
         if before and self.world.primary:
             say_changes(before, vars(self.args))
@@ -172,8 +172,7 @@ class Loop:
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
         except RuntimeError as e:
-            reason = " ".join(" ".join(str(e).split()).split(" ")[:30])
-            raise UserError(f"{who} does not fit the model with these options: {reason}") from None
+            raise UserError(f"{who} does not fit the model with these options: {one_line(e)}") from None
 
     def _load_optimizer(self, checkpoint: dict[str, Any], before: dict[str, Any], who: str) -> None:
         args = self.args

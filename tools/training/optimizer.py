@@ -17,7 +17,7 @@ import torch
 from timm.utils import NativeScaler
 from torch import nn
 
-from vizoo.tools.common import UserError
+from vizoo.tools.common import UserError, one_line
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Any], Any]:
@@ -75,7 +75,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, processes: int) 
     except UserError:
         raise
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as e:
-        raise UserError(f"--opt {args.opt!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+        raise UserError(f"--opt {args.opt!r}: {one_line(e)}") from None
 
 
 def build_scheduler(

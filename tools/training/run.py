@@ -21,7 +21,7 @@ import torch
 import yaml
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from vizoo.tools.common import Failure, UserError, atomic_write, check_file, replace, save_figure, short
+from vizoo.tools.common import Failure, UserError, atomic_write, check_file, one_line, replace, save_figure, short
 
 try:
     import fcntl
@@ -167,8 +167,7 @@ def load_training_checkpoint(path: Path, name: str = "--resume") -> dict[str, An
     try:
         checkpoint = load_checkpoint_metadata(str(path))
     except Exception as e:  # whatever an unpickler raises
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise UserError(f"{name} {short(str(path))}: cannot read the checkpoint: {reason}") from None
+        raise UserError(f"{name} {short(str(path))}: cannot read the checkpoint: {one_line(e, 200)}") from None
     if not isinstance(checkpoint, dict) or not {"arch", "epoch", "state_dict", "optimizer"} <= checkpoint.keys():
         raise UserError(f"{name} {str(path)!r} is no training checkpoint; use --initial-checkpoint for bare weights")
     return checkpoint
