@@ -40,6 +40,11 @@ def short(value: Any, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def one_line(e: BaseException) -> str:
+    """Message of an error on one line, or its name where it has none."""
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
 def _excerpt(length: int) -> reprlib.Repr:
     found = reprlib.Repr()
     found.maxstring = found.maxother = found.maxlong = length
@@ -527,6 +532,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         table.add_row(*row)
     width = max(console().width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
     Console(highlight=False, width=width).print(table)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A Markdown table; ``numeric`` columns are aligned right."""
+    rule = ["---:" if i in numeric else "---" for i in range(len(columns))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
 
 
 def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -715,65 +715,83 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         ValueError: If ``engine`` is unknown.
         Exception: What the model raises, if it cannot be run on these inputs at all.
     """
-    engines: dict[str, Callable[..., _Run]] = {"meta": _on_meta, "fake": _on_fake, "real": _on_device}
-    if engine not in ("auto", *engines):
-        raise ValueError(f"got engine={engine!r}, need auto, {', '.join(engines)}")
+    if engine not in ("auto", *_ENGINES):
+        raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
     model = unwrap(model)
-    params, buffers = list(model.parameters()), list(model.buffers())
-    on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
-    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
-    order = [engine]
-    if engine == "auto" and on_meta:
-        order = ["meta", "fake"]
-    elif engine == "auto":  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
-        order = ["real"] if scripted else ["fake", "real"] if backward else list(engines)
+    order = _order(model, backward) if engine == "auto" else [engine]
+    run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)
+    used, run = _first_settled(order, run_on)
+    reasons = run.recorder.reasons()
+    if run.recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
+        again = run_on(used).recorder.unseen
+        unseen = [text for key, (_, text) in again.items() if key not in run.recorder.unseen]
+        reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
+    return _summed(model, run, used, reasons)
 
-    def run_on(engine: str) -> _Run:
-        if backward:
-            return engines[engine](model, args, kwargs, torch.enable_grad)
-        try:
-            return engines[engine](model, args, kwargs, torch.inference_mode)
-        except Exception as e:
-            try:
-                run = engines[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
-            except Exception:
-                raise e from None
-            if "outside inferencemode" in str(e).lower():
-                run.recorder.tell("another thread writes into tensors: what it computes is not counted")
-            return run
 
-    run, used = None, ""
-    for candidate in order:
+_ENGINES: dict[str, Callable[..., _Run]] = {"meta": _on_meta, "fake": _on_fake, "real": _on_device}
+
+
+def _order(model: nn.Module, backward: bool) -> list[str]:
+    """Engines in the order in which they are tried."""
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        return ["meta", "fake"]
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return ["real"]  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
+    return ["fake", "real"] if backward else list(_ENGINES)
+
+
+def _run_on(engine: str, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
+    if backward:
+        return _ENGINES[engine](model, args, kwargs, torch.enable_grad)
+    try:
+        return _ENGINES[engine](model, args, kwargs, torch.inference_mode)
+    except Exception as e:
         try:
-            found = run_on(candidate)
+            run = _ENGINES[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
         except Exception:
-            if candidate == order[-1] and run is None:
+            raise e from None
+        if "outside inferencemode" in str(e).lower():
+            run.recorder.tell("another thread writes into tensors: what it computes is not counted")
+        return run
+
+
+def _first_settled(order: list[str], run_on: Callable[[str], _Run]) -> tuple[str, _Run]:
+    """The first engine whose run leaves no doubt that another one may settle, else the last that can run it."""
+    found: tuple[str, _Run] | None = None
+    for engine in order:
+        try:
+            found = engine, run_on(engine)
+        except Exception:
+            if engine == order[-1] and found is None:
                 raise
             continue
-        run, used = found, candidate
-        if not run.recorder.doubts:
+        if not found[1].recorder.doubts:
             break
-    assert run is not None
-    counter, recorder, shapes = run
-    reasons = recorder.reasons()
-    if recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
-        again = run_on(used).recorder.unseen
-        unseen = [text for key, (_, text) in again.items() if key not in recorder.unseen]
-        reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
-    totals, prefix = counter.get_flop_counts(), type(model).__name__
-    modules: dict[str, ModuleCost] = {}
+    assert found is not None
+    return found
+
+
+def _of_modules(model: nn.Module, run: _Run) -> dict[str, ModuleCost]:
+    """Cost of every module, in the order of ``named_modules``."""
+    recorder, totals, prefix = run.recorder, run.counter.get_flop_counts(), type(model).__name__
+    found: dict[str, ModuleCost] = {}
     for path, module in reversed(list(model.named_modules())):
         key = f"{prefix}.{path}" if path else prefix
         macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
-        if path not in shapes:  # a list of modules: it is never called, its children are
-            children: list[Any] = [
-                modules[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in modules
-            ]
+        if path not in run.shapes:  # a list of modules: it is never called, its children are
+            children: list[Any] = [found[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in found]
             macs, other, acts = (sum(c[i] for c in children) for i in (1, 2, 3))
         n = sum(p.numel() for p in module.parameters())
-        modules[path] = ModuleCost(n, macs, other, acts, shapes.get(path))
-    modules = dict(reversed(modules.items()))
-    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in totals.get("Global", {}).items()}
+        found[path] = ModuleCost(n, macs, other, acts, run.shapes.get(path))
+    return dict(reversed(found.items()))
+
+
+def _summed(model: nn.Module, run: _Run, engine: str, reasons: list[str]) -> Count:
+    counter, recorder, _ = run
+    params, buffers = list(model.parameters()), list(model.buffers())
+    flops_of_op = counter.get_flop_counts().get("Global", {})
+    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in flops_of_op.items()}
     state_bytes: Counter[str] = Counter()
     for t in (*params, *buffers):
         state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
@@ -789,9 +807,9 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         kernels=recorder.kernels,
         largest=recorder.largest,
         uncounted=dict(recorder.uncounted),
-        modules=modules,
+        modules=_of_modules(model, run),
         ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
-        engine=used if used != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
+        engine=engine if engine != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
         reasons=reasons,
     )
 

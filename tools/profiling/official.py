@@ -79,12 +79,6 @@ def _litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     )
 
 
-def _hilo(checkout: Path, dim: int, num_heads: int, window_size: int, alpha: float) -> nn.Module:
-    with _importing(checkout, {}):
-        from hilo import HiLo  # type: ignore[import-not-found]
-    return HiLo(dim=dim, num_heads=num_heads, qkv_bias=True, window_size=window_size, alpha=alpha)
-
-
 def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     """The operator of NATTEN 0.17 that later releases dropped, by one gather, as the official code runs without it."""
     import torch
@@ -210,7 +204,7 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
 
     Args:
         checkout: Folder of the official repository.
-        **arguments: ``dim, num_heads, window_size, alpha``.
+        **arguments: ``dim, num_heads, qkv_bias, window_size, alpha``.
 
     Returns:
         The layer.
@@ -219,7 +213,10 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
         UserError: If the folder is not that repository.
     """
     _require(checkout, "hilo.py")
-    return _hilo(checkout, **arguments)
+    with _importing(checkout, {}):
+        from hilo import HiLo  # type: ignore[import-not-found]
+    layer: nn.Module = HiLo(**arguments)
+    return layer
 
 
 class _Subspace(nn.Module):
