@@ -189,9 +189,9 @@ def _explained(args: argparse.Namespace, what: str, kind: type[Exception]) -> It
     except Exception as e:
         if explain(e) is not None:
             raise
-        size = [f"--size {' '.join(map(str, args.size))}"] * bool(args.size)
-        given = " ".join([*size, *[f"--official {args.official}"] * bool(args.official)])
-        raise kind(f"{args.name!r} {what}{' with ' * bool(given)}{given}: {one_line(e)}") from e
+        given = {"size": " ".join(map(str, args.size or ())), "official": args.official}
+        options = " ".join(f"--{k} {v}" for k, v in given.items() if v)
+        raise kind(f"{args.name!r} {what}{' with ' * bool(options)}{options}: {one_line(e)}") from e
 
 
 def _layer_arguments(args: argparse.Namespace) -> dict[str, Any]:

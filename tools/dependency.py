@@ -108,7 +108,6 @@ def draw_dependency(
         title: Above the image.
     """
     from matplotlib import colormaps
-    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
     height, width = image.shape[1:]
@@ -124,20 +123,7 @@ def draw_dependency(
 
     token = torch.arange(rows * columns)
     place = torch.stack([(token % columns + 0.5) * width / columns, (token // columns + 0.5) * height / rows], 1)
-    parents, depth = tree.parents[0], tree.depth[0]
-    deepest = max(1, int(depth.max()))
-    children = token[parents >= 0][depth[parents >= 0].argsort(descending=True)]  # near the root last, on top
-    lines = LineCollection(
-        list(torch.stack([place[children], place[parents[children]]], 1).numpy()),
-        array=depth[children].numpy(),
-        cmap="plasma_r",
-        clim=(1, deepest),
-        linewidths=(0.4 + 0.8 * (1 - (depth[children] - 1) / deepest)).numpy(),
-    )
-    panels[1].add_collection(lines)
-    root = place[parents < 0][0].tolist()
-    panels[1].plot(*root, marker="*", color="white", markeredgecolor="black", markersize=13)
-    panels[1].set_title(f"tree: root (star), {deepest} levels below it", fontsize=9)
+    lines = _draw_tree(panels[1], tree, place)
     figure.colorbar(lines, ax=panels[1], orientation="horizontal", shrink=0.8, label="edges to the root")
 
     count = int(parts.max()) + 1
@@ -157,6 +143,28 @@ def draw_dependency(
     panels[3].set_title(f"saliency: foreground {float(foreground.float().mean()):.0%}", fontsize=9)
     figure.colorbar(shown, ax=panels[3], orientation="horizontal", shrink=0.8, label="received, scaled")
     save_figure(figure, path)
+
+
+def _draw_tree(axes: Any, tree: Tree, place: torch.Tensor) -> Any:
+    """Draw the tree of an image, its tokens at these places ``[N, 2]``; the lines from each token to its parent."""
+    from matplotlib.collections import LineCollection
+
+    parents, depth = tree.parents[0], tree.depth[0]
+    deepest = max(1, int(depth.max()))
+    children = (parents >= 0).nonzero().flatten()
+    children = children[depth[children].argsort(descending=True)]  # near the root last, on top
+    lines = LineCollection(
+        list(torch.stack([place[children], place[parents[children]]], 1).numpy()),
+        array=depth[children].numpy(),
+        cmap="plasma_r",
+        clim=(1, deepest),
+        linewidths=(0.4 + 0.8 * (1 - (depth[children] - 1) / deepest)).numpy(),
+    )
+    axes.add_collection(lines)
+    root = place[parents < 0][0].tolist()
+    axes.plot(*root, marker="*", color="white", markeredgecolor="black", markersize=13)
+    axes.set_title(f"tree: root (star), {deepest} levels below it", fontsize=9)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -264,7 +264,7 @@ class ULSAMLoop(nn.Module):
         return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)
 
 
-_TIMM = {
+TIMM = {
     "halo_26t": "halonet26t",
     "halo_se33ts": "sehalonet33ts",
     "halo_50ts": "halonet50ts",
@@ -286,11 +286,11 @@ def timm_model(name: str) -> nn.Module | None:
     import timm
     from timm.models.byoanet import model_cfgs
 
-    if name not in _TIMM:
+    if name not in TIMM:
         return None
     if name != "halo_h1":
-        return timm.create_model(_TIMM[name])
+        return timm.create_model(TIMM[name])
     cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
     attention = {**cfg.self_attn_kwargs, "num_heads": 4}
     first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
-    return timm.create_model(_TIMM[name], blocks=(first, *cfg.blocks[1:]))
+    return timm.create_model(TIMM[name], blocks=(first, *cfg.blocks[1:]))

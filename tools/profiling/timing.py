@@ -315,7 +315,6 @@ def compare(
     with quiet():
         for _ in range(rounds):
             for name, f in functions.items():
-                _wait(device)
                 c, t = time.process_time(), time.perf_counter()
                 seconds[name].append(run(f, calls[name]) / calls[name])
                 wall += time.perf_counter() - t
