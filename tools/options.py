@@ -379,5 +379,5 @@ def add_alias(parser: Any, flag: str, dest: str) -> None:
         dest: Attribute of the option, for example ``"plot"``.
     """
     spec = next(a for a in parser._actions if a.dest == dest)
-    kept = {"type": spec.type, "nargs": spec.nargs, "choices": spec.choices}
-    parser.add_argument(flag, dest=dest, **kept, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    kept = {key: getattr(spec, key) for key in ("type", "nargs", "choices", "default")}
+    parser.add_argument(flag, dest=dest, **kept, help=argparse.SUPPRESS)
