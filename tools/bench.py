@@ -119,7 +119,7 @@ KINDS = {  # other kinds of benchmark, with the options that go with each
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = Parser(prog="vizoo bench", description=__doc__, epilog=EXAMPLES)
+    p = Parser(prog="vizoo bench", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     *most, last = map(repr, LAYERS)
     p.add_argument(
         "name", nargs="*", help=f"a model of the zoo, or {', '.join(most)} or {last} for one attention layer"

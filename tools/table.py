@@ -206,7 +206,7 @@ def rewrite(text: str, root: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = Parser(prog="python -m vizoo.tools.table", description=__doc__, epilog=EXAMPLES)
+    p = Parser(prog="python -m vizoo.tools.table", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     p.add_argument("--root", type=Path, metavar="DIR", default=Path("."), help="the checkout (.)")
     add(p, "--check", "say what is out of date, write nothing")
     return p

@@ -195,6 +195,17 @@ def test_official_code_that_fails_is_one_line(tmp_path, capsys):
     assert "'hilo' cannot be built with --official" in err
 
 
+def test_official_layer_gets_height_and_width(tmp_path):
+    code = "from vizoo.backbones.layers import HiLo as Ours\nclass HiLo(Ours):\n    def forward(self, x, H, W):\n"
+    (tmp_path / "hilo.py").write_text(f"{code}        return super().forward(x, [H, W])\n", encoding="utf-8")
+    out = tmp_path / "out.csv"
+    words = ["hilo", "--size", "4", "--window-size", "1", "--rounds", "1", "--threads", "1", "--dtype", "bf16"]
+    assert bench.main([*words, "--official", str(tmp_path), "--out", str(out)]) == 0
+    (row,) = rows_of(out)
+    found = [row[k] for k in ("name", "peer", "shape", "dtype", "peer_dtype")]
+    assert found == ["hilo w1 alpha 0.9", "official", "16x384", "bfloat16", "float32"]
+
+
 def test_model_against_timm(tmp_path):
     out = tmp_path / "out.csv"
     words = ["halo_26t", "--dtype", "bfloat16", "--rounds", "1", "--threads", "1", "--out", str(out)]

@@ -1,6 +1,7 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, memory."""
 
 import gc
+import os
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from vizoo.tools.common import Failure
 from vizoo.tools.profiler import compare, measure
 from vizoo.tools.profiling import machine, timing
 
@@ -220,6 +222,15 @@ def test_default_threads_know_the_quota(quota, threads, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     monkeypatch.setattr(machine.Path, "read_text", read)
     assert machine.default_threads() == threads
+
+
+def test_every_number_of_threads_gets_a_process_and_one_gets_none():
+    before = torch.get_num_threads()
+    assert machine.with_threads([before + 1], lambda: [torch.get_num_threads()]) == [before + 1]
+    assert torch.get_num_threads() == before
+    assert machine.with_threads([2, 3], eval, "[__import__('torch').get_num_threads()]") == [2, 3]
+    with pytest.raises(Failure, match="the process with 1 threads died"):
+        machine.with_threads([1, 2], os._exit, 1)
 
 
 def test_inputs_grow_with_the_batch():
