@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -313,3 +315,103 @@ def test_no_large_file() -> None:
     golden = ROOT / "tests" / "golden"
     large = [p for p in tracked() if p.stat().st_size > LARGEST and not (p.parent == golden and p.suffix == ".npz")]
     assert large == []
+
+
+# how the tools hang together
+
+
+def graph(folder: str) -> dict[str, set[str]]:
+    """The modules of a folder with the modules of the same folder that they import, wherever in the file."""
+    names = {module_name(path): path for path in files(folder)}
+    return {name: {found.module for found in imports(path)} & names.keys() for name, path in names.items()}
+
+
+def cycle(found: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring; empty when there is none."""
+    try:
+        graphlib.TopologicalSorter(found).prepare()
+    except graphlib.CycleError as e:
+        ring: list[str] = e.args[1]
+        return ring
+    return []
+
+
+def test_tools_import_each_other_in_one_direction() -> None:
+    assert cycle(graph("tools")) == []
+
+
+def test_cycles_are_found() -> None:
+    found = graph("tools")
+    assert "vizoo.tools.gpu.machine_code" in found["vizoo.tools.bench"]
+    assert "vizoo.tools.data.images" in found["vizoo.tools.show"]
+    found["vizoo.tools.common"] |= {"vizoo.tools.bench"}  # as an import in a function would
+    assert {"vizoo.tools.bench", "vizoo.tools.common"} <= set(cycle(found))
+
+
+def borrowed(path: Path, found: Import) -> bool:
+    """Whether a file imports an underscored module of ours from another folder."""
+    parts = found.module.split(".")
+    for i, part in enumerate(parts):
+        if parts[0] == "vizoo" and part.startswith("_"):
+            return not module_name(path).startswith(f"{'.'.join(parts[:i])}.")
+    return False
+
+
+def test_underscored_modules_stay_in_their_folder() -> None:
+    paths = [path for folder in FOLDERS for path in files(folder)]
+    broken = [(str(p.relative_to(ROOT)), found.module) for p in paths for found in imports(p) if borrowed(p, found)]
+    assert broken == []
+
+
+def test_rule_of_underscores_bites() -> None:
+    def found(path: str, module: str) -> bool:
+        return borrowed(ROOT / path, Import(module, 1, False))
+
+    assert found("tools/bench.py", f"{OPS}._kernels")
+    assert found("backbones/layers/hilo.py", f"{OPS}._hilo_kernels")
+    assert found("tools/train.py", "vizoo.tools.training._loop")
+    assert not found("backbones/ops/hilo.py", f"{OPS}._kernels")
+    assert not found("tools/bench.py", f"{OPS}.backend")
+    assert not found("tools/bench.py", "torch._dynamo")
+
+
+LONGEST = 60  # lines of a function
+
+
+def adds_option(node: ast.stmt) -> bool:
+    """Whether a statement adds one option to a parser."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return False
+    function = node.value.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in ("add", "add_alias", "add_argument")
+
+
+def long_functions(source: str) -> list[str]:
+    """Names of functions that are too long; lists of options may be, of which most statements add one."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        lines = (node.end_lineno or node.lineno) + 1 - node.lineno
+        if lines > LONGEST and sum(map(adds_option, node.body)) * 2 <= len(node.body):
+            found.append(node.name)
+    return found
+
+
+def test_functions_of_tools_are_short() -> None:
+    found = {str(p.relative_to(ROOT)): long_functions(p.read_text(encoding="utf-8")) for p in files("tools")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_rule_of_length_bites() -> None:
+    def function(*statements: str) -> str:
+        return "def f(p):\n" + "".join(f"    {line}\n" for line in statements)
+
+    assert long_functions(function(*["x = 1"] * LONGEST)) == ["f"]
+    assert long_functions(function(*["x = 1"] * (LONGEST - 1))) == []
+    options = ["p.add_argument('--x')", "add(p, '--y')"] * LONGEST
+    assert long_functions(function(*options)) == []
+    assert long_functions(function(*options, *["x = 1"] * (2 * LONGEST))) == ["f"]
+    method = textwrap.indent(function(*["x = 1"] * LONGEST), "    ")
+    assert long_functions(f"class A:\n{method}") == ["f"]

@@ -546,6 +546,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
     Console(highlight=False, width=width).print(table)
 
 
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A Markdown table; ``numeric`` columns are aligned right."""
+    rule = ["---:" if i in numeric else "---" for i in range(len(columns))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
+
+
 def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names that match any glob; all names when there is no pattern."""
     return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
@@ -646,6 +652,15 @@ def write_json(path: str | Path, result: dict[str, Any]) -> None:
 
     with atomic_write(path) as f:
         json.dump({"vizoo": vizoo.__version__, **result}, f, indent=2)
+
+
+def print_json(result: Any) -> None:
+    """Print a result for programs: what ``--json`` of every command does.
+
+    Args:
+        result: Plain values.
+    """
+    print(json.dumps(result, indent=2))
 
 
 def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:

@@ -5,13 +5,25 @@ The tasks are in :mod:`vizoo.tools.evaluation`; this module finds out which one 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
-from vizoo.tools.common import run_tool
+from vizoo.tools.common import print_json, run_tool
 from vizoo.tools.training.options import asked_task
 
 
 def _evaluate(argv: list[str]) -> int:
+    asked = "--json" in argv
+    with contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext():
+        result = _measure(argv)
+    if asked:
+        print_json(result)
+    return 0
+
+
+def _measure(argv: list[str]) -> dict[str, Any]:
     task = asked_task(argv)
     if task == "scanpath":
         from vizoo.tools.evaluation.scanpath import evaluate_scanpaths

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import UserError, match_names, print_table, run_tool, short
-from vizoo.tools.options import Parser
+from vizoo.tools.common import UserError, match_names, print_json, print_table, run_tool, short
+from vizoo.tools.options import Parser, add
 
 EXAMPLES = """\
 examples:
   vizoo models                every model
   vizoo models 'litv2*'       one family
   vizoo models '*b' '*384*'   several patterns
-  vizoo models --csv          the same as comma-separated values"""
+  vizoo models --csv          the same as comma-separated values
+  vizoo models --json         for programs, with exact counts and the tags of weights"""
 
 
 class Entry(NamedTuple):
@@ -81,24 +82,24 @@ def list_zoo(patterns: Sequence[str] = ()) -> list[Entry]:
     return entries
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
-    p = Parser(
-        prog="vizoo models",
-        description="List the models of the zoo.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = Parser(prog="vizoo models", description="List the models of the zoo.", epilog=EXAMPLES)
     p.add_argument("patterns", nargs="*", metavar="PATTERN", help="names or globs; default: every model")
-    p.add_argument("--csv", action="store_true", help="print comma-separated values")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print comma-separated values")
+    add(form, "--json")
     return p
 
 
-def _run(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+def _models(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
     entries = list_zoo(args.patterns)
     if not entries:
         raise UserError(f"no model of the zoo matches {' '.join(map(short, args.patterns))}; 'vizoo models' lists all")
+    if args.json:
+        print_json([e._asdict() for e in entries])
+        return 0
     columns = ["model", "params M", "GMACs", "input", "paper top-1 %", "source", "licence"]
     rows = [
         [
@@ -123,7 +124,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """List the models of the zoo; returns the exit status."""
-    return run_tool(_run, argv, "models")
+    return run_tool(_models, argv, "models")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import ast
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +33,46 @@ class Parser(argparse.ArgumentParser):
             UserError: Always.
         """
         raise UserError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse, but a word that an option with any number of values cannot take is an argument of its own.
+
+        Args:
+            args: Words; None means ``sys.argv[1:]``.
+            namespace: Where the values go.
+
+        Returns:
+            Namespace and unknown words.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        if words and words[0].startswith("-") and any(not a.option_strings for a in self._actions):
+            words = self._arguments_first(words)
+        return super().parse_known_args(words, namespace)
+
+    def _arguments_first(self, words: list[str]) -> list[str]:
+        """``--batch 1 8 MODEL`` as ``MODEL --batch 1 8``."""
+        arguments, rest = [], []
+        option, least = None, 0  # whose values follow, and how many it must have
+        for word in words:
+            if word.startswith("-"):
+                option = self._option_string_actions.get(word)
+                least = int(option is not None and option.nargs == "+")
+            elif option is not None and option.nargs in ("+", "?") and not least and not _takes(option, word):
+                arguments.append(word)
+                option = None
+                continue
+            else:
+                least = 0
+            rest.append(word)
+        return arguments + rest
+
+
+def _takes(option: argparse.Action, word: str) -> bool:
+    try:
+        value = option.type(word) if callable(option.type) else word
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return False
+    return option.choices is None or value in option.choices
 
 
 def number(
@@ -170,6 +211,13 @@ def _threads(text: str) -> list[int]:
     return [number(int, 1, MOST_THREADS)(part) for part in text.split(",")]
 
 
+class _Joined(argparse.Action):
+    """Joins the lists that the words of an option are."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, [one for several in values for one in several])
+
+
 TASKS = ("classification", "detection", "segmentation", "scanpath")
 _COUNT, _POSITIVE = number(int, 0), number(int, 1)
 _REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
@@ -222,7 +270,13 @@ SHARED: dict[str, dict[str, Any]] = {
     "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N"},
     "--batch-size": {"type": _POSITIVE, "metavar": "N", "help": "images at once in each process"},
     "--batch": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "images at once"},
-    "--threads": {"type": _threads, "nargs": "+", "metavar": "N", "help": "CPU threads, each in a fresh process"},
+    "--threads": {
+        "type": _threads,
+        "nargs": "+",
+        "action": _Joined,
+        "metavar": "N",
+        "help": "CPU threads, each in a fresh process",
+    },
     "--amp": {**_TOGGLE, "help": "mixed precision"},
     "--dtype": {"type": dtype, "nargs": "+", "metavar": "DTYPE", "help": "fp32, tf32, bf16 or fp16"},
     "--channels-last": {**_TOGGLE, "help": "channels-last memory layout of images and weights"},
@@ -285,6 +339,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--out": {"metavar": "FILE", "help": "write the result there"},
     "--plot": {"metavar": "FILE", "help": "draw a picture there"},
     "--json": {**_SWITCH, "help": "print the result as JSON and nothing else"},
+    "--check": {**_SWITCH, "help": "exit status 1 where something differs"},
 }  # fmt: skip
 WINDOW = "the whole range; the window in the DICOM file"  # note of --window
 SHORT = {"--config": "-c", "--batch-size": "-b", "--workers": "-j"}
@@ -334,6 +389,5 @@ def add_alias(parser: Any, flag: str, dest: str) -> None:
         dest: Attribute of the option, for example ``"plot"``.
     """
     spec = next(a for a in parser._actions if a.dest == dest)
-    parser.add_argument(
-        flag, dest=dest, type=spec.type, nargs=spec.nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
+    kept = {key: getattr(spec, key) for key in ("type", "nargs", "choices", "default")}
+    parser.add_argument(flag, dest=dest, **kept, help=argparse.SUPPRESS)

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import Failure, UserError, atomic_write, build_model, read_text, run_tool, short
+from vizoo.tools.common import Failure, UserError, atomic_write, build_model, markdown, read_text, run_tool, short
 from vizoo.tools.gpu.suite import FIELDS, read_record
 from vizoo.tools.models import list_zoo
-from vizoo.tools.options import Parser
+from vizoo.tools.options import Parser, add
+from vizoo.tools.profiling.counting import count
 
 EXAMPLES = """\
 examples:
@@ -49,7 +50,6 @@ def recount(text: str) -> str:
     from timm.models import get_model_input_config
 
     import vizoo  # noqa: F401 - registers the zoo
-    from vizoo.tools.profiler import count
 
     reader = csv.DictReader(text.splitlines())
     if not {"name", "params", "macs"} <= set(reader.fieldnames or []):
@@ -66,12 +66,6 @@ def recount(text: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int]) -> str:
-    """A Markdown table; ``numeric`` columns are aligned right."""
-    rule = ["---:" if i in numeric else "---" for i in range(len(columns))]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
 
 
 def models_table() -> str:
@@ -210,16 +204,16 @@ def rewrite(text: str, root: Path) -> str:
     return MARKED.sub(fill, text)
 
 
-def _run(argv: list[str]) -> int:
-    p = Parser(
-        prog="python -m vizoo.tools.table",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--root", type=Path, default=Path("."), help="the checkout (.)")
-    p.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is out of date")
-    args = p.parse_args(argv)
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line options."""
+    p = Parser(prog="python -m vizoo.tools.table", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
+    p.add_argument("--root", type=Path, metavar="DIR", default=Path("."), help="the checkout (.)")
+    add(p, "--check", "say what is out of date, write nothing")
+    return p
+
+
+def _table(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
     stale = 0
     readmes = [r for r in READMES if r == "README.md" or os.path.isfile(args.root / r)]
     for name in ("backbones/models.csv", *readmes):
@@ -240,7 +234,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite or check the generated tables; returns the exit status."""
-    return run_tool(_run, argv, "table")
+    return run_tool(_table, argv, "table")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import csv
+import json
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from tolerance import golden_close
 from torch import nn
 
 from vizoo.tools import bench
-from vizoo.tools.profiling import official
+from vizoo.tools.profiling import official, sides
 
 
 def rows_of(path):
@@ -16,7 +17,7 @@ def rows_of(path):
         return list(csv.DictReader(f))
 
 
-@pytest.mark.parametrize("extra", [[], ["--mode", "train"], ["--channels-last", "--batch", "1", "2"]], ids=str)
+@pytest.mark.parametrize("extra", [[], ["--pass", "train"], ["--channels-last", "--batch", "1", "2"]], ids=str)
 def test_model_against_plain(extra, tmp_path, capsys):
     out = tmp_path / "out.csv"
     words = ["test_litv2", "--rounds", "2", "--threads", "1", "--size", "64", "--out", str(out), *extra]
@@ -66,7 +67,7 @@ def test_layer(tmp_path):
 
 def test_layer_against_timm(tmp_path, capsys):
     out = tmp_path / "out.csv"
-    words = ["halo", "--size", "16", "--mode", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    words = ["halo", "--size", "16", "--pass", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
     assert bench.main(words) == 0
     assert [(r["name"], r["peer"], r["shape"]) for r in rows_of(out)] == [("halo 64@16 b8 h3", "timm", "64x16x16")]
     assert bench.main([*words, "--official", str(tmp_path)]) == 2
@@ -95,9 +96,9 @@ def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
             time.sleep(0.06)
             return self.module(x)
 
-    def slow(args):
-        ours, peer, name, shape = build(args)
-        return ours, Waiting(peer), name, shape
+    def slow(*args):
+        sides = build(*args)
+        return sides._replace(peer=Waiting(sides.peer))
 
     monkeypatch.setattr(bench, "build_sides", slow)
     out = tmp_path / "out.csv"
@@ -116,7 +117,7 @@ def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
 
 def test_reversed_attention(tmp_path, capsys):
     out = tmp_path / "out.csv"
-    words = ["reversed", "--size", "5", "--mode", "train", "--rounds", "1", "--threads", "1"]
+    words = ["reversed", "--size", "5", "--pass", "train", "--rounds", "1", "--threads", "1"]
     assert bench.main([*words, "--out", str(out)]) == 0
     (row,) = rows_of(out)
     assert [row[k] for k in ("name", "peer", "shape")] == ["reversed 3 heads", "plain", "25x96"]
@@ -127,11 +128,11 @@ def test_reversed_attention(tmp_path, capsys):
 def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
     build = bench.build_sides
 
-    def broken(args):
-        ours, peer, name, shape = build(args)
+    def broken(*args):
+        sides = build(*args)
         with torch.no_grad():
-            ours.stages[2].blocks[0].attn.l_proj.weight.mul_(1.5)
-        return ours, peer, name, shape
+            sides.ours.stages[2].blocks[0].attn.l_proj.weight.mul_(1.5)
+        return sides
 
     monkeypatch.setattr(bench, "build_sides", broken)
     out = tmp_path / "out.csv"
@@ -176,10 +177,10 @@ def test_the_table_is_printed_before_it_is_written(tmp_path, capsys, monkeypatch
 def test_a_kernel_that_fails_is_one_line(capsys, monkeypatch):
     build = bench.build_sides
 
-    def broken(args):
-        ours, peer, name, shape = build(args)
-        ours.forward = lambda x: (_ for _ in ()).throw(NotImplementedError("no kernel\nhere"))
-        return ours, peer, name, shape
+    def broken(*args):
+        sides = build(*args)
+        sides.ours.forward = lambda x: (_ for _ in ()).throw(NotImplementedError("no kernel\nhere"))
+        return sides
 
     monkeypatch.setattr(bench, "build_sides", broken)
     assert bench.main(["ulsam", "--threads", "1"]) == 1
@@ -194,6 +195,17 @@ def test_official_code_that_fails_is_one_line(tmp_path, capsys):
     assert "'hilo' cannot be built with --official" in err
 
 
+def test_official_layer_gets_height_and_width(tmp_path):
+    code = "from vizoo.backbones.layers import HiLo as Ours\nclass HiLo(Ours):\n    def forward(self, x, H, W):\n"
+    (tmp_path / "hilo.py").write_text(f"{code}        return super().forward(x, [H, W])\n", encoding="utf-8")
+    out = tmp_path / "out.csv"
+    words = ["hilo", "--size", "4", "--window-size", "1", "--rounds", "1", "--threads", "1", "--dtype", "bf16"]
+    assert bench.main([*words, "--official", str(tmp_path), "--out", str(out)]) == 0
+    (row,) = rows_of(out)
+    found = [row[k] for k in ("name", "peer", "shape", "dtype", "peer_dtype")]
+    assert found == ["hilo w1 alpha 0.9", "official", "16x384", "bfloat16", "float32"]
+
+
 def test_model_against_timm(tmp_path):
     out = tmp_path / "out.csv"
     words = ["halo_26t", "--dtype", "bfloat16", "--rounds", "1", "--threads", "1", "--out", str(out)]
@@ -202,7 +214,7 @@ def test_model_against_timm(tmp_path):
 
 
 def test_timm_side_has_our_parameters():
-    for name in official._TIMM:
+    for name in official.TIMM:
         ours, theirs = timm.create_model(name, device="meta"), official.timm_model(name)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1], name
@@ -272,3 +284,52 @@ def test_official_nat_from_a_checkout(tmp_path):
             golden_close(peer(x), layer(x), f"{name} {size}")
     assert sys.modules.get("natten") is natten
     assert timm.models.model_entrypoint("nat_mini").__module__ == "vizoo.backbones.nat"
+
+
+@pytest.mark.parametrize("name", sides.LAYERS)
+@torch.inference_mode()
+def test_both_sides_of_every_layer(name):
+    """A new entry of the table is all that a layer needs: same weights, same outputs, a label without gaps."""
+    found = sides.build_sides(name, (8, 8))
+    x = torch.randn(2, *found.shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (side.eval()(x) for side in (found.ours, found.peer))
+    first = [out[0] if isinstance(out, tuple) else out for out in (ours, theirs)]
+    assert (first[0] - first[1]).norm() <= sides.TOLERANCE["float32"] * first[1].norm()
+    assert found.label.startswith(name)
+    assert found.against == sides.LAYERS[name].against
+    assert x[0].numel() == 64 * sides.LAYERS[name].arguments["dim"]
+
+
+def test_former_names_of_options(tmp_path):
+    parse = bench.build_parser().parse_args
+    assert parse(["hilo", "--window", "3", "--mode", "train"]) == parse(
+        ["hilo", "--window-size", "3", "--pass", "train"]
+    )
+    assert parse(["--compile", "litv2_s"]) == parse(["litv2_s", "--compile", "default"])
+    for words in (["hilo", "--mode", "both"], ["hilo", "--window", "0"]):
+        with pytest.raises(bench.UserError, match=r"must be|invalid choice"):
+            parse(words)
+
+
+def test_height_and_width(tmp_path):
+    out = tmp_path / "out.csv"
+    words = ["--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert bench.main(["halo", "--size", "8", "16", *words]) == 0
+    assert bench.main(["test_litv2", "--size", "32", "64", *words]) == 0
+    assert [(r["name"], r["shape"]) for r in rows_of(out)] == [
+        ("halo 64@8x16 b8 h3", "64x8x16"),
+        ("test_litv2", "3x32x64"),
+    ]
+
+
+def test_json_and_files_hold_the_same_rows(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    words = ["ulsam", "--size", "2", "--rounds", "1", "--dtype", "fp32", "tf32", "--threads", "1", "2", "--json"]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    found, rows = json.loads(capsys.readouterr().out), rows_of(out)
+    assert [(r["threads"], r["dtype"]) for r in found] == [(n, d) for n in (1, 2) for d in ("float32", "tf32")]
+    for values, texts in zip(found, rows, strict=True):
+        assert set(values) == set(bench.COLUMNS)
+        for key, text in texts.items():
+            assert text == format(values[key], bench.FORMATS.get(key, "")), key
+        assert f"{values['peer_median_ms'] / values['median_ms']:.2f}" == texts["ratio"]

@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 
-from vizoo.tools import cli, common, env, models, options, table
+from vizoo.tools import cli, common, models, options, table
+from vizoo.tools.profiling import machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,14 +64,19 @@ def test_unknown_command(capsys):
         (["bench", "litv2_*"], "'litv2_*' is not one model of the zoo"),
         (["bench", "litv2_s.nope"], "unknown tag 'nope' of model 'litv2_s'; known: alpha09_in1k, in1k"),
         (["bench", "test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
-        (["bench", "test_litv2", "--size", "0"], "--size 0: give one side"),
+        (["bench", "test_litv2", "--size", "0"], "--size: got 0, must be a whole number between 1"),
+        (["bench", "test_litv2", "--size", "1", "2", "3"], "--size 1 2 3: give one side"),
+        (["bench", "hilo", "--size", "4", "5", "--threads", "1"], "'hilo' takes the tokens of a square map"),
+        (["bench", "litv2_s", "--official", ".", "--size", "64", "96", "--threads", "1"], "for square images"),
+        (["bench", "--sass", "--json"], "got --json"),
+        (["bench", "--sass", "--dtype", "tf32"], "--dtype: --sass takes fp32, bf16 and fp16, got tf32"),
         (["bench", "test_litv2", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu"),
         (["bench", "test_litv2", "--device", "cuda:77"], "device 'cuda:77' is not on this machine"),
         (["bench", "test_litv2", "--official", "/nowhere"], "--official '/nowhere': no such folder"),
         (["bench", "litv2_s", "--official", "."], "give a checkout of the official code"),
         (["bench", "test_litv2", "--out", "x.txt"], "--out 'x.txt': the ending must be .csv"),
         (["bench", "hf-hub:a/b"], "'hf-hub:a/b' is not one model of the zoo"),
-        (["bench", "hilo", "--window", "0"], "--window: got 0, must be a whole number of at least 1"),
+        (["bench", "hilo", "--window-size", "0"], "--window-size: got 0, must be a whole number of at least 1"),
         (["bench", "hilo", "--alpha", "2"], "--alpha: got 2, must be a finite number between 0 and 1"),
         (["bench", "halo", "--alpha", "0.5"], "--alpha: is for 'hilo', got 'halo'"),
         (["bench", "hilo", "--channels-last"], "--channels-last: 'hilo' takes tokens"),
@@ -80,11 +86,12 @@ def test_unknown_command(capsys):
         (["bench", "test_litv2", "--reparam", "--threads", "1"], "cannot build 'test_litv2'"),
         (["bench", "test_litv2", "--device", "meta"], "'meta' holds no values"),
         (["bench"], "give the name of one model"),
-        (["models", "--json"], "unrecognized arguments: --json"),
+        (["models", "--yaml"], "unrecognized arguments: --yaml"),
+        (["models", "--json", "--csv"], "--csv: not allowed with argument --json"),
         (["env", "now"], "unrecognized arguments: now"),
         (["models", "nothing*"], "no model of the zoo matches 'nothing*'"),
         (["profile", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
-        (["profile", "test_litv2", "--size", "0"], "--size 0"),
+        (["profile", "test_litv2", "--size", "0"], "--size: got 0"),
         (["profile", "test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
         (["profile", "test_litv2", "--checkpoint", "/nowhere.pth"], "'/nowhere.pth' does not exist"),
         (["train", "--model", "litv2_x", "--data", "digits"], "unknown model 'litv2_x'"),
@@ -147,6 +154,15 @@ def test_models_lists_what_is_registered(capsys):
     assert "…" not in out  # never squeezed
 
 
+def test_models_as_json(capsys):
+    status, out, err = run(capsys, "models", "litv2_b", "test_litv2", "--json")
+    assert (status, err) == (0, "")
+    first, second = json.loads(out)
+    assert (first["name"], first["params"], first["size"]) == ("litv2_b", 86_520_704, [224, 224])
+    assert first["weights"] == ["in1k", "r384_in1k"]
+    assert second["paper_top1"] is None
+
+
 def test_model_entries():
     entry = models.list_zoo(["litv2_b"])[0]
     assert (entry.size, entry.paper_top1, entry.weights) == ((224, 224), 83.6, ["in1k", "r384_in1k"])
@@ -161,7 +177,7 @@ def test_env(capsys):
     found = json.loads(out)
     assert set(found["backends"]) == {"torch", "onednn", "cuda", "triton", "natten"}
     assert found["cores"] >= 1
-    assert env.environment()["versions"]["timm"] == timm.__version__
+    assert machine.installation()["versions"]["timm"] == timm.__version__
 
 
 def test_tables_are_up_to_date():
@@ -194,11 +210,9 @@ def test_table_check_and_write(tmp_path, capsys):
 
 def test_table_refuses_partial_counts(monkeypatch):
     """A figure that misses a part is never recorded."""
-    from vizoo.tools import profiler
-
-    count = profiler.count
+    count = table.count
     reasons = ["a thread was started in the model"]
-    monkeypatch.setattr(profiler, "count", lambda *args: count(*args)._replace(reasons=reasons))
+    monkeypatch.setattr(table, "count", lambda *args: count(*args)._replace(reasons=reasons))
     text = "name,params,macs,paper_top1,source\ntest_litv2,1,2,,for tests\n"
     with pytest.raises(common.Failure, match="test_litv2: partial count: a thread was started"):
         table.recount(text)

@@ -15,6 +15,7 @@ import torch
 
 from vizoo.tools import bench, cli, table
 from vizoo.tools.gpu import cases, suite, worker
+from vizoo.tools.profiling import sides
 
 ROOT = Path(__file__).parents[2]
 ABSENT = [
@@ -92,7 +93,7 @@ def test_dry_run(tmp_path, capsys):
     for row in rows:
         if row["section"] == "ops":
             assert min(row[k] for k in ("forward_ms", "both_ms", "host_us", "floor_ms", "share", "bytes", "flops")) > 0
-            assert row["form"] == "plain sdpa" or row["error"] <= bench.TOLERANCE[row["dtype"]]
+            assert row["form"] == "plain sdpa" or row["error"] <= sides.TOLERANCE[row["dtype"]]
         if row["section"] in ("models", "graphs", "compile"):
             assert row["images_per_s"] > 0
     speed = {(row["item"], row["batch"], row["mode"]): row["images_per_s"] for row in rows if "images_per_s" in row}

@@ -190,8 +190,8 @@ def test_warm_fills_the_cache(tmp_path, monkeypatch):
         (["--sass", "--warm"], "not allowed with argument --sass"),
         (["--sass", "resnet50"], "'resnet50' is not one model of the zoo"),
         (
-            ["--sass", "--mode", "train"],
-            "goes with names of models, --batch, --dtype, --channels-last, --capability, --out; got --mode",
+            ["--sass", "--pass", "train"],
+            "goes with names of models, --batch, --dtype, --channels-last, --capability, --out; got --pass",
         ),
         (["--warm", "--out", "x.csv"], "got --out"),
         (["--sass", "--batch", "1", "2"], "--batch: --sass takes one number, got 1 2"),

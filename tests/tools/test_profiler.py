@@ -171,7 +171,7 @@ def test_strict_fails_on_partial_counts(opaque_resnet, capsys):
 
 
 def test_check_bites(capsys, monkeypatch):
-    monkeypatch.setattr("vizoo.tools.profiling.counting.fvcore_counts", lambda *a, **k: {"": 5})
+    monkeypatch.setattr("vizoo.tools.profiling.profile.fvcore_counts", lambda *a, **k: {"": 5})
     status, _, err = run(capsys, "resnet18", "--size", "64", "--check")
     assert status == 1
     assert "by fvcore 0" in err
@@ -181,7 +181,7 @@ def test_second_engine_that_cannot_trace(capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no\ntrace")
 
-    monkeypatch.setattr("vizoo.tools.profiling.counting.fvcore_counts", broken)
+    monkeypatch.setattr("vizoo.tools.profiling.profile.fvcore_counts", broken)
     status, out, err = run(capsys, "resnet18", "--size", "64", "--check")
     assert (status, out) == (1, "")
     assert err == "vizoo profile: error: 'resnet18': the second engine cannot trace it: no trace\n"
@@ -270,19 +270,20 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
     [
         (["litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["nothing*"], "no model matches 'nothing*'"),
-        (["test_litv2", "--size", "0"], "--size 0"),
+        (["test_litv2", "--size", "0"], "--size: got 0, must be a whole number between 1"),
         (["test_litv2", "--size", "20"], "'test_litv2' cannot run at size 20x20: got a"),
         (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
         (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
         (["test_litv2", "--device", "cuda:63"], "not on this machine"),
         (["test_litv2", "--device", "meta", "--mode", "latency"], "the meta device computes nothing"),
         (["test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
-        (["test_litv2", "--threads", "0"], "--threads '0'"),
-        (["test_litv2", "--threads", "x"], "--threads 'x'"),
+        (["test_litv2", "--threads", "0"], "--threads: got 0, must be a whole number between 1"),
+        (["test_litv2", "--threads", "1,x"], "--threads: got x, must be a whole number"),
+        (["test_litv2", "--dtype", "int8"], "--dtype: got 'int8', must be one of fp32, tf32, bf16, fp16"),
         (["test_litv2", "--out", "x.txt"], "the ending must be .json or .csv or .md"),
         (["test_litv2", "--out", "/nowhere/x.csv"], "no such folder"),
         (["test_litv2", "--plot", "x.gif"], "the ending must be .png"),
-        (["test_litv2", "--model-kwargs", "alpha"], "write NAME=VALUE"),
+        (["test_litv2", "--model-kwargs", "alpha"], "--model-kwargs: got 'alpha', must be KEY=VALUE"),
         (["test_litv2", "--model-kwargs", "alpha=3"], "got alpha=3"),
         (["test_litv2", "--model-kwargs", "no_such=3"], "no_such"),
         (["test_litv2", "--num-classes", "-1"], "--num-classes: got -1"),
@@ -292,7 +293,7 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--import", "no_such_package"], "--import 'no_such_package'"),
         (["test_litv2", "--import", ""], "--import ''"),
         (["test_litv2", "--import", "."], "--import '.'"),
-        (["test_litv2", "--size", "9" * 30], "--size 999"),
+        (["test_litv2", "--size", "9" * 30], "--size: got 999"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys):
@@ -396,7 +397,9 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
 def test_out_is_checked_before_anything_is_built(ending, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("vizoo.tools.profiler.build_model", lambda *args, **kwargs: pytest.fail("a model was built"))
+    monkeypatch.setattr(
+        "vizoo.tools.profiling.profile.build_model", lambda *args, **kwargs: pytest.fail("a model was built")
+    )
     folder, readonly, foreign = (tmp_path / f"{name}.{ending}" for name in ("folder", "readonly", "foreign"))
     folder.mkdir()
     readonly.write_text("vizoo", encoding="utf-8")
@@ -421,3 +424,54 @@ def test_the_table_is_printed_before_it_is_written(capsys, monkeypatch, tmp_path
         assert "test_litv2" in out
         assert "No space left" in err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
+    """Torch's names of dtypes are understood; the table says what differs, and the line below it what does not."""
+    out = tmp_path / "x.csv"
+    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "--size", "32", "--threads", "1", *FAST)
+    status, shown, _ = run(capsys, *words, "--batch", "1", "2", "--dtype", "float32", "bf16", "--out", str(out))
+    assert status == 0
+    with out.open(encoding="utf-8") as f:
+        found = [(row["dtype"], row["latency_batch"]) for row in csv.DictReader(f)]
+    assert found == [("fp32", "1"), ("fp32", "2"), ("bf16", "1"), ("bf16", "2")]
+    header = shown.split("─")[0].split()
+    assert header[-3:] == ["threads", "dtype", "batch"]
+    rows = [line.split()[-3:] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
+    assert rows == [["1", dtype, batch] for dtype, batch in found]
+    assert "(cpu); ms: median of one call; torch" in shown
+    shown = run(capsys, *words, "--batch", "2", "--dtype", "bf16")[1]
+    assert "(cpu); bf16; ms: median of one call, batch 2; torch" in shown
+    assert "dtype" not in shown
+
+
+def test_memory_says_its_batch(capsys):
+    words = ("test_litv2", "--device", "cpu", "--mode", "memory", "--size", "32", "--batch", "3", *FAST)
+    assert "peak MB: weights, input and activations, batch 3;" in run(capsys, *words)[1]
+
+
+def test_json_is_all_of_standard_output(capsys, opaque_resnet):
+    words = ("resnet18", "--size", "64", "--mode", "latency", "--depth", "2", "--threads", "1", *FAST)
+    status, out, _ = run(capsys, *words, "--json")
+    assert status == 0
+    (found,) = json.loads(out)
+    assert (found["model"], found["reasons"]) == ("resnet18", [REASON])
+    assert found["latency"]["n"] >= 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--batch", "8"], ["--dtype", "bf16"], ["--threads", "1,2"], ["--compile"], ["--mode", "count"]],
+    ids=" ".join,
+)
+def test_models_may_follow_any_option(options):
+    parse = profiler.build_parser().parse_args
+    assert parse([*options, "test_litv2"]) == parse(["test_litv2", *options])
+    with pytest.raises(UserError, match="MODEL"):
+        parse(options)
+
+
+@pytest.mark.parametrize("words", [["1", "2"], ["1,2"], ["1,2", "3"]], ids=" ".join)
+def test_threads_in_either_form(words):
+    threads = profiler.build_parser().parse_args(["x", "--threads", *words]).threads
+    assert threads == [int(n) for n in ",".join(words).split(",")]

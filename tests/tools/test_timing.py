@@ -1,6 +1,7 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, memory."""
 
 import gc
+import os
 import threading
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from vizoo.tools.common import Failure
 from vizoo.tools.profiler import compare, measure
-from vizoo.tools.profiling import timing
+from vizoo.tools.profiling import machine, timing
 
 
 class Clock:
@@ -217,9 +219,18 @@ def test_default_threads_know_the_quota(quota, threads, monkeypatch):
         return quota
 
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
-    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
-    monkeypatch.setattr(timing.Path, "read_text", read)
-    assert timing.default_threads() == threads
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    assert machine.default_threads() == threads
+
+
+def test_every_number_of_threads_gets_a_process_and_one_gets_none():
+    before = torch.get_num_threads()
+    assert machine.with_threads([before + 1], lambda: [torch.get_num_threads()]) == [before + 1]
+    assert torch.get_num_threads() == before
+    assert machine.with_threads([2, 3], eval, "[__import__('torch').get_num_threads()]") == [2, 3]
+    with pytest.raises(Failure, match="the process with 1 threads died"):
+        machine.with_threads([1, 2], os._exit, 1)
 
 
 def test_inputs_grow_with_the_batch():
@@ -246,25 +257,35 @@ def test_batch_is_halved_until_it_fits(monkeypatch):
         return timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
 
     monkeypatch.setattr(timing, "measure", fake)
-    found = timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"), batch=64)
+    how = timing.Conditions(batch=64)
+    found = timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), how)
     assert tried == [64, 32, 16, 8]
     assert (found.throughput, found.throughput_batch) == (pytest.approx(10), 8)
     assert found.notes == ["out of memory: batch reduced to 8"]
     monkeypatch.setattr(timing, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), torch.device("cpu"))
+        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), how)
 
 
 def test_conditions_come_back():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32, torch.backends.cudnn.benchmark
-    with timing.conditions(torch.device("cpu"), torch.bfloat16, amp=True, tf32=True):
-        assert matmul.allow_tf32
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def settings():
+        return matmul.allow_tf32, matmul.fp32_precision, cudnn.allow_tf32, cudnn.benchmark
+
+    before = settings()
+    with timing.Conditions(dtype="bf16", amp=True).entered():
+        assert not matmul.allow_tf32
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-    assert (matmul.allow_tf32, torch.backends.cudnn.benchmark) == before
+    assert settings() == before
     assert not torch.is_autocast_enabled("cpu")
+    with timing.Conditions(dtype="tf32").entered():
+        assert matmul.allow_tf32
+        assert cudnn.allow_tf32
+        assert not torch.is_autocast_enabled("cpu")
+    assert settings() == before
 
 
 @pytest.mark.gpu

@@ -97,8 +97,8 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
     return parse_options(words)
 
 
-def evaluate_classifier(argv: list[str]) -> int:
-    """Measure a classifier; returns the exit status."""
+def evaluate_classifier(argv: list[str]) -> dict[str, Any]:
+    """Measure a classifier; returns the figures."""
     args = build_parser().parse_args(argv)
     options = _options(args)
     name = resolve_model(options.model)
@@ -125,8 +125,7 @@ def evaluate_classifier(argv: list[str]) -> int:
     result = figures(model, held_out_loader(options, dataset, data, device), device, classes)
     size = "x".join(map(str, data["input_size"]))
     about = {"model": name, "checkpoint": checkpoint, "data": options.data, "input": size}
-    write_results(args, {**about, "skipped": dataset.skipped, **result}, _report, draw_confusion)
-    return 0
+    return write_results(args, {**about, "skipped": dataset.skipped, **result}, _report, draw_confusion)
 
 
 def _open(options: argparse.Namespace) -> tuple[Any, list[str]]:

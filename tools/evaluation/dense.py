@@ -63,8 +63,8 @@ def build_parser(task: str) -> Parser:
     return p
 
 
-def evaluate_dense(task: str, argv: list[str]) -> int:
-    """Measure a run; returns the exit status.
+def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
+    """Measure a run; returns the figures.
 
     Args:
         task: ``"detection"`` or ``"segmentation"``.
@@ -96,8 +96,7 @@ def evaluate_dense(task: str, argv: list[str]) -> int:
     result = {k: options[k] for k in ("task", "arch", "model", "data")}
     result |= {"images": len(parts.val), "skipped": parts.val.skipped, **found}
     draw = functools.partial(_draw, model, parts, device)
-    write_results(args, result, _report, draw)
-    return 0
+    return write_results(args, result, _report, draw)
 
 
 def _draw(model: nn.Module, parts: Any, device: torch.device, result: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,22 @@ def write_results(
     result: dict[str, Any],
     report: Callable[[dict[str, Any]], None],
     draw: Callable[[dict[str, Any], Path], None],
-) -> None:
-    """Print a result and write what was asked for.
+) -> dict[str, Any]:
+    """Print a result for people and write what was asked for.
 
     Args:
         args: ``out``, ``plot`` and ``json``.
         result: Figures, JSON-ready.
         report: Prints them for people.
         draw: Draws them into a file.
+
+    Returns:
+        The result.
     """
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
+    if not args.json:  # which the command prints
         report(result)
     if args.out:
         write_json(args.out, result)
     if args.plot:
         draw(result, Path(args.plot))
+    return result

@@ -47,8 +47,8 @@ def build_parser() -> Parser:
     return p
 
 
-def evaluate_scanpaths(argv: list[str]) -> int:
-    """Measure a run; returns the exit status."""
+def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
+    """Measure a run; returns the figures."""
     args = build_parser().parse_args(argv)
     check_choice("--split", args.split, (*PARTS, "all"))
     options, records = stored_arguments(build_train_parser(), args.run, "scanpath")
@@ -77,8 +77,7 @@ def evaluate_scanpaths(argv: list[str]) -> int:
         {"layout": t.scene.name, "viewer": t.viewer, "target": t.target, "human": t.sequence, "greedy": path}
         for t, path in zip(trials, columns["greedy"], strict=True)
     ]
-    write_results(args, result, _report, functools.partial(_draw, trials, columns))
-    return 0
+    return write_results(args, result, _report, functools.partial(_draw, trials, columns))
 
 
 def _draw(trials: Sequence[Trial], columns: dict[str, list[list[int]]], result: dict[str, Any], path: Path) -> None:

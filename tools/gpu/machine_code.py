@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import Failure, UserError, build_model
+from vizoo.tools.common import Failure, UserError, build_model, print_table
 
 MODELS = (  # one or more of each family that has kernels, so that together they launch all of them
     "nat_tiny",
@@ -509,6 +509,24 @@ def _executed(instructions: int, loops: list[Loop], passes: list[float]) -> floa
     return total
 
 
+def _occupancy(registers: int, shared: int, threads: int) -> float:
+    """Share of the threads that a multiprocessor can hold, with programs of so many threads."""
+    blocks = min(REGISTERS // (-(-registers // 8) * 8 * threads), SHARED // (shared + 1024), THREADS // threads, BLOCKS)
+    return blocks * threads / THREADS
+
+
+def _issue_ms(launch: Launch, program: _Program, instructions: int, loops: list[Loop]) -> float | None:
+    """Least time of issuing a launch's instructions; None where its loops cannot be counted."""
+    try:
+        passes = _passes(program, launch)
+    except KeyError:  # bounds that depend on what a kernel reads
+        return None
+    if len(passes) != len(loops):  # the compiler unrolled or split one
+        return None
+    warps = launch.kernel.metadata.num_warps * math.prod(launch.grid)
+    return 1e3 * _executed(instructions, loops, passes) * warps / ISSUE_RATE
+
+
 def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: str, floor_ms: float) -> Code:
     """What one launch costs.
 
@@ -528,31 +546,17 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
     """
     import torch
 
-    kernel = launch.kernel
+    kernel, meta = launch.kernel, launch.kernel.metadata
     usage, listing = _disassembled(kernel.asm["cubin"])
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     instructions, loops = read_listing(listing)
     if resources is None or instructions == 0:
         raise Failure(f"cannot read what the disassembler says about {kernel.name}")
     registers, stack = int(resources[1]), int(resources[2])
-    meta = kernel.metadata
-    threads = 32 * meta.num_warps
-    blocks = min(
-        REGISTERS // (-(-registers // 8) * 8 * threads), SHARED // (meta.shared + 1024), THREADS // threads, BLOCKS
-    )
     ttir = kernel.asm["ttir"]
     program = _Program(ttir)
     looped = "\n".join(program.lines)
-    wide = re.findall(r"= arith\.\w+ .*xi64>", looped)
-    products = collections.Counter(re.findall(r"tt\.dot [^\n]*? : tensor<[\dx]*x(\w+)", looped or ttir))
-    passes = None
-    with contextlib.suppress(KeyError):  # bounds that depend on what a kernel reads
-        passes = _passes(program, launch)
-    issue_ms = None
-    if passes is not None and len(passes) == len(loops):  # else the compiler unrolled or split one
-        executed = _executed(instructions, loops, passes)
-        issue_ms = 1e3 * executed * meta.num_warps * math.prod(launch.grid) / ISSUE_RATE
-    constants = {k: v for k, v in launch.arguments.items() if launch.kernel.src.signature.get(k) == "constexpr"}
+    constants = {k: v for k, v in launch.arguments.items() if kernel.src.signature.get(k) == "constexpr"}
     return Code(
         model=model,
         operator=operator._schema.name.partition("::")[2],
@@ -565,13 +569,13 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
         registers=registers,
         stack=stack,
         shared=meta.shared,
-        occupancy=blocks * threads / THREADS,
+        occupancy=_occupancy(registers, meta.shared, 32 * meta.num_warps),
         instructions=instructions,
         loops=loops,
-        products=dict(products),
-        wide=len(wide),
+        products=dict(collections.Counter(re.findall(r"tt\.dot [^\n]*? : tensor<[\dx]*x(\w+)", looped or ttir))),
+        wide=len(re.findall(r"= arith\.\w+ .*xi64>", looped)),
         programs=math.prod(launch.grid),
-        issue_ms=issue_ms,
+        issue_ms=_issue_ms(launch, program, instructions, loops),
         floor_ms=floor_ms,
     )
 
@@ -661,8 +665,6 @@ def versions() -> dict[str, str]:
 
 def print_report(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows of a report, a line a kernel."""
-    from vizoo.tools.common import print_table
-
     shown = {
         "model": "model",
         "kernel": "kernel",

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vizoo.tools.common import MARK, Failure, UserError, check_output, read_text, short
+from vizoo.tools.profiling.machine import commit
 
 # shares of the time
 SECTIONS = {"tests": 0.22, "env": 0.03, "ops": 0.24, "models": 0.2, "graphs": 0.06, "profile": 0.03, "compile": 0.22}
@@ -447,7 +448,6 @@ def run(args: argparse.Namespace) -> int:
         Failure: If something failed; the rows say what.
     """
     import vizoo
-    from vizoo.tools.bench import commit
 
     begin = time.monotonic()
     check(args)
@@ -457,7 +457,7 @@ def run(args: argparse.Namespace) -> int:
     end = begin + 0.98 * args.budget
     head = {MARK.decode(): vizoo.__version__, "commit": commit(), "date": datetime.date.today().isoformat()}
     peaks: dict[str, Any] = {}
-    with contextlib.closing(Record(args.out)) as record, contextlib.closing(Worker(mode)) as worker:
+    with contextlib.closing(Record(Path(args.out))) as record, contextlib.closing(Worker(mode)) as worker:
         record.write({"section": "start", **head, "dry": args.dry, "sections": sections, "budget": args.budget})
         for i, section in enumerate(sections):
             # what a section leaves goes to those after it

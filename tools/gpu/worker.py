@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vizoo.tools.bench import TOLERANCE
-from vizoo.tools.common import build_model
+from vizoo.tools.common import build_model, one_line
 from vizoo.tools.gpu.cases import Case, cases
-from vizoo.tools.profiler import one_line
-from vizoo.tools.profiling.timing import Memory, back_to_back, measure, peak_memory
+from vizoo.tools.profiling.machine import device_name
+from vizoo.tools.profiling.sides import TOLERANCE
+from vizoo.tools.profiling.timing import Memory, back_to_back, fused, measure, peak_memory
 
 READY, FATAL = "ready", "fatal"  # keys of what is told beside the results
 SECONDS = 0.06  # of warm-up and of sampling for an operator, each
@@ -94,7 +94,6 @@ class Child:
         from importlib import metadata
 
         from vizoo.backbones.ops.backend import backends
-        from vizoo.tools.bench import device_name
 
         row: dict[str, Any] = {"python": platform.python_version(), "device": device_name(self.device)}
         for name in ("torch", "triton", "timm", "natten"):
@@ -187,16 +186,11 @@ class Child:
 
     def _model(self, job: dict[str, Any]) -> tuple[torch.nn.Module, Tensor, Callable[[], Any]]:
         """A model, its images, and one call of it: inference, or a training step."""
-        from timm.layers import set_fused_attn
-
         words = job["mode"].split()
         arguments: dict[str, Any] = {"deploy": True} if "merged" in words else {}
         torch.manual_seed(0)
-        set_fused_attn("plain" not in words)
-        try:
+        with fused("plain" not in words):
             model = build_model(job["item"], **arguments).to(self.device)
-        finally:
-            set_fused_attn(True)
         size = model.pretrained_cfg["input_size"]
         x = torch.randn(job["batch"], *((3, 64, 64) if self.dry else size), device=self.device)
         if "channels_last" in words:

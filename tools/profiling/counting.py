@@ -5,11 +5,7 @@ that sees every operator: it sums the other FLOPs, activations and bytes, and na
 It runs in inference mode, where fused attention stays one operator on every device, so that counts do not depend on
 the kernel behind it.  Whatever is computed where none of them looks (NumPy, threads, extensions) makes the count
 partial, with the reason.  The second engine is fvcore's trace on the CPU with complete handlers; both read
-``vizoo.backbones.ops.cost.COSTS``.
-
-Constants of the other FLOPs are conventions, per element: norm 5 (batch norm in evaluation 2), softmax 5, GELU 8,
-SiLU and its kin 5, sigmoid 4, bilinear sample 8 (4 multiply-adds), everything else elementwise 1, sums and means 1 per
-input element, FFT ``5 N log2 N``, the backward of each twice its forward.
+``vizoo.backbones.ops.cost.COSTS``; what is no contraction is priced by :mod:`vizoo.tools.profiling.prices`.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ import contextlib
 import copy
 import functools
 import logging
-import math
 import random
 import sys
 import threading
@@ -38,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
+from vizoo.tools.profiling.prices import PRICES, price_of
 
 
 class ModuleCost(NamedTuple):
@@ -59,7 +55,7 @@ class Count(NamedTuple):
         buffers: Elements of buffers.
         state_bytes: Bytes of parameters and buffers by dtype.
         macs: Multiply-accumulates of contractions: convolutions, linear layers, attention products.
-        flops_other: FLOPs of everything else, by the constants of this module.
+        flops_other: FLOPs of everything else, by :mod:`vizoo.tools.profiling.prices`.
         acts: Elements written by contractions, attention scores included whether stored or not.
         bytes: Bytes read and written by all operators that are no views: a lower bound of memory traffic.
         kernels: Number of those operators.
@@ -140,124 +136,6 @@ class Count(NamedTuple):
         return rows[:top] if top else rows
 
 
-# prices of operators that are no contraction: one cost function by short name
-
-
-def _numel(shape: Any) -> int:
-    return math.prod(shape) if shape is not None else 0
-
-
-def _per_output(n: int) -> Callable[..., Cost]:
-    return lambda *args, out=None, **kwargs: Cost(other=n * _numel(out))
-
-
-def _per_input(n: int) -> Callable[..., Cost]:
-    return lambda x, *args, out=None, **kwargs: Cost(other=n * _numel(x))
-
-
-def _batch_norm(*args: Any, out: Any = None, training: bool = False, **kwargs: Any) -> Cost:
-    training = args[5] if len(args) > 5 else training
-    return Cost(other=(5 if training else 2) * _numel(out))
-
-
-def _embedding_bag(weight: Any, indices: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    samples = args[4] if len(args) > 4 else kwargs.get("per_sample_weights")
-    return Cost(other=_numel(indices) * weight[-1] * (1 if samples is None else 2))
-
-
-def _embedding_bag_backward(grad: Any, indices: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(other=2 * _numel(indices) * grad[-1])
-
-
-def _sample_weights_backward(grad: Any, weight: Any, indices: Any, *args: Any, out: Any = None) -> Cost:
-    return Cost(other=2 * _numel(indices) * grad[-1])
-
-
-def _fft(x: Any, dims: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    full: Any = x if _numel(x) >= _numel(out) else out  # the real side of a real transform
-    return Cost(other=int(5 * _numel(full) * sum(math.log2(max(full[d], 1)) for d in dims)))
-
-
-def _conv(x: Any, weight: Any, bias: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(other=_numel(out) if bias is not None else 0)
-
-
-def _free(*args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost()
-
-
-def _roi_align(x: Any, rois: Any, scale: Any, h: int, w: int, ratio: int = -1, *a: Any, out: Any = None) -> Cost:
-    return Cost(other=8 * _numel(out) * max(ratio, 2) ** 2)  # an adaptive ratio is taken for 2
-
-
-_TABLE = {  # FLOPs of one element of the first output
-    32: "upsample_bicubic2d _upsample_bicubic2d_aa",
-    16: "upsample_trilinear3d grid_sampler_3d",
-    8: "gelu upsample_bilinear2d _upsample_bilinear2d_aa grid_sampler_2d",
-    6: "glu",
-    5: """native_layer_norm native_group_norm _fused_rms_norm _native_batch_norm_legit _batch_norm_with_update
-    _native_batch_norm_legit_functional _softmax _safe_softmax _log_softmax silu hardswish mish softplus elu selu
-    celu _prelu_kernel log_sigmoid_forward""",
-    4: "sigmoid tanh hardsigmoid logit upsample_linear1d",
-    3: "_weight_norm_interface _weight_norm",
-    2: "_native_batch_norm_legit_no_training _batch_norm_no_update addcmul addcdiv lerp native_dropout",
-    1: "addmm cumsum cumprod floor_divide bernoulli threshold linspace isin",
-    0: """mm bmm _scaled_mm copy clone _to_copy fill zero zeros zeros_like ones ones_like full full_like new_full
-    new_zeros new_ones arange eye scalar_tensor cat stack constant_pad_nd reflection_pad1d reflection_pad2d
-    replication_pad1d replication_pad2d roll flip index index_put _index_put_impl index_select index_fill index_copy
-    _unsafe_index _unsafe_index_put gather scatter scatter_add index_add slice slice_scatter select select_scatter
-    masked_select masked_scatter nonzero embedding embedding_renorm embedding_dense repeat repeat_interleave take tril
-    triu tril_indices triu_indices diag_embed rand randn randint rand_like randn_like randperm uniform normal random
-    resize set _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold _reshape_copy
-    view_copy permute_copy alias_copy split_with_sizes_copy upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact2d bucketize searchsorted lift_fresh_copy _assert_async _assert_tensor_metadata
-    _functional_assert_async _pin_memory max_unpool2d _unique2 unique_dim equal
-    _pack_padded_sequence""",
-}
-_REDUCTIONS = """sum nansum mean nanmean amax amin aminmax max min prod any all argmax argmin var std var_mean std_mean
-norm linalg_vector_norm logsumexp count_nonzero avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
-_adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d topk sort
-median kthvalue cummax allclose
-multinomial"""
-_CONSTANTS = {f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()}
-_BACKWARD = {  # twice the forward, for one element of the first gradient
-    **{name: 2 * n for name, n in _CONSTANTS.items()},
-    **{f"aten::{name}": 2 for name in _REDUCTIONS.split()},
-    **dict.fromkeys(("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::log_sigmoid"), 10),
-}
-_PRICES: dict[str, Callable[..., Cost]] = {
-    **{name: _per_output(n) for name, n in _CONSTANTS.items()},
-    **{f"aten::{name}": _per_input(1) for name in _REDUCTIONS.split()},
-    **{f"aten::{lib}_batch_norm": _batch_norm for lib in ("native", "cudnn", "miopen")},
-    **dict.fromkeys(("aten::_embedding_bag", "aten::_embedding_bag_forward_only"), _embedding_bag),
-    "aten::_embedding_bag_backward": _embedding_bag_backward,
-    "aten::_embedding_bag_per_sample_weights_backward": _sample_weights_backward,
-    **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::cudnn_convolution"), _conv),
-    **dict.fromkeys(("aten::_fft_r2c", "aten::_fft_c2r", "aten::_fft_c2c"), _fft),
-    "torchvision::nms": lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2),  # every pair
-    "torchvision::roi_align": _roi_align,
-}
-
-
-def _price(func: Any, name: str) -> Callable[..., Cost] | None:
-    """Cost function of an operator; None when nobody knows it."""
-    plain = name.removesuffix("_")  # in place
-    price = COSTS.get(name) or _PRICES.get(name) or _PRICES.get(plain)
-    if price is not None:
-        return price
-    forward = plain.removesuffix("_data").removesuffix("_backward")
-    if forward != plain and (forward in _BACKWARD or _is_pointwise(find_operator(forward))):
-        return _per_output(_BACKWARD.get(forward, 2))
-    packet = find_operator(plain) or func._overloadpacket  # some operators in place lack the tag of the plain one
-    return _per_output(1) if _is_pointwise(packet) else None
-
-
-def _is_pointwise(packet: Any) -> bool:
-    return packet is not None and any(
-        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
-    )
-
-
 # the dispatch mode
 
 
@@ -283,7 +161,7 @@ def _nothing(*args: Any, **kwargs: Any) -> int:
 
 def _mapping() -> dict[Any, Callable[..., int]]:
     """Formulas for ``FlopCounterMode``; whatever has a price gets one, so that it is not taken apart."""
-    priced = {packet: _nothing for name in _PRICES if (packet := find_operator(name)) is not None}
+    priced = {packet: _nothing for name in PRICES if (packet := find_operator(name)) is not None}
     formulas = {**priced, **flop_formulas()}
     # some releases of PyTorch look for the overload, when they decide whether to take it apart, others for the packet
     overloads = {getattr(packet, name): f for packet, f in formulas.items() for name in packet.overloads()}
@@ -471,7 +349,7 @@ class _Recorder(TorchDispatchMode):
             out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as fused kernels lay it out, so no copies follow
             self.origins.write([out], data)
         written = _tensors(out)
-        price = _price(func, name)
+        price = price_of(func, name)
         first = written[0].shape if written else None
         shapes = {**{k: _shapes(v) for k, v in kwargs.items()}, "out": first}
         cost = price(*_shapes(args), **shapes) if price else Cost()
@@ -692,6 +570,91 @@ def _device(model: nn.Module) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
+_ENGINES: dict[str, Callable[..., _Run]] = {"meta": _on_meta, "fake": _on_fake, "real": _on_device}
+
+
+def _order(model: nn.Module, backward: bool) -> list[str]:
+    """Engines in the order in which they are tried."""
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        return ["meta", "fake"]
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return ["real"]  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
+    return ["fake", "real"] if backward else list(_ENGINES)
+
+
+def _run_on(engine: str, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
+    if backward:
+        return _ENGINES[engine](model, args, kwargs, torch.enable_grad)
+    try:
+        return _ENGINES[engine](model, args, kwargs, torch.inference_mode)
+    except Exception as e:
+        try:
+            run = _ENGINES[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
+        except Exception:
+            raise e from None
+        if "outside inferencemode" in str(e).lower():
+            run.recorder.tell("another thread writes into tensors: what it computes is not counted")
+        return run
+
+
+def _first_settled(order: list[str], run_on: Callable[[str], _Run]) -> tuple[str, _Run]:
+    """The first engine whose run leaves no doubt that another one may settle, else the last that can run it."""
+    found: tuple[str, _Run] | None = None
+    for engine in order:
+        try:
+            found = engine, run_on(engine)
+        except Exception:
+            if engine == order[-1] and found is None:
+                raise
+            continue
+        if not found[1].recorder.doubts:
+            break
+    assert found is not None
+    return found
+
+
+def _of_modules(model: nn.Module, run: _Run) -> dict[str, ModuleCost]:
+    """Cost of every module, in the order of ``named_modules``."""
+    recorder, totals, prefix = run.recorder, run.counter.get_flop_counts(), type(model).__name__
+    found: dict[str, ModuleCost] = {}
+    for path, module in reversed(list(model.named_modules())):
+        key = f"{prefix}.{path}" if path else prefix
+        macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
+        if path not in run.shapes:  # a list of modules: it is never called, its children are
+            children: list[Any] = [found[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in found]
+            macs, other, acts = (sum(c[i] for c in children) for i in (1, 2, 3))
+        n = sum(p.numel() for p in module.parameters())
+        found[path] = ModuleCost(n, macs, other, acts, run.shapes.get(path))
+    return dict(reversed(found.items()))
+
+
+def _summed(model: nn.Module, run: _Run, engine: str, reasons: list[str]) -> Count:
+    counter, recorder, _ = run
+    params, buffers = list(model.parameters()), list(model.buffers())
+    flops_of_op = counter.get_flop_counts().get("Global", {})
+    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in flops_of_op.items()}
+    state_bytes: Counter[str] = Counter()
+    for t in (*params, *buffers):
+        state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
+    return Count(
+        params=sum(p.numel() for p in params),
+        trainable=sum(p.numel() for p in params if p.requires_grad),
+        buffers=sum(b.numel() for b in buffers),
+        state_bytes=dict(state_bytes),
+        macs=counter.get_total_flops() // 2,
+        flops_other=recorder.other["Global"],
+        acts=recorder.acts["Global"],
+        bytes=recorder.bytes,
+        kernels=recorder.kernels,
+        largest=recorder.largest,
+        uncounted=dict(recorder.uncounted),
+        modules=_of_modules(model, run),
+        ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
+        engine=engine if engine != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
+        reasons=reasons,
+    )
+
+
 def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "auto", **kwargs: Any) -> Count:
     """Count what one call ``model(*args, **kwargs)`` costs, on a copy: the model and its inputs stay as they are.
 
@@ -715,85 +678,18 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         ValueError: If ``engine`` is unknown.
         Exception: What the model raises, if it cannot be run on these inputs at all.
     """
-    engines: dict[str, Callable[..., _Run]] = {"meta": _on_meta, "fake": _on_fake, "real": _on_device}
-    if engine not in ("auto", *engines):
-        raise ValueError(f"got engine={engine!r}, need auto, {', '.join(engines)}")
+    if engine not in ("auto", *_ENGINES):
+        raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
     model = unwrap(model)
-    params, buffers = list(model.parameters()), list(model.buffers())
-    on_meta = any(t.device.type == "meta" for t in (*params, *buffers))
-    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
-    order = [engine]
-    if engine == "auto" and on_meta:
-        order = ["meta", "fake"]
-    elif engine == "auto":  # TorchScript compiles itself anew for what it is given, so it sees what it was made for
-        order = ["real"] if scripted else ["fake", "real"] if backward else list(engines)
-
-    def run_on(engine: str) -> _Run:
-        if backward:
-            return engines[engine](model, args, kwargs, torch.enable_grad)
-        try:
-            return engines[engine](model, args, kwargs, torch.inference_mode)
-        except Exception as e:
-            try:
-                run = engines[engine](model, args, kwargs, torch.no_grad)  # for gradients or threads inside
-            except Exception:
-                raise e from None
-            if "outside inferencemode" in str(e).lower():
-                run.recorder.tell("another thread writes into tensors: what it computes is not counted")
-            return run
-
-    run, used = None, ""
-    for candidate in order:
-        try:
-            found = run_on(candidate)
-        except Exception:
-            if candidate == order[-1] and run is None:
-                raise
-            continue
-        run, used = found, candidate
-        if not run.recorder.doubts:
-            break
-    assert run is not None
-    counter, recorder, shapes = run
-    reasons = recorder.reasons()
-    if recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
+    order = _order(model, backward) if engine == "auto" else [engine]
+    run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)
+    used, run = _first_settled(order, run_on)
+    reasons = run.recorder.reasons()
+    if run.recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
         again = run_on(used).recorder.unseen
-        unseen = [text for key, (_, text) in again.items() if key not in recorder.unseen]
+        unseen = [text for key, (_, text) in again.items() if key not in run.recorder.unseen]
         reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
-    totals, prefix = counter.get_flop_counts(), type(model).__name__
-    modules: dict[str, ModuleCost] = {}
-    for path, module in reversed(list(model.named_modules())):
-        key = f"{prefix}.{path}" if path else prefix
-        macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
-        if path not in shapes:  # a list of modules: it is never called, its children are
-            children: list[Any] = [
-                modules[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in modules
-            ]
-            macs, other, acts = (sum(c[i] for c in children) for i in (1, 2, 3))
-        n = sum(p.numel() for p in module.parameters())
-        modules[path] = ModuleCost(n, macs, other, acts, shapes.get(path))
-    modules = dict(reversed(modules.items()))
-    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in totals.get("Global", {}).items()}
-    state_bytes: Counter[str] = Counter()
-    for t in (*params, *buffers):
-        state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
-    return Count(
-        params=sum(p.numel() for p in params),
-        trainable=sum(p.numel() for p in params if p.requires_grad),
-        buffers=sum(b.numel() for b in buffers),
-        state_bytes=dict(state_bytes),
-        macs=counter.get_total_flops() // 2,
-        flops_other=recorder.other["Global"],
-        acts=recorder.acts["Global"],
-        bytes=recorder.bytes,
-        kernels=recorder.kernels,
-        largest=recorder.largest,
-        uncounted=dict(recorder.uncounted),
-        modules=modules,
-        ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
-        engine=used if used != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
-        reasons=reasons,
-    )
+    return _summed(model, run, used, reasons)
 
 
 # the second engine

@@ -79,12 +79,6 @@ def _litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     )
 
 
-def _hilo(checkout: Path, dim: int, num_heads: int, window_size: int, alpha: float) -> nn.Module:
-    with _importing(checkout, {}):
-        from hilo import HiLo  # type: ignore[import-not-found]
-    return HiLo(dim=dim, num_heads=num_heads, qkv_bias=True, window_size=window_size, alpha=alpha)
-
-
 def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     """The operator of NATTEN 0.17 that later releases dropped, by one gather, as the official code runs without it."""
     import torch
@@ -210,7 +204,7 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
 
     Args:
         checkout: Folder of the official repository.
-        **arguments: ``dim, num_heads, window_size, alpha``.
+        **arguments: ``dim, num_heads, qkv_bias, window_size, alpha``.
 
     Returns:
         The layer.
@@ -219,7 +213,10 @@ def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
         UserError: If the folder is not that repository.
     """
     _require(checkout, "hilo.py")
-    return _hilo(checkout, **arguments)
+    with _importing(checkout, {}):
+        from hilo import HiLo  # type: ignore[import-not-found]
+    layer: nn.Module = HiLo(**arguments)
+    return layer
 
 
 class _Subspace(nn.Module):
@@ -267,7 +264,7 @@ class ULSAMLoop(nn.Module):
         return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)
 
 
-_TIMM = {
+TIMM = {
     "halo_26t": "halonet26t",
     "halo_se33ts": "sehalonet33ts",
     "halo_50ts": "halonet50ts",
@@ -289,11 +286,11 @@ def timm_model(name: str) -> nn.Module | None:
     import timm
     from timm.models.byoanet import model_cfgs
 
-    if name not in _TIMM:
+    if name not in TIMM:
         return None
     if name != "halo_h1":
-        return timm.create_model(_TIMM[name])
+        return timm.create_model(TIMM[name])
     cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
     attention = {**cfg.self_attn_kwargs, "num_heads": 4}
     first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
-    return timm.create_model(_TIMM[name], blocks=(first, *cfg.blocks[1:]))
+    return timm.create_model(TIMM[name], blocks=(first, *cfg.blocks[1:]))

@@ -5,20 +5,30 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
+
+from vizoo.tools.options import DTYPES
 
 WARMUP_CALLS, WARMUP_SECONDS, MIN_RUNS = 10, 1.0, 100
 SETTLED = 0.02  # relative change of the last five medians that ends the warm-up
 SPREAD = 0.05  # interquartile range over median that ends the sampling early
 NOISY, BUSY = 0.10, 0.80
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The ``q`` quantile of samples, linear between them."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 class Stats(NamedTuple):
@@ -38,11 +48,7 @@ class Stats(NamedTuple):
 
     def quantile(self, q: float) -> float:
         """The ``q`` quantile, linear between samples."""
-        ordered = sorted(self.samples)
-        position = q * (len(ordered) - 1)
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        return quantile(self.samples, q)
 
     @property
     def n(self) -> int:
@@ -136,33 +142,41 @@ def measure(
             f"got warmup={warmup}, min_time={min_time}, max_time={max_time}; need 0 <= min_time <= max_time"
         )
     device = torch.device(device)
-    cuda = device.type == "cuda"
 
     def call() -> float:
         start = clock()
         fn()
-        if cuda:
-            torch.cuda.synchronize(device)
+        _wait(device)
         return clock() - start
 
     first = call()
+    calls = _warm_up(call, warmup, max_time, clock, tick)
+    with quiet():
+        samples, cpu_use = _sample(fn, device, min_time, max_time, clock, cpu_clock, tick)
+    return Stats(samples, cpu_use, first, calls)
+
+
+def _warm_up(
+    call: Callable[[], float],
+    least: int,
+    max_time: float,
+    clock: Callable[[], float],
+    tick: Callable[[float], None] | None,
+) -> int:
+    """Call until the times settle; the number of calls, with one before these."""
     calls, begin = 1, clock()
     recent: list[float] = []
     medians: list[float] = []
     while True:
-        enough = calls >= warmup and clock() - begin >= min(WARMUP_SECONDS, max_time)
+        enough = calls >= least and clock() - begin >= min(WARMUP_SECONDS, max_time)
         settled = len(medians) >= 5 and max(medians[-5:]) - min(medians[-5:]) <= SETTLED * medians[-1]
         if (enough and settled) or (clock() - begin >= max_time and calls > 1):
-            break
+            return calls
         recent.append(call())
         medians.append(statistics.median(recent[-10:]))
         calls += 1
         if tick:
             tick(0.0)
-
-    with quiet():
-        samples, cpu_use = _sample(fn, device, min_time, max_time, clock, cpu_clock, tick)
-    return Stats(samples, cpu_use, first, calls)
 
 
 def _sample(
@@ -281,47 +295,56 @@ def compare(
     if len(functions) < 2 or rounds < 1:
         raise ValueError(f"got {len(functions)} functions and rounds={rounds}, need two functions and one round")
     device = torch.device(device)
+    difference = _difference({name: f(*inputs) for name, f in functions.items()})
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def run(f: Callable[..., Any], calls: int) -> float:
+        """Seconds of a number of calls."""
+        _wait(device)
+        start = clock()
+        for _ in range(calls):
+            f(*inputs)
+        _wait(device)
+        return clock() - start
 
-    def tensors(out: Any) -> list[torch.Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(out)
-        return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor)]
-
-    outputs = {name: tensors(f(*inputs)) for name, f in functions.items()}
-    reference = next(iter(outputs.values()))
-    difference = {
-        name: max([float((a - b).abs().max()) for a, b in zip(out, reference, strict=True) if a.numel()], default=0.0)
-        for name, out in outputs.items()
-    }
-    del outputs, reference
     calls = dict.fromkeys(functions, 1)
     for _ in range(warmup):
         for name, f in functions.items():
-            wait()
-            start = clock()
-            f(*inputs)
-            wait()
-            calls[name] = max(1, math.ceil(least / max(clock() - start, 1e-9)))
+            calls[name] = max(1, math.ceil(least / max(run(f, 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     wall = cpu = 0.0
     with quiet():
         for _ in range(rounds):
             for name, f in functions.items():
-                wait()
-                c, t, start = time.process_time(), time.perf_counter(), clock()
-                for _ in range(calls[name]):
-                    f(*inputs)
-                wait()
-                seconds[name].append((clock() - start) / calls[name])
+                c, t = time.process_time(), time.perf_counter()
+                seconds[name].append(run(f, calls[name]) / calls[name])
                 wall += time.perf_counter() - t
                 cpu += time.process_time() - c
             if tick:
                 tick()
     use = None if device.type == "cuda" else cpu / wall / torch.get_num_threads()
     return Comparison(seconds, use, difference)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _difference(outputs: dict[str, Any]) -> dict[str, float]:
+    """Largest absolute difference of each output from the first one."""
+
+    def tensors(out: Any) -> list[torch.Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(out)
+        return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor)]
+
+    reference = tensors(next(iter(outputs.values())))
+    return {
+        name: max(
+            [float((a - b).abs().max()) for a, b in zip(tensors(out), reference, strict=True) if a.numel()],
+            default=0.0,
+        )
+        for name, out in outputs.items()
+    }
 
 
 def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> float:
@@ -433,18 +456,6 @@ def _resident_growth(fn: Callable[[], Any]) -> int:
 # whole models
 
 
-def default_threads() -> int:
-    """Physical cores that this process may use: those of the machine, its affinity and its control group's quota."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [psutil.cpu_count(logical=False) or allowed, allowed]
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        limits.append(int(quota) // int(period))
-    return max(1, min(limits))
-
-
 def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
     """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated."""
     if not isinstance(x, torch.Tensor):
@@ -457,17 +468,78 @@ def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
+class Conditions(NamedTuple):
+    """How a model is run while it is measured.
+
+    Attributes:
+        device: Where.
+        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
+        amp: Keep float32 weights and run under autocast.
+        channels_last: Model and images in channels_last memory.
+        compile: ``torch.compile``; a string is its mode.
+        batch: Images at once; None is 1 for latency, and 8 on a CPU or 64 on a GPU for throughput.
+        min_time: As in :func:`measure`.
+        max_time: As in :func:`measure`.
+    """
+
+    device: torch.device = torch.device("cpu")
+    dtype: str = "fp32"
+    amp: bool = False
+    channels_last: bool = False
+    compile: bool | str = False
+    batch: int | None = None
+    min_time: float = 2.0
+    max_time: float = 10.0
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The ``dtype`` of torch."""
+        kind: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return kind
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Dtype of weights and floating inputs."""
+        return torch.float32 if self.amp else self.kind
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inference mode, autocast if asked for, and :func:`float32_products`; convolution algorithms are searched."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            with (
+                float32_products(tf32=self.dtype == "tf32"),
+                torch.inference_mode(),
+                torch.autocast(self.device.type, dtype=self.kind if self.amp else None, enabled=self.amp),
+            ):
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
 @contextlib.contextmanager
-def conditions(device: torch.device, dtype: torch.dtype, amp: bool, tf32: bool) -> Iterator[None]:
-    """Inference mode, autocast if asked for, TensorFloat-32 only if asked for, convolution algorithms searched."""
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Products of float32 are in TensorFloat-32, or are not, whatever the process says elsewhere."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    before, precision = (matmul.allow_tf32, cudnn.allow_tf32), matmul.fp32_precision
+    matmul.allow_tf32, cudnn.allow_tf32 = tf32, tf32
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype if amp else None, enabled=amp):
-            yield
+        yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.fp32_precision = precision  # "none" would come back as "ieee", which kernels take literally
+
+
+@contextlib.contextmanager
+def fused(enable: bool) -> Iterator[None]:
+    """Models built inside use fused attention and kernels, or do not."""
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(enable, experimental=enable and before[1])
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)
 
 
 class Measured(NamedTuple):
@@ -490,33 +562,81 @@ class Measured(NamedTuple):
     notes: list[str]
 
 
+class _Calls:
+    """Calls of a model with random inputs of any batch.
+
+    Args:
+        model: A module in evaluation mode, on its device and in its dtype.
+        inputs: Positional inputs at batch 1.
+        how: The conditions.
+    """
+
+    def __init__(self, model: torch.nn.Module, inputs: Sequence[Any], how: Conditions) -> None:
+        self.model, self.single, self.how = model, inputs, how
+        self.run: Any = model
+        if how.compile:
+            torch._dynamo.reset()
+            self.run = torch.compile(model, mode=how.compile if isinstance(how.compile, str) else None)
+
+    def inputs(self, n: int) -> list[Any]:
+        """Inputs of ``n`` times the batch."""
+        tensors = [random_like(x, n, self.how.device, self.how.weights) for x in self.single]
+        if self.how.channels_last:
+            images = [isinstance(x, torch.Tensor) and x.dim() == 4 for x in tensors]
+            last = torch.channels_last
+            tensors = [x.contiguous(memory_format=last) if i else x for x, i in zip(tensors, images, strict=True)]
+        return tensors
+
+    def time(self, n: int) -> tuple[Stats, Callable[[], Any]]:
+        """Time the call with ``n`` images; also returns it."""
+        tensors = self.inputs(n)
+
+        def call() -> Any:
+            return self.run(*tensors)
+
+        return measure(call, self.how.device, min_time=self.how.min_time, max_time=self.how.max_time), call
+
+    def throughput(self, n: int) -> tuple[float, int, list[str]]:
+        """Images a second in calls of ``n`` images, or of half as many and so on where memory is too small.
+
+        Returns:
+            Images a second, how many at once, and what is doubtful.
+        """
+        cuda, batch = self.how.device.type == "cuda", n
+        while True:
+            try:
+                stats, call = self.time(batch)
+                speed = batch / (back_to_back(call, self.how.device) if cuda else stats.median)
+            except torch.cuda.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                torch.cuda.empty_cache()
+                batch //= 2
+                continue
+            notes = [f"throughput: {w}" for w in stats.warnings]
+            return speed, batch, notes + [f"out of memory: batch reduced to {batch}"] * (batch < n)
+
+    def memory(self, n: int) -> Memory:
+        """Peak memory of a call with ``n`` images; on a CPU that of the uncompiled model."""
+        tensors = self.inputs(n)
+        target = self.run if self.how.device.type == "cuda" else self.model
+        return peak_memory(lambda: target(*tensors), self.model, tensors, self.how.device)
+
+
 def measure_model(
     model: torch.nn.Module,
     inputs: Sequence[Any],
     modes: Sequence[str],
-    device: torch.device,
-    *,
-    weights: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    compile: bool | str = False,
-    batch: int | None = None,
-    min_time: float = 2.0,
-    max_time: float = 10.0,
+    how: Conditions,
     step: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Latency, throughput and peak memory of a model, inside :func:`conditions`.
+    """Latency, throughput and peak memory of a model, inside ``how.entered()``.
 
     Args:
-        model: A module in evaluation mode, on ``device`` and in ``weights``.
+        model: A module in evaluation mode, on the device and in the dtype of ``how``.
         inputs: Positional inputs at batch 1, of which only shapes and dtypes matter where they are floating.
         modes: Any of ``latency``, ``throughput``, ``memory``.
-        device: Where it is.
-        weights: Dtype of floating inputs.
-        channels_last: Give images in channels_last memory.
-        compile: ``torch.compile``; a string is its mode.
-        batch: Images at once; None is 1 for latency, and 8 on a CPU or 64 on a GPU for throughput.
-        min_time: As in :func:`measure`.
-        max_time: As in :func:`measure`.
+        how: The conditions.
         step: Called with a text when a new part begins.
 
     Returns:
@@ -525,52 +645,22 @@ def measure_model(
     Raises:
         torch.cuda.OutOfMemoryError: If a single image does not fit.
     """
-    cuda = device.type == "cuda"
-    run: Any = model
-    if compile:
-        torch._dynamo.reset()
-        run = torch.compile(model, mode=compile if isinstance(compile, str) else None)
-
-    def given(n: int) -> list[Any]:
-        tensors = [random_like(x, n, device, weights) for x in inputs]
-        if channels_last:
-            images = [isinstance(x, torch.Tensor) and x.dim() == 4 for x in tensors]
-            last = torch.channels_last
-            tensors = [x.contiguous(memory_format=last) if i else x for x, i in zip(tensors, images, strict=True)]
-        return tensors
-
-    def timed(n: int) -> tuple[Stats, Callable[[], Any]]:
-        tensors = given(n)
-        return measure(lambda: run(*tensors), device, min_time=min_time, max_time=max_time), lambda: run(*tensors)
-
+    cuda = how.device.type == "cuda"
+    calls = _Calls(model, inputs, how)
+    small, large = how.batch or 1, how.batch or (64 if cuda else 8)
     notes: list[str] = []
     latency, throughput, memory = None, None, None
-    reduced = False
-    small, large = batch or 1, batch or (64 if cuda else 8)
     if "latency" in modes:
         step(f"latency, batch {small}")
-        latency, _ = timed(small)
+        latency, _ = calls.time(small)
         notes += [f"latency: {w}" for w in latency.warnings]
-    while "throughput" in modes and throughput is None:
+    if "throughput" in modes:
         step(f"throughput, batch {large}")
-        try:
-            stats, call = timed(large)
-            throughput = large / (back_to_back(call, device) if cuda else stats.median)
-        except torch.cuda.OutOfMemoryError:
-            if large == 1:
-                raise
-            torch.cuda.empty_cache()
-            large //= 2
-            reduced = True
-            continue
-        notes += [f"throughput: {w}" for w in stats.warnings]
-        if reduced:
-            notes.append(f"out of memory: batch reduced to {large}")
+        throughput, large, told = calls.throughput(large)
+        notes += told
     if "memory" in modes:
         step("memory")
-        tensors = given(large if throughput else small)
-        target = run if cuda else model
-        if compile and not cuda:
-            notes.append("memory is that of the uncompiled model")
-        memory = peak_memory(lambda: target(*tensors), model, tensors, device)
-    return Measured(latency, small if latency else None, throughput, large if throughput else None, memory, notes)
+        memory = calls.memory(large if throughput else small)
+        notes += ["memory is that of the uncompiled model"] * bool(how.compile and not cuda)
+    uses_small = latency is not None or (memory is not None and throughput is None)
+    return Measured(latency, small if uses_small else None, throughput, large if throughput else None, memory, notes)

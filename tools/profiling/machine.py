@@ -1,0 +1,168 @@
+"""What a figure was measured on: processor, device, versions, commit, threads, and processes for settings of these."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from vizoo.tools.common import Failure
+
+PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
+PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
+Result = TypeVar("Result")
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU; of the processor for any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def commit() -> str:
+    """Commit of the checkout this package runs from, with ``+`` for uncommitted changes; empty outside one."""
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def _allowed_cores() -> int | None:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: those of the machine, its affinity and its control group's quota."""
+    import psutil
+
+    allowed = _allowed_cores() or 1
+    limits = [psutil.cpu_count(logical=False) or allowed, allowed]
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        limits.append(int(quota) // int(period))
+    return max(1, min(limits))
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on: ``vizoo``, its ``commit``, ``python``, ``torch`` and ``timm``."""
+    import timm
+
+    import vizoo
+
+    return {
+        "vizoo": vizoo.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine, load and date of a measurement on a device."""
+    import psutil
+
+    return {
+        **versions(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "machine": device_name(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": psutil.cpu_count(logical=False),
+        "load": round(psutil.getloadavg()[0], 2),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def installation() -> dict[str, Any]:
+    """Versions, devices and backends of this machine.
+
+    Returns:
+        ``versions`` by package (None when absent), ``cpu``, ``cores`` this process may use, ``memory_gib``, ``gpus``,
+        and ``backends``: name to ``usable`` and ``reason``.
+    """
+    import psutil
+
+    import vizoo
+    from vizoo.backbones.ops.backend import backends
+
+    found: dict[str, str | None] = {"vizoo": vizoo.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return {
+        "versions": found,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": _allowed_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {b.name: {"usable": b.usable, "reason": b.reason} for b in backends()},
+    }
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_interop_threads(1)
+    torch.set_num_threads(threads)
+
+
+def with_threads(threads: list[int], work: Callable[..., list[Result]], *args: Any) -> list[Result]:
+    """Results of some work with every number of CPU threads.
+
+    Args:
+        threads: Numbers of threads: one is set here for the time of the work; several get a fresh process each, for
+            OpenMP keeps the pool of its first size.
+        work: Function of a module, called once for each number.
+        *args: Its arguments, which can be sent to a process.
+
+    Returns:
+        What the calls return, one after the other.
+
+    Raises:
+        Failure: If a process dies.
+    """
+    if len(threads) == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads[0])
+        try:
+            return work(*args)
+        finally:
+            torch.set_num_threads(before)
+    found: list[Result] = []
+    for n in threads:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_set_threads, initargs=(n,)) as pool:
+            try:
+                found += pool.submit(work, *args).result()
+            except BrokenProcessPool:
+                raise Failure(f"the process with {n} threads died, killed perhaps because memory ran out") from None
+    return found

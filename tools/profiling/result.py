@@ -1,0 +1,316 @@
+"""What a model costs as a result: its figures, its rows and files, and the table with its conventions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vizoo.tools.common import append_table, atomic_write, markdown
+from vizoo.tools.profiling.counting import Count
+from vizoo.tools.profiling.timing import Memory, Stats
+
+FOOTNOTE = """\
+GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
+print them as FLOPs.  GFLOPs = 2 GMACs + other GFLOPs (norms, softmax, activations, biases, by fixed costs per element).
+acts: elements written by those contractions, attention scores included.  Counted by vizoo profile."""
+FVCORE = "fvcore G: fvcore's total in 1e9: a multiply-accumulate counts one, and norms and pooling are in it."
+COLUMNS = [
+    "model", "height", "width", "params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total", "status",
+    "reasons", "latency_batch", "latency_median_ms", "latency_p10_ms", "latency_p90_ms", "latency_iqr_ms",
+    "latency_n", "latency_first_ms", "throughput_batch", "throughput", "peak_bytes", "cpu_use", "device", "dtype",
+    "amp", "channels_last", "compile", "threads", "fused", "reparam", "features", "vizoo", "commit", "python",
+    "torch", "timm", "cuda", "machine", "instructions", "cores", "load", "date", "notes",
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Profile:
+    """What one model costs, as counted and measured.
+
+    Attributes:
+        model: Name.
+        size: Height and width in pixels; None for inputs that are no image.
+        config: Device, dtype and the other conditions of the measurement.
+        environment: Versions and machine.
+        counts: Counts of one image.
+        latency: Seconds of one call at ``latency_batch``.
+        throughput: Images a second at ``throughput_batch``.
+        memory: Peak memory at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
+        fvcore_total: Total as fvcore counts, with its norms and pooling.
+        notes: What was doubtful or changed while measuring.
+    """
+
+    model: str
+    size: tuple[int, int] | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    counts: Count
+    latency: Stats | None = None
+    latency_batch: int | None = None
+    throughput: float | None = None
+    throughput_batch: int | None = None
+    memory: Memory | None = None
+    fvcore_total: int | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def params(self) -> int:
+        """Parameters, shared ones once."""
+        return self.counts.params
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of contractions."""
+        return self.counts.macs
+
+    @property
+    def flops_other(self) -> int:
+        """FLOPs of everything that is no contraction."""
+        return self.counts.flops_other
+
+    @property
+    def acts(self) -> int:
+        """Elements written by contractions."""
+        return self.counts.acts
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved by all operators, a lower bound of memory traffic."""
+        return self.counts.bytes
+
+    @property
+    def uncounted(self) -> dict[str, int]:
+        """Operators nobody could price, with their calls."""
+        return self.counts.uncounted
+
+    @property
+    def status(self) -> str:
+        """``complete``, or ``partial`` when the counts miss something or hold for some inputs only."""
+        return self.counts.status
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the counts are partial, one line each."""
+        return self.counts.reasons
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was run on a device."""
+        return self.latency is not None or self.throughput is not None or self.memory is not None
+
+    def by_module(self, depth: int = 1, sort: str = "", top: int = 0) -> list[dict[str, Any]]:
+        """Costs of the modules down to a depth.
+
+        Args:
+            depth: Number of name parts shown; 0 is the whole model.
+            sort: ``macs``, ``params``, ``acts`` or ``other`` for the most expensive first; empty for the model's order.
+            top: Most rows; 0 for all.
+
+        Returns:
+            Rows with ``module, params, macs, share, acts, other, out``, the last the shape of the output.
+        """
+        rows = self.counts.by_module(depth, sort, top)
+        return [{**row, "module": row["module"] or self.model} for row in rows]
+
+    def by_op(self, top: int = 0) -> list[dict[str, Any]]:
+        """Rows with ``op, calls, macs, share, other``, the most expensive first; ``top`` limits them."""
+        return self.counts.by_op(top)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-ready; times in milliseconds, memory in bytes."""
+        c = self.counts
+        return {
+            "model": self.model,
+            "environment": self.environment,  # near the beginning, where a file of ours is told by
+            "size": list(self.size) if self.size else None,
+            "status": c.status,
+            "reasons": c.reasons,
+            "params": c.params,
+            "trainable": c.trainable,
+            "buffers": c.buffers,
+            "state_bytes": c.state_bytes,
+            "macs": c.macs,
+            "flops_other": c.flops_other,
+            "acts": c.acts,
+            "bytes": c.bytes,
+            "kernels": c.kernels,
+            "largest_tensor": c.largest,
+            "uncounted": c.uncounted,
+            "modules": {path: m._asdict() for path, m in c.modules.items()},
+            "ops": self.by_op(),
+            "fvcore_total": self.fvcore_total,
+            "latency_batch": self.latency_batch,
+            "latency": self.latency.to_dict() if self.latency else None,
+            "throughput_batch": self.throughput_batch,
+            "throughput": self.throughput,
+            "memory": self.memory._asdict() if self.memory else None,
+            "config": self.config,
+            "notes": self.notes,
+        }
+
+    def to_row(self) -> dict[str, Any]:
+        """One flat row for CSV files; times in milliseconds, memory in bytes."""
+        d = self.to_dict()
+        latency, memory = d["latency"] or {}, d["memory"] or {}
+        return {
+            "model": self.model,
+            "height": self.size[0] if self.size else "",
+            "width": self.size[1] if self.size else "",
+            **{k: d[k] for k in ("params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total")},
+            "status": self.status,
+            "reasons": "; ".join(self.reasons),
+            "latency_batch": d["latency_batch"],
+            **{f"latency_{k}": latency.get(k) for k in ("median_ms", "p10_ms", "p90_ms", "iqr_ms", "n", "first_ms")},
+            "throughput_batch": d["throughput_batch"],
+            "throughput": d["throughput"],
+            "peak_bytes": memory.get("peak"),
+            "cpu_use": latency.get("cpu_use"),
+            **self.config,
+            **self.environment,
+            "notes": "; ".join(self.notes),
+        }
+
+    def table(self) -> str:
+        """The row of this model as a Markdown table with its conventions."""
+        return self.to_markdown()
+
+    def to_markdown(self) -> str:
+        """The row of this model as a Markdown table with its conventions."""
+        return markdown_table([self])
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything to a JSON file, in one step."""
+        write_results([self], Path(path), "json")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Append the flat row to a CSV file, in one step."""
+        write_results([self], Path(path), "csv")
+
+
+def what_differs(profiles: Sequence[Profile]) -> list[dict[str, str]]:
+    """The conditions that are not those of all profiles.
+
+    Args:
+        profiles: Results that are shown together.
+
+    Returns:
+        For each of them some of ``dtype``, ``batch`` and ``threads`` as text, the same keys in all.
+    """
+    found = [
+        {
+            "dtype": p.config["dtype"],
+            "batch": "/".join(dict.fromkeys(str(n) for n in (p.latency_batch, p.throughput_batch) if n)),
+            "threads": str(p.config.get("threads") or ""),
+        }
+        for p in profiles
+    ]
+    keys = [k for k in ("dtype", "batch", "threads") if len({d[k] for d in found}) > 1]
+    return [{k: d[k] for k in keys} for d in found]
+
+
+def _scaled(value: float | None, scale: float, digits: int) -> str:
+    return "" if value is None else f"{value / scale:.{digits}f}"
+
+
+def _counted(value: float, scale: float, digits: int, p: Profile) -> str:
+    return _scaled(value, scale, digits) + ("*" if p.reasons else "")
+
+
+_TABLE: dict[str, Callable[[Profile], str]] = {  # text by header; a star tells a partial count
+    "model": lambda p: p.model,
+    "size": lambda p: f"{p.size[0]}x{p.size[1]}" if p.size else "",
+    "params M": lambda p: _scaled(p.params, 1e6, 2),
+    "GMACs": lambda p: _counted(p.macs, 1e9, 3, p),
+    "other GFLOPs": lambda p: _counted(p.flops_other, 1e9, 3, p),
+    "acts M": lambda p: _counted(p.acts, 1e6, 2, p),
+    "fvcore G": lambda p: _scaled(p.fvcore_total, 1e9, 3),
+    "peak MB": lambda p: f"{p.memory.peak / 1e6:.0f}" if p.memory else "",
+    "ms p50": lambda p: f"{1e3 * p.latency.median:.1f}" if p.latency else "",
+    "± IQR": lambda p: f"{1e3 * p.latency.iqr:.1f}" if p.latency else "",
+    "img/s": lambda p: f"{p.throughput:.1f}" if p.throughput else "",
+    "threads": lambda p: str(p.config.get("threads") or "") if p.latency or p.throughput else "",
+}
+
+
+def cells(profiles: Sequence[Profile]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table; columns that no profile fills are left out, but for the model."""
+    table = {header: [text(p) for p in profiles] for header, text in _TABLE.items()}
+    differing = what_differs(profiles)
+    table.update({k: [d[k] for d in differing] for k in ("dtype", "batch") if k in differing[0]})
+    table = {header: column for header, column in table.items() if any(column)}
+    return list(table), [list(row) for row in zip(*table.values(), strict=True)]
+
+
+def where(profiles: Sequence[Profile]) -> list[str]:
+    """The machine and the conditions that all profiles were measured under; empty when nothing was measured."""
+    p = next((p for p in profiles if p.measured), None)
+    if p is None:
+        return []
+    c, differing = p.config, what_differs(profiles)[0]
+    dtype = " ".join(["" if "dtype" in differing else c["dtype"], *["autocast"] * c["amp"]]).strip()
+    found = [f"{p.environment['machine']} ({c['device']})", *[dtype] * bool(dtype)]
+    return found + ["channels_last"] * c["channels_last"] + [f"compiled {c['compile']}"] * bool(c["compile"])
+
+
+def _conditions(profiles: Sequence[Profile]) -> str:
+    """One line with the conditions of the measurement, empty when nothing was measured."""
+    parts = where(profiles)
+    if not parts:
+        return ""
+    p = next(p for p in profiles if p.measured)
+    several = "batch" in what_differs(profiles)[0]
+    if p.latency:
+        parts.append("ms: median of one call" + ("" if several else f", batch {p.latency_batch}"))
+    if p.throughput and not several:
+        parts.append(f"img/s: batch {p.throughput_batch}")
+    if p.memory:
+        batch = "" if several else f", batch {p.throughput_batch or p.latency_batch}"
+        parts.append(f"peak MB: weights, input and activations{batch}")
+    if p.config["compile"] and p.latency:
+        parts.append(f"first call with compilation {p.latency.first:.1f} s")
+    parts.append(f"torch {p.environment['torch']}, {p.environment['date'][:10]}")
+    return "; ".join(parts) + "."
+
+
+def footnotes(profiles: Sequence[Profile]) -> list[str]:
+    """Why counts are partial, and the conventions of the columns that are shown."""
+    partial = [f"* {p.model}: partial count: {reason}." for p in profiles for reason in p.reasons]
+    total = any(p.fvcore_total is not None for p in profiles)
+    return list(filter(None, [*dict.fromkeys(partial), _conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
+
+
+def markdown_table(profiles: Sequence[Profile]) -> str:
+    """Profiles as a Markdown table with its conventions."""
+    columns, rows = cells(profiles)
+    notes = ["; ".join(p.notes) for p in profiles]
+    numeric = range(1, len(columns))
+    if any(notes):
+        columns, rows = [*columns, "note"], [[*row, note] for row, note in zip(rows, notes, strict=True)]
+    return "\n".join([markdown(columns, rows, numeric), *footnotes(profiles), ""])
+
+
+def to_json(profiles: Sequence[Profile]) -> str:
+    """Profiles as a list in JSON."""
+    return json.dumps([p.to_dict() for p in profiles], indent=1)
+
+
+def write_results(profiles: Sequence[Profile], path: Path, kind: str) -> None:
+    """Write profiles to a file in one step: JSON and Markdown anew, CSV appended with one row each.
+
+    Args:
+        profiles: At least one result.
+        path: File to write.
+        kind: ``csv``, ``json`` or ``md``.
+
+    Raises:
+        UserError: If an existing CSV file has other columns.
+        Failure: If the file cannot be written.
+    """
+    if kind == "csv":
+        append_table(path, COLUMNS, [p.to_row() for p in profiles])
+        return
+    with atomic_write(path) as f:
+        f.write(to_json(profiles) if kind == "json" else markdown_table(profiles))
