@@ -291,18 +291,18 @@ SHARED: dict[str, dict[str, Any]] = {
     "--task": {"choices": TASKS, "help": "what to train or to measure"},
     "--config": {"metavar": "FILE", "help": "YAML file of options, such as args.yaml; the command line overrides it"},
     "--grad-accum-steps": {"type": _POSITIVE, "metavar": "N", "help": "batches for each update"},
-    "--amp-dtype": {"choices": ("float16", "bfloat16"), "help": "of --amp"},
+    "--amp-dtype": {"choices": ("float16", "bfloat16"), "help": "dtype of --amp"},
     "--sync-bn": {**_TOGGLE, "help": "BatchNorm over all processes, CUDA only"},
     "--dist-bn": {"choices": ("reduce", "broadcast", ""), "help": "statistics of BatchNorm after an epoch"},
     "--opt": {"metavar": "NAME", "help": "any optimizer of timm"},
-    "--opt-eps": {"type": _REAL, "metavar": "EPS", "help": "of the optimizer"},
-    "--opt-betas": {"type": _SHARE, "nargs": "+", "metavar": "BETA", "help": "of the optimizer"},
-    "--momentum": {"type": _REAL, "metavar": "M", "help": "of the optimizer"},
+    "--opt-eps": {"type": _REAL, "metavar": "EPS", "help": "what keeps it from dividing by zero"},
+    "--opt-betas": {"type": _SHARE, "nargs": "+", "metavar": "BETA", "help": "decay of its averages"},
+    "--momentum": {"type": _REAL, "metavar": "M", "help": "of optimizers that have one"},
     "--layer-decay": {"type": _REAL, "metavar": "FACTOR", "help": "layer-wise decay of the learning rate"},
     "--layer-decay-min-scale": {"type": _SHARE, "metavar": "MIN", "help": "its lower bound"},
     "--weight-decay": {"type": _REAL, "metavar": "W", "help": "not for biases and norms"},
     "--clip-grad": {"type": _ABOVE, "metavar": "NORM", "help": "clip gradients"},
-    "--clip-mode": {"choices": ("norm", "value", "agc"), "help": "how"},
+    "--clip-mode": {"choices": ("norm", "value", "agc"), "help": "how gradients are clipped"},
     "--lr": {"type": _ABOVE, "metavar": "LR", "help": "learning rate"},
     "--epochs": {"type": _POSITIVE, "metavar": "N", "help": "passes over the training data"},
     "--sched": {
@@ -358,8 +358,9 @@ def add(parser: Any, flag: str, note: str = "", default: Any = None, required: b
     spec = dict(SHARED[flag])
     if default is not None or ("default" not in spec and spec.get("action") != "store_true"):
         spec["default"] = {} if default is None and spec.get("action") is KeyValues else default
-    if not note and default not in (None, False):
-        note = " ".join(map(str, default)) if isinstance(default, list | tuple) else f"{default}"
+    if not note and default is not None and not isinstance(default, bool):
+        values = default if isinstance(default, list | tuple) else [default]
+        note = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
     spec["help"] += f" ({note})" if note else ""
     spec["help"] = spec["help"].replace("%", "%%")
     if required:

@@ -227,13 +227,13 @@ def test_figures_of_known_answers(shapes: Path) -> None:
     options = {"batch_size": 4, "workers": 0, "amp": False, "check_data": "full", "data": str(shapes)}
     device = torch.device("cpu")
     parts = tool.open_parts({**options, "task": "detection", "arch": "mask_rcnn", "hflip": 0.0})
-    found = tool.measure(_Answers(parts.val), parts.val, parts.classes, 4, 0, device)
+    found = tool.figures(_Answers(parts.val), parts.val, parts.classes, 4, 0, device)
     assert {k: found[k] for k in ("AP", "AP50", "AP_mask", "AP50_mask")} == dict.fromkeys(
         ("AP", "AP50", "AP_mask", "AP50_mask"), pytest.approx(100)
     )
     extra = {"reduce_zero_label": True, "size": [128], "scale": [1, 1], "hflip": 0.0}
     parts = tool.open_parts({**options, **extra, "task": "segmentation"})
-    found = tool.measure(_Answers(parts.val), parts.val, parts.classes, 4, 0, device)
+    found = tool.figures(_Answers(parts.val), parts.val, parts.classes, 4, 0, device)
     by_hand = {c["name"]: c for c in found["classes"]}
     assert by_hand["triangle"]["IoU"] == 0
     assert by_hand["rectangle"]["IoU"] == by_hand["disc"]["IoU"] == pytest.approx(100)

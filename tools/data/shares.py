@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,8 +55,8 @@ class SharedOrder(Sampler[int]):
             return list(RandomSampler(range(self.count)))
 
     def __iter__(self) -> Iterator[int]:
-        order = (self.order() * 2)[: self.each * self.size]
-        return iter(order[self.rank :: self.size])
+        order = itertools.islice(itertools.cycle(self.order()), self.each * self.size)
+        return itertools.islice(order, self.rank, None, self.size)
 
 
 def share_order(loader: Any, seed: int, rank: int, size: int) -> None:

@@ -25,7 +25,7 @@ from vizoo.tools.training.dense import (
     build,
     build_train_parser,
     check_options,
-    measure,
+    figures,
     open_parts,
     precision,
     segment,
@@ -92,7 +92,7 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
     say_unnamed(trained, str(file))
     model.to(device)
     with precision(options, device):
-        found = measure(model, parts.val, parts.classes, options["batch_size"], options["workers"], device)
+        found = figures(model, parts.val, parts.classes, options["batch_size"], options["workers"], device)
     result = {k: options[k] for k in ("task", "arch", "model", "data")}
     result |= {"images": len(parts.val), "skipped": parts.val.skipped, **found}
     draw = functools.partial(_draw, model, parts, device)

@@ -16,7 +16,7 @@ from vizoo.tools.evaluation.results import add_results, check_results, write_res
 from vizoo.tools.options import Parser, add, number
 from vizoo.tools.scanpaths import Behaviour
 from vizoo.tools.training.options import check_choice, stored_arguments
-from vizoo.tools.training.scanpath import build, build_train_parser, load_trials, measure, predict
+from vizoo.tools.training.scanpath import build, build_train_parser, load_trials, path_metrics, predict
 
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
 SHOWN = 4  # trials of a picture
@@ -67,11 +67,11 @@ def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
     paths, forced = predict(model, trials, longest, size, device)
     columns = {"greedy": [found[0] for found in paths]}
     result: dict[str, Any] = {"model": options["model"], "checkpoint": checkpoint, "data": options["data"]}
-    result |= {"split": args.split, "trials": len(trials), **forced, "greedy": measure(trials, paths)}
+    result |= {"split": args.split, "trials": len(trials), **forced, "greedy": path_metrics(trials, paths)}
     if args.samples:
         sampled, _ = predict(model, trials, longest, size, device, args.samples, args.seed)
         columns["drawn"] = [found[0] for found in sampled]
-        result |= {"samples": args.samples, "sampled": measure(trials, sampled)}
+        result |= {"samples": args.samples, "sampled": path_metrics(trials, sampled)}
     result["people"] = human_agreement(trials, data.trials)
     result["scanpaths"] = [
         {"layout": t.scene.name, "viewer": t.viewer, "target": t.target, "human": t.sequence, "greedy": path}
@@ -94,7 +94,7 @@ def human_agreement(trials: Sequence[Trial], everyone: Sequence[Trial]) -> dict[
         others = [t for t in everyone if t.scene is trial.scene and t.target == trial.target and t is not trial]
         if others:
             pairs.append((trial, [t.sequence for t in others]))
-    return measure(*zip(*pairs, strict=True)) if pairs else None  # type: ignore[arg-type]
+    return path_metrics(*zip(*pairs, strict=True)) if pairs else None  # type: ignore[arg-type]
 
 
 def _report(result: dict[str, Any]) -> None:

@@ -495,17 +495,11 @@ class Classification(Task):
         out = {"train_loss": loss} if right is None else {"train_loss": loss, "train_top1": right}
         return {**out, **{f"eval_{k}": v for k, v in figures.items()}}
 
-    def about(self) -> str:
-        """Model and data."""
-        world, splits = self.world, self.splits
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        size = "x".join(map(str, self.data_config["input_size"]))
-        processes = f" x {world.size} processes" if world.size > 1 else ""
-        return (
-            f"{self.args.model}: {millions:.2f} M parameters, input {size}, {world.device}{processes}\n"
-            f"{self.args.data}: {len(self.classes)} classes, {len(splits.train):,} training and "
-            f"{len(splits.held_out):,} held-out images"
-        )
+    def about(self) -> tuple[str, str, str]:
+        """Model, size of its input, classes and images."""
+        size, splits = "x".join(map(str, self.data_config["input_size"])), self.splits
+        images = f"{len(splits.train):,} training and {len(splits.held_out):,} held-out images"
+        return self.args.model, size, f"{len(self.classes)} classes, {images}"
 
     def title(self) -> tuple[str, str]:
         """Model, data and size; how training images are changed."""
@@ -574,7 +568,7 @@ def predictions(
         Logits ``[B, classes]`` in float32 and targets ``[B]``, on the device.
     """
     model.eval()
-    for images, target in loader:
+    for images, target in loader if len(loader) else ():  # timm's loader of nothing fails
         images, target = images.to(device), target.to(device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

@@ -76,6 +76,7 @@ def build_train_parser(task: str) -> Parser:
     detection = task == "detection"
     p = Parser(
         prog=f"vizoo train --task {task}",
+        usage=f"vizoo train --task {task} --data DIR [--model MODEL] [options]",
         description=f"Train a {task} model on a backbone of the zoo or of timm.",
         epilog=EXAMPLES,
     )
@@ -217,7 +218,7 @@ def precision(options: dict[str, Any], device: torch.device) -> contextlib.Abstr
     return torch.autocast(device.type, dtype) if options["amp"] else contextlib.nullcontext()
 
 
-def measure(
+def figures(
     model: nn.Module,
     data: Any,
     classes: Sequence[str],
@@ -277,9 +278,9 @@ def _average_precision(
         metric.update(
             [{k: v.float() if v.is_floating_point() else v for k, v in one.items()} for one in found], targets
         )
-    for name, states in metric.metric_state.items():
-        if states and world.size > 1:  # in the order of the images: equal scores rank in that order
-            setattr(metric, name, gather(states, indices, world.size))
+    for name, states in metric.metric_state.items() if world.size > 1 else ():
+        found = gather(states or [None] * len(indices), indices, world.size)  # equal scores rank by the order of images
+        setattr(metric, name, [state for state in found if state is not None])
     return from_first(_precisions(metric, kinds, classes) if world.primary else {}, world.size)
 
 
@@ -404,21 +405,16 @@ class Dense(Task):
     def measure(self, model: nn.Module, tick: Callable[[], None]) -> dict[str, float]:
         """Figures over all classes; NaN where there is nothing to measure."""
         args, parts = self.args, self.parts
-        found = measure(
+        found = figures(
             model, parts.val, parts.classes, args.batch_size, args.workers, self.world.device, self.world, tick
         )
         return {k: math.nan if v is None else v for k, v in found.items() if k != "classes"}
 
-    def about(self) -> str:
-        """Model and data."""
-        args, parts, world = self.args, self.parts, self.world
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        processes = f" x {world.size} processes" if world.size > 1 else ""
-        return (
-            f"{args.arch} on {args.model}: {millions:.2f} M parameters, {world.device}{processes}\n"
-            f"{args.data}: {len(parts.classes)} classes, {len(parts.train):,} training and {len(parts.val):,} "
-            "held-out images"
-        )
+    def about(self) -> tuple[str, str, str]:
+        """Heads and backbone; classes and images."""
+        parts = self.parts
+        images = f"{len(parts.train):,} training and {len(parts.val):,} held-out images"
+        return f"{self.args.arch} on {self.args.model}", "", f"{len(parts.classes)} classes, {images}"
 
     def title(self) -> tuple[str, str]:
         """Model and data; training images are augmented."""

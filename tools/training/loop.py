@@ -196,6 +196,9 @@ class Loop:
         sums = run.get("sums", [])
         if len(sums) == self.world.size:
             self.sums = [float(value) for value in sums[self.world.rank]]
+        elif self.batch:
+            now = f"these are {self.world.size}; start as many, or resume from last.pth.tar"
+            raise UserError(f"{who} stopped in the middle of an epoch of {len(sums)} processes, {now}")
         self.history = read_history(run.get("history", []), ("train_loss", *(c.key for c in self.task.columns)))
         self.elapsed = float(run.get("elapsed", 0.0))
         if self.epoch < 0 or self.batch < 0 or (self.history and len(self.history) > self.epoch):
@@ -558,9 +561,18 @@ def _run(loop: Loop) -> int:
         return _fit(loop)
 
 
+def _about(loop: Loop) -> str:
+    """What is trained, where, and on which data."""
+    model, size, data = loop.task.about()
+    millions = sum(p.numel() for p in loop.model.parameters()) / 1e6
+    processes = f" x {loop.world.size} processes" if loop.world.size > 1 else ""
+    place = f"input {size}, {loop.world.device}" if size else f"{loop.world.device}"
+    return f"{model}: {millions:.2f} M parameters, {place}{processes}\n{loop.args.data}: {data}"
+
+
 def _fit(loop: Loop) -> int:
     if loop.world.primary:
-        print(f"{loop.task.about()}\noutput: {loop.folder}")
+        print(f"{_about(loop)}\noutput: {loop.folder}")
         if loop.epoch >= loop.epochs:
             print(f"all {loop.epochs} epochs are done already; raise --epochs to train on")
     try:

@@ -58,7 +58,10 @@ examples:
 def build_train_parser() -> Parser:
     """Command-line options."""
     p = Parser(
-        prog="vizoo train --task scanpath", description="Train an oat_* model on human scanpaths.", epilog=EXAMPLES
+        prog="vizoo train --task scanpath",
+        usage="vizoo train --task scanpath --data NAME|FILE [--model MODEL] [options]",
+        description="Train an oat_* model on human scanpaths.",
+        epilog=EXAMPLES,
     )
     add(p, "--config")
     add(p, "--task", "scanpath")
@@ -206,7 +209,7 @@ def predict(
     return paths, {"loss": sum(means) / len(trials), "sim": float(np.mean([r[2] for r in rows]))}
 
 
-def measure(trials: Sequence[Trial], paths: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+def path_metrics(trials: Sequence[Trial], paths: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
     """Metrics of predicted scanpaths, those of one trial averaged first.
 
     Args:
@@ -290,16 +293,12 @@ class Scanpath(Task):
         model_: Any = model
         place = (args.max_len, args.batch_size, self.world.device)
         paths, found = predict(model_, trials, *place, world=self.world, tick=tick)
-        return {**found, **measure(trials, paths)}
+        return {**found, **path_metrics(trials, paths)}
 
-    def about(self) -> str:
-        """Model and data."""
-        args, world = self.args, self.world
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        sizes = ", ".join(f"{n:,} {name}" for name, n in args.trials_of_parts.items())
-        processes = f" x {world.size} processes" if world.size > 1 else ""
-        text = f"{args.model}: {millions:.2f} M parameters, {world.device}{processes}\n{args.data}: {sizes}"
-        return f"{text}\n{self.data.note}" if self.data.note else text
+    def about(self) -> tuple[str, str, str]:
+        """Model; trials of each part, and what was left out."""
+        sizes = ", ".join(f"{n:,} {name}" for name, n in self.args.trials_of_parts.items())
+        return str(self.args.model), "", f"{sizes}\n{self.data.note}" if self.data.note else sizes
 
     def title(self) -> tuple[str, str]:
         """Model and data."""

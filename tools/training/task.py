@@ -164,8 +164,8 @@ class Task:
         """
         return {"train_loss": loss, **figures}
 
-    def about(self) -> str:
-        """The lines that a run begins with, but for the folder."""
+    def about(self) -> tuple[str, str, str]:
+        """For the lines that a run begins with: the model, the input it is built for or nothing, and the data."""
         raise NotImplementedError
 
     def title(self) -> tuple[str, str]:
