@@ -256,7 +256,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": ("CENTER", "WIDTH"),
         "help": "values that 16-bit gray, float and DICOM images show",
     },
-    "--size": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "pixels of an image"},
+    "--size": {"type": number(int), "nargs": "+", "metavar": "N", "help": "pixels of an image"},
     "--img-size": {"type": _POSITIVE, "metavar": "N", "help": "side of the model's input in pixels"},
     "--crop-pct": {"type": number(float, 0.01, 1), "metavar": "SHARE", "help": "centre crop of held-out images"},
     "--scale": {"type": _REAL, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "random scale of training images"},

@@ -177,13 +177,13 @@ def _layer_sides(name: str, size: tuple[int, int] | None, official: Path | None,
 def _model_sides(name: str, size: tuple[int, int] | None, official: Path | None, reparam: bool) -> Sides:
     kwargs: dict[str, Any] = {"deploy": True} if reparam else {}
     ours = build_model(name, **kwargs)
+    if official is not None and size and size[0] != size[1]:
+        raise UserError(f"--size {size[0]} {size[1]}: official code is built for square images; give one side")
     size = size or ours.pretrained_cfg["input_size"][-2:]
     shape = (3, *size)
     plain_name = name.partition(".")[0]
     if official is not None:
-        if size[0] != size[1]:
-            raise UserError(f"--size {size[0]} {size[1]}: official code is built for square images; give one side")
-        peer = official_model(official, plain_name, size[0], reparam)
+        peer = official_model(official, plain_name, size[1], reparam)
         draw_weights(peer)
         filter_fn = sys.modules[type(ours).__module__].checkpoint_filter_fn
         ours.load_state_dict(filter_fn(peer.state_dict(), ours))

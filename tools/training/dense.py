@@ -126,6 +126,8 @@ def check_options(options: dict[str, Any]) -> None:
     sides = 2 if task == "detection" else 1
     if len(options["size"]) != sides:
         raise UserError(f"argument --size: expected {sides} argument{'s' * (sides > 1)}")
+    if min(options["size"]) < 1:
+        raise UserError(f"argument --size: got {min(options['size'])}, must be a whole number of at least 1")
     check_outputs(options.get("num_classes"))
     check_range("--scale", options.get("scale"))
     if arch == "upernet" and options["batch_size"] == 1:
