@@ -361,7 +361,7 @@ class Dense(Task):
         world: Processes.
     """
 
-    kept = ("arch", "model", "model_kwargs", "arch_kwargs", "size", "epochs", "batch_size", "opt", "seed")
+    kept = ("arch", "model", "model_kwargs", "arch_kwargs", "size", "batch_size", "opt", "seed")
     skips_parameters = True  # heads of classes that a batch does not hold, stages that no head reads
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
