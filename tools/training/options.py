@@ -313,7 +313,8 @@ def parse_task(
         words = config_words(parser, path, task) + words
     args = parser.parse_args(words + argv)
     if not args.data:
-        raise UserError("--data is missing; the shortest command is 'vizoo train --data digits'")
+        hint = "the shortest command is 'vizoo train --data digits'"
+        raise UserError(f"--data is missing; {hint if task == 'classification' else 'see --help for its layout'}")
     args.task = task
     return args
 
