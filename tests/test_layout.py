@@ -348,6 +348,16 @@ def test_cycles_are_found() -> None:
     assert {"vizoo.tools.bench", "vizoo.tools.common"} <= set(cycle(found))
 
 
+SERVES_ALL = {"vizoo.tools.common", "vizoo.tools.options", "vizoo.tools.scanpaths"}  # directly in tools/, no command
+
+
+def test_wings_know_no_command() -> None:
+    found = graph("tools")
+    commands = {name for name in found if name.count(".") == 2 and name not in SERVES_ALL}
+    assert {"vizoo.tools.train", "vizoo.tools.bench", "vizoo.tools.cli"} <= commands
+    assert {name for name, known in found.items() if name.count(".") > 2 and known & commands} == set()
+
+
 def borrowed(path: Path, found: Import) -> bool:
     """Whether a file imports an underscored module of ours from another folder."""
     parts = found.module.split(".")
