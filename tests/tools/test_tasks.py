@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -329,30 +332,84 @@ def test_two_processes_train_as_one(task, folders, tmp_path) -> None:
     assert measured == pytest.approx({k: math.nan if v is None else v for k, v in alone.items()}, rel=1e-6, nan_ok=True)
 
 
-CUTS = [  # a signal for one of two processes before a step of its loop, and their statuses
-    ("classification", Fault(0, "backward", 8, signal.SIGKILL), 1),
-    ("detection", Fault(1, "backward", 8, signal.SIGKILL), 1),
-    ("segmentation", Fault(0, "backward", 8, signal.SIGKILL), 1),
-    ("scanpath", Fault(1, "backward", 8, signal.SIGKILL), 1),
-    ("classification", Fault(1, "backward", 5, signal.SIGTERM), 143),
-    ("scanpath", Fault(0, "backward", 5, signal.SIGINT), 130),
+CUTS = [  # a signal for one of two processes before a step of its loop, and what is saved then
+    *(
+        (task, Fault(rank, "backward", 8, signal.SIGKILL), "recovery-1-3")
+        for rank, task in zip((0, 1, 0, 1), TASKS, strict=True)
+    ),
+    ("classification", Fault(1, "backward", 4, signal.SIGTERM), "recovery-0-4"),
+    ("scanpath", Fault(0, "backward", 5, signal.SIGINT), "recovery-1-3"),
 ]
 
 
-@pytest.mark.parametrize(("task", "fault", "status"), CUTS)
-def test_two_processes_resume_exactly(task, fault, status, folders, pair, tmp_path) -> None:
+@pytest.mark.parametrize(("task", "fault", "saved"), CUTS)
+def test_two_processes_resume_exactly(task, fault, saved, folders, pair, tmp_path) -> None:
     """One is killed, and the other one ends too; one is stopped, and both save.  Nothing is written by halves."""
-    words_ = command(task, folders, tmp_path / "cut", *PAIR[task], "--recovery-interval", "1")
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = command(task, folders, folder, *PAIR[task], "--recovery-interval", "1")
     began = time.monotonic()
-    ends = together(words_, tmp_path / "log", fault=fault)
+    ends = together(words, log, fault=fault)
     assert time.monotonic() - began < 60
-    assert ends[fault.rank] == (-signal.SIGKILL if fault.signum == signal.SIGKILL else status)
-    assert ends[1 - fault.rank] == status
-    for file in (tmp_path / "cut").glob("*.pth.tar"):
-        assert read(file)["epoch"] <= 1
-    assert newest_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "recovery-1-3.pth.tar"
-    assert together([*words_, "--resume"], tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
-    assert_same_run(pair(task), tmp_path / "cut")
+    killed = fault.signum == signal.SIGKILL
+    assert ends[fault.rank] == (-signal.SIGKILL if killed else 128 + fault.signum)
+    assert ends[1 - fault.rank] == (1 if killed else 128 + fault.signum)
+    assert newest_checkpoint(folder) == folder / f"{saved}.pth.tar"
+    for file in folder.glob("*.pth.tar"):
+        read(file)
+    assert together([*words, "--resume"], log) == [0, 0], log.read_text()
+    assert f"resuming {folder / saved}.pth.tar" in log.read_text()
+    assert_same_run(pair(task), folder)
+
+
+DYING = """
+import os, signal, sys, torch
+from vizoo.tools import cli
+from vizoo.tools.training.loop import Loop
+torch.set_num_threads(1)
+backward, calls = Loop.backward, []
+def dying(*args):
+    calls.append(0)
+    if os.environ["RANK"] == "1" and len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    backward(*args)
+Loop.backward = dying
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def torchrun(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, *words], stdout=log.open("wb"), stderr=subprocess.STDOUT, env=env)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_one_is_killed(folders, pair, tmp_path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    words = command("scanpath", folders, tmp_path / "run", *PAIR["scanpath"], "--recovery-interval", "1")
+    with torchrun([str(tmp_path / "dying.py"), *words], tmp_path / "log") as started:
+        assert started.wait(timeout=120) == 1, (tmp_path / "log").read_text()
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "recovery-1-3.pth.tar"
+    assert together([*words, "--resume"], tmp_path / "log") == [0, 0]
+    assert_same_run(pair("scanpath"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_stopped_saves(folders, tmp_path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = command("scanpath", folders, folder, *PAIR["scanpath"], "--epochs", "400", "--patience", "400")
+    with torchrun(["-m", "vizoo.tools.train", *words[1:]], log) as started:
+        until = time.monotonic() + 120
+        while not (folder / "summary.csv").is_file() and started.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(timeout=60) != 0, log.read_text()
+    said = log.read_text()
+    assert "cpu x 2 processes" in said
+    assert said.count("continue with the same command and --resume") == 1, said
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    assert f"saved {newest};" in said
 
 
 @pytest.mark.parametrize("task", TASKS)
