@@ -142,9 +142,11 @@ class Fault(NamedTuple):
     signum: int
 
 
-# importing torch takes seconds, so one process does it, and the others are forked from it
+# imports take seconds, so one process does them, and the others are forked from it
+IMPORTS = [f"vizoo.tools.training.{name}" for name in ("classification", "dense", "scanpath")]
+IMPORTS += ["torch.distributed", "torchmetrics.detection", "pycocotools.cocoeval", "matplotlib.figure", "rich.progress"]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([f"vizoo.tools.training.{name}" for name in ("classification", "dense", "scanpath")])
+FORKS.set_forkserver_preload(IMPORTS)
 
 
 def together(
