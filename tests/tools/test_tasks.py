@@ -320,7 +320,7 @@ def test_two_processes_train_as_one(task, folders, tmp_path) -> None:
     for key, value in one.items():
         assert (two[key] - value).double().norm() <= 1e-5 * value.double().norm(), key
     table, last = numbers(tmp_path / "one"), numbers(tmp_path / "two")[-1]
-    assert numbers(tmp_path / "two") == [pytest.approx(row, rel=1e-5, nan_ok=True) for row in table]
+    assert numbers(tmp_path / "two") == [pytest.approx(row, rel=1e-3, nan_ok=True) for row in table]
     out = tmp_path / "found.json"
     again = ["evaluate", str(tmp_path / "two"), "--checkpoint", str(tmp_path / "two" / "last.pth.tar")]
     again += ["--split", "val", "-b", str(PER_BATCH[task])] if task == "scanpath" else []
