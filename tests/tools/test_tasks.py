@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,9 +311,8 @@ def test_two_processes_train_as_one(task, folders, tmp_path) -> None:
     for size, name in ((1, "one"), (2, "two")):
         batch = ["-b", str(PER_BATCH[task] // size)]
         log = tmp_path / f"{name}.txt"
-        assert together(command(task, data, tmp_path / name, *more, *batch), log, size, alike=True) == [0] * size, (
-            log.read_text()
-        )
+        ends = together(command(task, data, tmp_path / name, *more, *batch), log, size, alike=True)
+        assert ends == [0] * size, log.read_text()
     log = (tmp_path / "two.txt").read_text()
     assert "cpu x 2 processes" in log
     assert log.count("best ") == 1
@@ -333,16 +333,13 @@ def test_two_processes_train_as_one(task, folders, tmp_path) -> None:
 
 
 CUTS = [  # a signal for one of two processes before a step of its loop, and what is saved then
-    *(
-        (task, Fault(rank, "backward", 8, signal.SIGKILL), "recovery-1-3")
-        for rank, task in zip((0, 1, 0, 1), TASKS, strict=True)
-    ),
+    *((task, Fault(i % 2, "backward", 8, signal.SIGKILL), "recovery-1-3") for i, task in enumerate(TASKS)),
     ("classification", Fault(1, "backward", 4, signal.SIGTERM), "recovery-0-4"),
     ("scanpath", Fault(0, "backward", 5, signal.SIGINT), "recovery-1-3"),
 ]
 
 
-@pytest.mark.parametrize(("task", "fault", "saved"), CUTS)
+@pytest.mark.parametrize(("task", "fault", "saved"), CUTS, ids=lambda v: v.signum.name if isinstance(v, Fault) else v)
 def test_two_processes_resume_exactly(task, fault, saved, folders, pair, tmp_path) -> None:
     """One is killed, and the other one ends too; one is stopped, and both save.  Nothing is written by halves."""
     folder, log = tmp_path / "run", tmp_path / "log"
@@ -377,10 +374,18 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def torchrun(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+@contextlib.contextmanager
+def torchrun(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, *words], stdout=log.open("wb"), stderr=subprocess.STDOUT, env=env)
+    with log.open("wb") as out:
+        started = subprocess.Popen(launch, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 @pytest.mark.slow
