@@ -25,6 +25,8 @@ from vizoo.tools import cli, common
 from vizoo.tools.training.classification import split_logits
 from vizoo.tools.training.run import Saver, locked, match_classes, newest_checkpoint, say_unnamed
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on standard error."""

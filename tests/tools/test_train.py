@@ -24,6 +24,7 @@ from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
 from vizoo.tools.training.tuning import PROMPTS
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 DATA: list[str] = []
 DIGITS = ["--data", "digits", "--model", "test_convnext", "-b", "256"]
 # everything random at once: dropout, stochastic depth, mixing, erasing, an odd accumulation, a weight average
