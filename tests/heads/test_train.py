@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import rows
 from torch.utils.data import Dataset
 
 from vizoo.tools import cli
@@ -32,11 +32,6 @@ SHARED = ["-b", "4", "-j", "0", "--lr", "1e-3", "--warmup-updates", "5", "--clip
 def train(data: Path, folder: Path, words: list[str], *more: str) -> int:
     where = ["--data", str(data), "--output", str(folder.parent), "--experiment", folder.name]
     return cli.main(["train", *words, *SHARED, *where, *more])
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "summary.csv").open() as f:
-        return list(csv.DictReader(f))
 
 
 @pytest.fixture(scope="module")
@@ -94,38 +89,6 @@ def test_evaluation_repeats_training(kind: str, request, tmp_path: Path, capsys:
     assert "triangle" in printed
     with Image.open(plot) as picture:
         assert len(picture.convert("RGB").getcolors(10**7)) > 1000
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("words", "model"), [(DETECTION, "test_resnet"), ([*SEGMENTATION, "--arch", "semantic_fpn"], "test_overlock")]
-)
-def test_killed_run_resumes_exactly(words, model, shapes, tmp_path, monkeypatch, capsys) -> None:
-    """Killed in the second epoch, it goes on after the first; weights and summary equal those of a whole run."""
-    more = ["--model", model, "--epochs", "3"]
-    assert train(shapes, tmp_path / "whole", words, *more) == 0
-    steps, loss = [], tool._loss
-
-    def dying(*args):
-        steps.append(1)
-        if len(steps) == 6:  # four batches are an epoch
-            raise Killed
-        return loss(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tool, "_loss", dying)
-        with pytest.raises(Killed):
-            train(shapes, tmp_path / "cut", words, *more)
-    assert len(rows(tmp_path / "cut")) == 1
-    assert train(shapes, tmp_path / "cut", words, *more, "--resume") == 0
-    assert "recovery-1-0" not in capsys.readouterr().out
-    whole, cut = (torch.load(tmp_path / f / "last.pth.tar", weights_only=True) for f in ("whole", "cut"))
-    for key, value in whole["state_dict"].items():
-        assert torch.equal(value, cut["state_dict"][key]), key
-    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:

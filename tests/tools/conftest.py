@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import runs as made
 import torch
+
+from vizoo.tools.training import loop
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,11 @@ def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in made.TASKS:
         assert made.start(task, folders, root / task) == 0
     return root
+
+
+@pytest.fixture
+def no_curves() -> Iterator[None]:
+    """Pictures are empty but in :func:`runs`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curves", made.draw_nothing)
+        yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import shapes as pictures
 import torch
 import yaml
 from PIL import Image
-from runs import TASKS, start
+from runs import TASKS, read, start
 
 from vizoo.tools import cli, common
 from vizoo.tools.training.classification import split_logits
-from vizoo.tools.training.loop import Loop
 from vizoo.tools.training.run import Saver, locked, match_classes, newest_checkpoint, say_unnamed
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -31,10 +33,6 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
-
-
-def read(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -51,38 +49,7 @@ def run(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-# killed
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("call", [1, 2])
-def test_killed_in_the_first_epoch_goes_on(task, call, folders, runs, tmp_path, monkeypatch, capsys) -> None:
-    """Before the first step, and after it: there is a checkpoint, and the end is that of a run without a kill."""
-    calls, step = [], Loop.train_batch
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "train_batch", dying)
-        with pytest.raises(Killed):
-            start(task, folders, tmp_path / "cut")
-    assert (tmp_path / "cut" / "args.yaml").is_file()
-    capsys.readouterr()
-    assert start(task, folders, tmp_path / "cut") == 2
-    assert "add --resume" in line(capsys)
-    assert start(task, folders, tmp_path / "cut", "--resume") == 0
-    whole, cut = (read(f / "last.pth.tar") for f in (runs / task, tmp_path / "cut"))
-    assert all(torch.equal(v, cut["state_dict"][k]) for k, v in whole["state_dict"].items())
-    assert (tmp_path / "cut" / "summary.csv").read_text() == (runs / task / "summary.csv").read_text()
-    assert not list((tmp_path / "cut").glob(".*"))
+# broken
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -143,22 +110,26 @@ def test_nothing_is_overwritten(task, left, folders, run, capsys) -> None:
     assert listing(folder) == before
 
 
+def hold(folder: Path, held: Event) -> None:
+    with locked(folder):
+        held.set()
+        time.sleep(60)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_one_run_at_a_time(task, folders, tmp_path, capsys) -> None:
     """A second process is told who holds the folder; the lock ends with its holder, even one that is killed."""
-    code = (
-        "import sys, time, pathlib\nfrom vizoo.tools.training.run import locked\n"
-        "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
-    )
     folder = tmp_path / "run"
     folder.mkdir()
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline().strip() == "held"
-        assert start(task, folders, folder) == 2
-        message = line(capsys)
-        assert f"process {other.pid} on host {socket.gethostname()}" in message
-        other.kill()
+    forks = multiprocessing.get_context("fork")
+    held = forks.Event()
+    other = forks.Process(target=hold, args=(folder, held), daemon=True)
+    other.start()
+    assert held.wait(60)
+    assert start(task, folders, folder) == 2
+    assert f"process {other.pid} on host {socket.gethostname()}" in line(capsys)
+    other.kill()
+    other.join()
     with locked(folder):
         pass
     assert list(folder.iterdir()) == []
@@ -415,22 +386,6 @@ def test_auxiliary_classifiers_are_trained(folders, tmp_path) -> None:
     assert [t.mean().item() for t in split_logits(logits)] == [1.0, 0.0]
     with pytest.raises(TypeError, match="tuple"):
         split_logits((1, 2))
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_nan(task, folders, run, tmp_path, capsys) -> None:
-    """A loss that is none, and weights that are none, are status 1 and one line."""
-    rate = {"classification": "1e30", "scanpath": "1e30"}.get(task, "1e20")
-    assert start(task, folders, tmp_path / "new", "--lr", rate, *["--clip-grad", "1e30"] * (task != "scanpath")) == 1
-    assert "loss is" in line(capsys)
-    folder = run(task)
-    state = read(folder / "model_best.pth.tar")
-    next(v for v in state["state_dict"].values() if v.is_floating_point())[:] = float("nan")
-    (folder / "model_best.pth.tar").unlink()
-    torch.save(state, folder / "model_best.pth.tar")
-    assert cli.main(["evaluate", str(folder), "--device", "cpu", "--out", str(tmp_path / "x.json")]) == 1
-    assert "holds NaN or infinity in" in line(capsys)
-    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parametrize("task", TASKS[:3])

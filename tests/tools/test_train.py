@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
 import importlib.resources
 import itertools
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +13,18 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from runs import Killed, assert_same_run, at_call, die, read, rows, signalled
 from torch.utils.data import DataLoader, TensorDataset
 
 from vizoo.tools import train as tool
 from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
-from vizoo.tools.training.classification import Classification, accuracies, build_parser, parse_options
+from vizoo.tools.training.classification import Classification, accuracies, parse_options
 from vizoo.tools.training.loop import Loop
-from vizoo.tools.training.run import Saver, draw_curves, newest_checkpoint
+from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
 from vizoo.tools.training.tuning import PROMPTS
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 DATA: list[str] = []
 DIGITS = ["--data", "digits", "--model", "test_convnext", "-b", "256"]
 # everything random at once: dropout, stochastic depth, mixing, erasing, an odd accumulation, a weight average
@@ -62,70 +59,6 @@ def run(folder: Path, *options: str) -> int:
     return tool.main([*DATA, "--output", str(folder.parent), "--experiment", folder.name, *options])
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def assert_same(a, b, where: str = "checkpoint") -> None:
-    """Equal structure and bit-identical values."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert (a / "summary.csv").read_bytes() == (b / "summary.csv").read_bytes()
-    names = {p.name for p in a.iterdir()}
-    assert names == {p.name for p in b.iterdir()}
-    assert {"last.pth.tar", "model_best.pth.tar", "args.yaml", "curves.png"} <= names
-    for name in sorted(n for n in names if n.endswith(".pth.tar")):
-        x, y = load(a / name), load(b / name)
-        for part in ("args", "run"):
-            for key in ("output", "experiment", "recovery_interval", "elapsed"):
-                x[part].pop(key, None), y[part].pop(key, None)
-        assert_same(x, y, name)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing handles it."""
-
-
-def at_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int, action) -> None:
-    """Do something before the given call of a method."""
-    method, calls = getattr(owner, name), []
-
-    def counted(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == number:
-            action()
-        return method(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
-def die() -> None:
-    raise Killed
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with everything random."""
@@ -135,98 +68,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whole_run_moved_the_weights_and_wrote_its_files(whole: Path) -> None:
-    last = load(whole / "last.pth.tar")
-    assert (last["epoch"], last["run"]["epoch"], last["run"]["batch"]) == (1, 2, 0)
-    assert last["saver"]["best_metric"] is not None
-    ema, weights = last["state_dict_ema"], last["state_dict"]
-    assert ema.keys() == weights.keys()
-    assert not torch.equal(ema["head.fc.weight"], weights["head.fc.weight"])
-    table = rows(whole)
-    assert [r["epoch"] for r in table] == ["0", "1"]
-    assert len({r["train_loss"] for r in table}) == 2
-    assert set(table[0]) == {"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
+def test_columns_of_a_mixed_run(whole: Path) -> None:
+    """No share of right answers in training, where targets are mixed."""
+    assert set(rows(whole)[0]) == {"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "options"),
+    ("name", "call"),
     [
-        pytest.param(Loop, "backward", 3, [], id="first-epoch"),
-        pytest.param(Loop, "backward", 8, [], id="second-epoch"),
-        pytest.param(Loop, "backward", 8, ["--recovery-interval", "1"], id="recovery"),
-        pytest.param(Saver, "_save", 1, [], id="before-saving"),
-        pytest.param(Saver, "_duplicate", 1, [], id="between-last-and-best"),
-        pytest.param(Saver, "_duplicate", 2, [], id="before-best"),
-        pytest.param(Saver, "drop_recovery", 1, ["--recovery-interval", "1"], id="before-log"),
+        pytest.param("_save", 1, id="before-saving"),
+        pytest.param("_duplicate", 1, id="between-last-and-best"),
+        pytest.param("_duplicate", 2, id="before-best"),
+        pytest.param("drop_recovery", 1, id="before-log"),
     ],
 )
-def test_run_killed_anywhere_resumes_exactly(whole, tmp_path, monkeypatch, owner, name, call, options) -> None:
+def test_run_killed_while_saving_resumes_exactly(whole, tmp_path, monkeypatch, name, call) -> None:
+    """The other ends are those of tests/tools/test_tasks.py."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_call(patch, owner, name, call, die)
+        at_call(patch, Saver, name, call, die)
         with pytest.raises(Killed):
-            run(folder, *RANDOM, *options)
+            run(folder, *RANDOM, "--recovery-interval", "1")
     assert run(folder, *RANDOM, "--resume") == 0
     assert_same_run(whole, folder)
-
-
-@pytest.mark.parametrize("call", [2, 5, 8])
-def test_ctrl_c_saves_at_an_update_and_resumes_exactly(whole, tmp_path, monkeypatch, capsys, call) -> None:
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        at_call(patch, Loop, "backward", call, interrupt)
-        assert run(folder, *RANDOM) == 130
-    assert "continue with the same command and --resume" in capsys.readouterr().err
-    saved = newest_checkpoint(folder)
-    assert saved is not None
-    assert saved.name.startswith("recovery-")
-    timm.create_model("test_convnext", num_classes=2, checkpoint_path=str(saved))
-    assert run(folder, *RANDOM, "--resume") == 0
-    assert_same_run(whole, folder)
-
-
-def test_ctrl_c_while_measuring_resumes_exactly(whole, tmp_path, monkeypatch) -> None:
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        at_call(patch, torch.nn.functional, "cross_entropy", 2, interrupt)  # training uses soft targets
-        assert run(folder, *RANDOM) == 130
-    assert (folder / "recovery-0-5.pth.tar").is_file()
-    assert run(folder, *RANDOM, "--resume") == 0
-    assert_same_run(whole, folder)
-
-
-def test_process_killed_by_the_system_resumes_exactly(whole, tmp_path) -> None:
-    folder = tmp_path / "run"
-    code = """
-import os, signal, sys, torch
-from vizoo.tools import train
-from vizoo.tools.training.loop import Loop
-torch.set_num_threads(1)
-backward, calls = Loop.backward, []
-def until_killed(*args, **kwargs):
-    calls.append(0)
-    if len(calls) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return backward(*args, **kwargs)
-Loop.backward = until_killed
-train.main(sys.argv[1:])
-"""
-    options = [*DATA, *RANDOM, "--output", str(tmp_path), "--experiment", "run", "--recovery-interval", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *options], stdout=subprocess.DEVNULL, timeout=600)
-    assert done.returncode == -signal.SIGKILL
-    assert newest_checkpoint(folder) == folder / "recovery-1-2.pth.tar"
-    assert run(folder, *RANDOM, "--resume") == 0
-    assert_same_run(whole, folder)
-
-
-def test_loader_processes_resume_exactly(tmp_path, monkeypatch) -> None:
-    options = ["--epochs", "2", "--workers", "2", "--mixup", "0.5"]
-    assert run(tmp_path / "whole", *options) == 0
-    with monkeypatch.context() as patch:
-        at_call(patch, Loop, "backward", 8, interrupt)
-        assert run(tmp_path / "cut", *options) == 130
-    assert run(tmp_path / "cut", *options, "--resume") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_seeds_change_the_run(whole, tmp_path) -> None:
@@ -253,7 +117,7 @@ def test_best_checkpoint_loads_and_gives_the_reported_accuracy(tmp_path, capsys)
 
 
 def test_fine_tuning_keeps_the_body_and_replaces_the_head(whole) -> None:
-    saved = load(whole / "last.pth.tar")["state_dict_ema"]  # two classes
+    saved = read(whole / "last.pth.tar")["state_dict_ema"]  # two classes
     model = trainer("--pretrained-path", str(whole / "last.pth.tar")).model  # ten classes
     for name, value in model.state_dict().items():
         assert name.startswith("head.fc.") or torch.equal(value, saved[name]), name
@@ -275,23 +139,12 @@ def test_resumed_learning_rate_follows_the_schedule(tmp_path, monkeypatch, sched
     options += ["--sched-on-updates" if sched[1] else "--no-sched-on-updates"]
     assert run(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
-        at_call(patch, Loop, "backward", 13, interrupt)
+        at_call(patch, Loop, "backward", 13, signalled(signal.SIGINT))
         assert run(tmp_path / "cut", *options) == 130
     assert run(tmp_path / "cut", *options, "--resume") == 0
     lrs = [r["lr"] for r in rows(tmp_path / "whole")]
     assert len(set(lrs)) > 2
     assert [r["lr"] for r in rows(tmp_path / "cut")] == lrs
-
-
-def test_half_precision_scaler_is_resumed(tmp_path, monkeypatch) -> None:
-    options = ["--amp", "--epochs", "2"]
-    assert run(tmp_path / "whole", *options) == 0
-    with monkeypatch.context() as patch:
-        at_call(patch, Loop, "backward", 8, interrupt)
-        assert run(tmp_path / "cut", *options) == 130
-    assert load(tmp_path / "cut" / "recovery-1-3.pth.tar")["amp_scaler"]["_growth_tracker"] > 0
-    assert run(tmp_path / "cut", *options, "--resume") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_more_epochs_and_other_options_after_the_end(tmp_path, capsys) -> None:
@@ -306,22 +159,13 @@ def test_more_epochs_and_other_options_after_the_end(tmp_path, capsys) -> None:
     assert [r["epoch"] for r in rows(folder)] == ["0", "1"]
 
 
-def test_keeps_the_best_checkpoints_and_ranks_by_loss(tmp_path) -> None:
-    folder = tmp_path / "run"
-    assert run(folder, "--epochs", "4", "--checkpoint-hist", "2", "--eval-metric", "loss") == 0
-    losses = [float(r["eval_loss"]) for r in rows(folder)]
-    best = sorted(range(4), key=lambda i: losses[i])[:2]
-    assert {p.name for p in folder.glob("checkpoint-*")} == {f"checkpoint-{i}.pth.tar" for i in best}
-    assert load(folder / "model_best.pth.tar")["epoch"] == best[0]
-
-
 def test_resume_from_an_earlier_checkpoint_restores_its_best(tmp_path) -> None:
     folder = tmp_path / "run"
     assert run(folder, "--epochs", "3", "--checkpoint-hist", "3") == 0
     first = folder / "checkpoint-0.pth.tar"
     assert run(folder, "--epochs", "1", "--checkpoint-hist", "3", "--resume", str(first)) == 0
-    assert load(folder / "model_best.pth.tar")["epoch"] == 0
-    assert load(folder / "last.pth.tar")["epoch"] == 0
+    assert read(folder / "model_best.pth.tar")["epoch"] == 0
+    assert read(folder / "last.pth.tar")["epoch"] == 0
 
 
 def test_resume_without_a_name_finds_the_newest_run(tmp_path, capsys) -> None:
@@ -331,15 +175,6 @@ def test_resume_without_a_name_finds_the_newest_run(tmp_path, capsys) -> None:
     assert tool.main([*options, "--resume"]) == 0
     assert "all 1 epochs are done" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*-test_convnext-32"))) == 1
-
-
-def test_nan_stops_with_one_line(tmp_path, capsys) -> None:
-    options = ["--opt", "sgd", "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "2", "--drop-path", "0"]
-    assert run(tmp_path / "run", *options, "--clip-grad", "1e9") == 1
-    err = capsys.readouterr().err.strip()
-    assert "the training loss is" in err
-    assert "epoch 1, batch" in err
-    assert "\n" not in err
 
 
 ERRORS = {
@@ -395,7 +230,7 @@ def test_resume_refuses_other_models_shapes_and_folders_in_use(tmp_path, capsys)
     capsys.readouterr()
     last = str(folder / "last.pth.tar")
     bare = tmp_path / "bare.pth.tar"
-    torch.save(load(folder / "last.pth.tar")["state_dict"], bare)
+    torch.save(read(folder / "last.pth.tar")["state_dict"], bare)
     half = tmp_path / "half.pth.tar"
     half.write_bytes(bare.read_bytes()[:5000])
     cases = [
@@ -515,22 +350,6 @@ def test_bad_config_names_the_file(tmp_path, capsys, text, word) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
-def test_args_yaml_repeats_the_run(whole, tmp_path) -> None:
-    code = tool.main(["-c", str(whole / "args.yaml"), "--output", str(tmp_path), "--experiment", "again"])
-    assert code == 0
-    assert_same_run(whole, tmp_path / "again")
-
-
-def test_every_timm_option_keeps_its_name_and_every_option_is_explained() -> None:
-    text = build_parser().format_help()
-    for action in build_parser()._actions:
-        assert action.help, action.dest
-        if action.help == argparse.SUPPRESS:
-            continue  # a former name
-        assert all(s in text for s in action.option_strings if not s.startswith("--no-"))
-    assert "examples:" in text
-
-
 def trainer(*options: str) -> Loop:
     return Loop(Classification(parse_options([*DIGITS, *options]), World()))
 
@@ -635,28 +454,6 @@ def test_learning_curves_are_a_picture(tmp_path, epochs) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "vizoo.tools.train", *DIGITS, "-b", "128", "--epochs", "2", "--model", "test_resnet"]
-    command += ["--device", "cpu", "--output", str(tmp_path), "--experiment", "run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best top-1") == 1
-    assert "cpu x 2 processes" in done.stdout
-    table = rows(tmp_path / "run")
-    assert float(table[1]["train_loss"]) < float(table[0]["train_loss"]) - 0.1
-    # what was measured on two halves equals the whole, with the averaged BatchNorm statistics
-    args = parse_options(DIGITS)
-    model = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
-    data = timm.data.resolve_data_config(vars(args), model=model)
-    held_out = held_out_loader(args, digits_splits("RGB").held_out, data, torch.device("cpu"))
-    measured = accuracies(model, held_out, torch.device("cpu"))
-    assert measured["top1"] == pytest.approx(float(table[1]["eval_top1"]), abs=1e-4)
-    assert measured["loss"] == pytest.approx(float(table[1]["eval_loss"]), rel=1e-5)
-
-
-@pytest.mark.slow
 def test_learns_the_digits(tmp_path) -> None:
     options = [*DIGITS, "-b", "64", "--drop-path", "0", "--epochs", "12", "--output", str(tmp_path)]
     assert tool.main([*options, "--experiment", "run"]) == 0
@@ -701,7 +498,7 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
     assert rates == [[0.005, 0.01], [0.005, 0.01], pytest.approx([0.0005, 0.001])]
     assert [float(r["lr"]) for r in rows(tmp_path / "whole")] == pytest.approx([0.01, 0.01, 0.001])
     with monkeypatch.context() as patch:
-        at_call(patch, Loop, "backward", 13, interrupt)
+        at_call(patch, Loop, "backward", 13, signalled(signal.SIGINT))
         assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 130
     assert run(tmp_path / "cut", *MEDUSA, "--sched", "constant", "--lr", "0.01", "--resume") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -728,7 +525,7 @@ def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     if method in PROMPTS:
         options += ["--tune-kwargs", "prompt_drop=0.2"]
     assert run(tmp_path / "run", *options) == 0
-    after = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
+    after = read(tmp_path / "run" / "last.pth.tar")["state_dict"]
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
     assert changed >= {"head.weight", "head.bias"}
     assert ("blocks.0.attn.qkv.weight" in changed) is (method == "full")
