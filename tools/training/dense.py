@@ -272,6 +272,7 @@ def _average_precision(
     kinds = {"bbox": "", "segm": "_mask"} if data.masks else {"bbox": ""}
     types: Any = tuple(kinds)
     metric: Any = MeanAveragePrecision(iou_type=types, class_metrics=True, backend="pycocotools", sync_on_compute=False)
+    metric.warn_on_many_detections = False  # COCO takes the 100 best of an image
     for images, targets in batches:
         found = [{k: v.cpu() for k, v in one.items()} for one in model(images)]
         if data.masks:
@@ -397,12 +398,9 @@ class Dense(Task):
             say_unnamed(trained, who)
 
     def losses(self, model: nn.Module, batch: Sequence[Any]) -> dict[str, Tensor]:
-        """Loss of images and their boxes or masks; that of masks is the mean over pixels with a class."""
+        """Loss of images and their boxes or masks, every image weighing the same."""
         images, targets = batch
-        out = {"loss": _loss(model, self.model, images, targets)}
-        if not isinstance(targets[0], dict):
-            out["weight"] = sum((ids != IGNORED).sum() for ids in targets)
-        return out
+        return {"loss": _loss(model, self.model, images, targets)}
 
     def measure(self, model: nn.Module, tick: Callable[[], None]) -> dict[str, float]:
         """Figures over all classes; NaN where there is nothing to measure."""

@@ -266,7 +266,7 @@ class Loop:
             began, used = time.monotonic(), self.sums[2]
             self.train_epoch()
             seconds = time.monotonic() - began
-            sums = self._gather_statistics()
+            sums = self._all_sums()
             tick = functools.partial(self.stop_if_asked, agreed=self.world.size == 1)
             model = self.ema.module if self.ema else self.step.model
             with self.autocast():
@@ -311,13 +311,17 @@ class Loop:
             done = min(-(-self.batch // self.args.grad_accum_steps), self.updates_per_epoch - 1)
             self.scheduler.step_update(self.epoch * self.updates_per_epoch + done)
 
-    def _gather_statistics(self) -> list[float]:
-        """Sums over the epoch of all processes, whose BatchNorm statistics are made equal."""
+    def _equal_statistics(self) -> None:
+        """Make the BatchNorm statistics of all processes equal; a checkpoint holds those of the first one."""
+        if self.world.size > 1 and self.args.dist_bn:
+            distribute_bn(self.model, self.world.size, self.args.dist_bn == "reduce")
+            if self.ema:
+                distribute_bn(self.ema, self.world.size, reduce=False)
+
+    def _all_sums(self) -> list[float]:
+        """Sums over the epoch of all processes."""
         if self.world.size == 1:
             return self.sums
-        for m in (self.model, self.ema) if self.args.dist_bn else ():
-            if m is not None:
-                distribute_bn(m, self.world.size, self.args.dist_bn == "reduce")
         total = torch.tensor(self.sums, device=self.world.device, dtype=torch.float64)
         found: list[float] = reduce_tensor(total, 1).tolist()
         return found
@@ -419,6 +423,8 @@ class Loop:
         if self.ema:
             self.ema.update(self.model, step=self.epoch * self.updates_per_epoch + done)
         self.schedule()
+        if batch == steps:
+            self._equal_statistics()
         if self.world.primary and done % args.log_interval == 0 and not console(stderr=True).is_terminal:
             mean = self.sums[0] / self.sums[2]
             print(f"epoch {self.epoch + 1} batch {batch}/{steps} loss {mean:.4f}", file=sys.stderr)
