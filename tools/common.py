@@ -557,10 +557,14 @@ def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
 
 
-def progress(**kwargs: Any) -> Progress:
+def progress(shown: bool = True) -> Progress:
     """A progress bar on standard error with elapsed and remaining time; it disappears when done.
 
-    Nothing is drawn when standard error is no terminal.
+    Args:
+        shown: Whether to draw it; nothing is drawn in any case when standard error is no terminal.
+
+    Returns:
+        The bar.
     """
     from rich.progress import (
         BarColumn,
@@ -580,7 +584,7 @@ def progress(**kwargs: Any) -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
-        **{"disable": not stderr.is_terminal, **kwargs},
+        disable=not (shown and stderr.is_terminal),
     )
 
 

@@ -252,7 +252,7 @@ def figures(
     share = Share(data, batch, world.rank, world.size)
     start = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": ignore_interrupts}
     loader: Any = DataLoader(share, batch, **start)  # type: ignore[arg-type]
-    with torch.inference_mode(), progress(disable=None if world.primary else True) as bar:
+    with torch.inference_mode(), progress(world.primary) as bar:
 
         def batches() -> Iterator[Any]:
             for images, targets in bar.track(loader, description="held-out images"):

@@ -338,7 +338,7 @@ class Loop:
         if self.batch == steps:
             return  # stopped while the held-out data were measured
         name = f"epoch {self.epoch + 1}/{self.epochs}"
-        with progress(disable=not (self.world.primary and console(stderr=True).is_terminal)) as bar:
+        with progress(self.world.primary) as bar:
             shown = bar.add_task(name, total=steps, completed=self.batch)
             batches = seeded_batches(self.task.loader, args.seed, self.world.rank, self.epoch)
             for k, batch in enumerate(batches):
