@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vizoo.tools.common import print_json, run_tool
+from vizoo.tools.common import is_first_process, print_json, run_tool
 from vizoo.tools.training.options import asked_task
 
 
@@ -18,7 +18,7 @@ def _evaluate(argv: list[str]) -> int:
     asked = "--json" in argv
     with contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext():
         result = _measure(argv)
-    if asked:
+    if asked and is_first_process():
         print_json(result)
     return 0
 

@@ -337,6 +337,19 @@ def test_two_processes_train_as_one(task, folders, tmp_path) -> None:
     assert measured == pytest.approx({k: math.nan if v is None else v for k, v in alone.items()}, rel=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_measure_as_one(task, runs, tmp_path) -> None:
+    """The figures of 'vizoo evaluate' are equal, also where one process has nothing to do, and told once."""
+    for batch in ("1", "20"):
+        words = ["evaluate", str(runs / task), "--device", "cpu", "-b", batch]
+        assert cli.main([*words, "--out", str(tmp_path / "one.json")]) == 0
+        log = tmp_path / f"{batch}.txt"
+        plot = ["--plot", str(tmp_path / "two.png")]
+        assert together([*words, "--out", str(tmp_path / "two.json"), *plot], log) == [0, 0], log.read_text()
+        assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+        assert sum(line.startswith("test_") or " on test_" in line for line in log.read_text().splitlines()) == 1
+
+
 CUTS = [  # a signal for one of two processes before a step of its loop, and what is saved then
     *((task, Fault(i % 2, "backward", 8, signal.SIGKILL), "recovery-1-3") for i, task in enumerate(TASKS)),
     ("classification", Fault(1, "backward", 4, signal.SIGTERM), "recovery-0-4"),

@@ -23,12 +23,14 @@ from vizoo.tools.common import (
     resolve_model,
     save_figure,
 )
-from vizoo.tools.data.folders import digits_splits, held_out_loader, open_split, reorder_classes, reordered
+from vizoo.tools.data.folders import digits_splits, open_split, reorder_classes, reordered
+from vizoo.tools.data.shares import gather
 from vizoo.tools.evaluation.results import add_results, check_results, write_results
 from vizoo.tools.options import WINDOW, Parser, add
-from vizoo.tools.training.classification import accuracies, model_config, parse_options
+from vizoo.tools.training.classification import accuracies, model_config, parse_options, shared_loader
 from vizoo.tools.training.options import options_file, stored_options
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
+from vizoo.tools.training.task import ALONE, World, processes
 from vizoo.tools.training.tuning import tune
 
 LARGEST_MATRIX = 20  # classes of a confusion matrix that is printed
@@ -120,12 +122,14 @@ def evaluate_classifier(argv: list[str]) -> dict[str, Any]:
     classes = reordered(classes, order)
     kwargs, data = model_config(options, outputs)
     weights: dict[str, Any] = {"pretrained": args.pretrained, "checkpoint_path": checkpoint}
-    model = build_model(name, functools.partial(tune, args=options), **weights, **kwargs).to(device)
-    say_unnamed(trained, who)
-    result = figures(model, held_out_loader(options, dataset, data, device), device, classes)
+    with processes(str(device)) as world:
+        model = build_model(name, functools.partial(tune, args=options), **weights, **kwargs).to(world.device)
+        if world.primary:
+            say_unnamed(trained, who)
+        found = figures(model, shared_loader(options, dataset, data, world), world.device, classes, world)
+    about = {"model": name, "checkpoint": checkpoint, "data": options.data}
     size = "x".join(map(str, data["input_size"]))
-    about = {"model": name, "checkpoint": checkpoint, "data": options.data, "input": size}
-    return write_results(args, {**about, "skipped": dataset.skipped, **result}, _report, draw_confusion)
+    return write_results(args, {**about, "input": size, "skipped": dataset.skipped, **found}, _report, draw_confusion)
 
 
 def _open(options: argparse.Namespace) -> tuple[Any, list[str]]:
@@ -183,7 +187,9 @@ def published_classes(name: str, found: Sequence[str], outputs: int) -> list[str
     return names if set(names) & set(found) else None
 
 
-def figures(model: nn.Module, loader: Any, device: torch.device, classes: Sequence[str]) -> dict[str, Any]:
+def figures(
+    model: nn.Module, loader: Any, device: torch.device, classes: Sequence[str], world: World = ALONE
+) -> dict[str, Any]:
     """Everything that this tool reports.
 
     Args:
@@ -191,6 +197,7 @@ def figures(model: nn.Module, loader: Any, device: torch.device, classes: Sequen
         loader: Of :func:`vizoo.tools.data.folders.held_out_loader`.
         device: Where the model is.
         classes: Their names.
+        world: Processes that share the images by whole batches.
 
     Returns:
         ``images``, ``loss``, ``top1`` and ``top5`` in per cent; ``confusion`` with a row for each true class and a
@@ -200,26 +207,26 @@ def figures(model: nn.Module, loader: Any, device: torch.device, classes: Sequen
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassPrecision, MulticlassRecall
 
-    found: MetricCollection | None = None
-    with progress() as bar:
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of each batch: outputs, predictions, targets
+    with progress(world.primary) as bar:
         task = bar.add_task("evaluating", total=len(loader))
 
         def add(logits: torch.Tensor, target: torch.Tensor) -> None:
-            nonlocal found
-            if found is None:
-                each: dict[str, Any] = {"num_classes": logits.shape[1], "average": None}
-                metrics: dict[str, Any] = {
-                    "recall": MulticlassRecall(**each),
-                    "precision": MulticlassPrecision(**each),
-                    "confusion": MulticlassConfusionMatrix(logits.shape[1]),
-                }
-                found = MetricCollection(metrics).to(device)
-            found.update(logits, target)
+            seen.append((logits.shape[1], logits.argmax(1).cpu(), target.cpu()))
             bar.advance(task)
 
-        totals = accuracies(model, loader, device, on_batch=add)
-    assert found is not None  # the data holds images
-    values = {k: v.cpu() for k, v in found.compute().items()}
+        totals = accuracies(model, loader, device, world=world, on_batch=add)
+    batches = gather(seen, range(world.rank, world.rank + world.size * len(seen), world.size), world.size)
+    each: dict[str, Any] = {"num_classes": batches[0][0], "sync_on_compute": False}
+    metrics: dict[str, Any] = {
+        "recall": MulticlassRecall(average=None, **each),
+        "precision": MulticlassPrecision(average=None, **each),
+        "confusion": MulticlassConfusionMatrix(**each),
+    }
+    collection = MetricCollection(metrics)
+    for _, predictions, target in batches:
+        collection.update(predictions, target)
+    values = collection.compute()
     matrix = values["confusion"]
     rows = []
     for i, name in enumerate(classes):

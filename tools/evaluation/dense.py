@@ -33,6 +33,7 @@ from vizoo.tools.training.dense import (
 )
 from vizoo.tools.training.options import stored_arguments
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
+from vizoo.tools.training.task import processes
 
 PICTURED = 4  # images of a picture
 SHOWN = 0.5  # score from which a picture shows a box
@@ -89,14 +90,16 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
     except (AttributeError, RuntimeError, TypeError) as e:
         raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {one_line(e)}") from None
     check_weights(model, file)
-    say_unnamed(trained, str(file))
-    model.to(device)
-    with precision(options, device):
-        found = figures(model, parts.val, parts.classes, options["batch_size"], options["workers"], device)
+    with processes(str(device)) as world:
+        if world.primary:
+            say_unnamed(trained, str(file))
+        model.to(world.device)
+        with precision(options, world.device):
+            place = (options["batch_size"], options["workers"], world.device, world)
+            found = figures(model, parts.val, parts.classes, *place)
     result = {k: options[k] for k in ("task", "arch", "model", "data")}
     result |= {"images": len(parts.val), "skipped": parts.val.skipped, **found}
-    draw = functools.partial(_draw, model, parts, device)
-    return write_results(args, result, _report, draw)
+    return write_results(args, result, _report, functools.partial(_draw, model, parts, world.device))
 
 
 def _draw(model: nn.Module, parts: Any, device: torch.device, result: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import check_output, write_json
+from vizoo.tools.common import check_output, is_first_process, write_json
 from vizoo.tools.options import add
 
 
@@ -50,7 +50,7 @@ def write_results(
     report: Callable[[dict[str, Any]], None],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> dict[str, Any]:
-    """Print a result for people and write what was asked for.
+    """Print a result for people and write what was asked for, in the first of several processes.
 
     Args:
         args: ``out``, ``plot`` and ``json``.
@@ -61,6 +61,8 @@ def write_results(
     Returns:
         The result.
     """
+    if not is_first_process():
+        return result
     if not args.json:  # which the command prints
         report(result)
     if args.out:

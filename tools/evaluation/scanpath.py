@@ -17,6 +17,7 @@ from vizoo.tools.options import Parser, add, number
 from vizoo.tools.scanpaths import Behaviour
 from vizoo.tools.training.options import check_choice, stored_arguments
 from vizoo.tools.training.scanpath import build, build_train_parser, load_trials, path_metrics, predict
+from vizoo.tools.training.task import processes
 
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
 SHOWN = 4  # trials of a picture
@@ -60,15 +61,19 @@ def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
         data.trials if args.split == "all" else split(data.trials, options["seed"], options["split_by"])[args.split]
     )
     checkpoint = args.checkpoint or str(Path(args.run) / "model_best.pth.tar")
-    model = build(options["model"], options["model_kwargs"], checkpoint).to(device)
+    model = build(options["model"], options["model_kwargs"], checkpoint)
     size, longest = args.batch_size, records.get("max_len")
     if not isinstance(longest, int) or longest < 1:
         raise UserError(f"RUN {args.run!r}: its args.yaml has max_len {short(longest)}, need a whole number above 0")
-    paths, forced = predict(model, trials, longest, size, device)
+    with processes(str(device)) as world:
+        device = world.device
+        model.to(device)
+        paths, forced = predict(model, trials, longest, size, device, world=world)
     columns = {"greedy": [found[0] for found in paths]}
     result: dict[str, Any] = {"model": options["model"], "checkpoint": checkpoint, "data": options["data"]}
     result |= {"split": args.split, "trials": len(trials), **forced, "greedy": path_metrics(trials, paths)}
     if args.samples:
+        # each draw follows from those before it, so every process makes all of them
         sampled, _ = predict(model, trials, longest, size, device, args.samples, args.seed)
         columns["drawn"] = [found[0] for found in sampled]
         result |= {"samples": args.samples, "sampled": path_metrics(trials, sampled)}

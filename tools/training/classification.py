@@ -300,6 +300,23 @@ def open_splits(args: argparse.Namespace, check: str) -> Splits:
     return folder_splits(*where, mode, check, args.window, args.skip_unreadable)
 
 
+def shared_loader(args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], world: World) -> Any:
+    """Loader of held-out images, of which every process takes its batches.
+
+    Args:
+        args: Options.
+        dataset: All of them.
+        data_config: Of :func:`model_config`.
+        world: Processes.
+
+    Returns:
+        The loader.
+    """
+    size = args.validation_batch_size or args.batch_size
+    share = Share(dataset, size, world.rank, world.size) if world.size > 1 else dataset
+    return held_out_loader(args, share, data_config, world.device)
+
+
 class Classification(Task):
     """A classifier on digits or on folders of images.
 
@@ -326,9 +343,7 @@ class Classification(Task):
         self.model = self._build_model()
         self.loader = training_loader(args, splits.train, self.data_config, world.device, self.num_classes)
         share_order(self.loader, args.seed, world.rank, world.size)
-        size = args.validation_batch_size or args.batch_size
-        share = Share(splits.held_out, size, world.rank, world.size) if world.size > 1 else splits.held_out
-        self.held_out = held_out_loader(args, share, self.data_config, world.device)
+        self.held_out = shared_loader(args, splits.held_out, self.data_config, world)
         self.mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax)
         self.criterion = self._build_loss().to(world.device)
         self.rounds: int | None = None

@@ -27,7 +27,6 @@ import torch
 import torch.distributed
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, reduce_tensor
-from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from vizoo.tools.common import UserError, compute_device, console, one_line, progress
@@ -48,7 +47,7 @@ from vizoo.tools.training.run import (
     write_options,
     write_summary,
 )
-from vizoo.tools.training.task import Task, World, to_device
+from vizoo.tools.training.task import Task, processes, to_device
 
 
 class Stopped(Exception):
@@ -540,16 +539,10 @@ def train(args: argparse.Namespace, task: type[Task]) -> int:
         UserError: For bad input.
         Failure: If the loss is not finite.
     """
-    device = compute_device(args.device)
-    args.device = str(device)
-    found = init_distributed_device_so(args.device)
-    world = World(found["world_size"], found["global_rank"], torch.device(found["device"]))
-    try:
+    args.device = str(compute_device(args.device))
+    with processes(args.device) as world:
         seed_everything(args.seed)
         return _run(Loop(task(args, world)))
-    finally:
-        if found["distributed"]:
-            torch.distributed.destroy_process_group()
 
 
 def _run(loop: Loop) -> int:

@@ -163,6 +163,7 @@ def predict(
     samples: int = 0,
     seed: int = 0,
     world: World = ALONE,
+    group: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[list[int]]], dict[str, float]]:
     """Predict scanpaths.
@@ -176,6 +177,7 @@ def predict(
         samples: Scanpaths to draw for each trial; 0 for the greedy one.
         seed: Of the draws.
         world: Processes that share the trials by whole batches.
+        group: Trials whose loss is one mean, before that of all groups is taken; 0 for ``size``.
         tick: Called after each batch.
 
     Returns:
@@ -203,9 +205,8 @@ def predict(
             rows.append((total, len(t[t >= 0]), sim(p[: len(t[t >= 0])], t[t >= 0])))
         tick()
     paths, rows = (gather(found, share.indices, world.size) for found in (paths, rows))
-    shared = range(0, len(rows), size * world.size)  # the mean of a batch of all processes, as in training
-    batches = [rows[i : i + size * world.size] for i in shared]
-    means = [len(b) * sum(r[0] for r in b) / sum(r[1] for r in b) for b in batches]
+    groups = [rows[i : i + (group or size)] for i in range(0, len(rows), group or size)]
+    means = [len(g) * sum(r[0] for r in g) / sum(r[1] for r in g) for g in groups]
     return paths, {"loss": sum(means) / len(trials), "sim": float(np.mean([r[2] for r in rows]))}
 
 
@@ -292,7 +293,8 @@ class Scanpath(Task):
         args, trials = self.args, self.parts["val"]
         model_: Any = model
         place = (args.max_len, args.batch_size, self.world.device)
-        paths, found = predict(model_, trials, *place, world=self.world, tick=tick)
+        together = args.batch_size * self.world.size  # as in training
+        paths, found = predict(model_, trials, *place, world=self.world, group=together, tick=tick)
         return {**found, **path_metrics(trials, paths)}
 
     def about(self) -> tuple[str, str, str]:

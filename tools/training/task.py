@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
+from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 
@@ -31,6 +34,24 @@ class World(NamedTuple):
 
 
 ALONE = World()
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; of several processes each takes the GPU of its rank.
+
+    Yields:
+        All of them, and this one's place.
+    """
+    found = init_distributed_device_so(device)
+    try:
+        yield World(found["world_size"], found["global_rank"], torch.device(found["device"]))
+    finally:
+        if found["distributed"]:
+            torch.distributed.destroy_process_group()
 
 
 class Column(NamedTuple):
