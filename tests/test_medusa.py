@@ -421,7 +421,7 @@ def test_finds_a_blob_in_an_ellipse():
     torch.manual_seed(0)
     model = timm.create_model("medusa_resnet18", num_classes=2, body_width=8, body_size=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
-    for _ in range(200):
+    for _ in range(120):
         x, y = blobs(32, 32, generator)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
