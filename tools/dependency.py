@@ -14,8 +14,8 @@ from timm.data import resolve_data_config
 
 from vizoo.backbones.layers import Dependency, Tree, dependency_tree, saliency, subtrees
 from vizoo.tools.common import UserError, check_output, resolve_model, run_tool, save_figure
-from vizoo.tools.options import WINDOW, Parser, add, add_alias, number
-from vizoo.tools.show import image_panels, load_model, need_finite, read_input
+from vizoo.tools.options import Parser, add, number
+from vizoo.tools.show import add_picture, image_panels, load_model, need_finite, read_input
 
 EXAMPLES = """\
 examples:
@@ -38,17 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...; or 'china' or 'flower'")
     add(p, "--model", "a dependencyvit_* model; dependencyvit_tiny", default="dependencyvit_tiny")
-    add(p, "--checkpoint", "for example model_best.pth.tar of a run")
-    add(p, "--num-classes", "of the checkpoint; the model's")
-    add(p, "--model-kwargs")
-    add(p, "--img-size", "the model's; of the shorter side")
-    add(p, "--window", WINDOW)
+    add_picture(p, "dependency.png")
     p.add_argument("--method", choices=["greedy", "edmonds"], default="greedy", help="parser of the tree (greedy)")
     p.add_argument("--layers", type=number(int, 1), metavar="K", help="take the mean of the last K layers (all)")
     p.add_argument("--parts", type=number(int, 1), default=5, metavar="K", help="parts to cut the tree into (5)")
     p.add_argument("--min-size", type=number(int, 1), default=4, metavar="N", help="tokens below a cut, at least (4)")
-    add(p, "--plot", ".png; dependency.png", default="dependency.png")
-    add_alias(p, "--out", "plot")
     return p
 
 

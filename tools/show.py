@@ -35,15 +35,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("image", metavar="IMAGE", help="PNG, JPEG, DICOM (.dcm), ...")
     add(p, "--model", "a medusa_* model", required=True)
-    add(p, "--checkpoint", "for example model_best.pth.tar of a run")
     add(p, "--pretrained", "or --checkpoint")
-    add(p, "--num-classes", "of the checkpoint; the model's")
-    add(p, "--model-kwargs")
-    add(p, "--img-size", "the model's; of the shorter side")
-    add(p, "--window", WINDOW)
-    add(p, "--plot", ".png; attention.png", default="attention.png")
-    add_alias(p, "--out", "plot")
+    add_picture(p, "attention.png")
     return p
+
+
+def add_picture(parser: argparse.ArgumentParser, file: str) -> None:
+    """Add the options of a command that draws what a trained model sees in an image.
+
+    Args:
+        parser: The parser.
+        file: Default of ``--plot``.
+    """
+    add(parser, "--checkpoint", "for example model_best.pth.tar of a run")
+    add(parser, "--num-classes", "of the checkpoint; the model's")
+    add(parser, "--model-kwargs")
+    add(parser, "--img-size", "the model's; of the shorter side")
+    add(parser, "--window", WINDOW)
+    add(parser, "--plot", f".png; {file}", default=file)
+    add_alias(parser, "--out", "plot")
 
 
 def _show(argv: list[str]) -> int:

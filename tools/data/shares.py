@@ -44,9 +44,8 @@ class SharedOrder(Sampler[int]):
         """Indices as a single process draws them: see :func:`vizoo.tools.data.folders.seeded_batches`."""
         if self.is_seeded:
             generator = torch.Generator().manual_seed(order_seed(self.seed, self.epoch))
-            torch.empty((), dtype=torch.int64).random_(
-                generator=generator
-            )  # a loader's first draw is its workers' seed
+            # the loader draws a seed for its workers first
+            torch.empty((), dtype=torch.int64).random_(generator=generator)
             return list(RandomSampler(range(self.count), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(self.seed, 0, self.epoch, 0))
@@ -129,6 +128,20 @@ def gather(values: Sequence[Any], indices: Sequence[int], size: int) -> list[Any
     else:
         torch.distributed.all_gather_object(found, mine)
     return [value for _, value in sorted((pair for share in found for pair in share), key=lambda pair: pair[0])]
+
+
+def gather_batches(values: Sequence[Any], rank: int, size: int) -> list[Any]:
+    """What all processes found of each batch, in the order of :func:`whole_batches` of a single one.
+
+    Args:
+        values: Of this process, one for each of its batches.
+        rank: Of this process.
+        size: Number of processes.
+
+    Returns:
+        Values of all batches, in every process.
+    """
+    return gather(values, range(rank, rank + size * len(values), size), size)
 
 
 def from_first(value: Any, size: int) -> Any:

@@ -24,7 +24,7 @@ from vizoo.tools.common import (
     save_figure,
 )
 from vizoo.tools.data.folders import digits_splits, open_split, reorder_classes, reordered
-from vizoo.tools.data.shares import gather
+from vizoo.tools.data.shares import gather_batches
 from vizoo.tools.evaluation.results import add_results, check_results, write_results
 from vizoo.tools.options import WINDOW, Parser, add
 from vizoo.tools.training.classification import accuracies, model_config, parse_options, shared_loader
@@ -216,7 +216,7 @@ def figures(
             bar.advance(task)
 
         totals = accuracies(model, loader, device, world=world, on_batch=add)
-    batches = gather(seen, range(world.rank, world.rank + world.size * len(seen), world.size), world.size)
+    batches = gather_batches(seen, world.rank, world.size)
     each: dict[str, Any] = {"num_classes": batches[0][0], "sync_on_compute": False}
     metrics: dict[str, Any] = {
         "recall": MulticlassRecall(average=None, **each),

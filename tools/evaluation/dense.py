@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,10 @@ from vizoo.tools.training.dense import (
     check_options,
     figures,
     open_parts,
-    precision,
     segment,
     statistics,
 )
+from vizoo.tools.training.optimizer import precision
 from vizoo.tools.training.options import stored_arguments
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
 from vizoo.tools.training.task import processes
@@ -73,12 +74,13 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
     """
     args = build_parser(task).parse_args(argv)
     options, records = stored_arguments(build_train_parser(task), args.run, task)
-    check_options({**options, "task": task})
+    options["task"] = task
+    check_options(options)
     check_results(args)
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")
     options["skip_unreadable"] |= args.skip_unreadable
-    options |= {"task": task} | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
+    options |= {k: getattr(args, k) for k in given if getattr(args, k) is not None}
     file = Path(args.checkpoint or Path(args.run) / "model_best.pth.tar")
     checkpoint = load_training_checkpoint(file, "--checkpoint")
     parts = open_parts(options, statistics(options["model"]))
@@ -94,7 +96,8 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
         if world.primary:
             say_unnamed(trained, str(file))
         model.to(world.device)
-        with precision(options, world.device):
+        autocast, _ = precision(argparse.Namespace(**options), world.device)
+        with autocast():
             place = (options["batch_size"], options["workers"], world.device, world)
             found = figures(model, parts.val, parts.classes, *place)
     result = {k: options[k] for k in ("task", "arch", "model", "data")}

@@ -72,8 +72,7 @@ def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
     columns = {"greedy": [found[0] for found in paths]}
     result: dict[str, Any] = {"model": options["model"], "checkpoint": checkpoint, "data": options["data"]}
     result |= {"split": args.split, "trials": len(trials), **forced, "greedy": path_metrics(trials, paths)}
-    if args.samples:
-        # each draw follows from those before it, so every process makes all of them
+    if args.samples and world.primary:  # each draw follows from those before it, so one process makes all of them
         sampled, _ = predict(model, trials, longest, size, device, args.samples, args.seed)
         columns["drawn"] = [found[0] for found in sampled]
         result |= {"samples": args.samples, "sampled": path_metrics(trials, sampled)}

@@ -35,7 +35,7 @@ from vizoo.tools.data.folders import (
     seed_everything,
     training_loader,
 )
-from vizoo.tools.data.shares import Share, gather, share_order
+from vizoo.tools.data.shares import Share, gather_batches, share_order
 from vizoo.tools.options import WINDOW, KeyValues, Parser, add, add_alias, check_outputs, number
 from vizoo.tools.training.loop import train
 from vizoo.tools.training.options import (
@@ -626,8 +626,7 @@ def accuracies(
         loss = nn.functional.cross_entropy(logits, target).item()
         rows.append([n, loss * n, *(100 * r / n * n for r in right)])
         on_batch(logits, target)
-    mine = range(world.rank, world.rank + world.size * len(rows), world.size)
-    count, *sums = (sum(column) for column in zip(*gather(rows, mine, world.size), strict=True))
+    count, *sums = (sum(column) for column in zip(*gather_batches(rows, world.rank, world.size), strict=True))
     return {name: total / count for name, total in zip(("loss", "top1", "top5"), sums, strict=True)}
 
 

@@ -9,7 +9,6 @@ images: average precision as COCO defines it, or intersection over union.  The p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -212,12 +211,6 @@ def _loss(model: nn.Module, heads: nn.Module, images: list[Tensor], targets: lis
         return torch.stack(list(model(images, targets).values())).sum()
     loss: Tensor = heads.loss(model(torch.stack(images)), torch.stack(targets))  # type: ignore[operator]
     return loss
-
-
-def precision(options: dict[str, Any], device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Context of a pass with ``amp`` and ``amp_dtype``."""
-    dtype = getattr(torch, options["amp_dtype"])
-    return torch.autocast(device.type, dtype) if options["amp"] else contextlib.nullcontext()
 
 
 def figures(

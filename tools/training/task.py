@@ -76,7 +76,6 @@ class Task:
         world: Processes.
         model: On the device.
         loader: Training batches, each a tuple or list that :func:`to_device` understands.
-        held_out: Number of held-out images or trials.
         what: Column of summary.csv that says which epoch is best, its name for people and its unit.
         decreasing: Whether smaller is better.
         columns: What an epoch's line shows.
