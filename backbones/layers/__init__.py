@@ -7,6 +7,7 @@ from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
 from .neighborhood import NeighborhoodAttention
+from .panel import Panel
 from .place_code import PlaceCode, step_code
 from .prompt_tuning import (
     convert_tcpa,
@@ -30,6 +31,7 @@ __all__ = [
     "HaloAttention",
     "HiLo",
     "NeighborhoodAttention",
+    "Panel",
     "PlaceCode",
     "ReversedAttention",
     "Tree",
