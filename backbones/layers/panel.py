@@ -29,8 +29,8 @@ class Panel:
         strength: ``[n]`` of the lines; of many lines the strongest are drawn.
         points: Rows and columns ``[n, 2]``.
         names: Of the points, a character or two of each; empty for dots.
-        bar: What the numbers of ``heat``, or of the lines' strength, are; "" where their size says nothing: then there is
-            no colour bar.
+        bar: What the numbers of ``heat``, or of the lines' strength, are; "" where their size says nothing, and then
+            there is no colour bar.
         limits: Values at both ends of the colours; None for the least and largest of ``heat``.
         alone: Whether ``heat`` is no map of the image (a spectrum, a kernel): it is drawn without the image.
     """
