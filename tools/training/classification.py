@@ -84,7 +84,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of timm's training script unless the help says otherwise."""
-    count, positive = number(int, 0), number(int, 1)
+    positive = number(int, 1)
     real, share = number(float, 0), number(float, 0, 1)
     toggle = argparse.BooleanOptionalAction
     p = Parser(
