@@ -47,6 +47,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, Panel, ReversedAttention, Tree, dependency_tree, saliency, subtrees
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import COUNT, Range, check_multiple, check_patches, checked, need, scaled
 from .layers.panel import seen_by
 from .layers.reversed_attention import SCORES
@@ -774,10 +775,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict, dense=True)
     positions: Any = model.pos_embed
     if "pos_embed" in state_dict:
         state_dict["pos_embed"] = position_map(state_dict["pos_embed"], *positions.shape[1:3])

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .layers import HaloAttention, to_fast_layout
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_arguments, check_heads, check_lengths, check_stages, checked, is_sequence, need
 
 __all__ = ["HaloNet", "HaloResNet"]
@@ -317,10 +318,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    return {k.removeprefix("module."): v for k, v in state_dict.items()}
+    return unwrap(state_dict, dense=True)
 
 
 def _our_attention(cfg: ByoModelCfg) -> ByoModelCfg:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from .layers import HiLo
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.backend import on_kernel_device
@@ -515,15 +516,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
     if any(k.startswith("stages.") for k in state_dict):
         return state_dict
 

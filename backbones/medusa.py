@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .layers import Panel
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_counts, check_positions, checked, need
 from .layers.resampling import resize_smoothly
 
@@ -738,9 +739,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
+    state_dict = unwrap(state_dict)
     if not any(_is_attention(k) for k in state_dict):
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if _is_attention(k)}}
     return state_dict

@@ -37,6 +37,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_patches, checked, scaled
 from .layers.mlp import Mlp
 from .layers.plain import project, tensors
@@ -542,10 +543,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         A state dict for ``model``.  Token-mixing weights of another grid are resized; the number of tokens alone tells
         which grid: a square one, else the one nearest in shape to that of the model.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(k.startswith("model.") for k in state_dict):
         renamed = {}
         for key, value in state_dict.items():

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_model_name, check_multiple, checked, need
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
 from .layers.plain import tensors
@@ -963,10 +964,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}  # Lightning's name
+    state_dict = unwrap(state_dict)
     official = any(key.startswith(("transformer_encoder.", "transformer_decoder.")) for key in state_dict)
     return convert_oat(state_dict) if official else state_dict
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .layers import to_fast_layout
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
 from .layers.contmix import (
     BRANCHES,
@@ -731,15 +732,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: If the checkpoint is merged and the model is not.
     """
-    for container in ("model_ema", "state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
 
     if "head.4.weight" in state_dict:  # officially a 1x1 convolution
         state_dict["head.4.weight"] = state_dict["head.4.weight"].flatten(1)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from .layers import ULSAM
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import checked, need
 
 __all__ = ["MobileNetULSAM"]
@@ -213,10 +214,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ULSAM))
     if any(k.startswith(prefixes) and ".conv_dws." in k for k in state_dict):
         return state_dict

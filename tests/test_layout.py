@@ -25,6 +25,7 @@ HEADS_SEE = {
     "numpy",
     "sklearn",
     "vizoo.heads",
+    f"{LAYERS}.checkpoint",
     f"{LAYERS}.checks",
     f"{LAYERS}.resampling",
 }

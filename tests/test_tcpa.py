@@ -21,14 +21,13 @@ from vizoo.backbones.layers import (
     convert_tcpa,
     freeze_backbone,
     load_tcpa_state_dict,
-    prompt_attention,
-    reference_prompt_attention,
     tcpa,
     tcpa_parameters,
     tcpa_state_dict,
     vpt,
 )
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.prompt_attention import prompt_attention, reference_prompt_attention
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 CASES = ["tcpa_vfpt_tiny", "tcpa_vfpt_tiny_rtcpa_iprompt", "tcpa_vpt_tiny"]

@@ -3,7 +3,7 @@ import torch
 from tolerance import op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.layers.prompt_tuning import TCPA
+from vizoo.backbones.layers.prompt_attention import TCPA
 from vizoo.backbones.ops import prompt_match as module
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_match import Pool, kernel_takes, prompt_match
