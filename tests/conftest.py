@@ -48,6 +48,15 @@ def _fresh_state() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+@pytest.fixture(autouse=True)
+def _no_scope() -> Iterator[None]:
+    """mmengine keeps the default scope of the last runner for the whole process: the next test starts without one."""
+    yield
+    registry = sys.modules.get("mmengine.registry")
+    if registry is not None:
+        registry.DefaultScope._instance_dict.clear()
+
+
 def _called_by_us(depth: int) -> bool:
     return sys._getframe(depth).f_globals.get("__name__", "").startswith("vizoo.")
 
