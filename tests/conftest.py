@@ -87,7 +87,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nan_empty_in_ops(request: pytest.FixtureRequest) -> None:
-    """Operators are always tested on poisoned memory."""
-    if Path(__file__).parent / "ops" in request.path.parents:
+def _nan_empty_in_ops_and_layers(request: pytest.FixtureRequest) -> None:
+    """Operators and the layers around them are always tested on poisoned memory."""
+    if {Path(__file__).parent / folder for folder in ("ops", "layers")} & set(request.path.parents):
         request.getfixturevalue("nan_empty")

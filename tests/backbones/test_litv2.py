@@ -1,4 +1,4 @@
-"""Official outputs of LITv2, reproduced through ``checkpoint_filter_fn``, and of HiLo."""
+"""Official outputs of LITv2, reproduced through ``checkpoint_filter_fn``."""
 
 import pytest
 import timm
@@ -7,10 +7,7 @@ from golden import image, load, thin, weights
 from tolerance import golden_close
 
 import vizoo  # noqa: F401
-from vizoo.backbones.layers import HiLo
 from vizoo.backbones.litv2 import checkpoint_filter_fn
-
-HILO = [(path, case) for path in ("litv2_hilo_14x14", "litv2_hilo_pad") for case in load(path)[1]["cases"]]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -56,23 +53,3 @@ def test_litv2_dense_keys_load_strictly(norms):
     keys, _, _, _ = load("litv2_s_det" if len(norms) == 3 else "litv2_s_seg_oddsize")
     model = timm.create_model("litv2_s", num_classes=0, feature_norms=norms)
     model.load_state_dict(checkpoint_filter_fn({"state_dict": weights(keys)}, model), strict=True)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(("path", "case"), HILO)
-def test_hilo(path, case, fused):
-    keys, meta, shape, outputs = load(path)
-    args = dict(meta["cases"][case])
-    size = (args.pop("H"), args.pop("W"))
-    layer = HiLo(**args)
-    layer.fused_attn = fused
-    state = weights(keys)
-    layer.load_state_dict({k.removeprefix(f"{case}."): v for k, v in state.items() if k.startswith(f"{case}.")})
-    x = image(shape)[:, : size[0] * size[1]].contiguous().requires_grad_()
-    out = layer(x, size)
-    golden_close(out, outputs[case], case)
-    with torch.no_grad():
-        golden_close(layer(x, size), outputs[case], f"{case} inference")
-    if f"{case}_dx" in outputs:
-        (dx,) = torch.autograd.grad(out, x, image(out.shape, seed=1))
-        golden_close(dx, outputs[f"{case}_dx"], f"{case} input gradient")
