@@ -5,7 +5,7 @@ import torch
 from tolerance import op_close
 
 from vizoo.backbones.ops import attention as attention_module
-from vizoo.backbones.ops.attention import MAX_BATCH, attention
+from vizoo.backbones.ops.attention import MAX_BATCH
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.hilo import (
@@ -169,17 +169,6 @@ def test_many_windows_are_taken_in_parts(compiled, monkeypatch):
     shapes.clear()
     hifi_attention(inputs((2, 4, 6, 18))[0], 3, 2)
     assert shapes == [(12, 3, 4, 2)], "a CPU takes them all"
-
-
-def test_masks_and_dropout_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(attention_module, "MAX_BATCH", 2)
-    q, k, v, mask, shared = inputs((5, 2, 3, 4), (5, 2, 6, 4), (5, 2, 6, 7), (5, 1, 3, 6), (1, 2, 3, 6))
-    for m in (mask, shared, shared[0], None):
-        with kernels_on("cpu"):
-            found = attention(q, k, v, m)
-        op_close(found, attention(q, k, v, m))
-    with kernels_on("cpu"):
-        assert attention(q, k, v, mask, drop=0.5).shape == (5, 2, 3, 7)
 
 
 def test_a_batch_of_images_has_more_windows_than_a_gpu_takes(monkeypatch):
