@@ -1,4 +1,8 @@
-"""Modules shared by several families."""
+"""Modules for other networks, which users put into models of their own, and what the families share.
+
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention`` and ``ReversedAttention`` take the place of another attention,
+``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
+"""
 
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
