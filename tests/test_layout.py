@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -414,16 +414,19 @@ import timm
 before, start = set(sys.modules), time.process_time()
 import vizoo
 seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in set(sys.modules) - before})}))
+new = set(sys.modules) - before
+kernels = sorted(m for m in new if m.startswith("vizoo.") and m.endswith("_kernels"))
+print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in new}), "kernels": kernels}))
 """
 
 
 def test_importing_is_light(tmp_path: Path) -> None:
-    """``import vizoo`` adds to timm no plotting, progress or mm* package and little time."""
+    """``import vizoo`` adds to timm no plotting, progress or mm* package, no operator's kernels and little time."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert not NEVER_ON_IMPORT & set(measured["new"])
+    assert measured["kernels"] == [f"{OPS}._kernels"]  # what all share
     assert measured["seconds"] < IMPORT_SECONDS
 
 
@@ -571,3 +574,47 @@ def test_rule_of_length_bites() -> None:
     assert long_functions(function(*options, *["x = 1"] * (2 * LONGEST))) == ["f"]
     method = textwrap.indent(function(*["x = 1"] * LONGEST), "    ")
     assert long_functions(f"class A:\n{method}") == ["f"]
+
+
+# kernels
+
+
+def holds_kernels(path: Path) -> bool:
+    """Whether a file of ``ops/`` is for kernels: for what all share, or for those of the operator that names it."""
+    operator = path.with_name(f"{path.stem.removeprefix('_').removesuffix('_kernels')}.py")
+    called = f'KernelModule("{path.stem}")'
+    return path.stem == "_kernels" or (operator.is_file() and called in operator.read_text(encoding="utf-8"))
+
+
+def misplaced(path: Path, source: str, found: Iterable[Import]) -> str | None:
+    """What a file of ``ops/`` may not do with kernels, or None when all is in its place."""
+    if holds_kernels(path):
+        return None
+    found = list(found)
+    if re.search(r"\btriton\.jit\b", source) or any(x.within("triton") for x in found):
+        return "kernels of ops/<op>.py stand in ops/_<op>_kernels.py, what all share in ops/_kernels.py"
+    if any(x.module.endswith("_kernels") and x.module != f"{OPS}._kernels" for x in found):
+        return "a file of kernels is imported when it is first used, by KernelModule"
+    return None
+
+
+def test_kernels_have_files_of_their_own() -> None:
+    paths = files("backbones/ops")
+    reasons = {p.name: misplaced(p, p.read_text(encoding="utf-8"), imports(p)) for p in paths}
+    assert {name: reason for name, reason in reasons.items() if reason} == {}
+    assert [p.name for p in paths if p.stem.endswith("_kernels") and not holds_kernels(p)] == []
+
+
+def test_rule_of_kernels_bites() -> None:
+    kernel = "@triton.jit\ndef f(x_ptr): ...\n"
+
+    def reason(name: str, source: str = "", *modules: str) -> str | None:
+        return misplaced(ROOT / "backbones/ops" / name, source, [Import(module, 1, False) for module in modules])
+
+    for name in ("halo.py", "_halo.py", "_halos_kernels.py", "_backend_kernels.py", "backend.py"):
+        assert reason(name, kernel), name
+        assert reason(name, "", "triton.language"), name
+        assert reason(name, "", f"{OPS}._halo_kernels"), name
+        assert not reason(name, "def f(x): ...\n", f"{OPS}._kernels", "torch"), name
+    for name in ("_halo_kernels.py", "_depthwise3x3_kernels.py", "_kernels.py"):
+        assert not reason(name, kernel, "triton.language", f"{OPS}._na2d_av_kernels"), name

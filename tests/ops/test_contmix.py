@@ -418,7 +418,7 @@ def test_auto_never_interprets(monkeypatch):
     """On CPU tensors the kernels run only when a caller insists."""
     calls = []
     monkeypatch.setattr(f"{contmix.__module__}._contmix", lambda *a: calls.append(a))
-    monkeypatch.setattr(f"{na2d_av.__module__}._triton_forward", lambda *a: calls.append(a))
+    monkeypatch.setattr("vizoo.backbones.ops._na2d_av_kernels.kernel_forward", lambda *a: calls.append(a))
     tensors = [t.float() for t in inputs(1, 1, 2, 3, 4, 3, 3)]
     contmix(*tensors, 3, 3)
     na2d_av(torch.rand(1, 1, 3, 4, 9), torch.rand(1, 1, 3, 4, 2), 3)
