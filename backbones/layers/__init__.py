@@ -14,8 +14,10 @@ from .neighborhood import NeighborhoodAttention
 from .panel import Panel
 from .place_code import PlaceCode, step_code
 from .prompt_tuning import (
+    PROMPTS,
     convert_tcpa,
     freeze_backbone,
+    has_prompts,
     load_tcpa_state_dict,
     tcpa,
     tcpa_parameters,
@@ -26,6 +28,7 @@ from .reversed_attention import ReversedAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
+    "PROMPTS",
     "ULSAM",
     "ContMixBlock",
     "Dependency",
@@ -41,6 +44,7 @@ __all__ = [
     "convert_tcpa",
     "dependency_tree",
     "freeze_backbone",
+    "has_prompts",
     "load_tcpa_state_dict",
     "saliency",
     "step_code",

@@ -133,6 +133,12 @@ class TCPA(nn.Module):
             out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
         return fourier_prompts(out) if self.fourier else out
 
+    def cosines(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Cosines ``[B, T, n]`` of tokens ``[B, T, D]`` and keys ``[n, D]``, in at least float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide)
+        return x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(2.0, -1, keepdim=True).clamp_min(1e-12)
+
     def nearest(self, x: Tensor, keys: Tensor, topk: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
         """Choose the prompts whose keys are nearest to each token by cosine.
 
@@ -144,9 +150,7 @@ class TCPA(nn.Module):
         Returns:
             Choice ``[B, T, n]``, 1 for a chosen prompt, and the mean of ``1 - cosine`` over the chosen.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide)
-        cosine = x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(2.0, -1, keepdim=True).clamp_min(1e-12)
+        cosine = self.cosines(x, keys)
         if self.training and self.random_match:
             index = torch.rand_like(cosine).argsort(-1)[..., :topk]
             value = cosine.gather(-1, index)

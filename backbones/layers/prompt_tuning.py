@@ -4,22 +4,27 @@ The layers and their papers are in ``prompt_attention.py`` (TCPA) and ``vpt.py``
 licence: github.com/zhoujiahuan1991/ICML2025-TCPA.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript
 
 import torch
-from timm.layers import Attention, PatchEmbed, get_device_dtype
+import torch.nn.functional as F
+from timm.layers import Attention, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from .checks import NATURAL, checked, need
-from .prompt_attention import TCPA, PromptedAttention, TCPABlock, TCPAResPostBlock
+from .checks import NATURAL, Range, check_positions, checked, need
+from .panel import Panel, seen_by
+from .prompt_attention import TCPA, PromptedAttention, TCPABlock, TCPAResPostBlock, full_precision
 from .vpt import VPT, VPTBlock, VPTResPostBlock, alias
 
 __all__ = [
+    "PROMPTS",
     "convert_tcpa",
     "freeze_backbone",
+    "has_prompts",
     "load_tcpa_state_dict",
     "tcpa",
     "tcpa_parameters",
@@ -46,6 +51,7 @@ class PromptedVisionTransformer(VisionTransformer):
 
     __jit_unused_properties__ = ["match_loss", "random_match"]  # noqa: RUF012 - TorchScript's own name
     frozen = False  # set by freeze_backbone
+    match_weight, random_epochs = 0.01, 10  # set by tcpa
 
     @property
     def match_loss(self) -> Tensor | None:
@@ -64,6 +70,81 @@ class PromptedVisionTransformer(VisionTransformer):
         for module in self.modules():
             if isinstance(module, TCPA):
                 module.random_match = value
+
+    def extra_loss(self) -> Tensor | None:
+        """What training adds to the loss: ``match_weight * match_loss``; None if nothing was matched."""
+        loss = self.match_loss
+        return None if loss is None else self.match_weight * loss
+
+    def training_phase(self, epoch: int, epochs: int) -> None:
+        """Choose prompts at random in the first ``random_epochs`` epochs.
+
+        Args:
+            epoch: The epoch that starts, from 0.
+            epochs: How many there are.
+        """
+        self.random_match = epoch < self.random_epochs
+
+    def explain(self, image: Tensor, layers: Sequence[int] | None = None) -> list[Panel]:
+        """What patches take from the prompts of some blocks, in evaluation mode.
+
+        Of TCPA's matching, the image prompt that is nearest to each patch, the first of those it takes.  Without a
+        matching (VPT, or TCPA by role only), the share of each patch's attention that reads prompts.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, as the model takes it.
+            layers: Blocks, from 0; None for the first, the middle and the last.
+
+        Returns:
+            A panel for each block.
+
+        Raises:
+            ValueError: If it is not one image, or there are no such blocks.
+        """
+        need(
+            image.ndim == 4 and image.shape[0] == 1, "one image [1, channels, height, width]", shape=tuple(image.shape)
+        )
+        count = len(self.blocks)
+        wanted = sorted({0, count // 2, count - 1}) if layers is None else layers
+        check_positions(count, layers=wanted)
+        blocks = [(i % count, self.blocks[i]) for i in wanted]
+        seen = seen_by(self, image, [layer for _, block in blocks for layer in (block, block.attn)])
+        grid = self.patch_embed.dynamic_feat_size(image.shape[2:])  # type: ignore[arg-type]
+        patches = slice(self.num_prefix_tokens, self.num_prefix_tokens + grid[0] * grid[1])
+        panels = []
+        with torch.no_grad(), full_precision(image):
+            for (i, block), (inputs, _), (read, _) in zip(blocks, seen[::2], seen[1::2], strict=True):
+                if isinstance(block, (TCPABlock, TCPAResPostBlock)) and not block.tcpa.role_only:
+                    labels = block.tcpa.cosines(inputs[0][0, patches], block.tcpa.image_keys).argmax(-1)
+                    panels.append(self._nearest_panel(i, labels.view(grid), image))
+                else:
+                    panels.append(self._share_panel(i, _prompt_share(block.attn, read, patches).view(grid), image))
+        return panels
+
+    def _nearest_panel(self, block: int, labels: Tensor, image: Tensor) -> Panel:
+        """Nearest prompts ``[h, w]``; of patches that do not tile the image by its pixels."""
+        pool, used = len(self.blocks[block].tcpa.image_keys), len(labels.unique())
+        height, width = self._covered(labels)
+        if (height, width) != image.shape[2:]:  # padded beyond the image, or a rest at its edge without patches
+            labels = labels.repeat_interleave(height // labels.shape[0], 0)
+            labels = labels.repeat_interleave(width // labels.shape[1], 1)
+            labels = F.pad(labels, (0, image.shape[3] - width, 0, image.shape[2] - height), value=-1)
+        return Panel(title=f"block {block}: nearest of {pool} image prompts, {used} in use", parts=labels)
+
+    def _share_panel(self, block: int, share: Tensor, image: Tensor) -> Panel:
+        """Shares ``[h, w]`` of attention."""
+        height, width = self._covered(share)
+        return Panel(
+            title=f"block {block}: attention of patches that reads prompts",
+            heat=share.float(),
+            area=(0.0, 0.0, height / image.shape[2], width / image.shape[3]),
+            bar="share of attention",
+        )
+
+    def _covered(self, cells: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of so many patches ``[h, w]``."""
+        height, width = to_2tuple(self.patch_embed.patch_size)
+        return cells.shape[0] * height, cells.shape[1] * width
 
     def forward_intermediates(
         self,
@@ -152,6 +233,27 @@ class ShallowPromptedVisionTransformer(PromptedVisionTransformer):
         raise NotImplementedError("VPT-shallow has prompts among its tokens; take deep=True for intermediate features")
 
 
+def _prompt_share(attn: Attention, inputs: tuple[Tensor, ...], patches: slice) -> Tensor:
+    """How much of the attention of patches reads prompts, a mean over the heads.
+
+    Args:
+        attn: The layer.
+        inputs: What it got for one image: tokens with prompts at their end; or tokens, prompts and choice.
+        patches: Which tokens are the patches.
+
+    Returns:
+        ``[T]``.
+    """
+    tokens, *prompted = inputs
+    n = patches.stop
+    x = torch.cat([tokens, prompted[0]], 1) if prompted else tokens
+    q, k, _ = attn.qkv(x)[0].reshape(x.shape[1], 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+    q, k = attn.q_norm(q[:, patches]), attn.k_norm(k)
+    # a head at a time: all of them fill gigabytes for large images
+    read = torch.stack([(a @ b.t() * attn.scale).softmax(-1)[:, n:] for a, b in zip(q, k, strict=True)]).mean(0)
+    return (read * prompted[1][0, patches] if prompted else read).sum(-1)
+
+
 _OWN = (".tcpa.", ".vpt.", "patch_embed.prompter.")
 
 
@@ -178,7 +280,14 @@ def _topk(name: str, topk: int | None, pool: int) -> int:
     return topk
 
 
-@checked(cls_pool=NATURAL, cls_topk=NATURAL, cls_len=NATURAL, host=("vfpt", "vpt"))
+@checked(
+    cls_pool=NATURAL,
+    cls_topk=NATURAL,
+    cls_len=NATURAL,
+    host=("vfpt", "vpt"),
+    match_weight=Range(0),
+    random_epochs=NATURAL,
+)
 def tcpa(
     model: VisionTransformer,
     *,
@@ -193,6 +302,8 @@ def tcpa(
     role_only: bool = False,
     pixel_prompt: bool = False,
     fused: bool = True,
+    match_weight: float = 0.01,
+    random_epochs: int = 10,
 ) -> PromptedVisionTransformer:
     """Give a vision transformer TCPA prompts, in place; all its parameter names stay.
 
@@ -212,6 +323,10 @@ def tcpa(
         role_only: Leave the matching out: every token takes all prompts of its kind (R-TCPA).
         pixel_prompt: Also add a small convolutional network of the image to the image.
         fused: Use ``scaled_dot_product_attention``; same numbers.
+        match_weight: What :meth:`~PromptedVisionTransformer.extra_loss` weighs ``match_loss`` with, as all official
+            scripts do.
+        random_epochs: Epochs at the beginning in which training chooses prompts at random, likewise; see
+            :meth:`~PromptedVisionTransformer.training_phase`.
 
     Returns:
         ``model``, now with ``match_loss`` and ``random_match``.
@@ -251,6 +366,7 @@ def tcpa(
         ).train(model.training)
         model.patch_embed.__class__ = PixelPromptPatchEmbed
     model.__class__ = PromptedVisionTransformer
+    model.match_weight, model.random_epochs = float(match_weight), int(random_epochs)
     return model  # type: ignore[return-value]
 
 
@@ -291,6 +407,31 @@ def vpt(
             block.__class__ = VPTBlock if type(block) is Block else VPTResPostBlock
     model.__class__ = PromptedVisionTransformer if deep else ShallowPromptedVisionTransformer
     return model  # type: ignore[return-value]
+
+
+PROMPTS: dict[str, Callable[..., PromptedVisionTransformer]] = {
+    "tcpa": tcpa,
+    "vpt": vpt,
+    "vfpt": partial(vpt, fourier=True),
+}
+"""Kinds of prompts, and what gives them to a vision transformer."""
+
+
+def has_prompts(model: nn.Module, kind: str | None = None) -> bool:
+    """Whether a model has prompts.
+
+    Args:
+        model: Any model.
+        kind: Of which kind of ``PROMPTS``; None for any.
+
+    Returns:
+        Whether it has.
+    """
+    if not isinstance(model, PromptedVisionTransformer):
+        return False
+    layers = [m for m in model.modules() if isinstance(m, (TCPA, VPT))]
+    found = {"tcpa" if isinstance(m, TCPA) else "vfpt" if m.fourier else "vpt" for m in layers}
+    return kind is None or kind in found
 
 
 def _tuned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
