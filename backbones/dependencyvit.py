@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, Panel, ReversedAttention, Tree, dependency_tree, saliency, subtrees
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import COUNT, Range, check_multiple, check_patches, checked, need, scaled
@@ -54,6 +55,19 @@ from .layers.reversed_attention import SCORES
 from .ops.reversed_attention import dependency_mask
 
 __all__ = ["DependencyViT"]
+
+ABOUT = About(
+    "DependencyViT",
+    "no official code or weights; a reconstruction from the paper's abstract and Figure 2 and from draft pull "
+    "request 2062 of github.com/huggingface/pytorch-image-models, Apache-2.0.",
+    (
+        (
+            'M. Ding, Y. Shen, L. Fan, Z. Chen, Z. Chen, P. Luo, J. Tenenbaum, C. Gan, "Visual Dependency '
+            'Transformers: Dependency Tree Emerges from Reversed Attention", CVPR 2023',
+            "2304.03282",
+        ),
+    ),
+)
 
 MOST_TOKENS = 4096  # of a picture: every block has a dependency of each on each other one
 MESSAGE_POOLS = ("message", "message_mean", "avg")

@@ -30,11 +30,25 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _ini
 from torch import Tensor, nn
 
 from .layers import HaloAttention, to_fast_layout
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_arguments, check_heads, check_lengths, check_stages, checked, is_sequence, need
 
 __all__ = ["HaloNet", "HaloResNet"]
+
+ABOUT = About(
+    "HaloNet",
+    "no official code; attention and hybrids follow timm 1.0.31, github.com/huggingface/pytorch-image-models, "
+    "Apache-2.0, whose weights the hybrids load.",
+    (
+        (
+            'A. Vaswani, P. Ramachandran, A. Srinivas, N. Parmar, B. Hechtman, J. Shlens, "Scaling Local '
+            'Self-Attention for Parameter Efficient Visual Backbones", CVPR 2021',
+            "2103.12731",
+        ),
+    ),
+)
 
 
 class HaloBlock(nn.Module):

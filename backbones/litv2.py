@@ -36,6 +36,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import HiLo
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
@@ -46,6 +47,17 @@ from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3
 
 __all__ = ["LITv2"]
+
+ABOUT = About(
+    "LITv2 (HiLo attention)",
+    "github.com/ziplab/LITv2, commit 7501c86, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'Z. Pan, J. Cai, B. Zhuang, "Fast Vision Transformers with HiLo Attention", NeurIPS 2022',
+            "2205.13213",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 _norm_layer = partial(LayerNorm, eps=1e-5)

@@ -38,6 +38,7 @@ from timm.models._input import update_model_args
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
@@ -53,6 +54,21 @@ from .layers.layout import to_channels_last
 from .layers.neighborhood import NeighborhoodBlock, resize_rpb
 
 __all__ = ["NAT"]
+
+ABOUT = About(
+    "NAT, DiNAT, DiNAT_s",
+    "github.com/SHI-Labs/Neighborhood-Attention-Transformer, commit d334f5b, MIT; weights released by its authors.",
+    (
+        (
+            'A. Hassani, S. Walton, J. Li, S. Li, H. Shi, "Neighborhood Attention Transformer", CVPR 2023',
+            "2204.07143",
+        ),
+        (
+            'A. Hassani, H. Shi, "Dilated Neighborhood Attention Transformer", 2022',
+            "2209.15001",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 _norm_layer = partial(LayerNorm, eps=1e-5)

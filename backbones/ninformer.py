@@ -36,6 +36,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_patches, checked, scaled
@@ -44,6 +45,18 @@ from .layers.plain import project, tensors
 from .ops.backend import autocast_dtype
 
 __all__ = ["NiNformer"]
+
+ABOUT = About(
+    "NiNformer",
+    "github.com/Abdullah-Nazhat/NiNformer, commit 0ec85d4, BSD-3-Clause; no weights.",
+    (
+        (
+            'A. N. Abdullah, T. Aydin, "NiNformer: A Network in Network Transformer with Token Mixing Generated '
+            'Gating Function", Neural Computing and Applications 2025',
+            "2403.02411",
+        ),
+    ),
+)
 
 
 def resizing(grid: tuple[int, int], H: int, W: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_model_name, check_multiple, checked, need
@@ -33,6 +34,19 @@ from .ops.attention import attention
 from .ops.backend import is_transforming, plain_only
 
 __all__ = ["OAT", "convert_oat"]
+
+ABOUT = About(
+    "OAT",
+    "github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, no licence given: nothing of it is included; the model is "
+    "written from a description and reproduces recorded outputs.  No weights exist.",
+    (
+        (
+            'Y. Fang, J. Yu, H. Zhang, R. van der Lans, B. Shi, "OAT: Object-Level Attention Transformer for Gaze '
+            'Scanpath Prediction", ECCV 2024',
+            "2407.13335",
+        ),
+    ),
+)
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them

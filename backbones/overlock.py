@@ -30,6 +30,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .layers import to_fast_layout
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
@@ -50,6 +51,18 @@ from .layers.plain import project
 from .layers.resampling import resize
 
 __all__ = ["OverLoCK"]
+
+ABOUT = About(
+    "OverLoCK (ContMix)",
+    "github.com/LMMMEng/OverLoCK, commit 2c8ab3b, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'M. Lou, Y. Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic '
+            'Kernels", CVPR 2025',
+            "2502.20087",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 AUX_WEIGHT = 0.4  # of the auxiliary head in the loss: the published training

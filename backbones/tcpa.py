@@ -33,6 +33,7 @@ from .layers import (
     tcpa_state_dict,
     vpt,
 )
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_arguments, check_multiple, check_patches, need, scaled
@@ -46,6 +47,19 @@ __all__ = [
     "tcpa_state_dict",
     "vpt",
 ]
+
+ABOUT = About(
+    "TCPA",
+    "github.com/zhoujiahuan1991/ICML2025-TCPA, commit dce8b3a, no licence, no trained prompts; backbones and their "
+    "weights are those of timm 1.0.31, Apache-2.0.",
+    (
+        (
+            'Z. Liu, X. Zou, G. Hua, J. Zhou, "Token Coordinated Prompt Attention is Needed for Visual Prompting", '
+            "ICML 2025",
+            "2505.02406",
+        ),
+    ),
+)
 
 PREFIX = "tcpa_"
 SETTINGS = {PREFIX + name for name in list(inspect.signature(tcpa).parameters)[1:]}

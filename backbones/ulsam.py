@@ -47,11 +47,25 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from .layers import ULSAM
+from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import checked, need
 
 __all__ = ["MobileNetULSAM"]
+
+ABOUT = About(
+    "ULSAM",
+    "github.com/Nandan91/ULSAM, commit 9a07d68, no licence, no weights: written from the paper.  The networks are "
+    "timm's MobileNets (github.com/huggingface/pytorch-image-models, Apache-2.0).",
+    (
+        (
+            'R. Saini, N. K. Jha, B. Das, S. Mittal, C. K. Mohan, "ULSAM: Ultra-Lightweight Subspace Attention '
+            'Module for Compact Convolutional Neural Networks", WACV 2020',
+            "2006.15102",
+        ),
+    ),
+)
 
 _V1 = ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024")
 _V2 = (
