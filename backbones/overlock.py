@@ -51,6 +51,7 @@ from .layers.resampling import resize
 __all__ = ["OverLoCK"]
 
 _logger = logging.getLogger(__name__)
+AUX_WEIGHT = 0.4  # of the auxiliary head in the loss: the published training
 
 
 def _downsample(dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
@@ -321,8 +322,8 @@ class OverLoCK(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
         deploy: Build the merged form of all large-kernel convolutions, as :meth:`reparameterize` makes it.
-        aux_head: Classify the overview too.  In training the output is then ``{"main": logits, "aux": logits}``; the
-            official loss is that of ``main`` plus 0.4 times that of ``aux``.
+        aux_head: Classify the overview too.  In training the output is then ``{"main": logits, "aux": logits}``, and
+            :meth:`extra_loss` is what ``aux`` adds to the loss.
         dense: ``"det"`` or ``"seg"`` for the backbone of the official detectors or segmentors: no classifier, a layer
             norm for every feature, the second of them also in the trunk.
         device: Device of the parameters.
@@ -670,6 +671,19 @@ class OverLoCK(nn.Module):
     def _forward_aux(self, x: Tensor) -> Any:
         levels, overview = self._pyramid(x, self.last_level)
         return {"main": self.forward_head(levels[-1]), "aux": self.aux_head(overview).flatten(1)}  # type: ignore[misc]
+
+    @torch.jit.ignore
+    def extra_loss(self, out: Any, criterion: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the auxiliary head adds to the loss: 0.4 times its own, as in the official training.
+
+        Args:
+            out: Of the model in training.
+            criterion: The loss of logits ``[B, num_classes]``.
+
+        Returns:
+            A scalar; None without ``aux_head``.
+        """
+        return AUX_WEIGHT * criterion(out["aux"]) if isinstance(out, dict) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to logits ``[B, num_classes]``, or to both with ``aux_head``."""
