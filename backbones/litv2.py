@@ -505,6 +505,7 @@ class LITv2(nn.Module):
         x = self.forward_features(x)
         return self.forward_head(x)
 
+    @torch.jit.ignore
     @checked(stage=ANY, block=ANY)
     def explain(self, image: Tensor, stage: int | None = None, block: int = -1) -> list[Panel]:
         """What the Hi-Fi and the Lo-Fi heads of one HiLo layer give: their frequencies (Fig. 4) and where.
@@ -526,20 +527,21 @@ class LITv2(nn.Module):
         """
         stage, block, hilo = self._hilo(stage, block)
         ((_, out),) = seen_by(self, image, [hilo])
-        kinds = zip(("Hi-Fi", "Lo-Fi"), (hilo.h_heads, hilo.l_heads), hilo.parts(out[0].float()), strict=True)
+        low = "Lo-Fi" if hilo.window_size > 1 else "Attention"  # without windows there are no low frequencies only
+        kinds = zip(("Hi-Fi", low), (hilo.h_heads, hilo.l_heads), hilo.parts(out[0].float()), strict=True)
         parts = {f"{name} ({heads} of {hilo.h_heads + hilo.l_heads} heads)": x for name, heads, x in kinds if heads}
         spectra = [spectrum(x) for x in parts.values()]
         limits = min(float(x.min()) for x in spectra), max(float(x.max()) for x in spectra)
-        look: dict[str, Any] = {"alone": True, "bar": "log10 of the amplitude", "limits": limits}
-        place = f"stage {stage}, block {block}"
+        place, bar = f"stage {stage}, block {block}", "log10 of the amplitude; frequency 0 is in the middle"
         panels = [
-            Panel(title=f"{n}: frequencies, {place}", heat=x, **look) for n, x in zip(parts, spectra, strict=True)
+            Panel(title=f"{name}: spectrum, {place}", heat=x, bar=bar, limits=limits, alone=True)
+            for name, x in zip(parts, spectra, strict=True)
         ]
         if len(spectra) == 2:
             ratio = spectra[0] - spectra[1]
             most = float(ratio.abs().max())
-            look |= {"bar": "log10 of Hi-Fi over Lo-Fi", "limits": (-most, most)}
-            panels.append(Panel(title="Frequencies that Hi-Fi has more of (red) or Lo-Fi (blue)", heat=ratio, **look))
+            title, bar = "Hi-Fi over Lo-Fi at each frequency", "log10 of the ratio"
+            panels.append(Panel(title=title, heat=ratio, bar=bar, limits=(-most, most), alone=True))
         for name, x in parts.items():
             heat = x.square().mean(-1).sqrt()
             area = tiled(image, heat, (self.feature_info[stage]["reduction"],) * 2)

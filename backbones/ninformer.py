@@ -506,6 +506,7 @@ class NiNformer(nn.Module):
         x = self.forward_features(x)
         return self.forward_head(x)
 
+    @torch.jit.ignore
     @checked(blocks=ANY)
     def explain(self, image: Tensor, blocks: Sequence[int] | None = None) -> list[Panel]:
         """The gates of some blocks (Sec. 3): what the projected tokens are multiplied by.
@@ -532,7 +533,7 @@ class NiNformer(nn.Module):
             heat = (mixed[0].float() + out[0].float()).mean(-1)
             most = float(heat.abs().max())
             area = tiled(image, heat, to_2tuple(self.patch_embed.patch_size))
-            title, bar = f"Gate of block {i % count} of {count}", "mean over the channels"
+            title, bar = f"Gate of block {i % count} of 0 to {count - 1}", "mean over the channels"
             panels.append(Panel(title=title, heat=heat, area=area, bar=bar, limits=(-most, most)))
         return panels
 

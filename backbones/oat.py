@@ -812,6 +812,7 @@ class OAT(nn.Module):
         labels = next_fixations(sequence, logits.shape[2] - 2)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-1)
 
+    @torch.jit.ignore
     @checked(target=NATURAL, point=SHARE)
     def explain(
         self,
@@ -821,7 +822,7 @@ class OAT(nn.Module):
         max_len: int = 20,
         point: tuple[float, float] = (0.5, 0.5),
     ) -> list[Panel]:
-        """The most likely scanpath of a search, and how likely it begins at each object.
+        """The greedy scanpath of a search, and how likely it begins at each object.
 
         Args:
             image: ``[1, in_chans, height, width]`` from 0 to 1.
@@ -852,7 +853,7 @@ class OAT(nn.Module):
         points = spread_fixations(objects, visited).flip(1) / size
         length = f"{len(path)} fixations" if len(path) < max_len else f"first {max_len} fixations"
         scanpath = Panel(
-            title=f"Most likely scanpath, {length}; in search of object {target}{named} (box)",
+            title=f"Greedy scanpath, {length}; in search of object {target}{named} (box)",
             boxes=frames[[target]],
             lines=torch.stack([points[:-1], points[1:]], 1),
             points=points,
@@ -875,7 +876,7 @@ def _runs(path: Sequence[int]) -> tuple[list[str], list[int]]:
 
 
 def spread_fixations(boxes: Tensor, sequence: Sequence[int]) -> Tensor:
-    """Where fixations of objects are drawn: those of one object lie beside each other, so that every one is seen.
+    """Where fixations of objects are drawn: in the middle, or several beside each other, so that every one is seen.
 
     Args:
         boxes: ``[N, 4]`` as x1, y1, x2, y2.
@@ -884,9 +885,12 @@ def spread_fixations(boxes: Tensor, sequence: Sequence[int]) -> Tensor:
     Returns:
         Their x and y ``[n, 2]``.
     """
-    before = [list(sequence[:i]).count(item) for i, item in enumerate(sequence)]
-    spread = torch.tensor([[min(m // 3, 2) * 0.16, m % 3 * 0.22 - 0.22] for m in before], device=boxes.device)
-    visited = boxes[list(sequence)]
+    sequence = list(sequence)
+    spread = torch.empty(len(sequence), 2)
+    for i, item in enumerate(sequence):
+        before, rows = sequence[:i].count(item), min(sequence.count(item), 3)
+        spread[i] = torch.tensor([min(before // 3, 2) * 0.16, (before % 3 - (rows - 1) / 2) * 0.3])
+    visited, spread = boxes[sequence], spread.to(boxes.device)
     return (visited[:, :2] + visited[:, 2:]) / 2 + spread * (visited[:, 2:] - visited[:, :2])
 
 

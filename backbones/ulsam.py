@@ -204,6 +204,7 @@ class MobileNetULSAM(EfficientNet):
         """
         super().reset_classifier(num_classes, global_pool)
 
+    @torch.jit.ignore
     @checked(layer=ANY)
     def explain(self, image: Tensor, layer: int | None = None, count: int = 6) -> list[Panel]:
         """The attention maps of the subspaces of a ULSAM (Eq. 2 and 3).
@@ -230,7 +231,8 @@ class MobileNetULSAM(EfficientNet):
         for (stride, module), (_, logits) in zip(chosen, seen, strict=True):
             for i, heat in enumerate(subspace_maps(logits[:1].float(), torch.float32)[0]):
                 title = f"Attention of subspace {i + 1} of {module.num_splits}, layer {layer}"
-                panels.append(Panel(title=title, heat=heat, area=tiled(image, heat, (stride, stride)), bar="attention"))
+                area, limits = tiled(image, heat, (stride, stride)), (0.0, float(heat.max()))
+                panels.append(Panel(title=title, heat=heat, area=area, bar="attention", limits=limits))
         return panels[:count]
 
     def _ulsams(self) -> list[tuple[int, int, ULSAM]]:
