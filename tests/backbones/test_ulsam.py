@@ -7,6 +7,7 @@ from importlib import resources
 import pytest
 import timm
 import torch
+from panels import check_family_explains, explained
 from tolerance import close
 
 from vizoo.backbones import ulsam as family
@@ -115,3 +116,55 @@ def test_features_at_stride_16():
     assert [tuple(t.shape[1:]) for t in taps][-2:] == [(96, 6, 10), (320, 6, 10)]
     net = timm.create_model("mobilenetv2_100_ulsam_r14_17_g4", features_only=True, device="meta")
     assert (net.feature_info.reduction(), net.feature_info.channels()) == ([2, 4, 8, 16, 32], [16, 24, 32, 96, 320])
+
+
+# explain
+
+
+@pytest.mark.parametrize(("layer", "name", "stride"), [(7, "blocks.3.1", 16), (9, "blocks.4.ulsam0", 32)])
+def test_explain_maps_reproduce_the_module(layer, name, stride):
+    """Each has sum 1 and multiplies its channels; pixels where the map ends are those of its cells."""
+    model = timm.create_model("test_ulsam").eval()
+    module, kept = model.get_submodule(name), []
+    x = torch.randn(1, 3, 70, 100)
+    with torch.no_grad():
+        model(x)
+        handle = module.register_forward_hook(lambda _, args, out: kept.append((args[0][0], out[0])))
+        model(x)
+    handle.remove()
+    ((seen, out),) = kept
+    panels = explained(model, x, layer=layer)
+    maps = torch.stack([p.heat for p in panels])
+    close(maps.sum((1, 2)), torch.ones(4), "rerun")
+    close(seen + seen * maps.repeat_interleave(len(seen) // 4, 0), out, "rerun")
+    assert [p.title for p in panels] == [f"Attention of subspace {i} of 4, layer {layer}" for i in (1, 2, 3, 4)]
+    rows, columns = maps.shape[1:]
+    assert (rows, columns) == (-(-70 // stride), -(-100 // stride))
+    assert panels[0].area == (0, 0, rows * stride / 70, columns * stride / 100)
+
+
+def test_explain_shows_the_first_layer_and_at_most_so_many_maps():
+    both = {"ulsam_replace": (5,), "ulsam_insert": (5, 6), "num_splits": 4, "in_chans": 1}
+    model, x = timm.create_model("test_ulsam_v1", **both).half(), torch.randn(1, 1, 64, 64).half()
+    titles = [p.title for p in explained(model, x)]
+    assert titles == [f"Attention of subspace {i} of 4, layer 5" for i in (1, 2, 3, 4, 1, 2)]
+    assert len(explained(model, x, count=99)) == 8
+    assert len(explained(model, x, layer=6)) == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "settings", "message"),
+    [
+        ({}, {"layer": 6}, "got layer=6, need a layer with ULSAM: 5, 7, 9"),
+        ({}, {"count": 0}, "got count=0, need a whole number of at least 1"),
+        ({"ulsam_replace": (), "ulsam_insert": ()}, {}, "got layer=None, need a layer with ULSAM: there is none"),
+    ],
+    ids=["layer", "count", "none"],
+)
+def test_explain_refuses(kwargs, settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_ulsam", **kwargs).explain(torch.zeros(1, 3, 64, 64), **settings)
+
+
+def test_every_model_explains():
+    check_family_explains(family)

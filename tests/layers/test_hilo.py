@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from golden import image, load, weights
-from tolerance import golden_close, op_close
+from tolerance import close, golden_close, op_close
 
 from vizoo.backbones.layers import HiLo
 
@@ -93,3 +93,19 @@ def test_hilo_replaces_the_attention_of_timm_models(name):
     out.square().mean().backward()
     assert out.shape == (2, 4)
     assert all(p.grad is not None for m in model.modules() if isinstance(m, HiLo) for p in m.parameters())
+
+
+@pytest.mark.parametrize("kept", ["h", "l"])
+def test_hilo_parts_are_those_of_its_heads(kept):
+    """What the other heads' last layer gives does not matter, and together they are the output."""
+    layer = HiLo(24, 4, alpha=0.25)
+    x = torch.randn(1, 5, 7, 24)
+    with torch.no_grad():
+        parts = layer.parts(layer(x))
+        assert torch.equal(torch.cat(parts, -1), layer(x))
+        assert [part.shape[-1] for part in parts] == [18, 6]
+        for p in (layer.l_proj if kept == "h" else layer.h_proj).parameters():
+            p.zero_()
+        high, low = layer.parts(layer(x))
+    close(*((high, parts[0]) if kept == "h" else (low, parts[1])), "rerun")
+    assert not (low if kept == "h" else high).any()
