@@ -27,6 +27,7 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_counts, check_positions, checked, need
+from .layers.panel import evaluating
 from .layers.resampling import resize_smoothly
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
@@ -348,12 +349,8 @@ class MEDUSA(ResNet):
         Returns:
             A panel for each map; of maps for each channel the mean.
         """
-        training = self.training
-        try:
-            with torch.no_grad():
-                whole, local = self.eval().attention_maps(image)
-        finally:
-            self.train(training)
+        with evaluating(self):
+            whole, local = self.attention_maps(image)
         titles = ["global map of the attention body"]
         titles += [f"gate of scale {i}, {m.shape[2]}x{m.shape[3]}" for i, m in enumerate(local, start=1)]
         maps = zip(titles, (whole, *local), strict=True)
