@@ -10,9 +10,10 @@ prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained b
     model = timm.create_model("vit_base_patch16_224_tcpa", pretrained=True, num_classes=10)
     freeze_backbone(model)
     optimizer = torch.optim.AdamW(tcpa_parameters(model), lr=0.005, weight_decay=0.1)
-    loss = F.cross_entropy(model(x), y) + 0.01 * model.match_loss
+    loss = F.cross_entropy(model(x), y) + model.extra_loss()
 
-``model.random_match = True`` chooses prompts at random in training, as the paper does in its first epochs.
+``model.training_phase(epoch, epochs)`` chooses prompts at random in the first epochs, as the paper does; it and the
+weight of the matching loss are the settings ``tcpa_random_epochs`` and ``tcpa_match_weight``.
 """
 
 import inspect

@@ -101,13 +101,11 @@ class PromptedVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If it is not one image, or there are no such blocks.
         """
-        need(
-            image.ndim == 4 and image.shape[0] == 1, "one image [1, channels, height, width]", shape=tuple(image.shape)
-        )
-        count = len(self.blocks)
+        shape, count = tuple(image.shape), len(self.blocks)
+        need(len(shape) == 4 and shape[0] == 1, "one image [1, channels, height, width]", shape=shape)
         wanted = sorted({0, count // 2, count - 1}) if layers is None else layers
         check_positions(count, layers=wanted)
-        blocks = [(i % count, self.blocks[i]) for i in wanted]
+        blocks: list[tuple[int, Any]] = [(i % count, self.blocks[i]) for i in wanted]
         seen = seen_by(self, image, [layer for _, block in blocks for layer in (block, block.attn)])
         grid = self.patch_embed.dynamic_feat_size(image.shape[2:])  # type: ignore[arg-type]
         patches = slice(self.num_prefix_tokens, self.num_prefix_tokens + grid[0] * grid[1])
@@ -116,14 +114,14 @@ class PromptedVisionTransformer(VisionTransformer):
             for (i, block), (inputs, _), (read, _) in zip(blocks, seen[::2], seen[1::2], strict=True):
                 if isinstance(block, (TCPABlock, TCPAResPostBlock)) and not block.tcpa.role_only:
                     labels = block.tcpa.cosines(inputs[0][0, patches], block.tcpa.image_keys).argmax(-1)
-                    panels.append(self._nearest_panel(i, labels.view(grid), image))
+                    panels.append(self._nearest_panel(i, labels.view(grid), len(block.tcpa.image_keys), image))
                 else:
                     panels.append(self._share_panel(i, _prompt_share(block.attn, read, patches).view(grid), image))
         return panels
 
-    def _nearest_panel(self, block: int, labels: Tensor, image: Tensor) -> Panel:
-        """Nearest prompts ``[h, w]``; of patches that do not tile the image by its pixels."""
-        pool, used = len(self.blocks[block].tcpa.image_keys), len(labels.unique())
+    def _nearest_panel(self, block: int, labels: Tensor, pool: int, image: Tensor) -> Panel:
+        """Nearest prompts ``[h, w]`` of a pool; of patches that do not tile the image by its pixels."""
+        used = len(labels.unique())
         height, width = self._covered(labels)
         if (height, width) != image.shape[2:]:  # padded beyond the image, or a rest at its edge without patches
             labels = labels.repeat_interleave(height // labels.shape[0], 0)
@@ -366,8 +364,9 @@ def tcpa(
         ).train(model.training)
         model.patch_embed.__class__ = PixelPromptPatchEmbed
     model.__class__ = PromptedVisionTransformer
-    model.match_weight, model.random_epochs = float(match_weight), int(random_epochs)
-    return model  # type: ignore[return-value]
+    out: PromptedVisionTransformer = model  # type: ignore[assignment]
+    out.match_weight, out.random_epochs = float(match_weight), int(random_epochs)
+    return out
 
 
 @checked()

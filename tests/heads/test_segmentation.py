@@ -171,7 +171,11 @@ def test_official_segmentor() -> None:
     model = segmentor("semantic_fpn", "litv2_s", 150, backbone_kwargs={"feature_norms": (0, 1, 2, 3)}).eval()
     official = {f"backbone.{k}": v for k, v in weights(keys).items()}
     heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    model.load_state_dict(convert_checkpoint({"state_dict": {**official, **heads}}, model))
+    converted = convert_checkpoint({"state_dict": {**official, **heads}}, model)
+    average = {f"module.{k}": v for k, v in {**official, **heads}.items()}
+    averaged = convert_checkpoint({"state_dict": {"bias": torch.zeros(1)}, "state_dict_ema": average}, model)
+    assert all(torch.equal(averaged[k], v) for k, v in converted.items())
+    model.load_state_dict(converted)
     with torch.no_grad():
         maps = model.backbone(image(shape))
     for name, feature in thin(list(maps), meta["outputs"]["feat_strides_c_s"]).items():
