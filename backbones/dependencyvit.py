@@ -46,13 +46,28 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, Panel, ReversedAttention, Tree, dependency_tree, saliency, subtrees
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import COUNT, Range, check_multiple, check_patches, checked, need, scaled
 from .layers.panel import seen_by
 from .layers.reversed_attention import SCORES
 from .ops.reversed_attention import dependency_mask
 
 __all__ = ["DependencyViT"]
+
+ABOUT = About(
+    "DependencyViT",
+    "no official code or weights; a reconstruction from the paper's abstract and Figure 2 and from draft pull "
+    "request 2062 of github.com/huggingface/pytorch-image-models, Apache-2.0.",
+    (
+        (
+            'M. Ding, Y. Shen, L. Fan, Z. Chen, Z. Chen, P. Luo, J. Tenenbaum, C. Gan, "Visual Dependency '
+            'Transformers: Dependency Tree Emerges from Reversed Attention", CVPR 2023',
+            "2304.03282",
+        ),
+    ),
+)
 
 MOST_TOKENS = 4096  # of a picture: every block has a dependency of each on each other one
 MESSAGE_POOLS = ("message", "message_mean", "avg")
@@ -774,10 +789,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict, dense=True)
     positions: Any = model.pos_embed
     if "pos_embed" in state_dict:
         state_dict["pos_embed"] = position_map(state_dict["pos_embed"], *positions.shape[1:3])

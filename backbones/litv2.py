@@ -36,7 +36,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import HiLo, Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import ANY, check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.panel import seen_by, tiled
 from .layers.plain import depthwise, fuses, project, tensors
@@ -46,6 +48,17 @@ from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3
 
 __all__ = ["LITv2"]
+
+ABOUT = About(
+    "LITv2 (HiLo attention)",
+    "github.com/ziplab/LITv2, commit 7501c86, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'Z. Pan, J. Cai, B. Zhuang, "Fast Vision Transformers with HiLo Attention", NeurIPS 2022',
+            "2205.13213",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 _norm_layer = partial(LayerNorm, eps=1e-5)
@@ -579,15 +592,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
     if any(k.startswith("stages.") for k in state_dict):
         return state_dict
 

@@ -23,11 +23,26 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .layers import Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_counts, check_positions, checked, need
 from .layers.resampling import resize_smoothly
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
+
+ABOUT = About(
+    "MEDUSA",
+    "no official code or weights; a reconstruction from the paper's abstract on timm's ResNet.",
+    (
+        (
+            'H. Aboutalebi, M. Pavlova, H. Gunraj, M. J. Shafiee, A. Sabri, A. Alaref, A. Wong, "MEDUSA: '
+            "Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical Image "
+            'Analysis", Frontiers in Medicine 2022',
+            "2110.06063",
+        ),
+    ),
+)
 
 
 @register_notrace_function
@@ -738,9 +753,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
+    state_dict = unwrap(state_dict)
     if not any(_is_attention(k) for k in state_dict):
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if _is_attention(k)}}
     return state_dict

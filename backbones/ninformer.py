@@ -38,7 +38,9 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from .layers import Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import ANY, check_patches, check_positions, checked, scaled
 from .layers.mlp import Mlp
 from .layers.panel import seen_by, tiled
@@ -46,6 +48,18 @@ from .layers.plain import project, tensors
 from .ops.backend import autocast_dtype
 
 __all__ = ["NiNformer"]
+
+ABOUT = About(
+    "NiNformer",
+    "github.com/Abdullah-Nazhat/NiNformer, commit 0ec85d4, BSD-3-Clause; no weights.",
+    (
+        (
+            'A. N. Abdullah, T. Aydin, "NiNformer: A Network in Network Transformer with Token Mixing Generated '
+            'Gating Function", Neural Computing and Applications 2025',
+            "2403.02411",
+        ),
+    ),
+)
 
 
 def resizing(grid: tuple[int, int], H: int, W: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -576,10 +590,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         A state dict for ``model``.  Token-mixing weights of another grid are resized; the number of tokens alone tells
         which grid: a square one, else the one nearest in shape to that of the model.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(k.startswith("model.") for k in state_dict):
         renamed = {}
         for key, value in state_dict.items():

@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from .layers import Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import NATURAL, SHARE, check_model_name, check_multiple, checked, need
 from .layers.panel import evaluating
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
@@ -35,6 +37,19 @@ from .ops.attention import attention
 from .ops.backend import is_transforming, plain_only
 
 __all__ = ["OAT", "convert_oat"]
+
+ABOUT = About(
+    "OAT",
+    "github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, no licence given: nothing of it is included; the model is "
+    "written from a description and reproduces recorded outputs.  No weights exist.",
+    (
+        (
+            'Y. Fang, J. Yu, H. Zhang, R. van der Lans, B. Shi, "OAT: Object-Level Attention Transformer for Gaze '
+            'Scanpath Prediction", ECCV 2024',
+            "2407.13335",
+        ),
+    ),
+)
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
@@ -1057,10 +1072,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}  # Lightning's name
+    state_dict = unwrap(state_dict)
     official = any(key.startswith(("transformer_encoder.", "transformer_decoder.")) for key in state_dict)
     return convert_oat(state_dict) if official else state_dict
 

@@ -30,7 +30,9 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .layers import to_fast_layout
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
 from .layers.contmix import (
     BRANCHES,
@@ -49,6 +51,18 @@ from .layers.plain import project
 from .layers.resampling import resize
 
 __all__ = ["OverLoCK"]
+
+ABOUT = About(
+    "OverLoCK (ContMix)",
+    "github.com/LMMMEng/OverLoCK, commit 2c8ab3b, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'M. Lou, Y. Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic '
+            'Kernels", CVPR 2025',
+            "2502.20087",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 AUX_WEIGHT = 0.4  # of the auxiliary head in the loss: the published training
@@ -731,15 +745,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: If the checkpoint is merged and the model is not.
     """
-    for container in ("model_ema", "state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
 
     if "head.4.weight" in state_dict:  # officially a 1x1 convolution
         state_dict["head.4.weight"] = state_dict["head.4.weight"].flatten(1)

@@ -47,12 +47,27 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from .layers import ULSAM, Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import ANY, checked, need
 from .layers.panel import seen_by, tiled
 from .ops.ulsam import subspace_maps
 
 __all__ = ["MobileNetULSAM"]
+
+ABOUT = About(
+    "ULSAM",
+    "github.com/Nandan91/ULSAM, commit 9a07d68, no licence, no weights: written from the paper.  The networks are "
+    "timm's MobileNets (github.com/huggingface/pytorch-image-models, Apache-2.0).",
+    (
+        (
+            'R. Saini, N. K. Jha, B. Das, S. Mittal, C. K. Mohan, "ULSAM: Ultra-Lightweight Subspace Attention '
+            'Module for Compact Convolutional Neural Networks", WACV 2020',
+            "2006.15102",
+        ),
+    ),
+)
 
 _V1 = ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024")
 _V2 = (
@@ -259,10 +274,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ULSAM))
     if any(k.startswith(prefixes) and ".conv_dws." in k for k in state_dict):
         return state_dict

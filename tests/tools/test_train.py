@@ -16,13 +16,13 @@ from PIL import Image
 from runs import Killed, assert_same_run, at_call, die, read, rows, signalled
 from torch.utils.data import DataLoader, TensorDataset
 
+from vizoo.backbones.layers import PROMPTS
 from vizoo.tools import train as tool
 from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
 from vizoo.tools.training.classification import Classification, accuracies, parse_options
 from vizoo.tools.training.loop import Loop
 from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
-from vizoo.tools.training.tuning import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 DATA: list[str] = []

@@ -84,7 +84,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of timm's training script unless the help says otherwise."""
-    count, positive = number(int, 0), number(int, 1)
+    positive = number(int, 1)
     real, share = number(float, 0), number(float, 0, 1)
     toggle = argparse.BooleanOptionalAction
     p = Parser(
@@ -496,10 +496,9 @@ class Classification(Task):
         create = functools.partial(_call, "timm.create_model", repr(args.model))
         if args.tune not in PROMPTS or self.had_prompts:
             return f"import timm, vizoo; model = {create(**self.load_kwargs, checkpoint_path=file)}"
-        function, settings = PROMPTS[args.tune]
+        tuned = _call(f"PROMPTS[{args.tune!r}]", create(**self.load_kwargs), **args.tune_kwargs)
         return (
-            f"import timm; from vizoo.backbones.layers import {function.__name__}; "
-            f"model = {_call(function.__name__, create(**self.load_kwargs), **settings, **args.tune_kwargs)}; "
+            f"import timm; from vizoo.backbones.layers import PROMPTS; model = {tuned}; "
             f"model.load_state_dict(timm.models.load_state_dict({file!r}))"
         )
 
