@@ -874,9 +874,11 @@ class OAT(nn.Module):
             points=points,
             names=names,
         )
-        heat = first.view(self.grid) if boxes is None else _paint(objects, first, image.shape[2:])
-        title = "How likely each object is the first fixation"
-        return [scanpath, Panel(title=title, heat=heat, boxes=None if boxes is None else frames, bar="probability")]
+        likely: dict[str, Any] = {"title": "How likely each object is the first fixation", "bar": "probability"}
+        if boxes is None:
+            return [scanpath, Panel(heat=first.view(self.grid), **likely)]
+        frames = torch.cat((frames[[target]], frames[:target], frames[target + 1 :]))  # the first box stands out
+        return [scanpath, Panel(heat=_paint(objects, first, image.shape[2:]), boxes=frames, **likely)]
 
 
 def _runs(path: Sequence[int]) -> tuple[list[str], list[int]]:
