@@ -629,7 +629,7 @@ class DependencyViT(nn.Module):
                 parts=labels,
             ),
             Panel(
-                title=f"saliency: what tokens receive; foreground {float(foreground.float().mean()):.0%}",
+                title=f"Saliency: what tokens receive; foreground {float(foreground.float().mean()):.0%}",
                 heat=scaled_map,
                 outline=foreground,
             ),
@@ -770,7 +770,7 @@ def _tree_panel(dependency: Dependency, tree: Tree) -> Panel:
     children = token[parents >= 0]
     strength = dependency.masks[0].mean(0)[parents[children], children]
     return Panel(
-        title=f"dependency tree, {int(tree.depth[0].max())} levels below the root (star)",
+        title=f"Dependency tree, {int(tree.depth[0].max())} levels below the root (star)",
         lines=torch.stack([places[children], places[parents[children]]], 1),
         strength=strength,
         bar="what a token sends to its parent",

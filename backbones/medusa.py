@@ -217,7 +217,7 @@ class MEDUSA(ResNet):
         head_dim: Hidden channels of the attention heads.
         head_out: ``"spatial"`` or ``"channel"``, see :class:`AttentionHead`.
         gate: ``"mul"`` or ``"residual"``, likewise.
-        rounds: How often backbone and body are trained in turn, see :meth:`training_phase`; None for 2, or what the
+        training_rounds: How often backbone and body are trained in turn, see :meth:`training_phase`; None for 2, or what the
             epochs have room for.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -244,7 +244,7 @@ class MEDUSA(ResNet):
         head_dim: int = 32,
         head_out: str = "spatial",
         gate: str = "mul",
-        rounds: int | None = None,
+        training_rounds: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -264,7 +264,7 @@ class MEDUSA(ResNet):
             **dd,
         )
         self.body_size = body_size
-        self.rounds = rounds
+        self.training_rounds = training_rounds
         self.phase = "all"
         self.last_level = 3
         self.body = AttentionBody(body_width, body_depth, **dd)
@@ -321,7 +321,7 @@ class MEDUSA(ResNet):
 
         Args:
             epoch: From 0.
-            epochs: Of the training, in ``2 * rounds + 1`` equal parts.
+            epochs: Of the training, in ``2 * training_rounds + 1`` equal parts.
 
         Returns:
             Factor of the learning rate.
@@ -330,8 +330,8 @@ class MEDUSA(ResNet):
             ValueError: If there are fewer epochs than parts.
         """
         most = (epochs - 1) // 2
-        rounds = min(2, most) if self.rounds is None else self.rounds
-        need(rounds <= most or not rounds, f"at most {most} for {epochs} epochs", rounds=rounds)
+        rounds = min(2, most) if self.training_rounds is None else self.training_rounds
+        need(rounds <= most or not rounds, f"at most {most} for {epochs} epochs", training_rounds=rounds)
         parts = 2 * rounds + 1
         part = epoch * parts // epochs
         phase = "all" if part == parts - 1 else ("backbone", "body")[part % 2]
@@ -351,8 +351,8 @@ class MEDUSA(ResNet):
         """
         with evaluating(self):
             whole, local = self.attention_maps(image)
-        titles = ["global map of the attention body"]
-        titles += [f"gate of scale {i}, {m.shape[2]}x{m.shape[3]}" for i, m in enumerate(local, start=1)]
+        titles = ["Global map of the attention body"]
+        titles += [f"Gate of scale {i}, {m.shape[2]}x{m.shape[3]}" for i, m in enumerate(local, start=1)]
         maps = zip(titles, (whole, *local), strict=True)
         return [Panel(title=title, heat=m[0].float().mean(0), bar="attention") for title, m in maps]
 
@@ -653,8 +653,7 @@ def medusa(
     check_positions(len(infos), stages=stages)
     dd = get_device_dtype(model)
     chosen = {infos[i]["module"]: infos[i] for i in sorted(i % len(infos) for i in stages)}
-    with torch.no_grad():
-        found = _outputs(model, list(chosen), dd)
+    found = _outputs(model, list(chosen), dd)
     for name, info in chosen.items():
         if name not in found or found[name].dim() != 4 or found[name].shape[1] != info["num_chs"]:
             raise ValueError(f"got a model whose stage {name} gives no [B, {info['num_chs']}, H, W] map")
@@ -684,11 +683,10 @@ def _outputs(model: nn.Module, names: list[str], dd: dict[str, Any]) -> dict[str
         return lambda module, args, out: found.update({name: out})
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    training = model.training
     try:
-        model.eval()(torch.zeros(1, *model.pretrained_cfg["input_size"], **dd))  # type: ignore[index]
+        with evaluating(model):
+            model(torch.zeros(1, *model.pretrained_cfg["input_size"], **dd))  # type: ignore[index]
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found

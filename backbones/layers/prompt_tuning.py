@@ -127,13 +127,13 @@ class PromptedVisionTransformer(VisionTransformer):
             labels = labels.repeat_interleave(height // labels.shape[0], 0)
             labels = labels.repeat_interleave(width // labels.shape[1], 1)
             labels = F.pad(labels, (0, image.shape[3] - width, 0, image.shape[2] - height), value=-1)
-        return Panel(title=f"block {block}: nearest of {pool} image prompts, {used} in use", parts=labels)
+        return Panel(title=f"Block {block}: nearest of {pool} image prompts, {used} in use", parts=labels)
 
     def _share_panel(self, block: int, share: Tensor, image: Tensor) -> Panel:
         """Shares ``[h, w]`` of attention."""
         height, width = self._covered(share)
         return Panel(
-            title=f"block {block}: attention of patches that reads prompts",
+            title=f"Block {block}: attention of patches that reads prompts",
             heat=share.float(),
             area=(0.0, 0.0, height / image.shape[2], width / image.shape[3]),
             bar="share of attention",

@@ -576,7 +576,7 @@ def test_explain_nearest(kwargs):
     expected = by_hand(model.eval(), x, (0, 2, 4))
     for i, panel, labels in zip((0, 2, 4), panels, expected, strict=True):
         assert torch.equal(panel.parts, labels.view(3, 5))
-        assert panel.title == f"block {i}: nearest of 18 image prompts, {len(labels.unique())} in use"
+        assert panel.title == f"Block {i}: nearest of 18 image prompts, {len(labels.unique())} in use"
         assert not panel.parts.requires_grad
     assert len(set(map(tuple, torch.stack(expected).tolist()))) > 1
     (last, first) = model.explain(x, layers=(-1, 0))
@@ -610,7 +610,7 @@ def test_explain_share(host, settings, kwargs):
                 scores = attn.k_norm(k[:, head]) @ attn.q_norm(q[prefix + token, head]) * attn.scale
                 read += scores.softmax(0)[images].sum() / 4
             close(panel.heat.flatten()[token], read.detach(), "rerun")
-        assert panel.title == f"block {i}: attention of patches that reads prompts"
+        assert panel.title == f"Block {i}: attention of patches that reads prompts"
         assert panel.area == (0.0, 0.0, 1.0, 1.0)
         assert 0 < panel.heat.min() < panel.heat.max() < 1
 

@@ -73,7 +73,7 @@ def test_settings_point_and_views(photo, drawn, tmp_path, capsys, monkeypatch):
     assert asked == [((1, 3, 64, 96), (0.25, 0.5), 3)]
     assert cli.main([*words, "--view", "receptive-field", "explain", "grad-cam", "--class", "7"]) == 0
     titles = [p.title for p in drawn[1][1]]
-    assert [t.split()[0] for t in titles] == ["effective", "own", "Grad-CAM"]
+    assert [t.split()[0] for t in titles] == ["Effective", "own", "Grad-CAM"]
     assert "class 7 " in titles[2]
     assert "test_resnet, untrained" in drawn[1][3]
     assert "untrained weights" in capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_models_of_one_size_get_the_middle(photo, drawn, tmp_path):
     image, panels, *_ = drawn[0]
     side = timm.create_model("test_vit").pretrained_cfg["input_size"][-1]
     assert image.shape == (3, side, side)
-    assert [p.title.split()[0] for p in panels] == ["Grad-CAM", "effective"]
+    assert [p.title.split()[0] for p in panels] == ["Grad-CAM", "Effective"]
     row, column = panels[1].points[0].tolist()
     assert row > 0.9
     assert column < 0.1
@@ -101,7 +101,7 @@ def test_untrained_weights_are_called_untrained_and_repeat(photo, tmp_path, caps
         assert cli.main(["show", str(photo), *MODEL, "--plot", str(out)]) == 0
         said = capsys.readouterr()
         assert "untrained weights" in said.err
-        assert "dependency tree" in said.out
+        assert "Dependency tree" in said.out
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
 

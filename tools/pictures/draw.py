@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title:
     """
     from matplotlib.figure import Figure
 
+    image, panels = image.detach().float().cpu(), [_on_cpu(p) for p in panels]
     rows = math.ceil((len(panels) + 1) / COLUMNS)
     columns = math.ceil((len(panels) + 1) / rows)
     limits = _limits(panels)
@@ -69,6 +71,11 @@ def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title:
             bar.ax.locator_params(nbins=5)
             bar.ax.tick_params(labelsize=8, length=2, pad=1)
     save_figure(figure, path)
+
+
+def _on_cpu(panel: Panel) -> Panel:
+    tensors = {name: value for name, value in vars(panel).items() if isinstance(value, Tensor)}
+    return replace(panel, **{name: value.detach().cpu() for name, value in tensors.items()})
 
 
 def _title(panel: Panel) -> str:
@@ -131,8 +138,8 @@ def _draw_parts(axes: Any, parts: Tensor) -> None:
     import numpy as np
     from matplotlib import colormaps
 
-    count = int(parts.max()) + 1
-    colours = colormaps["tab10" if count <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    palette = colormaps["tab10" if int(parts.max()) < 9 else "tab20"].colors  # type: ignore[attr-defined]
+    colours = [c for c in palette if max(c) - min(c) > 0.1]  # the image below is gray
     labels = parts.numpy()
     pixels = np.asarray(colours)[labels % len(colours)]
     shown = np.dstack([pixels, 0.6 * (labels >= 0)])

@@ -103,7 +103,7 @@ def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float] 
     step = max(1, -(-max(height, width) // FINEST))
     heat = F.adaptive_avg_pool2d(pixels[None], (max(1, height // step), max(1, width // step)))[0]
     return Panel(
-        title=f"effective receptive field of one place of the {last.shape[2]}x{last.shape[3]} map: "
+        title=f"Effective receptive field of one place of the {last.shape[2]}x{last.shape[3]} map: "
         f"half of it within {side}x{side} pixels",
         heat=(heat / heat.max().clamp_min(torch.finfo(torch.float32).tiny)).sqrt(),
         bar="gradient, square root of its share of the largest",
