@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from golden import LARGEST
 
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
@@ -23,7 +24,6 @@ FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).i
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
 IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
-LARGEST = 300 * 1024
 
 
 class Import(NamedTuple):
@@ -471,9 +471,7 @@ def test_no_private_path_or_host() -> None:
 
 
 def test_no_large_file() -> None:
-    golden = ROOT / "tests" / "golden"
-    large = [p for p in tracked() if p.stat().st_size > LARGEST and not (p.parent == golden and p.suffix == ".npz")]
-    assert large == []
+    assert [p for p in tracked() if p.stat().st_size > LARGEST] == []
 
 
 # how the tools hang together

@@ -29,8 +29,8 @@ def test_litv2_s_classification(fused, grad):
         final, features = model.forward_intermediates(image(shape))
         golden_close(model.forward_head(final), outputs["logits"], "logits")
         golden_close(model.forward_head(final, pre_logits=True), outputs["pre_logits"], "pre_logits")
-    for name, feature in thin(features, meta["outputs"]["feat_strides_c_s"]).items():
-        golden_close(feature, outputs[name], name)
+    for feature, (name, (c, s)) in zip(features, meta["outputs"]["feat_strides_c_s"].items(), strict=True):
+        golden_close(thin(feature, (1, c, s, s)), outputs[name], name)
 
 
 @pytest.mark.parametrize(("case", "norms"), [("litv2_s_det", (1, 2, 3)), ("litv2_s_seg_oddsize", (0, 1, 2, 3))])
@@ -48,8 +48,8 @@ def test_litv2_s_dense(case, norms, tmp_path):
     ).eval()
     with torch.no_grad():
         features = backbone(image(shape))
-    for name, feature in thin(features, meta["outputs"]["feat_strides_c_s"]).items():
-        golden_close(feature, outputs[name], name)
+    for feature, (name, (c, s)) in zip(features, meta["outputs"]["feat_strides_c_s"].items(), strict=True):
+        golden_close(thin(feature, (1, c, s, s)), outputs[name], name)
 
 
 @pytest.mark.parametrize("norms", [(1, 2, 3), (0, 1, 2, 3)])

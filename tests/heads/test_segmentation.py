@@ -178,8 +178,8 @@ def test_official_segmentor() -> None:
     model.load_state_dict(converted)
     with torch.no_grad():
         maps = model.backbone(image(shape))
-    for name, feature in thin(list(maps), meta["outputs"]["feat_strides_c_s"]).items():
-        golden_close(feature, outputs[name], name)
+    for feature, (name, (c, s)) in zip(maps, meta["outputs"]["feat_strides_c_s"].items(), strict=True):
+        golden_close(thin(feature, (1, c, s, s)), outputs[name], name)
 
 
 def test_errors() -> None:
