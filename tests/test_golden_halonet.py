@@ -1,12 +1,14 @@
 """Recorded outputs of timm's halo attention and of the family table; options, sizes, and timm's models with ours."""
 
 import itertools
+from typing import get_type_hints
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from golden import image, load, names, weights
+from panels import explained
 from timm.layers.halo_attn import HaloAttn
 from tolerance import close, golden_close, op_close
 
@@ -383,3 +385,107 @@ def test_swap_keeps_biases():
     x = image((2, 16, 8, 12))
     with torch.no_grad():
         golden_close(swap_halo(theirs)(x), theirs(x))
+
+
+# what it sees
+
+
+def window_values(layer, x):
+    """Values of the window of every block: ``[rows of blocks, columns, h, w, w, dv]``; zeros off the map."""
+    b, r, h = layer.block_size, layer.halo_size, layer.num_heads
+    v = F.conv2d(x, layer.kv.weight, layer.kv.bias).unflatten(1, (h, -1))[0, :, layer.dim_head :]
+    v = F.pad(v, [r, r + -x.shape[3] % b, r, r + -x.shape[2] % b])
+    return v.unfold(2, b + 2 * r, b).unfold(3, b + 2 * r, b).permute(2, 3, 0, 4, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pad_mode": "mask"},
+        {"stride": 2, "rel_index": "pixel", "scale_pos_embed": True},
+        {"stride": 2, "avg_down": True, "qkv_bias": True},
+        {"stride": 2, "block_size": 3, "dim_out": 12, "qk_ratio": 2.0, "pad_mode": "mask"},
+        {"block_size": 2, "halo_size": 0, "dim_head": 3},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(5, 7), (4, 8), (1, 3)], ids=str)
+def test_explain_weights_are_the_attention(options, size):
+    """At every query, on whole and partial blocks: weights times values give the layer's output."""
+    options = {"num_heads": 2, "block_size": 4, "halo_size": 1, "dtype": torch.float64, **options}
+    layer = HaloAttention(8, **options)
+    x = torch.randn(1, 8, *size, dtype=options["dtype"])
+    layer.pool = torch.nn.Identity()
+    with torch.no_grad():
+        out, values = layer(x), window_values(layer, x)
+        found = torch.zeros_like(out, dtype=torch.float64)
+        for row, col in itertools.product(*map(range, out.shape[2:])):
+            block = [i * layer.query_stride // layer.block_size for i in (row, col)]
+            weights = layer.weights_at(x, row, col)[0]
+            close(weights.sum((1, 2)), torch.ones_like(weights[:, 0, 0]), "rerun")
+            found[0, :, row, col] = (weights.unsqueeze(3) * values[block[0], block[1]]).sum((1, 2)).flatten()
+    op_close(out, found)
+
+
+def test_explain_windows():
+    """Blocks and windows of a 48x80 image, in pixels, by hand: blocks of 4, a halo of 1 position."""
+    model = timm.create_model("test_halonet")
+    x = image((1, 3, 48, 80))
+    pixels = torch.tensor([48, 80, 48, 80])
+
+    def seen(point, **settings):
+        panels = explained(model, x, point=point, **settings)
+        return [(p.title, (p.boxes * pixels).round().int().tolist(), (p.points * pixels[:2]).tolist()) for p in panels]
+
+    words = "window 6x6 of a block 4x4"
+    corner = seen((0.0, 0.0))
+    assert corner == [
+        (f"stage 2, block 1: {words}", [[0, 0, 16, 16], [-4, -4, 20, 20]], [[2, 2]]),  # on the map of the first stage
+        (f"stage 3, block 2: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+        (f"stage 4, block 1: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+    ]
+    middle = seen((0.5, 0.5))
+    assert middle[0][1:] == ([[16, 32, 32, 48], [12, 28, 36, 52]], [[26, 42]])  # every second position has a query
+    last = seen((1.0, 1.0), blocks=(1, -1))
+    assert last[0] == (f"stage 3, block 1: {words}", [[32, 64, 64, 96], [24, 56, 72, 104]], [[36, 68]])
+    assert last[1][1:] == ([[0, 64, 64, 128], [-16, 48, 80, 144]], [[40, 72]])
+
+
+@pytest.mark.parametrize("size", [(33, 70), (32, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("test_halonet_hybrid", {}), ("test_halonet", {"in_chans": 1, "pad_mode": "mask", "dtype": torch.bfloat16})],
+)
+def test_explain_any_model(name, kwargs, size):
+    model = timm.create_model(name, **kwargs)
+    x = image((1, kwargs.get("in_chans", 3), *size)).to(kwargs.get("dtype", torch.float32))
+    for panel in explained(model, x, point=(0.9, 0.1)):
+        total = panel.heat.sum()
+        close(total, torch.ones_like(total), "rerun")
+        assert (panel.boxes[0, :2] <= panel.points[0]).all()
+        assert (panel.points[0] < panel.boxes[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"point": (0.5, 1.5)}, r"got point=\(0.5, 1.5\), need 2 numbers from 0 to 1"),
+        ({"blocks": (4,)}, r"got blocks=\(4,\), need different numbers from -4 to 3"),
+        ({"blocks": "all"}, "got blocks='all'"),
+    ],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_halonet").explain(image((1, 3, 32, 32)), **settings)
+
+
+def test_explain_needs_attention():
+    model = timm.create_model("test_halonet", conv_stages=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="without halo attention"):
+        model.explain(image((1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("name", timm.list_models(module="halonet"))
+def test_explain_of_every_name(name):
+    assert hasattr(get_type_hints(timm.models.model_entrypoint(name))["return"], "explain")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Panel", "seen_by"]
+__all__ = ["Panel", "cell_at", "evaluating", "seen_by", "tiled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,47 @@ class Panel:
     alone: bool = False
 
 
+def tiled(image: Tensor, cells: Tensor, sides: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The :attr:`Panel.area` of cells that tile an image from its upper left corner.
+
+    Args:
+        image: ``[..., height, width]``.
+        cells: ``[h, w]``.
+        sides: Height and width of a cell in pixels.
+
+    Returns:
+        Top, left, bottom and right edge: below 1 where the model left out the last rows or columns of pixels, above 1
+        where it padded them.
+    """
+    (height, width), (h, w) = image.shape[-2:], cells.shape
+    return 0.0, 0.0, h * sides[0] / height, w * sides[1] / width
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients; the mode of each of its modules is restored.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():  # some may be frozen in a model that trains
+            module.training = training
+
+
 def seen_by(model: nn.Module, image: Tensor, layers: Sequence[nn.Module]) -> list[tuple[tuple[Any, ...], Any]]:
     """Run a model in evaluation mode without gradients, and keep what some of its layers get and give.
 
     Args:
-        model: The model; its mode is restored.
+        model: The model; its modes are restored.
         image: What it takes.
         layers: Modules of the model, each of which runs at least once.
 
@@ -67,12 +104,25 @@ def seen_by(model: nn.Module, image: Tensor, layers: Sequence[nn.Module]) -> lis
         kept[layer] = (args, out)
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(image)
+        with evaluating(model):
+            model(image)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return [kept[layer] for layer in layers]
+
+
+def cell_at(point: Sequence[float], cells: Sequence[int], sides: Sequence[float]) -> tuple[int, int]:
+    """The cell of a grid that holds a point.
+
+    Args:
+        point: Row and column as fractions of the image.
+        cells: Rows and columns of the grid.
+        sides: Height and width of a cell as fractions of the image.
+
+    Returns:
+        Its row and column.
+    """
+    row, col = (min(int(p / side), n - 1) for p, n, side in zip(point, cells, sides, strict=True))
+    return row, col
