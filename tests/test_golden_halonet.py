@@ -436,7 +436,10 @@ def test_explain_windows():
 
     def seen(point, **settings):
         panels = explained(model, x, point=point, **settings)
-        return [(p.title, (p.boxes * pixels).round().int().tolist(), (p.points * pixels[:2]).tolist()) for p in panels]
+        return [
+            (p.title, (p.boxes * pixels).round().int().tolist(), (p.points * pixels[:2]).round().int().tolist())
+            for p in panels
+        ]
 
     words = "window 6x6 of a block 4x4"
     corner = seen((0.0, 0.0))

@@ -1,13 +1,16 @@
 """NAT, DiNAT, DiNAT_s and the isotropic models: recorded official outputs, a second forward pass on official keys."""
 
 import csv
+import itertools
 from importlib import resources
+from typing import get_type_hints
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from golden import image, load, weights
+from panels import explained
 from timm.models import get_arch_pretrained_cfgs
 from tolerance import close, golden_close, op_close
 from zoo import gradients, overlay
@@ -461,3 +464,128 @@ def test_attention_arguments():
         layer(x)
     with pytest.raises(ValueError, match="no attention mask"):
         layer(x, [3, 4], attn_mask=torch.zeros(12, 12))
+
+
+# what it sees
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (5, 7)),
+        ({"dilation": 2}, (7, 11)),
+        ({"dilation": 3}, (4, 13)),  # smaller than the window: padded
+        ({"kernel_size": 4}, (4, 9)),
+        ({"kernel_size": 5, "rpb": False, "qkv_bias": False}, (3, 2)),
+        ({"dilation": 2, "dtype": torch.bfloat16}, (7, 11)),
+    ],
+    ids=str,
+)
+def test_explain_weights_are_the_attention(options, size):
+    """At every token, corners and edges too: weights times the values of their keys give the layer's output."""
+    options = {"kernel_size": 3, "dtype": torch.float64, **options}
+    layer = NeighborhoodAttention(8, 2, **options)
+    torch.nn.init.eye_(layer.proj.weight)
+    torch.nn.init.zeros_(layer.proj.bias)
+    x = torch.randn(1, *size, 8, dtype=options["dtype"])
+    beyond = [max(0, layer.kernel_size * layer.dilation - n) for n in size]
+    with torch.no_grad():
+        out = layer(x)
+        v = layer.qkv(F.pad(x, [0, 0, 0, beyond[1], 0, beyond[0]]))[0, ..., 16:].unflatten(2, (2, 4))
+        found = torch.zeros_like(out, dtype=torch.float64)
+        for row, col in itertools.product(*map(range, size)):
+            weights, keys = layer.weights_at(x, row, col)
+            close(weights.sum((2, 3)), torch.ones_like(weights[:, :, 0, 0]), "rerun")
+            values = v[keys[..., 0], keys[..., 1]].permute(2, 0, 1, 3)  # [h, K, K, d]
+            found[0, row, col] = (weights[0].unsqueeze(3) * values).sum((1, 2)).flatten()
+    op_close(out, found)
+
+
+def edges(panel, size):
+    """Boxes of a panel in pixels, by the rows and columns that they are made of."""
+    boxes = (panel.boxes * torch.tensor([*size, *size])).round().int()
+    return [sorted({tuple(b) for b in boxes[:, [i, i + 2]].tolist()}) for i in (0, 1)]
+
+
+def test_explain_windows():
+    """Neighbourhoods of 3x3 of a 96x160 image, in pixels, by hand: shifted inwards at the border, sparse if dilated."""
+    model, x = timm.create_model("test_nat"), image((1, 3, 96, 160))
+    corner, middle, last = (explained(model, x, point=(p, p)) for p in (0.0, 0.5, 1.0))
+    assert [p.title for p in corner] == [
+        "stage 1, block 1: 3x3 neighbourhood",
+        "stage 2, block 1: 3x3 neighbourhood",
+        "stage 2, block 2: 3x3 neighbourhood, dilation 4",
+        "stage 3, block 1: 3x3 neighbourhood",
+        "stage 3, block 2: 3x3 neighbourhood, dilation 2",
+        "stage 4, block 1: 3x3 neighbourhood",
+    ]
+    assert [edges(p[0], (96, 160)) for p in (corner, middle, last)] == [
+        [[(0, 12)], [(0, 12)]],
+        [[(44, 56)], [(76, 88)]],
+        [[(84, 96)], [(148, 160)]],
+    ]
+    assert [edges(p[2], (96, 160)) for p in (corner, middle, last)] == [  # a map of 12x20 tokens of 8 pixels
+        [[(0, 8), (32, 40), (64, 72)]] * 2,
+        [[(16, 24), (48, 56), (80, 88)], [(48, 56), (80, 88), (112, 120)]],
+        [[(24, 32), (56, 64), (88, 96)], [(88, 96), (120, 128), (152, 160)]],
+    ]
+    assert [[round(e * n) for e, n in zip(p[2].area, (96, 160) * 2)] for p in (corner, last)] == [  # noqa: B905
+        [0, 0, 72, 72],
+        [24, 88, 96, 160],
+    ]
+    close(last[2].points[0], torch.tensor([92 / 96, 156 / 160]), "rerun")
+    assert (corner[2].heat > 0).nonzero().tolist() == [[r, c] for r in (0, 4, 8) for c in (0, 4, 8)]
+
+
+def test_explain_chooses_blocks():
+    """Six panels at most, the widest of every map among them; or those that are asked for."""
+    model = timm.create_model("test_nat", depths=(2, 2, 2, 2), dilations=((1, 4), (1, 3), (1, 2), (2, 1)))
+    x = image((1, 3, 64, 64))
+    assert [p.title[:16] + p.title[-1] for p in explained(model, x)] == [
+        "stage 1, block 1d",
+        "stage 1, block 24",
+        "stage 2, block 1d",
+        "stage 2, block 23",
+        "stage 3, block 22",
+        "stage 4, block 12",
+    ]
+    assert [p.title[:16] for p in explained(model, x, blocks=[-1, 2])] == ["stage 4, block 2", "stage 2, block 1"]
+
+
+@pytest.mark.parametrize("size", [(33, 70), (16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_nat", {"in_chans": 1, "dtype": torch.bfloat16}),
+        ("test_dinat_s", {"feature_norms": (0, 1, 2, 3), "num_classes": 0}),
+        ("test_nat_isotropic", {"kernel_size": 4}),
+    ],
+    ids=["nat", "dinat_s", "isotropic"],
+)
+def test_explain_any_model(name, kwargs, size):
+    model = timm.create_model(name, **kwargs)
+    x = image((1, kwargs.get("in_chans", 3), *size)).to(kwargs.get("dtype", torch.float32))
+    for panel in explained(model, x, point=(0.9, 0.1)):
+        total = panel.heat.sum()
+        close(total, torch.ones_like(total), "rerun")
+        inside = (panel.boxes[:, :2] <= panel.points) & (panel.points < panel.boxes[:, 2:])
+        assert inside.all(1).any()  # a token is in its own neighbourhood
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"point": (-0.5, 0.5)}, r"got point=\(-0.5, 0.5\), need 2 numbers from 0 to 1"),
+        ({"point": 0.5}, "got point=0.5"),
+        ({"blocks": (0, 6)}, r"got blocks=\(0, 6\), need different numbers from -6 to 5"),
+        ({"blocks": ()}, r"got blocks=\(\)"),
+    ],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_nat").explain(image((1, 3, 32, 32)), **settings)
+
+
+@pytest.mark.parametrize("name", timm.list_models(module="nat"))
+def test_explain_of_every_name(name):
+    assert hasattr(get_type_hints(timm.models.model_entrypoint(name))["return"], "explain")
