@@ -45,14 +45,31 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .layers import Dependency, ReversedAttention
+from .layers import Dependency, Panel, ReversedAttention, Tree, dependency_tree, saliency, subtrees
+from .layers.about import About
 from .layers.build import build
-from .layers.checks import Range, check_multiple, check_patches, checked, need, scaled
+from .layers.checkpoint import unwrap
+from .layers.checks import COUNT, Range, check_multiple, check_patches, checked, need, scaled
+from .layers.panel import seen_by
 from .layers.reversed_attention import SCORES
 from .ops.reversed_attention import dependency_mask
 
 __all__ = ["DependencyViT"]
 
+ABOUT = About(
+    "DependencyViT",
+    "no official code or weights; a reconstruction from the paper's abstract and Figure 2 and from draft pull "
+    "request 2062 of github.com/huggingface/pytorch-image-models, Apache-2.0.",
+    (
+        (
+            'M. Ding, Y. Shen, L. Fan, Z. Chen, Z. Chen, P. Luo, J. Tenenbaum, C. Gan, "Visual Dependency '
+            'Transformers: Dependency Tree Emerges from Reversed Attention", CVPR 2023',
+            "2304.03282",
+        ),
+    ),
+)
+
+MOST_TOKENS = 4096  # of a picture: every block has a dependency of each on each other one
 MESSAGE_POOLS = ("message", "message_mean", "avg")
 _norm_layer = partial(LayerNorm, eps=1e-6)
 
@@ -568,6 +585,56 @@ class DependencyViT(nn.Module):
         assert message is not None and reached is not None
         return Dependency(torch.stack([masks[i % depth] for i in chosen], 1), message, reached, (H, W))
 
+    @torch.jit.ignore
+    @checked(method=("greedy", "edmonds"), layers=COUNT, parts=COUNT)
+    def explain(
+        self, image: Tensor, method: str = "greedy", layers: int | None = None, parts: int = 5, min_size: int = 4
+    ) -> list[Panel]:
+        """The dependency tree of the tokens, its parts and the saliency.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, normalised, of at most 4,096 tokens.
+            method: Parser of the tree, as of :func:`vizoo.backbones.layers.dependency_tree`.
+            layers: Take the mean of the last so many blocks; None for all.
+            parts: Into how many parts the tree is cut.
+            min_size: Tokens below a cut, at least.
+
+        Returns:
+            A panel for each.
+
+        Raises:
+            ValueError: If a setting is out of range or there are too many tokens.
+        """
+        depth = len(self.blocks)
+        need(layers is None or layers <= depth, f"1 to {depth}", layers=layers)
+        tokens = [n // p for n, p in zip(image.shape[2:], self.patch_embed.patch_size, strict=True)]
+        need(tokens[0] * tokens[1] <= MOST_TOKENS, f"at most {MOST_TOKENS:,} tokens", tokens=tuple(tokens))
+        records = [block.attn.record for block in self.blocks]  # type: ignore[union-attr]
+        try:
+            self.set_record_dependency()
+            seen_by(self, image, ())
+            found = self.get_dependency(layers)
+        finally:
+            self.set_record_dependency(False)
+            for block, record in zip(self.blocks, records, strict=True):
+                block.attn.record = record  # type: ignore[union-attr, assignment]
+        found = Dependency(found.masks.float(), found.message.float(), found.reached, found.size)
+        tree = dependency_tree(found, method)
+        labels = subtrees(found, tree, parts, min_size)[0]
+        scaled_map, foreground = (m[0] for m in saliency(found))
+        return [
+            _tree_panel(found, tree),
+            Panel(
+                title=f"{int(labels.max()) + 1} parts: subtrees of {' x '.join(map(str, found.size))} tokens",
+                parts=labels,
+            ),
+            Panel(
+                title=f"saliency: what tokens receive; foreground {float(foreground.float().mean()):.0%}",
+                heat=scaled_map,
+                outline=foreground,
+            ),
+        ]
+
     def _embed(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to tokens with positions ``[B, H, W, C]``."""
         x = self.patch_embed(x)
@@ -695,6 +762,23 @@ class DependencyViT(nn.Module):
         return self.forward_head(x)
 
 
+def _tree_panel(dependency: Dependency, tree: Tree) -> Panel:
+    """Lines from every token of an image to its parent, and a star at the root."""
+    (rows, columns), parents = dependency.size, tree.parents[0]
+    token = torch.arange(rows * columns, device=parents.device)
+    places = torch.stack([(token // columns + 0.5) / rows, (token % columns + 0.5) / columns], 1)
+    children = token[parents >= 0]
+    strength = dependency.masks[0].mean(0)[parents[children], children]
+    return Panel(
+        title=f"dependency tree, {int(tree.depth[0].max())} levels below the root (star)",
+        lines=torch.stack([places[children], places[parents[children]]], 1),
+        strength=strength,
+        bar="what a token sends to its parent",
+        points=places[parents < 0],
+        names=("\N{BLACK STAR}",),
+    )
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of another image or patch size, resampled to those of the model.
 
@@ -705,10 +789,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict, dense=True)
     positions: Any = model.pos_embed
     if "pos_embed" in state_dict:
         state_dict["pos_embed"] = position_map(state_dict["pos_embed"], *positions.shape[1:3])

@@ -30,7 +30,9 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _ini
 from torch import Tensor, nn
 
 from .layers import HaloAttention, Panel, to_fast_layout
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import (
     ANY,
     SHARE,
@@ -46,6 +48,19 @@ from .layers.checks import (
 from .layers.panel import cell_at, seen_by
 
 __all__ = ["HaloNet", "HaloResNet"]
+
+ABOUT = About(
+    "HaloNet",
+    "no official code; attention and hybrids follow timm 1.0.31, github.com/huggingface/pytorch-image-models, "
+    "Apache-2.0, whose weights the hybrids load.",
+    (
+        (
+            'A. Vaswani, P. Ramachandran, A. Srinivas, N. Parmar, B. Hechtman, J. Shlens, "Scaling Local '
+            'Self-Attention for Parameter Efficient Visual Backbones", CVPR 2021',
+            "2103.12731",
+        ),
+    ),
+)
 
 
 class HaloBlock(nn.Module):
@@ -385,10 +400,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    return {k.removeprefix("module."): v for k, v in state_dict.items()}
+    return unwrap(state_dict, dense=True)
 
 
 def _our_attention(cfg: ByoModelCfg) -> ByoModelCfg:

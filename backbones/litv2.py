@@ -35,9 +35,12 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import HiLo
+from .layers import HiLo, Panel
+from .layers.about import About
 from .layers.build import build
-from .layers.checks import check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
+from .layers.checkpoint import unwrap
+from .layers.checks import ANY, check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
+from .layers.panel import seen_by, tiled
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
@@ -45,6 +48,17 @@ from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3
 
 __all__ = ["LITv2"]
+
+ABOUT = About(
+    "LITv2 (HiLo attention)",
+    "github.com/ziplab/LITv2, commit 7501c86, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'Z. Pan, J. Cai, B. Zhuang, "Fast Vision Transformers with HiLo Attention", NeurIPS 2022',
+            "2205.13213",
+        ),
+    ),
+)
 
 _logger = logging.getLogger(__name__)
 _norm_layer = partial(LayerNorm, eps=1e-5)
@@ -504,6 +518,69 @@ class LITv2(nn.Module):
         x = self.forward_features(x)
         return self.forward_head(x)
 
+    @torch.jit.ignore
+    @checked(stage=ANY, block=ANY)
+    def explain(self, image: Tensor, stage: int | None = None, block: int = -1) -> list[Panel]:
+        """What the Hi-Fi and the Lo-Fi heads of one HiLo layer give: their frequencies (Fig. 4) and where.
+
+        A spectrum is the absolute Fourier transform of the output over the map, its mean over the channels, with the
+        constant in the middle.
+
+        Args:
+            image: ``[1, in_chans, height, width]``, normalised.
+            stage: Stage of the layer, from 0; None for the first with heads of both kinds, or with any.
+            block: Block of the stage; negative ones count from the end.
+
+        Returns:
+            The spectra, their ratio, and the root mean square over the channels at each token; of the heads that the
+            layer has.
+
+        Raises:
+            ValueError: If the stage has no attention, or not so many blocks.
+        """
+        stage, block, hilo = self._hilo(stage, block)
+        ((_, out),) = seen_by(self, image, [hilo])
+        low = "Lo-Fi" if hilo.window_size > 1 else "Attention"  # without windows there are no low frequencies only
+        kinds = zip(("Hi-Fi", low), (hilo.h_heads, hilo.l_heads), hilo.parts(out[0].float()), strict=True)
+        parts = {f"{name} ({heads} of {hilo.h_heads + hilo.l_heads} heads)": x for name, heads, x in kinds if heads}
+        spectra = [spectrum(x) for x in parts.values()]
+        limits = min(float(x.min()) for x in spectra), max(float(x.max()) for x in spectra)
+        place, bar = f"stage {stage}, block {block}", "log10 of the amplitude; frequency 0 is in the middle"
+        panels = [
+            Panel(title=f"{name}: spectrum, {place}", heat=x, bar=bar, limits=limits, alone=True)
+            for name, x in zip(parts, spectra, strict=True)
+        ]
+        if len(spectra) == 2:
+            ratio = spectra[0] - spectra[1]
+            most = float(ratio.abs().max())
+            title, bar = "Hi-Fi over Lo-Fi at each frequency", "log10 of the ratio"
+            panels.append(Panel(title=title, heat=ratio, bar=bar, limits=(-most, most), alone=True))
+        for name, x in parts.items():
+            heat = x.square().mean(-1).sqrt()
+            area = tiled(image, heat, (self.feature_info[stage]["reduction"],) * 2)
+            panels.append(Panel(title=f"{name}: size of the output, {place}", heat=heat, area=area, bar="RMS"))
+        return panels
+
+    def _hilo(self, stage: int | None, block: int) -> tuple[int, int, HiLo]:
+        """The layer that :meth:`explain` shows, and where it is."""
+        layers = {i: [m for m in s.modules() if isinstance(m, HiLo)] for i, s in enumerate(self.stages)}
+        known = [i for i, found in layers.items() if found]
+        if stage is None:
+            both = [i for i in known if layers[i][-1].has_hifi and layers[i][-1].has_lofi]
+            stage = next(iter(both or known), None)
+        need(stage in known, f"a stage with attention: {', '.join(map(str, known)) or 'there is none'}", stage=stage)
+        assert stage is not None  # for mypy
+        count = len(layers[stage])
+        need(-count <= block < count, f"a whole number from {-count} to {count - 1}", block=block)
+        return stage, block % count, layers[stage][block]
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """Logarithm to base 10 of the amplitudes of a map ``[H, W, C]``, their mean over the channels, 0 in the middle."""
+    amplitude = torch.fft.fftshift(torch.fft.fft2(x, dim=(0, 1), norm="forward").abs().mean(-1))
+    finfo = torch.finfo(x.dtype)  # what is smaller than rounding errors is as good as 0, which has no logarithm
+    return amplitude.clamp_min(max(float(amplitude.max()) * finfo.eps, finfo.tiny)).log10()
+
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Official classification, detection and segmentation checkpoints in our names.
@@ -515,15 +592,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
     if any(k.startswith("stages.") for k in state_dict):
         return state_dict
 

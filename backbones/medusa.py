@@ -22,11 +22,28 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from .layers import Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_counts, check_positions, checked, need
+from .layers.panel import evaluating
 from .layers.resampling import resize_smoothly
 
 __all__ = ["MEDUSA", "medusa", "medusa_parameters"]
+
+ABOUT = About(
+    "MEDUSA",
+    "no official code or weights; a reconstruction from the paper's abstract on timm's ResNet.",
+    (
+        (
+            'H. Aboutalebi, M. Pavlova, H. Gunraj, M. J. Shafiee, A. Sabri, A. Alaref, A. Wong, "MEDUSA: '
+            "Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical Image "
+            'Analysis", Frontiers in Medicine 2022',
+            "2110.06063",
+        ),
+    ),
+)
 
 
 @register_notrace_function
@@ -200,6 +217,8 @@ class MEDUSA(ResNet):
         head_dim: Hidden channels of the attention heads.
         head_out: ``"spatial"`` or ``"channel"``, see :class:`AttentionHead`.
         gate: ``"mul"`` or ``"residual"``, likewise.
+        rounds: How often backbone and body are trained in turn, see :meth:`training_phase`; None for 2, or what the
+            epochs have room for.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -225,6 +244,7 @@ class MEDUSA(ResNet):
         head_dim: int = 32,
         head_out: str = "spatial",
         gate: str = "mul",
+        rounds: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -244,6 +264,7 @@ class MEDUSA(ResNet):
             **dd,
         )
         self.body_size = body_size
+        self.rounds = rounds
         self.phase = "all"
         self.last_level = 3
         self.body = AttentionBody(body_width, body_depth, **dd)
@@ -293,6 +314,47 @@ class MEDUSA(ResNet):
         for part in _frozen(self):
             part.eval()
         return self
+
+    @torch.jit.ignore
+    def training_phase(self, epoch: int, epochs: int) -> float:
+        """Choose what an epoch trains: backbone and body in turn, in the end all at a tenth of the learning rate.
+
+        Args:
+            epoch: From 0.
+            epochs: Of the training, in ``2 * rounds + 1`` equal parts.
+
+        Returns:
+            Factor of the learning rate.
+
+        Raises:
+            ValueError: If there are fewer epochs than parts.
+        """
+        most = (epochs - 1) // 2
+        rounds = min(2, most) if self.rounds is None else self.rounds
+        need(rounds <= most or not rounds, f"at most {most} for {epochs} epochs", rounds=rounds)
+        parts = 2 * rounds + 1
+        part = epoch * parts // epochs
+        phase = "all" if part == parts - 1 else ("backbone", "body")[part % 2]
+        if rounds:  # else what somebody froze stays frozen
+            medusa_parameters(self, phase)
+        return 0.1 if rounds and phase == "all" else 1.0
+
+    @torch.jit.ignore
+    def explain(self, image: Tensor) -> list[Panel]:
+        """The global map and the map of every scale.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, normalised.
+
+        Returns:
+            A panel for each map; of maps for each channel the mean.
+        """
+        with evaluating(self):
+            whole, local = self.attention_maps(image)
+        titles = ["global map of the attention body"]
+        titles += [f"gate of scale {i}, {m.shape[2]}x{m.shape[3]}" for i, m in enumerate(local, start=1)]
+        maps = zip(titles, (whole, *local), strict=True)
+        return [Panel(title=title, heat=m[0].float().mean(0), bar="attention") for title, m in maps]
 
     @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -688,9 +750,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
+    state_dict = unwrap(state_dict)
     if not any(_is_attention(k) for k in state_dict):
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if _is_attention(k)}}
     return state_dict

@@ -39,7 +39,9 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .layers import Panel
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import (
     ANY,
     SHARE,
@@ -57,6 +59,21 @@ from .layers.neighborhood import NeighborhoodAttention, NeighborhoodBlock, resiz
 from .layers.panel import cell_at, seen_by
 
 __all__ = ["NAT"]
+
+ABOUT = About(
+    "NAT, DiNAT, DiNAT_s",
+    "github.com/SHI-Labs/Neighborhood-Attention-Transformer, commit d334f5b, MIT; weights released by its authors.",
+    (
+        (
+            'A. Hassani, S. Walton, J. Li, S. Li, H. Shi, "Neighborhood Attention Transformer", CVPR 2023',
+            "2204.07143",
+        ),
+        (
+            'A. Hassani, H. Shi, "Dilated Neighborhood Attention Transformer", 2022',
+            "2209.15001",
+        ),
+    ),
+)
 
 MOST_PANELS = 6  # without blocks of the user's choice
 _logger = logging.getLogger(__name__)
@@ -522,15 +539,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
 
     renamed = {}
     for k, v in state_dict.items():

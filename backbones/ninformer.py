@@ -13,6 +13,7 @@ Deviations: under autocast the gate is multiplied, and added to the tokens, in f
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,13 +37,29 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from .layers import Panel
+from .layers.about import About
 from .layers.build import build
-from .layers.checks import check_patches, checked, scaled
+from .layers.checkpoint import unwrap
+from .layers.checks import ANY, check_patches, check_positions, checked, scaled
 from .layers.mlp import Mlp
+from .layers.panel import seen_by, tiled
 from .layers.plain import project, tensors
 from .ops.backend import autocast_dtype
 
 __all__ = ["NiNformer"]
+
+ABOUT = About(
+    "NiNformer",
+    "github.com/Abdullah-Nazhat/NiNformer, commit 0ec85d4, BSD-3-Clause; no weights.",
+    (
+        (
+            'A. N. Abdullah, T. Aydin, "NiNformer: A Network in Network Transformer with Token Mixing Generated '
+            'Gating Function", Neural Computing and Applications 2025',
+            "2403.02411",
+        ),
+    ),
+)
 
 
 def resizing(grid: tuple[int, int], H: int, W: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -503,6 +520,37 @@ class NiNformer(nn.Module):
         x = self.forward_features(x)
         return self.forward_head(x)
 
+    @torch.jit.ignore
+    @checked(blocks=ANY)
+    def explain(self, image: Tensor, blocks: Sequence[int] | None = None) -> list[Panel]:
+        """The gates of some blocks (Sec. 3): what the projected tokens are multiplied by.
+
+        Args:
+            image: ``[1, in_chans, height, width]``, normalised.
+            blocks: The blocks, from 0, negative ones from the end; None for the first, the middle and the last.
+
+        Returns:
+            For each block the mean of the gate over the channels at each token.
+
+        Raises:
+            ValueError: If there is no such block.
+        """
+        count = len(self.blocks)
+        if blocks is None:
+            blocks = sorted({0, count // 2, count - 1})
+        check_positions(count, blocks=blocks)
+        chosen: list[Any] = [self.blocks[i] for i in blocks]
+        # the gate is the sum of what the last residual connection of Block.gate adds
+        seen = seen_by(self, image, [layer for b in chosen for layer in (b.channel_norm, b.channel_mixing)])
+        panels = []
+        for i, ((mixed,), _), (_, out) in zip(blocks, seen[::2], seen[1::2], strict=True):
+            heat = (mixed[0].float() + out[0].float()).mean(-1)
+            most = float(heat.abs().max())
+            area = tiled(image, heat, to_2tuple(self.patch_embed.patch_size))
+            title, bar = f"Gate of block {i % count} of 0 to {count - 1}", "mean over the channels"
+            panels.append(Panel(title=title, heat=heat, area=area, bar=bar, limits=(-most, most)))
+        return panels
+
 
 _OFFICIAL_NAMES = (
     ("patcher.", "patch_embed.proj."),
@@ -542,10 +590,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         A state dict for ``model``.  Token-mixing weights of another grid are resized; the number of tokens alone tells
         which grid: a square one, else the one nearest in shape to that of the model.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(k.startswith("model.") for k in state_dict):
         renamed = {}
         for key, value in state_dict.items():

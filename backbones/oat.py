@@ -13,6 +13,7 @@ network, decoding from kept keys, and the place code in closed form in place of 
 end, padding) is an all-ones crop, with a backbone an all-ones feature.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,14 +25,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from .layers import Panel
+from .layers.about import About
 from .layers.build import build
-from .layers.checks import check_model_name, check_multiple, checked, need
+from .layers.checkpoint import unwrap
+from .layers.checks import NATURAL, SHARE, check_model_name, check_multiple, checked, need
+from .layers.panel import evaluating
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
 from .layers.plain import tensors
 from .ops.attention import attention
 from .ops.backend import is_transforming, plain_only
 
 __all__ = ["OAT", "convert_oat"]
+
+ABOUT = About(
+    "OAT",
+    "github.com/HKUST-NISL/oat_eccv24, commit 0c48c3e, no licence given: nothing of it is included; the model is "
+    "written from a description and reproduces recorded outputs.  No weights exist.",
+    (
+        (
+            'Y. Fang, J. Yu, H. Zhang, R. van der Lans, B. Shi, "OAT: Object-Level Attention Transformer for Gaze '
+            'Scanpath Prediction", ECCV 2024',
+            "2407.13335",
+        ),
+    ),
+)
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
@@ -809,6 +827,97 @@ class OAT(nn.Module):
         labels = next_fixations(sequence, logits.shape[2] - 2)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-1)
 
+    @torch.jit.ignore
+    @checked(target=NATURAL, point=SHARE)
+    def explain(
+        self,
+        image: Tensor,
+        boxes: Tensor | None = None,
+        target: int | None = None,
+        max_len: int = 20,
+        point: tuple[float, float] = (0.5, 0.5),
+    ) -> list[Panel]:
+        """The greedy scanpath of a search, and how likely it begins at each object.
+
+        Args:
+            image: ``[1, in_chans, height, width]`` from 0 to 1.
+            boxes: Objects ``[1, N, 4]`` as in :meth:`forward`; None divides the image into the grid.
+            target: The object searched for; None for the one nearest to ``point``.
+            max_len: Longest scanpath.
+            point: Row and column as fractions of the image.
+
+        Returns:
+            The scanpath, in which fixations of one object that follow each other are one point, with the target's box;
+            and the probability of each object to be the first fixation.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        size = torch.tensor(image.shape[2:], device=image.device)
+        objects = self._grid_boxes(image)[0] if boxes is None else boxes[0].float()
+        named = "" if target is not None else ", the one at the point"
+        if target is None:
+            centres = (objects[..., :2] + objects[..., 2:]) / 2
+            target = int((centres - (size * torch.tensor(point).to(size.device)).flip(0)).norm(dim=-1).argmin())
+        sought = torch.tensor([target], device=image.device)
+        with evaluating(self):
+            (path,) = self.generate(image, boxes, sought, max_len)
+            first = self(image, boxes, sought)[0, 0, :-2].float().softmax(0)  # neither end nor padding
+        frames = objects[:, [1, 0, 3, 2]] / size.repeat(2)
+        names, visited = _runs(path)
+        points = spread_fixations(objects, visited).flip(1) / size
+        length = f"{len(path)} fixations" if len(path) < max_len else f"first {max_len} fixations"
+        scanpath = Panel(
+            title=f"Greedy scanpath, {length}; in search of object {target}{named} (box)",
+            boxes=frames[[target]],
+            lines=torch.stack([points[:-1], points[1:]], 1),
+            points=points,
+            names=names,
+        )
+        likely: dict[str, Any] = {"title": "How likely each object is the first fixation", "bar": "probability"}
+        if boxes is None:
+            return [scanpath, Panel(heat=first.view(self.grid), **likely)]
+        frames = torch.cat((frames[[target]], frames[:target], frames[target + 1 :]))  # the first box stands out
+        return [scanpath, Panel(heat=_paint(objects, first, image.shape[2:]), boxes=frames, **likely)]
+
+
+def _runs(path: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Fixations of one object that follow each other: their numbers in the path, such as "2-4", and the object."""
+    names, objects, start = [], [], 1
+    for item, same in itertools.groupby(path):
+        stop = start + len(list(same))
+        names.append(f"{start}" if stop == start + 1 else f"{start}-{stop - 1}")
+        objects.append(item)
+        start = stop
+    return names, objects
+
+
+def spread_fixations(boxes: Tensor, sequence: Sequence[int]) -> Tensor:
+    """Where fixations of objects are drawn: in the middle, or several beside each other, so that every one is seen.
+
+    Args:
+        boxes: ``[N, 4]`` as x1, y1, x2, y2.
+        sequence: Fixated objects.
+
+    Returns:
+        Their x and y ``[n, 2]``.
+    """
+    sequence = list(sequence)
+    spread = torch.empty(len(sequence), 2)
+    for i, item in enumerate(sequence):
+        before, rows = sequence[:i].count(item), min(sequence.count(item), 3)
+        spread[i] = torch.tensor([min(before // 3, 2) * 0.16, (before % 3 - (rows - 1) / 2) * 0.3])
+    visited, spread = boxes[sequence], spread.to(boxes.device)
+    return (visited[:, :2] + visited[:, 2:]) / 2 + spread * (visited[:, 2:] - visited[:, :2])
+
+
+def _paint(boxes: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:
+    """A map ``[height, width]`` with a value in each box, the largest where boxes overlap, and 0 elsewhere."""
+    heat = values.new_zeros(*size)
+    for (left, top, right, bottom), value in zip(boxes.round().int().clamp_min(0).tolist(), values, strict=True):
+        heat[top:bottom, left:right].clamp_(min=value)
+    return heat
+
 
 class _Cut(torch.autograd.Function):
     """RoIAlign, a linear map of the image: its tangent is itself, its gradient :class:`_Paste`."""
@@ -963,10 +1072,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}  # Lightning's name
+    state_dict = unwrap(state_dict)
     official = any(key.startswith(("transformer_encoder.", "transformer_decoder.")) for key in state_dict)
     return convert_oat(state_dict) if official else state_dict
 

@@ -30,7 +30,9 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .layers import Panel, to_fast_layout
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import ANY, SHARE, Range, check_counts, check_heads, check_positions, checked, need, scaled
 from .layers.contmix import (
     BRANCHES,
@@ -52,7 +54,20 @@ from .ops.na2d_av import window_starts
 
 __all__ = ["OverLoCK"]
 
+ABOUT = About(
+    "OverLoCK (ContMix)",
+    "github.com/LMMMEng/OverLoCK, commit 2c8ab3b, Apache-2.0; weights released in the same repository.",
+    (
+        (
+            'M. Lou, Y. Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic '
+            'Kernels", CVPR 2025',
+            "2502.20087",
+        ),
+    ),
+)
+
 _logger = logging.getLogger(__name__)
+AUX_WEIGHT = 0.4  # of the auxiliary head in the loss: the published training
 
 
 def _downsample(dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
@@ -367,8 +382,8 @@ class OverLoCK(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0.
         deploy: Build the merged form of all large-kernel convolutions, as :meth:`reparameterize` makes it.
-        aux_head: Classify the overview too.  In training the output is then ``{"main": logits, "aux": logits}``; the
-            official loss is that of ``main`` plus 0.4 times that of ``aux``.
+        aux_head: Classify the overview too.  In training the output is then ``{"main": logits, "aux": logits}``, and
+            :meth:`extra_loss` is what ``aux`` adds to the loss.
         dense: ``"det"`` or ``"seg"`` for the backbone of the official detectors or segmentors: no classifier, a layer
             norm for every feature, the second of them also in the trunk.
         device: Device of the parameters.
@@ -756,6 +771,19 @@ class OverLoCK(nn.Module):
         levels, overview = self._pyramid(x, self.last_level)
         return {"main": self.forward_head(levels[-1]), "aux": self.aux_head(overview).flatten(1)}  # type: ignore[misc]
 
+    @torch.jit.ignore
+    def extra_loss(self, out: Any, criterion: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the auxiliary head adds to the loss: 0.4 times its own, as in the official training.
+
+        Args:
+            out: Of the model in training.
+            criterion: The loss of logits ``[B, num_classes]``.
+
+        Returns:
+            A scalar; None without ``aux_head``.
+        """
+        return AUX_WEIGHT * criterion(out["aux"]) if isinstance(out, dict) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to logits ``[B, num_classes]``, or to both with ``aux_head``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript decides this condition before it compiles
@@ -802,15 +830,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: If the checkpoint is merged and the model is not.
     """
-    for container in ("model_ema", "state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):  # a whole detector or segmentor
-        dropped = sorted({k.split(".")[0] for k in state_dict if not k.startswith("backbone.")})
-        if dropped:
-            _logger.info("left out of the checkpoint: %s", ", ".join(dropped))
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict, dense=True)
 
     if "head.4.weight" in state_dict:  # officially a 1x1 convolution
         state_dict["head.4.weight"] = state_dict["head.4.weight"].flatten(1)

@@ -10,9 +10,10 @@ prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained b
     model = timm.create_model("vit_base_patch16_224_tcpa", pretrained=True, num_classes=10)
     freeze_backbone(model)
     optimizer = torch.optim.AdamW(tcpa_parameters(model), lr=0.005, weight_decay=0.1)
-    loss = F.cross_entropy(model(x), y) + 0.01 * model.match_loss
+    loss = F.cross_entropy(model(x), y) + model.extra_loss()
 
-``model.random_match = True`` chooses prompts at random in training, as the paper does in its first epochs.
+``model.training_phase(epoch, epochs)`` chooses prompts at random in the first epochs, as the paper does; it and the
+weight of the matching loss are the settings ``tcpa_random_epochs`` and ``tcpa_match_weight``.
 """
 
 import inspect
@@ -21,6 +22,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor
 
 from .layers import (
     convert_tcpa,
@@ -31,9 +34,10 @@ from .layers import (
     tcpa_state_dict,
     vpt,
 )
+from .layers.about import About
 from .layers.build import build
+from .layers.checkpoint import unwrap
 from .layers.checks import check_arguments, check_multiple, check_patches, need, scaled
-from .layers.prompt_tuning import checkpoint_filter_fn
 
 __all__ = [
     "convert_tcpa",
@@ -44,6 +48,19 @@ __all__ = [
     "tcpa_state_dict",
     "vpt",
 ]
+
+ABOUT = About(
+    "TCPA",
+    "github.com/zhoujiahuan1991/ICML2025-TCPA, commit dce8b3a, no licence, no trained prompts; backbones and their "
+    "weights are those of timm 1.0.31, Apache-2.0.",
+    (
+        (
+            'Z. Liu, X. Zou, G. Hua, J. Zhou, "Token Coordinated Prompt Attention is Needed for Visual Prompting", '
+            "ICML 2025",
+            "2505.02406",
+        ),
+    ),
+)
 
 PREFIX = "tcpa_"
 SETTINGS = {PREFIX + name for name in list(inspect.signature(tcpa).parameters)[1:]}
@@ -65,6 +82,30 @@ def _prompted(**kwargs: Any) -> VisionTransformer:
         return tcpa(VisionTransformer(**kwargs), **settings)
     except ValueError as e:
         raise ValueError(str(e).replace("got ", f"got {PREFIX}", 1)) from e
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
+            model's own stay.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    state_dict = unwrap(state_dict)
+    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
+    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
+    if not any(_is_prompt(k) for k in state_dict):
+        return {**state_dict, **own}
+    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
+    return {**state_dict, **refit}
+
+
+def _is_prompt(name: str) -> bool:
+    return ".tcpa." in name or name.startswith("patch_embed.prompter.")
 
 
 def _cfgs(*backbones: str) -> dict[str, Any]:

@@ -46,11 +46,28 @@ from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from .layers import ULSAM
+from .layers import ULSAM, Panel
+from .layers.about import About
 from .layers.build import build
-from .layers.checks import checked, need
+from .layers.checkpoint import unwrap
+from .layers.checks import ANY, checked, need
+from .layers.panel import seen_by, tiled
+from .ops.ulsam import subspace_maps
 
 __all__ = ["MobileNetULSAM"]
+
+ABOUT = About(
+    "ULSAM",
+    "github.com/Nandan91/ULSAM, commit 9a07d68, no licence, no weights: written from the paper.  The networks are "
+    "timm's MobileNets (github.com/huggingface/pytorch-image-models, Apache-2.0).",
+    (
+        (
+            'R. Saini, N. K. Jha, B. Das, S. Mittal, C. K. Mohan, "ULSAM: Ultra-Lightweight Subspace Attention '
+            'Module for Compact Convolutional Neural Networks", WACV 2020',
+            "2006.15102",
+        ),
+    ),
+)
 
 _V1 = ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024")
 _V2 = (
@@ -202,6 +219,50 @@ class MobileNetULSAM(EfficientNet):
         """
         super().reset_classifier(num_classes, global_pool)
 
+    @torch.jit.ignore
+    @checked(layer=ANY)
+    def explain(self, image: Tensor, layer: int | None = None, count: int = 6) -> list[Panel]:
+        """The attention maps of the subspaces of a ULSAM (Eq. 2 and 3).
+
+        Args:
+            image: ``[1, in_chans, height, width]``, normalised.
+            layer: Layer that is, or is followed by, the ULSAM, numbered as in the constructor; None for the first.
+            count: Maps to show at most.
+
+        Returns:
+            A map for each subspace, whose sum over the positions is 1.
+
+        Raises:
+            ValueError: If there is no ULSAM at the layer.
+        """
+        known = self._ulsams()
+        numbers = list(dict.fromkeys(number for number, _, _ in known))
+        layer = next(iter(numbers), None) if layer is None else layer
+        need(layer in numbers, f"a layer with ULSAM: {', '.join(map(str, numbers)) or 'there is none'}", layer=layer)
+        chosen = [(stride, module) for number, stride, module in known if number == layer]
+        # the norm is called on every path, and gives the logits
+        seen = seen_by(self, image, [module.bn_point for _, module in chosen])
+        panels = []
+        for (stride, module), (_, logits) in zip(chosen, seen, strict=True):
+            for i, heat in enumerate(subspace_maps(logits[:1].float(), torch.float32)[0]):
+                title = f"Attention of subspace {i + 1} of {module.num_splits}, layer {layer}"
+                area, limits = tiled(image, heat, (stride, stride)), (0.0, float(heat.max()))
+                panels.append(Panel(title=title, heat=heat, area=area, bar="attention", limits=limits))
+        return panels[:count]
+
+    def _ulsams(self) -> list[tuple[int, int, ULSAM]]:
+        """Layer, stride in pixels and module of each ULSAM."""
+        stage: Any
+        found, layer, stride = [], 1, self.conv_stem.stride[0]
+        for stage in self.blocks:
+            for name, block in stage.named_children():
+                layer += not name.startswith("ulsam")
+                if isinstance(block, ULSAM):
+                    found.append((layer, stride, block))
+                else:
+                    stride *= block.conv_dw.stride[0]
+        return found
+
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Our checkpoints, and those of timm's plain MobileNets, whose other weights then start beside a fresh ULSAM.
@@ -213,10 +274,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for ``model``.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    state_dict = unwrap(state_dict)
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ULSAM))
     if any(k.startswith(prefixes) and ".conv_dws." in k for k in state_dict):
         return state_dict

@@ -19,8 +19,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import nn
+
+from vizoo.backbones.layers.checkpoint import unwrap
 
 __all__ = ["NUMPY_GLOBALS", "convert_checkpoint", "mmengine_checkpoints", "read_checkpoint", "state_of"]
 
@@ -260,7 +263,7 @@ def _reason(e: Exception) -> str:
 
 
 def state_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, without the prefix of models that ran in several processes.
+    """The weights that mmengine takes from a checkpoint: of ``state_dict``, without the prefix ``module.``.
 
     Args:
         checkpoint: Checkpoint or state dict.
@@ -297,7 +300,7 @@ def convert_checkpoint(checkpoint: dict[str, Any], model: nn.Module) -> dict[str
         ValueError: If anything is missing, left over, of another shape or no tensor; names the first ten of each.
     """
     adapter = model.backbone
-    state = state_of(checkpoint)
+    state = state_of(unwrap(checkpoint))
     own = model.state_dict()
     dropped: list[str] = []
     if any(k.startswith("backbone.body.") for k in state):
@@ -321,7 +324,8 @@ def convert_checkpoint(checkpoint: dict[str, Any], model: nn.Module) -> dict[str
 def _convert_backbone(state: dict[str, torch.Tensor], inner: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The state dict with the backbone's official names replaced, and those that the family's filter left out."""
     body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    family = sys.modules[type(inner).__module__]
+    name = (getattr(inner, "pretrained_cfg", None) or {}).get("architecture", "")
+    family = sys.modules[(timm.models.model_entrypoint(name) if timm.is_model(name) else type(inner)).__module__]
     filter_fn = getattr(family, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
     filtered = filter_fn(dict(body), inner)
     ours = {t.data_ptr() for t in inner.state_dict().values() if t.numel()}  # filled in by the filter, not in the file

@@ -48,6 +48,15 @@ def _fresh_state() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+@pytest.fixture(autouse=True)
+def _no_scope() -> Iterator[None]:
+    """mmengine keeps the default scope of the last runner for the whole process: the next test starts without one."""
+    yield
+    registry = sys.modules.get("mmengine.registry")
+    if registry is not None:
+        registry.DefaultScope._instance_dict.clear()
+
+
 def _called_by_us(depth: int) -> bool:
     return sys._getframe(depth).f_globals.get("__name__", "").startswith("vizoo.")
 
@@ -78,7 +87,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nan_empty_in_ops(request: pytest.FixtureRequest) -> None:
-    """Operators are always tested on poisoned memory."""
-    if Path(__file__).parent / "ops" in request.path.parents:
+def _nan_empty_in_ops_and_layers(request: pytest.FixtureRequest) -> None:
+    """Operators and the layers around them are always tested on poisoned memory."""
+    if {Path(__file__).parent / folder for folder in ("ops", "layers")} & set(request.path.parents):
         request.getfixturevalue("nan_empty")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,12 @@ def weights(keys: dict[str, list]) -> dict[str, Tensor]:
 def image(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Standard-normal float32 input of ``shape``."""
     return torch.from_numpy(RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
+
+
+def thin(features: Iterable[Tensor], strides: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Every c-th channel and s-th row and column of maps, ``strides`` being name -> [c, s] in the order of the maps."""
+    named = zip(sorted(strides), features, strict=True)
+    return {name: x[:, :: strides[name][0], :: strides[name][1], :: strides[name][1]] for name, x in named}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

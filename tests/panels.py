@@ -1,52 +1,56 @@
-"""What every ``explain`` of a model keeps: its panels, and the model itself."""
+"""What the tests of every family's ``explain`` share."""
 
 from __future__ import annotations
 
-import copy
+import typing
+from types import ModuleType
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+from zoo import REGISTERED, module_of
 
 from vizoo.backbones.layers import Panel
 
-MOST_TITLE = 90  # characters: two lines over a panel
-
 
 def explained(model: nn.Module, image: Tensor, **settings: Any) -> list[Panel]:
-    """Panels of a model that trains, which are well formed, and leave mode, hooks, weights and statistics alone."""
-    model.train()
-    next(model.children()).eval()  # frozen
-    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    with torch.enable_grad():
-        panels: list[Panel] = model.explain(image, **settings)  # type: ignore[operator]
-    assert [m.training for m in model.modules()] == modes
-    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert panels
+    """The panels of a model that trains, with one module frozen: they fit each other, and the model stays as it was."""
+    modules = dict(model.train().named_modules())
+    list(modules.values())[-1].eval()
+    modes = {name: module.training for name, module in modules.items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    panels = model.explain(image, **settings)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for panel in panels:
-        well_formed(panel)
+        check_panel(panel)
+    model.eval()
     return panels
 
 
-def well_formed(panel: Panel) -> None:
-    """Shapes, dtypes and values are those that the panel's description promises."""
-    assert 0 < len(panel.title) <= MOST_TITLE, panel.title
-    tensors = {k: v for k, v in vars(panel).items() if isinstance(v, Tensor)}
-    assert all(v.isfinite().all() and not v.requires_grad for v in tensors.values()), panel.title
-    sizes = {
-        "heat": "hw",
-        "parts": "hw",
-        "outline": "hw",
-        "boxes": "n4",
-        "lines": "n22",
-        "strength": "n",
-        "points": "n2",
-    }
-    for name, value in tensors.items():
-        assert value.ndim == len(sizes[name])
-        assert all(not s.isdigit() or n == int(s) for s, n in zip(sizes[name], value.shape, strict=True))
-        if name in ("heat", "boxes", "lines", "strength", "points"):
-            assert value.dtype == torch.float32, (panel.title, name, value.dtype)
-    edges = torch.tensor(panel.area) if panel.boxes is None else torch.cat([torch.tensor([panel.area]), panel.boxes])
-    assert (edges[..., :2] < edges[..., 2:]).all()
+def check_panel(panel: Panel) -> None:
+    """Shapes as :class:`Panel` says, and numbers that can be drawn."""
+    shapes = {"heat": (None, None), "boxes": (None, 4), "lines": (None, 2, 2), "points": (None, 2)}
+    assert 0 < len(panel.title) <= 90
+    for name, shape in shapes.items():
+        value = getattr(panel, name)
+        if value is not None:
+            assert len(value.shape) == len(shape), name
+            assert all(n in (None, m) for n, m in zip(shape, value.shape, strict=True)), name
+            assert value.dtype == torch.float32, name
+            assert value.isfinite().all(), name
+            assert not value.requires_grad, name
+    assert panel.points is None or len(panel.points) == len(panel.names) or not panel.names
+    if panel.heat is not None and panel.limits is not None:
+        low, high = panel.limits
+        assert low <= panel.heat.min() <= panel.heat.max() <= high
+
+
+def check_family_explains(family: ModuleType) -> None:
+    """Every registered model of a family has ``explain``."""
+    names = [n for n in REGISTERED if module_of(n) is family]
+    assert names
+    for name in names:
+        assert callable(typing.get_type_hints(timm.models.model_entrypoint(name))["return"].explain), name

@@ -1,8 +1,9 @@
-"""The house rules that can be read off the files: who imports whom, what importing costs, what is tracked."""
+"""The house rules that can be read off the files: who imports whom, what is tested where, what is tracked."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
-HEADS_SEE = {
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "sklearn",
-    "vizoo.heads",
-    f"{LAYERS}.checks",
-    f"{LAYERS}.resampling",
-}
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
-# ContMix is built on the weighted sum, ConvFFN on a convolution; kernels of some operators fill files of their own
-_PLUMBING = ("backend", "cost", "_derivative", "operators", "attention", "depthwise3x3", "na2d_av")
-PLUMBING = {f"{OPS}.{name}" for name in _PLUMBING}
-PLUMBING |= {f"{OPS}.{path.stem}" for path in (ROOT / "backbones/ops").glob("_*kernels.py")}
-KERNELS = {"triton", "natten"}  # optional: only behind the probe of ops/backend.py
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
 IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
@@ -91,50 +77,97 @@ def is_family(name: str) -> bool:
     return parent == BACKBONES and not leaf.startswith("_") and name not in (OPS, LAYERS)
 
 
-def outside(allowed: set[str], found: Import) -> bool:
-    """Whether an import is neither of the standard library nor of the allowed packages."""
-    return found.module.split(".")[0] not in sys.stdlib_module_names and not found.within(*allowed)
+@functools.cache
+def is_command(name: str) -> bool:
+    """Whether a module is a command: a file directly in ``tools/`` with a ``main``."""
+    path = ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    return path.parent == ROOT / "tools" and path.is_file() and "\ndef main(" in path.read_text(encoding="utf-8")
+
+
+# the table of CONTRIBUTING
+
+WORDS: dict[str, Callable[[Import], bool]] = {
+    "anything": lambda found: True,
+    "a family": lambda found: is_family(found.module),
+    "another family": lambda found: is_family(found.module),
+    "a command": lambda found: is_command(found.module),
+    "the standard library": lambda found: found.module.split(".")[0] in sys.stdlib_module_names,
+}
+ITEM = re.compile(r"`([\w/*]+)`(| itself| at the top)")
+
+
+class Row(NamedTuple):
+    """A row of the table: which files it is about, and what its items say of an import."""
+
+    files: str
+    may: dict[str, Callable[[Import], bool]]
+    never: dict[str, Callable[[Import], bool]]
+
+    def is_about(self, path: str) -> bool:
+        """Whether a path fits; ``*`` stays within a folder, a slash at the end takes all below it."""
+        pattern = re.escape(self.files).replace(r"\*", "[^/]*")
+        return re.fullmatch(f"{pattern}.*" if self.files.endswith("/") else pattern, path) is not None
+
+
+def absolute(name: str) -> str:
+    """The import name of a package, or of ours in short: ``ops/backend`` is ``vizoo.backbones.ops.backend``."""
+    parts = name.split("/")
+    if (ROOT / "backbones" / parts[0]).is_dir():
+        parts.insert(0, "backbones")
+    elif len(parts) == 1 and name not in FOLDERS:
+        return name
+    full = ".".join(("vizoo", *parts))
+    if "*" not in full and not is_module(full):
+        raise ValueError(f"`{name}` is no module of ours")
+    return full
+
+
+def rule(item: str) -> Callable[[Import], bool]:
+    """What one item of a cell says of an import."""
+    if item in WORDS:
+        return WORDS[item]
+    parts = ITEM.fullmatch(item)
+    if parts is None:
+        raise ValueError(f"{item!r} is neither a name in backticks nor one of {', '.join(WORDS)}")
+    name, how = absolute(parts[1]), parts[2]
+    if how == " itself":
+        return lambda found: found.module == name
+    pattern = re.compile(re.escape(name).replace(r"\*", r"[^.]*") + r"(\..*)?")
+    return lambda found: pattern.fullmatch(found.module) is not None and (found.always or not how)
+
+
+def table(text: str) -> list[Row]:
+    """The rows under "Who may import whom"; a row that cannot be read is an error."""
+    section = text.partition("## Who may import whom\n")[2].partition("\n## ")[0]
+    rows = []
+    for line in [line for line in section.splitlines() if line.startswith("|")][2:]:
+        try:
+            place, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            may, never = ({item: rule(item) for item in cell.split(", ")} for cell in cells)
+            rows.append(Row(place.strip("`"), may, never))
+        except ValueError as e:
+            raise ValueError(f"cannot read {line}: {e}") from e
+    return rows
+
+
+@functools.cache
+def rows() -> list[Row]:
+    return table((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
 
 def refused(path: Path, found: Import) -> str | None:
     """Why a file may not have an import, or None when it may."""
-    name = module_name(path)
-    if found.within("heads", "tools", "backbones", "configs"):
+    if found.within(*FOLDERS):
         return "our folders are imported by their vizoo name"
-    compiles = name.startswith(OPS) or name == "vizoo.tools.gpu.machine_code"
-    if found.within(*KERNELS) and (found.always or not compiles) and name != f"{OPS}.backend":
-        return "kernel libraries are imported behind the probe of ops/backend.py"
-    if name.startswith(OPS):
-        if name == OPS and found.within(OPS):
-            return None
-        return (
-            "an operator imports torch and the plumbing only"
-            if outside({"torch", *KERNELS, *PLUMBING}, found)
-            else None
-        )
-    if name.startswith(LAYERS):
-        return "layers know ops, torch and timm" if outside({"torch", "timm", OPS, LAYERS}, found) else None
-    if name == BACKBONES:
-        return None if found.within(BACKBONES) else "the package imports its families only"
-    if name.startswith(BACKBONES):
-        if is_family(found.module):
-            return "families do not know each other"
-        if found.within("vizoo") and not found.within(OPS, LAYERS) and not is_private(found.module):
-            return "a family knows layers and ops"
-        return (
-            "a family needs torch, torchvision and timm"
-            if outside({"torch", "torchvision", "timm", "vizoo"}, found)
-            else None
-        )
-    if name.startswith("vizoo.heads.mm"):
-        return "mm adapters know heads and mm*" if found.within("vizoo.tools", BACKBONES) else None
-    if name.startswith("vizoo.heads"):
-        return "heads see features only" if outside(HEADS_SEE, found) else None
-    return None  # tools may use every public name
-
-
-def is_private(name: str) -> bool:
-    return name.startswith(f"{BACKBONES}._")
+    row = next((row for row in rows() if row.is_about(path.relative_to(ROOT).as_posix())), None)
+    if row is None:
+        return "no row of the table is about this file"
+    for item, hit in row.never.items():
+        if hit(found):
+            return f"{row.files} never imports {item}"
+    if WORDS["the standard library"](found) or any(hit(found) for hit in row.may.values()):
+        return None
+    return f"{row.files} may import {', '.join(row.may)}"
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f != "configs"])
@@ -158,29 +191,152 @@ def test_import_rules_bite() -> None:
         return refused(ROOT / path, Import(module, 1, always))
 
     bad = [
+        ("backbones/__init__.py", "os"),
+        ("backbones/__init__.py", OPS),
         ("backbones/ops/attention.py", "timm"),
+        ("backbones/ops/attention.py", "torchvision"),
         ("backbones/ops/attention.py", "triton"),
+        ("backbones/ops/attention.py", "natten.functional"),
         ("backbones/ops/attention.py", f"{OPS}.other"),
+        ("backbones/ops/attention.py", LAYERS),
         ("backbones/layers/mixer.py", f"{BACKBONES}.family"),
+        ("backbones/layers/mixer.py", "torchvision"),
+        ("backbones/layers/mixer.py", "triton", False),
         ("backbones/family.py", f"{BACKBONES}.other"),
+        ("backbones/family.py", "vizoo"),
         ("backbones/family.py", "vizoo.tools.common"),
         ("backbones/family.py", "vizoo.heads"),
         ("backbones/family.py", "mmseg"),
         ("backbones/family.py", "fvcore.nn"),
         ("backbones/family.py", "triton"),
+        ("backbones/family.py", "triton", False),
         ("heads/segmentation.py", f"{BACKBONES}.family"),
+        ("heads/segmentation.py", f"{LAYERS}.plain"),
         ("heads/segmentation.py", "mmseg.models"),
+        ("heads/segmentation.py", "vizoo.heads.mm"),
+        ("heads/mm/backbone.py", "vizoo.tools.common"),
+        ("heads/mm/backbone.py", f"{BACKBONES}.family"),
+        ("heads/mm/backbone.py", LAYERS),
         ("tools/bench.py", "backbones"),
+        ("tools/bench.py", "triton", False),
+        ("tools/gpu/machine_code.py", "triton"),
+        ("tools/gpu/machine_code.py", "vizoo.tools.bench", False),
+        ("tools/gpu/suite.py", "triton", False),
+        ("tools/gpu/suite.py", "vizoo.tools.bench", False),
+        ("configs/new.py", "torch"),
     ]
     assert [case for case in bad if reason(*case) is None] == []
     good = [
+        ("backbones/__init__.py", f"{BACKBONES}.family"),
         ("backbones/ops/attention.py", "triton.language", False),
         ("backbones/ops/attention.py", f"{OPS}.backend", True),
+        ("backbones/ops/attention.py", f"{OPS}._kernels", True),
+        ("backbones/layers/mixer.py", "math", True),
+        ("backbones/layers/mixer.py", f"{OPS}.attention", True),
         ("backbones/family.py", f"{OPS}.attention", True),
+        ("backbones/family.py", f"{BACKBONES}._shared", True),
         ("backbones/family.py", "timm.layers", True),
+        ("heads/segmentation.py", f"{LAYERS}.checks", True),
+        ("heads/mm/backbone.py", "vizoo", True),
+        ("heads/mm/backbone.py", "mmengine.model", True),
         ("tools/bench.py", f"{BACKBONES}.family", True),
+        ("tools/bench.py", "vizoo.tools.show", True),
+        ("tools/gpu/machine_code.py", "triton.compiler", False),
+        ("tools/gpu/suite.py", "vizoo.tools.common", True),
     ]
     assert [case for case in good if reason(*case) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("| `heads/` | `torch` |", "not enough values"),
+        ("| `heads/` | `torch` | `timm` | `numpy` |", "too many values"),
+        ("| `heads/` | torch | `timm` |", "'torch' is neither"),
+        ("| `heads/` | `torch` | something else |", "'something else' is neither"),
+        ("| `heads/` | `torch`; `timm` | a family |", "is neither"),
+        ("| `heads/` | `layers/chekcs` | a family |", "`layers/chekcs` is no module of ours"),
+        ("| `heads/` | `layer/checks` | a family |", "`layer/checks` is no module of ours"),
+    ],
+)
+def test_rows_are_read_or_refused(line: str, message: str) -> None:
+    head = "## Who may import whom\n| in | may import | never |\n|---|---|---|\n"
+    assert [row.files for row in table(f"{head}| `heads/` | `torch`, `layers/checks` | a family |\n")] == ["heads/"]
+    with pytest.raises(ValueError, match=rf"cannot read .*{re.escape(message)}"):
+        table(f"{head}{line}\n\n## Next")
+
+
+def test_every_row_is_about_a_file() -> None:
+    """The first row that fits a file is the one about it, so a row may not stand behind a wider one."""
+    paths = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in files(folder)]
+    first = {next((row.files for row in rows() if row.is_about(path)), None) for path in paths}
+    assert [row.files for row in rows() if row.files not in first] == []
+    assert len(rows()) > 5
+
+
+# tests mirror the source
+
+WHOLE = {  # tests over a whole folder, and of what other packages do with it
+    "backbones": {
+        "arguments",
+        "changed_models",
+        "distributed",
+        "exports",
+        "features",
+        "interface",
+        "models",
+        "pretrained",
+    },
+    "configs": {"configs"},
+    "heads": {"others", "train"},
+    "layers": set(),
+    "ops": set(),
+    "tools": {"data_faults", "faults", "runs", "security", "tasks"},
+}
+SOURCES = {"layers": "backbones/layers", "ops": "backbones/ops"}  # of the folders of tests; else the same name
+UNTESTED = {"backend", "cost", "operators"}  # in ops/, no operators: everything goes through them
+
+
+def sources(folder: str) -> set[str]:
+    """Names of the files of a folder that have tests in ``tests/folder``; those of wings of ``tools/`` too."""
+    place = SOURCES.get(folder, folder)
+    return {path.stem for pattern in ("*.py", "*/*.py")[: 1 + (folder == "tools")] for path in files(place, pattern)}
+
+
+def covered(folder: str) -> set[str]:
+    return {path.stem.removeprefix("test_") for path in files(f"tests/{folder}", "test_*.py")}
+
+
+def unmatched(names: set[str], partners: set[str], others: set[str]) -> list[str]:
+    """Names that have no partner and are not among the others, which must exist."""
+    assert others <= names, f"there is no {', '.join(sorted(others - names))}"
+    return sorted(names - partners - others)
+
+
+def public(folder: str) -> set[str]:
+    return {name for name in sources(folder) if not name.startswith("_")}
+
+
+def test_every_family_and_operator_has_its_tests() -> None:
+    assert unmatched(public("backbones"), covered("backbones"), set()) == []
+    assert unmatched(public("ops"), covered("ops"), UNTESTED) == []
+
+
+@pytest.mark.parametrize("folder", WHOLE)
+def test_every_test_has_its_source(folder: str) -> None:
+    assert covered(folder), "no tests"
+    assert unmatched(covered(folder), sources(folder), WHOLE[folder]) == []
+
+
+def test_rules_of_tests_bite() -> None:
+    families, tests = public("backbones"), covered("backbones")
+    assert {"litv2", "nat"} <= families
+    assert {"counting", "train"} <= sources("tools")
+    assert unmatched(families | {"moh"}, tests, set()) == ["moh"]
+    assert unmatched(families, tests - {"nat"}, set()) == ["nat"]
+    assert unmatched(tests | {"golden"}, families, WHOLE["backbones"]) == ["golden"]
+    with pytest.raises(AssertionError, match="there is no pictures"):
+        unmatched(tests, families, {"pictures"})
 
 
 PARAMETERS = {"weight", "bias"}
@@ -258,16 +414,19 @@ import timm
 before, start = set(sys.modules), time.process_time()
 import vizoo
 seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in set(sys.modules) - before})}))
+new = set(sys.modules) - before
+kernels = sorted(m for m in new if m.startswith("vizoo.") and m.endswith("_kernels"))
+print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in new}), "kernels": kernels}))
 """
 
 
 def test_importing_is_light(tmp_path: Path) -> None:
-    """``import vizoo`` adds to timm no plotting, progress or mm* package and little time."""
+    """``import vizoo`` adds to timm no plotting, progress or mm* package, no operator's kernels and little time."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert not NEVER_ON_IMPORT & set(measured["new"])
+    assert measured["kernels"] == [f"{OPS}._kernels"]  # what all share
     assert measured["seconds"] < IMPORT_SECONDS
 
 
@@ -348,16 +507,6 @@ def test_cycles_are_found() -> None:
     assert {"vizoo.tools.bench", "vizoo.tools.common"} <= set(cycle(found))
 
 
-SERVES_ALL = {"vizoo.tools.common", "vizoo.tools.options", "vizoo.tools.scanpaths"}  # directly in tools/, no command
-
-
-def test_wings_know_no_command() -> None:
-    found = graph("tools")
-    commands = {name for name in found if name.count(".") == 2 and name not in SERVES_ALL}
-    assert {"vizoo.tools.train", "vizoo.tools.bench", "vizoo.tools.cli"} <= commands
-    assert {name for name, known in found.items() if name.count(".") > 2 and known & commands} == set()
-
-
 def borrowed(path: Path, found: Import) -> bool:
     """Whether a file imports an underscored module of ours from another folder."""
     parts = found.module.split(".")
@@ -425,3 +574,47 @@ def test_rule_of_length_bites() -> None:
     assert long_functions(function(*options, *["x = 1"] * (2 * LONGEST))) == ["f"]
     method = textwrap.indent(function(*["x = 1"] * LONGEST), "    ")
     assert long_functions(f"class A:\n{method}") == ["f"]
+
+
+# kernels
+
+
+def holds_kernels(path: Path) -> bool:
+    """Whether a file of ``ops/`` is for kernels: for what all share, or for those of the operator that names it."""
+    operator = path.with_name(f"{path.stem.removeprefix('_').removesuffix('_kernels')}.py")
+    called = f'KernelModule("{path.stem}")'
+    return path.stem == "_kernels" or (operator.is_file() and called in operator.read_text(encoding="utf-8"))
+
+
+def misplaced(path: Path, source: str, found: Iterable[Import]) -> str | None:
+    """What a file of ``ops/`` may not do with kernels, or None when all is in its place."""
+    if holds_kernels(path):
+        return None
+    found = list(found)
+    if re.search(r"\btriton\.jit\b", source) or any(x.within("triton") for x in found):
+        return "kernels of ops/<op>.py stand in ops/_<op>_kernels.py, what all share in ops/_kernels.py"
+    if any(x.module.endswith("_kernels") and x.module != f"{OPS}._kernels" for x in found):
+        return "a file of kernels is imported when it is first used, by KernelModule"
+    return None
+
+
+def test_kernels_have_files_of_their_own() -> None:
+    paths = files("backbones/ops")
+    reasons = {p.name: misplaced(p, p.read_text(encoding="utf-8"), imports(p)) for p in paths}
+    assert {name: reason for name, reason in reasons.items() if reason} == {}
+    assert [p.name for p in paths if p.stem.endswith("_kernels") and not holds_kernels(p)] == []
+
+
+def test_rule_of_kernels_bites() -> None:
+    kernel = "@triton.jit\ndef f(x_ptr): ...\n"
+
+    def reason(name: str, source: str = "", *modules: str) -> str | None:
+        return misplaced(ROOT / "backbones/ops" / name, source, [Import(module, 1, False) for module in modules])
+
+    for name in ("halo.py", "_halo.py", "_halos_kernels.py", "_backend_kernels.py", "backend.py"):
+        assert reason(name, kernel), name
+        assert reason(name, "", "triton.language"), name
+        assert reason(name, "", f"{OPS}._halo_kernels"), name
+        assert not reason(name, "def f(x): ...\n", f"{OPS}._kernels", "torch"), name
+    for name in ("_halo_kernels.py", "_depthwise3x3_kernels.py", "_kernels.py"):
+        assert not reason(name, kernel, "triton.language", f"{OPS}._na2d_av_kernels"), name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from golden import error
+from golden import error, image
 from torch import Tensor
 
 RATIO = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # RMS error / RMS
@@ -55,6 +55,20 @@ def golden_close(actual: Tensor, expected: Tensor, what: str = "", float64: bool
     assert actual.shape == expected.shape, f"{what}: got {tuple(actual.shape)}, recorded {tuple(expected.shape)}"
     found, allowed = error(actual, expected), GOLDEN_FLOAT64 if float64 else GOLDEN
     assert found <= allowed, f"{what}: relative error {found:.2e} > {allowed:.0e}"  # also false for NaN
+
+
+def golden_gradients(out: Tensor, leaves: dict[str, Tensor], outputs: dict[str, Tensor], seed: int) -> None:
+    """Assert that recorded gradients of named leaves are reproduced.
+
+    Args:
+        out: Output of a pass that read the leaves.
+        leaves: Name -> tensor; the record of ``a.b`` is ``outputs["grad_a_b"]``.
+        outputs: Those of the case.
+        seed: The gradient of ``out`` is the image of this seed.
+    """
+    found = torch.autograd.grad(out, list(leaves.values()), image(tuple(out.shape), seed).to(out))
+    for name, gradient in zip(leaves, found, strict=True):
+        golden_close(gradient.cpu(), outputs[f"grad_{name.replace('.', '_')}"], f"gradient of {name}")
 
 
 def rms_ratio(actual: Tensor, truth: Tensor) -> float:

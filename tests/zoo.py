@@ -126,3 +126,13 @@ def overlay(state: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments of ``build`` that load ``state`` the way pretrained weights are loaded."""
     copy = {k: v.clone() for k, v in state.items()}
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": copy, "source": ""}}
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Weights of order one, so that gates, scores and attention differ from token to token."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+    return model

@@ -34,6 +34,7 @@ from vizoo.tools.common import (
     short,
 )
 from vizoo.tools.gpu import machine_code as code
+from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
 from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, number, read_size
 from vizoo.tools.profiling.machine import commit, device_name, versions, with_threads
@@ -368,7 +369,7 @@ def _compile(args: argparse.Namespace) -> None:
     if "tf32" in (args.dtype or []):
         raise UserError(f"--dtype: {option} takes fp32, bf16 and fp16, got tf32")
     check_table(args.out, "--out", code.COLUMNS)
-    names, dtypes = args.name or code.MODELS, [DTYPES[d] for d in args.dtype or ["bf16"]]
+    names, dtypes = args.name or [m.name for m in measured() if m.kernels], [DTYPES[d] for d in args.dtype or ["bf16"]]
     capability = _capability(args.capability)
     todo = (names, dtypes, (args.batch or [128])[0], capability, args.channels_last)
     if args.warm:

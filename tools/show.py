@@ -132,7 +132,8 @@ def check_views(model: Any, args: argparse.Namespace) -> list[str]:
         UserError: For a view or an option that this model or these views do not have.
     """
     own = hasattr(model, "explain")
-    views = args.view or ([VIEWS[0]] if own else list(VIEWS[1:]))
+    classless = args.target is None and not getattr(model, "num_classes", 1)
+    views = args.view or ([VIEWS[0]] if own else list(VIEWS[2:] if classless else VIEWS[1:]))
     if "explain" in views and not own:
         raise UserError(f"--view explain: {args.model!r} has no explain(); allowed: {', '.join(VIEWS[1:])}")
     allowed = list(inspect.signature(model.explain).parameters)[1:] if "explain" in views else []

@@ -1,4 +1,4 @@
-"""Recounts ``backbones/models.csv`` and writes the generated tables of the READMEs; for developers, in a checkout.
+"""Recounts ``backbones/models.csv``, and writes NOTICE and the generated tables of the READMEs; in a checkout.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; the tests fail when one is out of date.
 """
@@ -11,11 +11,24 @@ import csv
 import io
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from vizoo.tools.common import Failure, UserError, atomic_write, build_model, markdown, read_text, run_tool, short
+from vizoo.backbones.layers.about import About
+from vizoo.tools.common import (
+    Failure,
+    UserError,
+    atomic_write,
+    build_model,
+    markdown,
+    match_names,
+    read_text,
+    run_tool,
+    short,
+)
 from vizoo.tools.gpu.suite import FIELDS, read_record
 from vizoo.tools.models import list_zoo
 from vizoo.tools.options import Parser, add
@@ -23,21 +36,25 @@ from vizoo.tools.profiling.counting import count
 
 EXAMPLES = """\
 examples:
-  python -m vizoo.tools.table           recount models.csv and rewrite the tables
+  python -m vizoo.tools.table           recount models.csv, rewrite the tables, the citations and NOTICE
+  python -m vizoo.tools.table litv2_s   recount only this row of models.csv
   python -m vizoo.tools.table --check   only say what is out of date"""
 READMES = ("README.md", "configs/detection/README.md", "configs/segmentation/README.md")
 CONFIG_HEAD = re.compile(
     r"(?P<head>.+?) on (?P<backbone>.+?), (?:COCO|ADE20K), (?P<schedule>[\d,]+ \w+)\. "
     r"Paper: .*?arXiv (?P<arxiv>[\d.]+)\. Published: (?P<published>.*?) Parameters: (?P<params>[\d,]+)\."
 )
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+ORIGINS = "Origins of the families."  # begins the paragraph of NOTICE above the families
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-def recount(text: str) -> str:
+def recount(text: str, patterns: Sequence[str] = ()) -> str:
     """``models.csv`` with parameters and multiply-accumulates counted again.
 
     Args:
         text: Contents of the file; counts may be empty.
+        patterns: Globs on the names to count; none means all.
 
     Returns:
         The new contents, ordered by name.
@@ -55,7 +72,11 @@ def recount(text: str) -> str:
     if not {"name", "params", "macs"} <= set(reader.fieldnames or []):
         raise UserError(f"models.csv has the columns {short(reader.fieldnames)}, need name, params and macs among them")
     rows = sorted(reader, key=lambda row: row["name"])
+    names = [row["name"] for row in rows]
+    chosen = set(match_names(names, patterns) if patterns else names)
     for row in rows:
+        if row["name"] not in chosen:
+            continue
         model = build_model(row["name"], device="meta")
         counted = count(model, torch.empty(1, *get_model_input_config(model)["input_size"], device="meta"))
         if counted.reasons:
@@ -178,6 +199,42 @@ def configs_table(folder: Path) -> str:
     return markdown(columns, rows, (4, 5, 6))
 
 
+def families() -> list[About]:
+    """What the families say of themselves, by name."""
+    import vizoo.backbones
+
+    modules = [m for m in vars(vizoo.backbones).values() if isinstance(m, ModuleType) and hasattr(m, "ABOUT")]
+    return sorted((m.ABOUT for m in modules), key=lambda about: about.name.lower())
+
+
+def citations() -> str:
+    """The papers of all families as a Markdown list."""
+    lines = []
+    for about in families():
+        papers = "; ".join(f"{text}, [arXiv {n}](https://arxiv.org/abs/{n})" for text, n in about.papers)
+        lines += textwrap.wrap(f"- {about.name}: {papers}.", 120, subsequent_indent="  ", **WHOLE_WORDS)
+    return "\n".join(lines) + "\n"
+
+
+def notice(text: str) -> str:
+    """NOTICE with the origins of all families written again.
+
+    Args:
+        text: Contents of the file.
+
+    Raises:
+        UserError: If it has no paragraph that begins with ``ORIGINS``.
+    """
+    if f"\n\n{ORIGINS}" not in text:
+        raise UserError(f"NOTICE has no paragraph that begins with {ORIGINS!r}")
+    paragraph = text[text.index(ORIGINS) :].split("\n\n")[0]
+    lines = []
+    for about in families():
+        start = f"{about.name:24s}" if len(about.name) < 24 else f"{about.name}  "
+        lines += textwrap.wrap(start + about.origin, 120, subsequent_indent=" " * 24, **WHOLE_WORDS)
+    return text[: text.index(ORIGINS)] + paragraph + "\n\n" + "\n".join(lines) + "\n"
+
+
 def rewrite(text: str, root: Path) -> str:
     """Text of a README with every marked table written again.
 
@@ -190,6 +247,7 @@ def rewrite(text: str, root: Path) -> str:
     """
     tables = {
         "models": models_table,
+        "citations": citations,
         "speed": lambda: speed_table(root / "tools/results"),
         "gpu": lambda: gpu_table(root / "tools/results"),
         "detection": lambda: configs_table(root / "configs/detection"),
@@ -207,6 +265,7 @@ def rewrite(text: str, root: Path) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = Parser(prog="python -m vizoo.tools.table", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
+    p.add_argument("name", metavar="NAME", nargs="*", help="rows of models.csv to count again (all)")
     p.add_argument("--root", type=Path, metavar="DIR", default=Path("."), help="the checkout (.)")
     add(p, "--check", "say what is out of date, write nothing")
     return p
@@ -216,12 +275,15 @@ def _table(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     stale = 0
     readmes = [r for r in READMES if r == "README.md" or os.path.isfile(args.root / r)]
-    for name in ("backbones/models.csv", *readmes):
+    for name in ("backbones/models.csv", "NOTICE", *readmes):
         path = args.root / name
         if not os.path.isfile(path):
             raise UserError(f"--root {short(str(args.root))}: no {name} there; give the checkout")
         old = read_text(path, "--root")
-        text = recount(old) if name.endswith(".csv") else rewrite(old, args.root)
+        if name.endswith(".csv"):
+            text = recount(old, args.name)
+        else:
+            text = notice(old) if name == "NOTICE" else rewrite(old, args.root)
         if text == old:
             continue
         stale += 1

@@ -1,4 +1,8 @@
-"""Modules shared by several families."""
+"""Modules for other networks, which users put into models of their own, and what the families share.
+
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention`` and ``ReversedAttention`` take the place of another attention,
+``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
+"""
 
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
@@ -10,11 +14,11 @@ from .neighborhood import NeighborhoodAttention
 from .panel import Panel
 from .place_code import PlaceCode, step_code
 from .prompt_tuning import (
+    PROMPTS,
     convert_tcpa,
     freeze_backbone,
+    has_prompts,
     load_tcpa_state_dict,
-    prompt_attention,
-    reference_prompt_attention,
     tcpa,
     tcpa_parameters,
     tcpa_state_dict,
@@ -24,6 +28,7 @@ from .reversed_attention import ReversedAttention
 from .ulsam import ULSAM, add_ulsam
 
 __all__ = [
+    "PROMPTS",
     "ULSAM",
     "ContMixBlock",
     "Dependency",
@@ -39,9 +44,8 @@ __all__ = [
     "convert_tcpa",
     "dependency_tree",
     "freeze_backbone",
+    "has_prompts",
     "load_tcpa_state_dict",
-    "prompt_attention",
-    "reference_prompt_attention",
     "saliency",
     "step_code",
     "subtrees",

@@ -76,6 +76,11 @@ class HiLo(nn.Module):
         """Head split and window for ``print(model)``."""
         return f"h_heads={self.h_heads}, l_heads={self.l_heads}, window_size={self.window_size}"
 
+    def parts(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """An output ``[..., dim]`` of the module as that of the Hi-Fi heads and that of the Lo-Fi heads."""
+        high = self.dim // (self.h_heads + self.l_heads) * self.h_heads
+        return out[..., :high], out[..., high:]
+
     def _hifi(self, x: Tensor) -> Tensor:
         qkv = self.h_qkv(x) if torch.jit.is_scripting() else project(self.h_qkv, x)
         if self.fused_attn:

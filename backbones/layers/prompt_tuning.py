@@ -1,36 +1,31 @@
-"""Prompt tuning of frozen vision transformers: TCPA, and VPT and VFPT as baselines.
+"""Prompt tuning of frozen vision transformers of timm: TCPA, and VPT and VFPT as baselines.
 
-TCPA: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. Liu, X. Zou, G. Hua, J. Zhou, ICML 2025,
-https://arxiv.org/abs/2505.02406.  Official code, without licence: github.com/zhoujiahuan1991/ICML2025-TCPA.  VPT:
-"Visual Prompt Tuning", M. Jia et al., ECCV 2022, https://arxiv.org/abs/2203.12119.  VFPT: "Visual Fourier Prompt
-Tuning", R. Zeng et al., NeurIPS 2024, https://arxiv.org/abs/2411.01327.
-
-TCPA's prompts are keys and values only, fresh in every block: see :mod:`vizoo.backbones.ops.prompt_attention`.
+The layers and their papers are in ``prompt_attention.py`` (TCPA) and ``vpt.py``.  TCPA's official code, without
+licence: github.com/zhoujiahuan1991/ICML2025-TCPA.
 """
 
-import contextlib
-from collections.abc import Iterator
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Final, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, PatchEmbed, get_device_dtype, is_exporting, register_notrace_module
+from timm.layers import Attention, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from ..ops.prompt_attention import prompt_attention, reference_prompt_attention
-from ..ops.prompt_match import Pool, kernel_takes, prompt_match
-from .checks import NATURAL, checked, need
+from .checks import NATURAL, Range, check_positions, checked, need
+from .panel import Panel, seen_by
+from .prompt_attention import TCPA, PromptedAttention, TCPABlock, TCPAResPostBlock, full_precision
+from .vpt import VPT, VPTBlock, VPTResPostBlock, alias
 
 __all__ = [
+    "PROMPTS",
     "convert_tcpa",
     "freeze_backbone",
+    "has_prompts",
     "load_tcpa_state_dict",
-    "prompt_attention",
-    "reference_prompt_attention",
     "tcpa",
     "tcpa_parameters",
     "tcpa_state_dict",
@@ -41,353 +36,10 @@ TOPK = 10  # the paper's number of prompts for each token
 POOLS = ("token", "avg", "max", "avgmax", "map", "prr", "")  # of timm's VisionTransformer
 
 
-def fourier_prompts(prompts: Tensor) -> Tensor:
-    """Real part of the 2-D Fourier transform of ``[..., P, D]``, in at least float32 (VFPT)."""
-    wide = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
-    return torch.real(torch.fft.fft2(wide)).to(prompts.dtype)
-
-
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
-
-
-class _Memory:
-    """What a forward pass leaves behind: neither copied nor saved with the model."""
-
-    def __init__(self) -> None:
-        self.match_loss: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Memory, ()
-
-
-class TCPA(nn.Module):
-    """The prompts of one block and the choice among them (paper section 3).
-
-    Args:
-        dim: Channels ``D``.
-        num_prefix: Tokens that read the class prompts; 0 for no class prompts.
-        fourier: Whether the prompts pass a Fourier transform (VFPT).
-        cls_pool: Class prompts ``n_c``.
-        image_pool: Image prompts ``n_i``.
-        cls_topk: Class prompts for each prefix token.
-        image_topk: Image prompts for each patch token.
-        cls_len: Positions of one class prompt.
-        image_len: Positions of one image prompt.
-        prompt_drop: Dropout rate of the prompts.
-        role_only: Whether every token takes all prompts of its kind.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    cls_keys: Optional[Tensor]  # noqa: UP045 - TorchScript
-    cls_prompts: Optional[Tensor]  # noqa: UP045 - TorchScript
-
-    def __init__(
-        self,
-        dim: int,
-        num_prefix: int,
-        fourier: bool,
-        cls_pool: int,
-        image_pool: int,
-        cls_topk: int,
-        image_topk: int,
-        cls_len: int,
-        image_len: int,
-        prompt_drop: float,
-        role_only: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_prefix, self.fourier, self.role_only = num_prefix, fourier, role_only
-        self.cls_topk, self.image_topk, self.prompt_drop = cls_topk, image_topk, prompt_drop
-        self.random_match = False
-        if num_prefix:
-            self.cls_keys = nn.Parameter(torch.empty(cls_pool, dim, **dd))
-            self.cls_prompts = nn.Parameter(torch.empty(cls_pool, cls_len, dim, **dd))
-        else:
-            self.register_parameter("cls_keys", None)
-            self.register_parameter("cls_prompts", None)
-        self.image_keys = nn.Parameter(torch.empty(image_pool, dim, **dd))
-        self.image_prompts = nn.Parameter(torch.empty(image_pool, image_len, dim, **dd))
-        self.memory = _Memory()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw prompts and keys uniformly from -1 to 1, as the official code does."""
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1.0, 1.0)
-
-    def prompts(self, batch: int) -> Tensor:
-        """The prompts of a pass: class prompts, then image prompts.
-
-        Args:
-            batch: Images, each of which draws its own dropout mask.
-
-        Returns:
-            ``[batch, P, D]`` where dropout acts, else ``[1, P, D]``.
-        """
-        out: Tensor = self.image_prompts.flatten(0, 1)
-        keys: Tensor = self.image_keys
-        cls_prompts, cls_keys = self.cls_prompts, self.cls_keys
-        if cls_prompts is not None and cls_keys is not None:
-            out, keys = torch.cat([cls_prompts.flatten(0, 1), out]), torch.cat([cls_keys, keys])
-        # keys learn from the matching loss: the logits give them a gradient of 0; traces have one graph for both modes
-        recorded = torch.is_grad_enabled() or torch.jit.is_tracing()
-        out = out + 0.0 * keys.sum() if recorded else out.detach()
-        out = out.unsqueeze(0)
-        if self.training and self.prompt_drop > 0.0:
-            out = F.dropout(out.expand(batch, -1, -1), self.prompt_drop)
-        return fourier_prompts(out) if self.fourier else out
-
-    def nearest(self, x: Tensor, keys: Tensor, topk: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """Choose the prompts whose keys are nearest to each token by cosine.
-
-        Args:
-            x: Tokens ``[B, T, D]``.
-            keys: Keys ``[n, D]``.
-            topk: Prompts for each token.
-
-        Returns:
-            Choice ``[B, T, n]``, 1 for a chosen prompt, and the mean of ``1 - cosine`` over the chosen.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide)
-        cosine = x @ F.normalize(keys.to(wide), dim=-1).t() / x.norm(2.0, -1, keepdim=True).clamp_min(1e-12)
-        if self.training and self.random_match:
-            index = torch.rand_like(cosine).argsort(-1)[..., :topk]
-            value = cosine.gather(-1, index)
-        else:
-            value, index = cosine.topk(topk, dim=-1)
-        return torch.zeros_like(cosine).scatter(-1, index, 1.0), 1.0 - value.mean()
-
-    def _matched(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """:meth:`choose` by a kernel; None where that does not take the call."""
-        pools = [Pool(self.image_keys, self.image_topk, self.image_prompts.shape[1])]
-        if self.cls_keys is not None and self.cls_prompts is not None:
-            pools.insert(0, Pool(self.cls_keys, self.cls_topk, self.cls_prompts.shape[1]))
-        by_rule = self.role_only or (self.training and self.random_match)
-        return (
-            None if by_rule or not kernel_takes(x, self.num_prefix, pools) else prompt_match(x, self.num_prefix, pools)
-        )
-
-    def choose(self, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """Which prompts each token takes (R-TCPA by role, T-TCPA by key).
-
-        Args:
-            x: Input of the block ``[B, N, D]``, prefix tokens first.
-
-        Returns:
-            ``[B, N, P]``, True where taken, and the matching loss of the block, 0 by role only.
-        """
-        if not torch.jit.is_scripting():
-            found = self._matched(x)
-            if found is not None:
-                return found
-        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        loss = torch.zeros([], device=x.device)
-        if self.role_only:
-            image = torch.ones(patches.shape[0], patches.shape[1], self.image_keys.shape[0], device=x.device)
-        else:
-            image, loss = self.nearest(patches, self.image_keys, self.image_topk)
-        image = image.repeat_interleave(self.image_prompts.shape[1], -1)
-        keys, prompts = self.cls_keys, self.cls_prompts
-        if keys is None or prompts is None:
-            return image > 0, loss
-        if self.role_only:
-            cls = torch.ones(prefix.shape[0], prefix.shape[1], keys.shape[0], device=x.device)
-        else:
-            cls, distance = self.nearest(prefix, keys, self.cls_topk)
-            loss = loss + distance
-        cls = cls.repeat_interleave(prompts.shape[1], -1)
-        return torch.cat([F.pad(cls, [0, image.shape[2]]), F.pad(image, [cls.shape[2], 0])], 1) > 0, loss
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006 - TorchScript
-        """:meth:`prompts`, and :meth:`choose` in at least float32.
-
-        Args:
-            x: Input of the block ``[B, N, D]``, prefix tokens first.
-
-        Returns:
-            Prompts ``[B or 1, P, D]``, choice ``[B, N, P]`` and matching loss.
-        """
-        prompts = self.prompts(x.shape[0])
-        if torch.jit.is_scripting():
-            chosen, loss = self.choose(x)
-            return prompts, chosen, loss
-        with _full_precision(x):
-            chosen, loss = self.choose(x)
-        if not is_exporting():
-            self.memory.match_loss = None if self.role_only else loss
-        return prompts, chosen, loss
-
-
-class PromptedAttention(Attention):
-    """timm's ``Attention`` whose tokens also read prompts; its constructor is not used."""
-
-    fused: Final[bool]  # type: ignore[misc]
-
-    def forward(self, x: Tensor, prompts: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]
-        """Attention to tokens and chosen prompts.
-
-        Args:
-            x: Tokens ``[B, N, D]``.
-            prompts: Prompts ``[B or 1, P, D]``, normed as the tokens are.
-            chosen: ``[B, N, P]``, True where a token keeps a prompt.
-
-        Returns:
-            ``[B, N, D]``.
-        """
-        batch, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        own = self.qkv(prompts).reshape(prompts.shape[0], prompts.shape[1], 3, self.num_heads, self.head_dim)
-        _, k_prompt, v_prompt = own.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k, k_prompt = self.q_norm(q), self.k_norm(k), self.k_norm(k_prompt)
-        drop = self.attn_drop.p if self.training else 0.0
-        if self.fused:
-            out = prompt_attention(q, k, v, k_prompt, v_prompt, chosen, self.scale, drop)
-        else:
-            out = reference_prompt_attention(q, k, v, k_prompt, v_prompt, chosen, self.scale, drop)
-        out = self.norm(out.transpose(1, 2).reshape(batch, n, self.attn_dim))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
-
-
-class _TCPABlock(nn.Module):
-    """Attention of a block with prompts; mixed into timm's blocks."""
-
-    if TYPE_CHECKING:  # TorchScript takes annotations of modules for interfaces
-        norm1: nn.Module
-        attn: Any
-        tcpa: TCPA
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """What attention reads of tokens or prompts ``[B, N, D]``."""
-        return self.norm1(x)
-
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention to tokens and chosen prompts, ``[B, N, D]`` to ``[B, N, D]``."""
-        prompts, chosen, _ = self.tcpa(x)
-        return self.attn(self.inputs(x), self.inputs(prompts), chosen)
-
-
-def _no_mask(attn_mask: Optional[Tensor], is_causal: bool) -> None:  # noqa: UP045 - TorchScript
-    if attn_mask is not None or is_causal:
-        raise NotImplementedError("prompted blocks take neither attn_mask nor is_causal")
-
-
-@register_notrace_module
-class TCPABlock(_TCPABlock, Block):
-    """timm's ``Block`` with prompts."""
-
-    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        _no_mask(attn_mask, is_causal)
-        x = x + self.drop_path1(self.ls1(self.attend(x)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-@register_notrace_module
-class TCPAResPostBlock(_TCPABlock, ResPostBlock):
-    """timm's ``ResPostBlock`` with prompts."""
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Attention reads tokens and prompts as they are."""
-        return x
-
-    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
-        """``[B, N, D]`` to ``[B, N, D]``."""
-        _no_mask(attn_mask, is_causal)
-        x = x + self.drop_path1(self.norm1(self.attend(x)))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
-
-
-class VPT(nn.Module):
-    """Prompts appended to the tokens.
-
-    Args:
-        dim: Channels ``D``.
-        num_prompts: Prompts ``p``.
-        fourier: Whether the prompts pass a Fourier transform (VFPT).
-        prompt_drop: Dropout rate of the prompts.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_prompts: int,
-        fourier: bool,
-        prompt_drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.fourier, self.prompt_drop = fourier, prompt_drop
-        self.prompts = nn.Parameter(torch.empty(num_prompts, dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the prompts uniformly from -1 to 1, as TCPA's code does for its hosts."""
-        nn.init.uniform_(self.prompts, -1.0, 1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, D]`` to ``[B, N + p, D]``; places do not matter, as keys carry no position."""
-        out = self.prompts.expand(x.shape[0], -1, -1)
-        out = F.dropout(out, self.prompt_drop, self.training)
-        if not self.fourier:
-            return torch.cat([x, out], 1)
-        if torch.jit.is_scripting():
-            return torch.cat([x, fourier_prompts(out)], 1)
-        with _full_precision(x):
-            out = fourier_prompts(out)
-        return torch.cat([x, out], 1)
-
-
-def _alias(method: Any, name: str) -> Any:
-    """A parent's method under another name: TorchScript knows no ``super()``."""
-    out = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
-    out.__annotations__ = method.__annotations__
-    return out
-
-
-class _VPTBlock(nn.Module):
-    """A block that takes prompts in, or lets them out; mixed into timm's blocks."""
-
-    if TYPE_CHECKING:
-        vpt: nn.Module
-        leaving: int
-
-    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
-        """``[B, N, D]`` to ``[B, N, D]``, with prompts in the sequence before and after where VPT is shallow."""
-        _no_mask(attn_mask, is_causal)
-        x = self.block(self.vpt(x))  # type: ignore[operator]
-        return x[:, : x.shape[1] - self.leaving]
-
-
-@register_notrace_module
-class VPTBlock(_VPTBlock, Block):
-    """timm's ``Block`` with VPT."""
-
-    block = _alias(Block.forward, "block")
-
-
-@register_notrace_module
-class VPTResPostBlock(_VPTBlock, ResPostBlock):
-    """timm's ``ResPostBlock`` with VPT."""
-
-    block = _alias(ResPostBlock.forward, "block")
-
-
 class PixelPromptPatchEmbed(PatchEmbed):
     """Patch embedding of the image plus a learnt function of it (the official "IPrompt")."""
 
-    embed = _alias(PatchEmbed.forward, "embed")
+    embed = alias(PatchEmbed.forward, "embed")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to what the plain embedding returns."""
@@ -399,6 +51,7 @@ class PromptedVisionTransformer(VisionTransformer):
 
     __jit_unused_properties__ = ["match_loss", "random_match"]  # noqa: RUF012 - TorchScript's own name
     frozen = False  # set by freeze_backbone
+    match_weight, random_epochs = 0.01, 10  # set by tcpa
 
     @property
     def match_loss(self) -> Tensor | None:
@@ -417,6 +70,79 @@ class PromptedVisionTransformer(VisionTransformer):
         for module in self.modules():
             if isinstance(module, TCPA):
                 module.random_match = value
+
+    def extra_loss(self) -> Tensor | None:
+        """What training adds to the loss: ``match_weight * match_loss``; None if nothing was matched."""
+        loss = self.match_loss
+        return None if loss is None else self.match_weight * loss
+
+    def training_phase(self, epoch: int, epochs: int) -> None:
+        """Choose prompts at random in the first ``random_epochs`` epochs.
+
+        Args:
+            epoch: The epoch that starts, from 0.
+            epochs: How many there are.
+        """
+        self.random_match = epoch < self.random_epochs
+
+    def explain(self, image: Tensor, layers: Sequence[int] | None = None) -> list[Panel]:
+        """What patches take from the prompts of some blocks, in evaluation mode.
+
+        Of TCPA's matching, the image prompt that is nearest to each patch, the first of those it takes.  Without a
+        matching (VPT, or TCPA by role only), the share of each patch's attention that reads prompts.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, as the model takes it.
+            layers: Blocks, from 0; None for the first, the middle and the last.
+
+        Returns:
+            A panel for each block.
+
+        Raises:
+            ValueError: If it is not one image, or there are no such blocks.
+        """
+        shape, count = tuple(image.shape), len(self.blocks)
+        need(len(shape) == 4 and shape[0] == 1, "one image [1, channels, height, width]", shape=shape)
+        wanted = sorted({0, count // 2, count - 1}) if layers is None else layers
+        check_positions(count, layers=wanted)
+        blocks: list[tuple[int, Any]] = [(i % count, self.blocks[i]) for i in wanted]
+        seen = seen_by(self, image, [layer for _, block in blocks for layer in (block, block.attn)])
+        grid = self.patch_embed.dynamic_feat_size(image.shape[2:])  # type: ignore[arg-type]
+        patches = slice(self.num_prefix_tokens, self.num_prefix_tokens + grid[0] * grid[1])
+        panels = []
+        with torch.no_grad(), full_precision(image):
+            for (i, block), (inputs, _), (read, _) in zip(blocks, seen[::2], seen[1::2], strict=True):
+                if isinstance(block, (TCPABlock, TCPAResPostBlock)) and not block.tcpa.role_only:
+                    labels = block.tcpa.cosines(inputs[0][0, patches], block.tcpa.image_keys).argmax(-1)
+                    panels.append(self._nearest_panel(i, labels.view(grid), len(block.tcpa.image_keys), image))
+                else:
+                    panels.append(self._share_panel(i, _prompt_share(block.attn, read, patches).view(grid), image))
+        return panels
+
+    def _nearest_panel(self, block: int, labels: Tensor, pool: int, image: Tensor) -> Panel:
+        """Nearest prompts ``[h, w]`` of a pool; of patches that do not tile the image by its pixels."""
+        used = len(labels.unique())
+        height, width = self._covered(labels)
+        if (height, width) != image.shape[2:]:  # padded beyond the image, or a rest at its edge without patches
+            labels = labels.repeat_interleave(height // labels.shape[0], 0)
+            labels = labels.repeat_interleave(width // labels.shape[1], 1)
+            labels = F.pad(labels, (0, image.shape[3] - width, 0, image.shape[2] - height), value=-1)
+        return Panel(title=f"block {block}: nearest of {pool} image prompts, {used} in use", parts=labels)
+
+    def _share_panel(self, block: int, share: Tensor, image: Tensor) -> Panel:
+        """Shares ``[h, w]`` of attention."""
+        height, width = self._covered(share)
+        return Panel(
+            title=f"block {block}: attention of patches that reads prompts",
+            heat=share.float(),
+            area=(0.0, 0.0, height / image.shape[2], width / image.shape[3]),
+            bar="share of attention",
+        )
+
+    def _covered(self, cells: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of so many patches ``[h, w]``."""
+        height, width = to_2tuple(self.patch_embed.patch_size)
+        return cells.shape[0] * height, cells.shape[1] * width
 
     def forward_intermediates(
         self,
@@ -505,6 +231,27 @@ class ShallowPromptedVisionTransformer(PromptedVisionTransformer):
         raise NotImplementedError("VPT-shallow has prompts among its tokens; take deep=True for intermediate features")
 
 
+def _prompt_share(attn: Attention, inputs: tuple[Tensor, ...], patches: slice) -> Tensor:
+    """How much of the attention of patches reads prompts, a mean over the heads.
+
+    Args:
+        attn: The layer.
+        inputs: What it got for one image: tokens with prompts at their end; or tokens, prompts and choice.
+        patches: Which tokens are the patches.
+
+    Returns:
+        ``[T]``.
+    """
+    tokens, *prompted = inputs
+    n = patches.stop
+    x = torch.cat([tokens, prompted[0]], 1) if prompted else tokens
+    q, k, _ = attn.qkv(x)[0].reshape(x.shape[1], 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
+    q, k = attn.q_norm(q[:, patches]), attn.k_norm(k)
+    # a head at a time: all of them fill gigabytes for large images
+    read = torch.stack([(a @ b.t() * attn.scale).softmax(-1)[:, n:] for a, b in zip(q, k, strict=True)]).mean(0)
+    return (read * prompted[1][0, patches] if prompted else read).sum(-1)
+
+
 _OWN = (".tcpa.", ".vpt.", "patch_embed.prompter.")
 
 
@@ -531,7 +278,14 @@ def _topk(name: str, topk: int | None, pool: int) -> int:
     return topk
 
 
-@checked(cls_pool=NATURAL, cls_topk=NATURAL, cls_len=NATURAL, host=("vfpt", "vpt"))
+@checked(
+    cls_pool=NATURAL,
+    cls_topk=NATURAL,
+    cls_len=NATURAL,
+    host=("vfpt", "vpt"),
+    match_weight=Range(0),
+    random_epochs=NATURAL,
+)
 def tcpa(
     model: VisionTransformer,
     *,
@@ -546,6 +300,8 @@ def tcpa(
     role_only: bool = False,
     pixel_prompt: bool = False,
     fused: bool = True,
+    match_weight: float = 0.01,
+    random_epochs: int = 10,
 ) -> PromptedVisionTransformer:
     """Give a vision transformer TCPA prompts, in place; all its parameter names stay.
 
@@ -565,6 +321,10 @@ def tcpa(
         role_only: Leave the matching out: every token takes all prompts of its kind (R-TCPA).
         pixel_prompt: Also add a small convolutional network of the image to the image.
         fused: Use ``scaled_dot_product_attention``; same numbers.
+        match_weight: What :meth:`~PromptedVisionTransformer.extra_loss` weighs ``match_loss`` with, as all official
+            scripts do.
+        random_epochs: Epochs at the beginning in which training chooses prompts at random, likewise; see
+            :meth:`~PromptedVisionTransformer.training_phase`.
 
     Returns:
         ``model``, now with ``match_loss`` and ``random_match``.
@@ -604,7 +364,9 @@ def tcpa(
         ).train(model.training)
         model.patch_embed.__class__ = PixelPromptPatchEmbed
     model.__class__ = PromptedVisionTransformer
-    return model  # type: ignore[return-value]
+    out: PromptedVisionTransformer = model  # type: ignore[assignment]
+    out.match_weight, out.random_epochs = float(match_weight), int(random_epochs)
+    return out
 
 
 @checked()
@@ -644,6 +406,31 @@ def vpt(
             block.__class__ = VPTBlock if type(block) is Block else VPTResPostBlock
     model.__class__ = PromptedVisionTransformer if deep else ShallowPromptedVisionTransformer
     return model  # type: ignore[return-value]
+
+
+PROMPTS: dict[str, Callable[..., PromptedVisionTransformer]] = {
+    "tcpa": tcpa,
+    "vpt": vpt,
+    "vfpt": partial(vpt, fourier=True),
+}
+"""Kinds of prompts, and what gives them to a vision transformer."""
+
+
+def has_prompts(model: nn.Module, kind: str | None = None) -> bool:
+    """Whether a model has prompts.
+
+    Args:
+        model: Any model.
+        kind: Of which kind of ``PROMPTS``; None for any.
+
+    Returns:
+        Whether it has.
+    """
+    if not isinstance(model, PromptedVisionTransformer):
+        return False
+    layers = [m for m in model.modules() if isinstance(m, (TCPA, VPT))]
+    found = {"tcpa" if isinstance(m, TCPA) else "vfpt" if m.fourier else "vpt" for m in layers}
+    return kind is None or kind in found
 
 
 def _tuned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -740,29 +527,3 @@ def convert_tcpa(state_dict: dict[str, Any]) -> dict[str, Tensor]:
             key = key.removeprefix("backbone.")
             out[key.replace("Prompter.Prompter.", "patch_embed.prompter.")] = value
     return out
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
-    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
-
-    Args:
-        state_dict: Checkpoint or state dict.
-        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
-            model's own stay.
-
-    Returns:
-        A state dict for ``model``.
-    """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
-    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
-    if not any(_is_prompt(k) for k in state_dict):
-        return {**state_dict, **own}
-    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
-    return {**state_dict, **refit}
-
-
-def _is_prompt(name: str) -> bool:
-    return ".tcpa." in name or name.startswith("patch_embed.prompter.")

@@ -13,6 +13,7 @@ from ..ops.backend import on_kernel_device
 from ..ops.ulsam import reference_subspace_attention, subspace_attention, subspace_maps, ulsam_logits
 from .checks import ANY, check_multiple, checked
 from .contmix import as_written
+from .panel import evaluating
 from .plain import fold, folds, has_bias, pointwise, tensors
 
 __all__ = ["ULSAM", "add_ulsam"]
@@ -196,15 +197,12 @@ def _shapes(model: nn.Module, watched: dict[str, nn.Module], example: Tensor | N
         return hook
 
     handles = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in watched.items()]
-    modes = {m: m.training for m in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with evaluating(model):
+            model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     for name, found in calls.items():
         if len(found) != 1:
             raise ValueError(f"got position {name!r}, which is called {len(found)} times; need one call")

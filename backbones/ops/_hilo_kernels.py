@@ -15,9 +15,6 @@ from torch import Tensor
 from ._kernels import gradient_scale, power_of_two, product_precision
 from .backend import HAS_TRITON, on_device
 
-WINDOWS = (2, 4)  # sides of windows that the kernels take
-MAX_CHANNELS = 128  # of a head
-
 if HAS_TRITON:
     import triton
     import triton.language as tl

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._kernels import all_registers, cdiv, power_of_two, product_precision
@@ -58,6 +59,8 @@ CHOICES: dict[int, dict[tuple[str, int, int], _Choice]] = {
 if HAS_TRITON:
     import triton
     import triton.language as tl
+
+    from ._kernels import index_type
 
     # a kernel must not be compiled again because one of these is 1 or divisible by 16
     _COUNTS = ["G", "H", "W"]
@@ -263,44 +266,80 @@ if HAS_TRITON:
                     acc = tl.dot(p, dout, acc, input_precision=PRECISION)
             store_channels(dvalue_ptr + base, place, stride_vc, acc, m_v, C, CP, LAST)
 
-    class Tiles:
-        """Runs the kernels on maps like ``value``, of whose axes image, group, channel and position it is told.
 
-        Args:
-            value: Map on the device of all, for its dtype.
-            sizes: Images, groups, channels of a group, rows, columns.
-            strides: Of images, groups, channels, positions.
-            K: Side of the window.
-            row: Distance of two queries' weights.
-            index: Type of offsets inside a group.
-        """
+class Tiles:
+    """Runs the kernels on maps like ``value``, of whose axes image, group, channel and position it is told.
 
-        def __init__(self, value: Tensor, sizes: Sequence[int], strides: Sequence[int], K: int, row: int, index: Any):
-            B, G, C, H, W = sizes
-            CP = power_of_two(C)
-            self.value, self.programs = value, B * cdiv(H, TILE) * cdiv(W, TILE)
-            self.options: dict[str, Any] = {
-                "G": G,
-                "H": H,
-                "W": W,
-                **{f"stride_v{axis}": stride for axis, stride in zip("bgcn", strides, strict=True)},
-                "K": K,
-                "ROW": row,
-                "C": C,
-                "CP": CP,
-                "LAST": strides[2] == 1,
-                "PRECISION": product_precision(value.device),
-                "INDEX": index,
-                "T": TILE,
-                "COLS": 8 if K + TILE - 1 <= 8 else 16,
-            }
+    Args:
+        value: Map on the device of all, for its dtype.
+        sizes: Images, groups, channels of a group, rows, columns.
+        strides: Of images, groups, channels, positions.
+        K: Side of the window.
+        row: Distance of two queries' weights.
+        index: Type of offsets inside a group.
+    """
 
-        def run(self, kernel: Any, name: str, **pointers: Any) -> None:
-            """One program for each tile of each image, which must have some elements."""
-            if self.value.numel() > 0:
-                choice = CHOICES[90][name, self.value.element_size(), self.options["CP"]]
-                sizes = choice._asdict()
-                if self.options["CP"] > 16 or self.options["COLS"] > 8:
-                    sizes |= all_registers(choice.num_warps)
-                with on_device(self.value):
-                    kernel[(self.programs,)](**pointers, **self.options, **sizes)
+    def __init__(self, value: Tensor, sizes: Sequence[int], strides: Sequence[int], K: int, row: int, index: Any):
+        B, G, C, H, W = sizes
+        CP = power_of_two(C)
+        self.value, self.programs = value, B * cdiv(H, TILE) * cdiv(W, TILE)
+        self.options: dict[str, Any] = {
+            "G": G,
+            "H": H,
+            "W": W,
+            **{f"stride_v{axis}": stride for axis, stride in zip("bgcn", strides, strict=True)},
+            "K": K,
+            "ROW": row,
+            "C": C,
+            "CP": CP,
+            "LAST": strides[2] == 1,
+            "PRECISION": product_precision(value.device),
+            "INDEX": index,
+            "T": TILE,
+            "COLS": 8 if K + TILE - 1 <= 8 else 16,
+        }
+
+    def run(self, kernel: Any, name: str, **pointers: Any) -> None:
+        """One program for each tile of each image, which must have some elements."""
+        if self.value.numel() > 0:
+            choice = CHOICES[90][name, self.value.element_size(), self.options["CP"]]
+            sizes = choice._asdict()
+            if self.options["CP"] > 16 or self.options["COLS"] > 8:
+                sizes |= all_registers(choice.num_warps)
+            with on_device(self.value):
+                kernel[(self.programs,)](**pointers, **self.options, **sizes)
+
+
+def _tiles(attn: Tensor, value: Tensor, kernel_size: int) -> Tiles:
+    B, G, H, W, C = value.shape
+    index = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # offsets are those in one group of one image
+    return Tiles(
+        value, (B, G, C, H, W), (G * H * W * C, H * W * C, 1, C), kernel_size, kernel_size * kernel_size, index
+    )
+
+
+def kernel_forward(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
+    """Weighted sum ``[B, G, H, W, C]``."""
+    attn, value = attn.contiguous(), value.contiguous()
+    out = torch.empty_like(value)
+    _tiles(attn, value, kernel_size).run(na2d_av_fwd_kernel, "fwd", attn_ptr=attn, value_ptr=value, out_ptr=out)
+    return out
+
+
+def kernel_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """Gradients of weights and values."""
+    grad, attn, value = grad.contiguous(), attn.contiguous(), value.contiguous()
+    dattn, dvalue = torch.empty_like(attn), torch.empty_like(value)
+    tiles = _tiles(attn, value, kernel_size)
+    unused = {"attn_ptr": attn, "grow_ptr": grad}
+    tiles.run(
+        na2d_av_bwd_attn_kernel,
+        "attn",
+        dout_ptr=grad,
+        value_ptr=value,
+        dattn_ptr=dattn,
+        SOFTMAX=False,
+        **unused,
+    )
+    tiles.run(na2d_av_bwd_value_kernel, "value", dout_ptr=grad, attn_ptr=attn, dvalue_ptr=dvalue)
+    return dattn, dvalue

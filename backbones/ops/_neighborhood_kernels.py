@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._kernels import cdiv, power_of_two, product_precision
+from ._kernels import cdiv, gradient_scale, power_of_two, product_precision
 from .backend import HAS_TRITON, on_device
 
 TILE = 8  # rows and columns of a tile: larger ones spend more on pairs outside the windows
@@ -756,190 +756,262 @@ if HAS_TRITON:
         place = ((tl.program_id(1).to(tl.int64) * heads + head) * queries + query)[:, None] * number + n[None, :]
         tl.store(dbias_ptr + place, acc, mask=m_q[:, None] & m_k[None, :])
 
-    def _region(K: int, S: int) -> int:
-        """Most keys on an axis that a tile of queries needs, wherever it starts."""
-        return K + (TILE + S - 2) // S * S
 
-    @functools.lru_cache
-    def key_columns(queries: int, keys: int, K: int, S: int, R: int, masked: bool) -> int:
-        """Most columns of queries whose windows reach into one tile of columns of keys."""
-        most = 0
-        for g in {0, (keys - 1) % R, min(keys % R, R - 1), (queries - 1) % R, min(queries % R, R - 1)}:
-            n, n_q = -(-(keys - g) // R), -(-(queries - g) // R)
-            for j in range(0, n, TILE):
-                first = 0 if j < K and not masked else max((j - K + K // 2 - S // 2 + S) // S * S, 0)
-                end = min(j + TILE, n) - 1
-                last = n - 1 if end >= n - K and not masked else min((end + K // 2 - S // 2) // S * S + S - 1, n - 1)
-                most = max(most, min(last, n_q - 1) + 1 - first)
-        return most
+def _region(K: int, S: int) -> int:
+    """Most keys on an axis that a tile of queries needs, wherever it starts."""
+    return K + (TILE + S - 2) // S * S
 
-    def _strides(t: Tensor) -> tuple[int, ...]:
-        """Strides of image, head, and row and column, or token, of heads-last vectors."""
-        image, *tokens, head, _ = t.stride()
-        return image, head, *tokens
 
-    class Launcher:
-        """Runs the kernels on the tensors of one call; ``table`` belongs to tiles of queries, or of keys."""
+@functools.lru_cache
+def key_columns(queries: int, keys: int, K: int, S: int, R: int, masked: bool) -> int:
+    """Most columns of queries whose windows reach into one tile of columns of keys."""
+    most = 0
+    for g in {0, (keys - 1) % R, min(keys % R, R - 1), (queries - 1) % R, min(queries % R, R - 1)}:
+        n, n_q = -(-(keys - g) // R), -(-(queries - g) // R)
+        for j in range(0, n, TILE):
+            first = 0 if j < K and not masked else max((j - K + K // 2 - S // 2 + S) // S * S, 0)
+            end = min(j + TILE, n) - 1
+            last = n - 1 if end >= n - K and not masked else min((end + K // 2 - S // 2) // S * S + S - 1, n - 1)
+            most = max(most, min(last, n_q - 1) + 1 - first)
+    return most
 
-        def __init__(
-            self, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: Any, scale: float, index: Any
-        ) -> None:
-            self.q, self.window = q, window
-            self.sizes = q.shape[1:3], k.shape[1:3]
-            bins = (2 * n - 1 for n in window.kernel)
-            self.rpb = q.new_zeros(1, *bins, dtype=torch.float32) if rpb is None else rpb.float().contiguous()
-            self.shape = {
-                "cols": q.shape[2],
-                "key_cols": k.shape[2],
-                "dilate_j": window.dilation[1],
-                "K": window.kernel,
-                "S": window.stride,
-                "MASKED": window.masked,
-                "TW": TILE,
-            }
-            self.additional: dict[str, Any] = dict.fromkeys(
-                ("add_k_ptr", "add_v_ptr", "add_table_ptr", "stride_add_k", "stride_add_v", "stride_add_table")
-            ) | {"number": 0}
-            self.options: dict[str, Any] = self.shape | {
-                "q_ptr": q,
-                "k_ptr": k,
-                "v_ptr": v,
-                "factor": scale * math.log2(math.e),
-                "heads": q.shape[3],
-                "rows": q.shape[1],
-                "key_rows": k.shape[1],
-                "dilate_i": window.dilation[0],
-                "stride_q": _strides(q),
-                "stride_k": _strides(k),
-                "stride_v": _strides(v),
-                "C": q.shape[4],
-                "CV": v.shape[4],
-                "CP": power_of_two(q.shape[4]),
-                "CVP": power_of_two(v.shape[4]),
-                "COLUMNS": COLUMNS,
-                "PRECISION": self.precision(max(q.shape[4], v.shape[4])),
-                "INDEX": index,
-                "ALIGN": self.alignment(q, k, v),
-                "TH": TILE,
-            }
 
-        def alignment(self, *tensors: Tensor) -> int:
-            """Elements, 16 at most, to which all vectors are aligned: Triton itself sees only whether it is 16."""
-            return math.gcd(16, *(s for t in tensors for s in _strides(t)))
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of image, head, and row and column, or token, of heads-last vectors."""
+    image, *tokens, head, _ = t.stride()
+    return image, head, *tokens
 
-        def precision(self, channels: int) -> str:
-            """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
-            return "ieee" if channels > 64 else product_precision(self.q.device)
 
-        def reach(self, axis: int) -> int:
-            """Most keys on an axis that a tile of queries needs, on this map."""
-            K, S, R = (pair[axis] for pair in self.window[:3])
-            return min(_region(K, S), cdiv(self.sizes[1][axis], R))
+class Launcher:
+    """Runs the kernels on the tensors of one call; ``table`` belongs to tiles of queries, or of keys."""
 
-        def tiles(self, axis: int, by_key: bool) -> int:
-            R = self.window.dilation[axis]
-            return R * cdiv(cdiv(self.sizes[by_key][axis], R), TILE)
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: Any, scale: float, index: Any
+    ) -> None:
+        self.q, self.window = q, window
+        self.sizes = q.shape[1:3], k.shape[1:3]
+        bins = (2 * n - 1 for n in window.kernel)
+        self.rpb = q.new_zeros(1, *bins, dtype=torch.float32) if rpb is None else rpb.float().contiguous()
+        self.shape = {
+            "cols": q.shape[2],
+            "key_cols": k.shape[2],
+            "dilate_j": window.dilation[1],
+            "K": window.kernel,
+            "S": window.stride,
+            "MASKED": window.masked,
+            "TW": TILE,
+        }
+        self.additional: dict[str, Any] = dict.fromkeys(
+            ("add_k_ptr", "add_v_ptr", "add_table_ptr", "stride_add_k", "stride_add_v", "stride_add_table")
+        ) | {"number": 0}
+        self.options: dict[str, Any] = self.shape | {
+            "q_ptr": q,
+            "k_ptr": k,
+            "v_ptr": v,
+            "factor": scale * math.log2(math.e),
+            "heads": q.shape[3],
+            "rows": q.shape[1],
+            "key_rows": k.shape[1],
+            "dilate_i": window.dilation[0],
+            "stride_q": _strides(q),
+            "stride_k": _strides(k),
+            "stride_v": _strides(v),
+            "C": q.shape[4],
+            "CV": v.shape[4],
+            "CP": power_of_two(q.shape[4]),
+            "CVP": power_of_two(v.shape[4]),
+            "COLUMNS": COLUMNS,
+            "PRECISION": self.precision(max(q.shape[4], v.shape[4])),
+            "INDEX": index,
+            "ALIGN": self.alignment(q, k, v),
+            "TH": TILE,
+        }
 
-        def make_table(self, by_key: bool) -> None:
-            K, S, R = (pair[1] for pair in self.window[:3])
-            queries, keys = self.sizes[0][1], self.sizes[1][1]
-            columns = key_columns(queries, keys, K, S, R, self.window.masked) if by_key else _region(K, S)
-            chunks, tiles = cdiv(columns, COLUMNS), self.tiles(1, by_key)
-            width = chunks * COLUMNS
-            heads, rows = self.rpb.shape[0], self.rpb.shape[1] + 1
-            table = self.rpb.new_empty(heads, tiles, rows, TILE, width)
-            self.options |= {"table_ptr": table, "tables": 0 if heads == 1 else tiles, "CHUNKS": chunks}
-            with on_device(self.q):
-                neighborhood_table_kernel[(tiles, rows, heads)](
-                    self.rpb, table, int(by_key), **self.shape, WIDTH=width, WIDTHP=power_of_two(width)
-                )
+    def alignment(self, *tensors: Tensor) -> int:
+        """Elements, 16 at most, to which all vectors are aligned: Triton itself sees only whether it is 16."""
+        return math.gcd(16, *(s for t in tensors for s in _strides(t)))
 
-        def choice(self, name: str) -> _Choice:
-            size = self.q.element_size()
-            return CHOICES[90][size, max(128, size * max(self.options["CP"], self.options["CVP"]))][name]
+    def precision(self, channels: int) -> str:
+        """PyTorch's setting, but heads so wide leave no registers for products in TF32."""
+        return "ieee" if channels > 64 else product_precision(self.q.device)
 
-        def run(self, kernel: Any, name: str, copies: int, by_key: bool = False, steps: int = 1, **others: Any) -> None:
-            """One program for each head and tile of so many maps, and for each step where ``steps`` is given."""
-            tiles = self.tiles(0, by_key) * self.tiles(1, by_key)
-            with on_device(self.q):
-                kernel[(copies * self.q.shape[3] * tiles, steps)](
-                    **self.options, **others, **self.choice(name)._asdict()
-                )
+    def reach(self, axis: int) -> int:
+        """Most keys on an axis that a tile of queries needs, on this map."""
+        K, S, R = (pair[axis] for pair in self.window[:3])
+        return min(_region(K, S), cdiv(self.sizes[1][axis], R))
 
-        def run_queries(self, kernel: Any, name: str, copies: int, **others: Any) -> None:
-            """:meth:`run` for a kernel in which queries see additional keys, if there are any."""
-            name += "" if self.additional["add_k_ptr"] is None else "_additional"
-            self.run(kernel, name, copies, **others, **self.additional)
+    def tiles(self, axis: int, by_key: bool) -> int:
+        R = self.window.dilation[axis]
+        return R * cdiv(cdiv(self.sizes[by_key][axis], R), TILE)
 
-        def bias_gradient(self, images: int, **others: Any) -> Tensor:
-            """Gradient of the bias ``[h, 2 Kh - 1, 2 Kw - 1]``: one table of each program, summed up in order."""
-            tiles, heads = self.tiles(0, False) * self.tiles(1, False), self.q.shape[3]
-            steps = cdiv(self.reach(0), self.choice("bias").BLOCK // COLUMNS) * self.options["CHUNKS"]
-            shares = min(images, cdiv(PROGRAMS, tiles * heads * steps))
-            drpb = self.rpb.new_zeros(steps, shares, heads, tiles, *self.rpb.shape[1:])
-            options = {"drpb_ptr": drpb, "images": images, "shares": shares, **others}
-            self.run(neighborhood_bwd_bias_kernel, "bias", shares, steps=steps, **options)
-            return drpb.sum((0, 1, 3))
-
-        def add_keys(self, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-            """Let queries see additional keys, whose bias and mask become a table ``[h or 1, H W or 1, P padded]``."""
-            number = k.shape[1]
-            bias = k.new_zeros(1, 1, number) if bias is None else bias
-            padding = cdiv(number, KEYS) * KEYS - number
-            table = F.pad(bias.float() * math.log2(math.e), [0, padding], value=-math.inf).contiguous()
-            if index_type(k, v, table) == tl.int64:
-                self.options["INDEX"] = tl.int64
-            self.options["ALIGN"] = math.gcd(self.options["ALIGN"], self.alignment(k, v))
-            self.additional = {
-                "add_k_ptr": k,
-                "add_v_ptr": v,
-                "add_table_ptr": table,
-                "number": number,
-                "stride_add_k": _strides(k),
-                "stride_add_v": _strides(v),
-                "stride_add_table": tuple(0 if table.shape[i] == 1 else table.stride(i) for i in (0, 1)),
-            }
-
-        def _run_additional(self, kernel: Any, name: str, programs: int, shares: int, **others: Any) -> None:
-            q, given = self.q.flatten(1, 2), self.additional
-            same = "factor", "heads", "C", "CV", "CP", "CVP", "PRECISION", "INDEX", "ALIGN"
-            options = {name: self.options[name] for name in same} | {
-                "q_ptr": q,
-                "k_ptr": given["add_k_ptr"],
-                "v_ptr": given["add_v_ptr"],
-                "table_ptr": given["add_table_ptr"],
-                "queries": q.shape[1],
-                "number": given["number"],
-                "shares": shares,
-                "stride_q": _strides(q),
-                "stride_k": given["stride_add_k"],
-                "stride_v": given["stride_add_v"],
-                "stride_table": given["stride_add_table"],
-                "KEYS": KEYS,
-            }
-            with on_device(self.q):
-                kernel[(programs, shares)](**options, **others, **self.choice(name)._asdict())
-
-        def additional_gradients(self, **others: Any) -> tuple[Tensor, Tensor]:
-            """Gradients of additional keys and values ``[B, P, h, C]``: shares of the queries, summed up in order."""
-            k, v = self.additional["add_k_ptr"], self.additional["add_v_ptr"]
-            programs = k.shape[0] * k.shape[2] * cdiv(k.shape[1], KEYS)
-            steps = cdiv(self.q.shape[1] * self.q.shape[2], self.choice("additional").BLOCK)
-            shares = min(steps, cdiv(PROGRAMS, programs))
-            dk, dv = (t.new_empty(shares, *t.shape, dtype=torch.float32) for t in (k, v))
-            self._run_additional(
-                neighborhood_bwd_additional_kernel, "additional", programs, shares, dk_ptr=dk, dv_ptr=dv, **others
+    def make_table(self, by_key: bool) -> None:
+        K, S, R = (pair[1] for pair in self.window[:3])
+        queries, keys = self.sizes[0][1], self.sizes[1][1]
+        columns = key_columns(queries, keys, K, S, R, self.window.masked) if by_key else _region(K, S)
+        chunks, tiles = cdiv(columns, COLUMNS), self.tiles(1, by_key)
+        width = chunks * COLUMNS
+        heads, rows = self.rpb.shape[0], self.rpb.shape[1] + 1
+        table = self.rpb.new_empty(heads, tiles, rows, TILE, width)
+        self.options |= {"table_ptr": table, "tables": 0 if heads == 1 else tiles, "CHUNKS": chunks}
+        with on_device(self.q):
+            neighborhood_table_kernel[(tiles, rows, heads)](
+                self.rpb, table, int(by_key), **self.shape, WIDTH=width, WIDTHP=power_of_two(width)
             )
-            return dk.sum(0), dv.sum(0)
 
-        def additional_bias_gradient(self, **others: Any) -> Tensor:
-            """Gradient of the bias of additional keys ``[h, H W, P]``: shares of the images, summed up in order."""
-            images, H, W, heads, _ = self.q.shape
-            number = self.additional["number"]
-            tiles = cdiv(number, KEYS) * cdiv(H * W, self.choice("additional_bias").BLOCK)
-            shares = min(images, cdiv(PROGRAMS, tiles * heads))
-            dbias = self.q.new_empty(shares, heads, H * W, number, dtype=torch.float32)
-            kernel = neighborhood_bwd_additional_bias_kernel
-            others |= {"dbias_ptr": dbias, "images": images}
-            self._run_additional(kernel, "additional_bias", tiles * heads, shares, **others)
-            return dbias.sum(0)
+    def choice(self, name: str) -> _Choice:
+        size = self.q.element_size()
+        return CHOICES[90][size, max(128, size * max(self.options["CP"], self.options["CVP"]))][name]
+
+    def run(self, kernel: Any, name: str, copies: int, by_key: bool = False, steps: int = 1, **others: Any) -> None:
+        """One program for each head and tile of so many maps, and for each step where ``steps`` is given."""
+        tiles = self.tiles(0, by_key) * self.tiles(1, by_key)
+        with on_device(self.q):
+            kernel[(copies * self.q.shape[3] * tiles, steps)](**self.options, **others, **self.choice(name)._asdict())
+
+    def run_queries(self, kernel: Any, name: str, copies: int, **others: Any) -> None:
+        """:meth:`run` for a kernel in which queries see additional keys, if there are any."""
+        name += "" if self.additional["add_k_ptr"] is None else "_additional"
+        self.run(kernel, name, copies, **others, **self.additional)
+
+    def bias_gradient(self, images: int, **others: Any) -> Tensor:
+        """Gradient of the bias ``[h, 2 Kh - 1, 2 Kw - 1]``: one table of each program, summed up in order."""
+        tiles, heads = self.tiles(0, False) * self.tiles(1, False), self.q.shape[3]
+        steps = cdiv(self.reach(0), self.choice("bias").BLOCK // COLUMNS) * self.options["CHUNKS"]
+        shares = min(images, cdiv(PROGRAMS, tiles * heads * steps))
+        drpb = self.rpb.new_zeros(steps, shares, heads, tiles, *self.rpb.shape[1:])
+        options = {"drpb_ptr": drpb, "images": images, "shares": shares, **others}
+        self.run(neighborhood_bwd_bias_kernel, "bias", shares, steps=steps, **options)
+        return drpb.sum((0, 1, 3))
+
+    def add_keys(self, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        """Let queries see additional keys, whose bias and mask become a table ``[h or 1, H W or 1, P padded]``."""
+        number = k.shape[1]
+        bias = k.new_zeros(1, 1, number) if bias is None else bias
+        padding = cdiv(number, KEYS) * KEYS - number
+        table = F.pad(bias.float() * math.log2(math.e), [0, padding], value=-math.inf).contiguous()
+        if index_type(k, v, table) == tl.int64:
+            self.options["INDEX"] = tl.int64
+        self.options["ALIGN"] = math.gcd(self.options["ALIGN"], self.alignment(k, v))
+        self.additional = {
+            "add_k_ptr": k,
+            "add_v_ptr": v,
+            "add_table_ptr": table,
+            "number": number,
+            "stride_add_k": _strides(k),
+            "stride_add_v": _strides(v),
+            "stride_add_table": tuple(0 if table.shape[i] == 1 else table.stride(i) for i in (0, 1)),
+        }
+
+    def _run_additional(self, kernel: Any, name: str, programs: int, shares: int, **others: Any) -> None:
+        q, given = self.q.flatten(1, 2), self.additional
+        same = "factor", "heads", "C", "CV", "CP", "CVP", "PRECISION", "INDEX", "ALIGN"
+        options = {name: self.options[name] for name in same} | {
+            "q_ptr": q,
+            "k_ptr": given["add_k_ptr"],
+            "v_ptr": given["add_v_ptr"],
+            "table_ptr": given["add_table_ptr"],
+            "queries": q.shape[1],
+            "number": given["number"],
+            "shares": shares,
+            "stride_q": _strides(q),
+            "stride_k": given["stride_add_k"],
+            "stride_v": given["stride_add_v"],
+            "stride_table": given["stride_add_table"],
+            "KEYS": KEYS,
+        }
+        with on_device(self.q):
+            kernel[(programs, shares)](**options, **others, **self.choice(name)._asdict())
+
+    def additional_gradients(self, **others: Any) -> tuple[Tensor, Tensor]:
+        """Gradients of additional keys and values ``[B, P, h, C]``: shares of the queries, summed up in order."""
+        k, v = self.additional["add_k_ptr"], self.additional["add_v_ptr"]
+        programs = k.shape[0] * k.shape[2] * cdiv(k.shape[1], KEYS)
+        steps = cdiv(self.q.shape[1] * self.q.shape[2], self.choice("additional").BLOCK)
+        shares = min(steps, cdiv(PROGRAMS, programs))
+        dk, dv = (t.new_empty(shares, *t.shape, dtype=torch.float32) for t in (k, v))
+        self._run_additional(
+            neighborhood_bwd_additional_kernel, "additional", programs, shares, dk_ptr=dk, dv_ptr=dv, **others
+        )
+        return dk.sum(0), dv.sum(0)
+
+    def additional_bias_gradient(self, **others: Any) -> Tensor:
+        """Gradient of the bias of additional keys ``[h, H W, P]``: shares of the images, summed up in order."""
+        images, H, W, heads, _ = self.q.shape
+        number = self.additional["number"]
+        tiles = cdiv(number, KEYS) * cdiv(H * W, self.choice("additional_bias").BLOCK)
+        shares = min(images, cdiv(PROGRAMS, tiles * heads))
+        dbias = self.q.new_empty(shares, heads, H * W, number, dtype=torch.float32)
+        kernel = neighborhood_bwd_additional_bias_kernel
+        others |= {"dbias_ptr": dbias, "images": images}
+        self._run_additional(kernel, "additional_bias", tiles * heads, shares, **others)
+        return dbias.sum(0)
+
+
+def _dense_channels(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def kernel_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    window: Any,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, W, h, C]``, and base-2 log-sum of each query's logits ``[B, h, H, W]``."""
+    B, H, W, h, _ = q.shape
+    q, k, v = (_dense_channels(t) for t in (q, k, v))
+    out = q.new_empty(B, H, W, h, v.shape[4])
+    lse = q.new_empty(B, h, H, W, dtype=torch.float32)
+    if out.numel() > 0:
+        launcher = Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, out))
+        launcher.make_table(by_key=False)
+        if add_k is not None and add_v is not None:
+            launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
+        launcher.run_queries(neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse)
+    return out, lse
+
+
+def kernel_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_v: Tensor | None,
+    add_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Any,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs, those of bias and additional keys in float32; None where an input is None."""
+    B = q.shape[0]
+    dout, out, q, k, v = dout.contiguous(), out.contiguous(), *(_dense_channels(t) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    others = [rpb, add_k, add_v, add_bias]
+    if out.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), *(None if t is None else torch.zeros_like(t) for t in others)
+    delta, large = torch.empty_like(lse), gradient_scale(dout)
+    launcher = Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, dout, dq, dk, dv))
+    launcher.make_table(by_key=False)
+    if add_k is not None and add_v is not None:
+        launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
+    options: dict[str, Any] = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
+    grads = {"large_ptr": large, "scale": scale, **options}
+    launcher.run_queries(neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads)
+    found: list[Tensor | None] = [None] * 4
+    if rpb is not None:
+        found[0] = launcher.bias_gradient(B, **options)
+    if add_k is not None:
+        found[1], found[2] = launcher.additional_gradients(**grads)
+    if add_bias is not None:
+        found[3] = launcher.additional_bias_gradient(**options)
+    launcher.make_table(by_key=True)
+    launcher.run(neighborhood_bwd_key_kernel, "key", B, by_key=True, dk_ptr=dk, dv_ptr=dv, **grads)
+    return dq, dk, dv, *found

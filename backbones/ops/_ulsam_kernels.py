@@ -17,9 +17,6 @@ from torch import Tensor
 from ._kernels import all_registers, power_of_two
 from .backend import HAS_TRITON, on_device
 
-MAX_CHANNELS = 2048  # of a group, for the logits: a program holds all of them
-MAX_POSITIONS = 1024  # of a map, for the attention: a program holds all of them
-
 if HAS_TRITON:
     import triton
     import triton.language as tl

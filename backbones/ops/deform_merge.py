@@ -24,7 +24,7 @@ from .backend import KernelModule, plain_only, use_triton
 from .cost import Cost, register_cost
 from .operators import operator
 
-kernels = KernelModule("_deform_kernels")
+kernels = KernelModule("_deform_merge_kernels")
 
 
 def _neighbours(start: Tensor, d: Tensor, size: int) -> tuple[Tensor, Tensor]:

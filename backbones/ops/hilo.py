@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from ._derivative import plain_gradients
-from ._hilo_kernels import MAX_CHANNELS, WINDOWS, kernel_backward, kernel_forward
 from .attention import attention, reference_attention
-from .backend import use_triton
+from .backend import KernelModule, use_triton
 from .cost import Cost, register_cost, windows_backward_cost, windows_cost
 from .operators import operator
+
+kernels = KernelModule("_hilo_kernels")
+WINDOWS = (2, 4)  # sides of windows that the kernels take
+MAX_CHANNELS = 128  # of a head, for the kernels
 
 
 def _check_windows(H: int, W: int, window: int) -> None:
@@ -68,7 +71,7 @@ def reference_hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor
 
 @operator
 def _hifi_attention(qkv: Tensor, num_heads: int, window: int) -> Tensor:
-    return kernel_forward(qkv, num_heads, window)
+    return kernels.kernel_forward(qkv, num_heads, window)
 
 
 @torch.library.register_fake("vizoo::hifi_attention")
@@ -78,7 +81,7 @@ def _(qkv, num_heads, window):
 
 @operator
 def _hifi_attention_backward(dout: Tensor, qkv: Tensor, num_heads: int, window: int) -> Tensor:
-    return kernel_backward(dout, qkv, num_heads, window)
+    return kernels.kernel_backward(dout, qkv, num_heads, window)
 
 
 @torch.library.register_fake("vizoo::hifi_attention_backward")

@@ -17,17 +17,17 @@ The Triton kernels store nothing but the output.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._derivative import plain_gradients
-from .backend import HAS_TRITON, plain_only, use_triton, without_autocast
+from .backend import KernelModule, plain_only, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
+kernels = KernelModule("_na2d_av_kernels")
 MAX_CHANNELS = 64  # of a group, for the Triton kernels: a tile of values has to fit into registers
 
 
@@ -277,48 +277,10 @@ def _matmul_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int
     return dattn.reshape(attn.shape), dvalue.reshape(value.shape)
 
 
-if HAS_TRITON:
-    from . import _na2d_av_kernels as kernels
-    from ._kernels import index_type
-
-
-def _tiles(attn: Tensor, value: Tensor, kernel_size: int) -> Any:
-    B, G, H, W, C = value.shape
-    index = index_type(attn.flatten(0, 1), value.flatten(0, 1))  # offsets are those in one group of one image
-    return kernels.Tiles(
-        value, (B, G, C, H, W), (G * H * W * C, H * W * C, 1, C), kernel_size, kernel_size * kernel_size, index
-    )
-
-
-def _triton_forward(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    attn, value = attn.contiguous(), value.contiguous()
-    out = torch.empty_like(value)
-    _tiles(attn, value, kernel_size).run(kernels.na2d_av_fwd_kernel, "fwd", attn_ptr=attn, value_ptr=value, out_ptr=out)
-    return out
-
-
-def _triton_backward(grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    grad, attn, value = grad.contiguous(), attn.contiguous(), value.contiguous()
-    dattn, dvalue = torch.empty_like(attn), torch.empty_like(value)
-    tiles = _tiles(attn, value, kernel_size)
-    unused = {"attn_ptr": attn, "grow_ptr": grad}
-    tiles.run(
-        kernels.na2d_av_bwd_attn_kernel,
-        "attn",
-        dout_ptr=grad,
-        value_ptr=value,
-        dattn_ptr=dattn,
-        SOFTMAX=False,
-        **unused,
-    )
-    tiles.run(kernels.na2d_av_bwd_value_kernel, "value", dout_ptr=grad, attn_ptr=attn, dvalue_ptr=dvalue)
-    return dattn, dvalue
-
-
 @operator
 def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool) -> Tensor:
     if triton_kernel:
-        return _triton_forward(attn, value, kernel_size)
+        return kernels.kernel_forward(attn, value, kernel_size)
     with without_autocast(value):
         return matmul_na2d_av(attn, value, kernel_size).contiguous()
 
@@ -333,7 +295,7 @@ def _na2d_av_backward(
     grad: Tensor, attn: Tensor, value: Tensor, kernel_size: int, triton_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     if triton_kernel:
-        return _triton_backward(grad, attn, value, kernel_size)
+        return kernels.kernel_backward(grad, attn, value, kernel_size)
     with without_autocast(value):
         dattn, dvalue = _matmul_backward(grad, attn, value, kernel_size)
         return dattn.contiguous(), dvalue.contiguous()

@@ -35,9 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._derivative import plain_gradients
-from ._kernels import gradient_scale
 from .backend import (
-    HAS_TRITON,
     KernelModule,
     choose_backend,
     is_transforming,
@@ -728,80 +726,6 @@ def _tiles_backward(
     return tuple(_gradient_of(t, g, q) for g, t in pairs)
 
 
-if HAS_TRITON:
-    from ._kernels import index_type
-
-
-def _dense_channels(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _triton_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    add_k: Tensor | None,
-    add_v: Tensor | None,
-    add_bias: Tensor | None,
-    window: _Window,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    B, H, W, h, _ = q.shape
-    q, k, v = (_dense_channels(t) for t in (q, k, v))
-    out = q.new_empty(B, H, W, h, v.shape[4])
-    lse = q.new_empty(B, h, H, W, dtype=torch.float32)
-    if out.numel() > 0:
-        launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, out))
-        launcher.make_table(by_key=False)
-        if add_k is not None and add_v is not None:
-            launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
-        launcher.run_queries(kernels.neighborhood_fwd_kernel, "fwd", B, out_ptr=out, lse_ptr=lse)
-    return out, lse
-
-
-def _triton_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    add_k: Tensor | None,
-    add_v: Tensor | None,
-    add_bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: _Window,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    B = q.shape[0]
-    dout, out, q, k, v = dout.contiguous(), out.contiguous(), *(_dense_channels(t) for t in (q, k, v))
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    others = [rpb, add_k, add_v, add_bias]
-    if out.numel() == 0:
-        nothing = (None if t is None else torch.zeros_like(t) for t in others)
-        gradients = (_gradient_of(t, g, q) for t, g in zip(others, nothing, strict=True))
-        return dq.zero_(), dk.zero_(), dv.zero_(), *gradients
-    delta, large = torch.empty_like(lse), gradient_scale(dout)
-    launcher = kernels.Launcher(q, k, v, rpb, window, scale, index_type(q, k, v, dout, dq, dk, dv))
-    launcher.make_table(by_key=False)
-    if add_k is not None and add_v is not None:
-        launcher.add_keys(_dense_channels(add_k), _dense_channels(add_v), add_bias)
-    options: dict[str, Any] = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta}
-    grads = {"large_ptr": large, "scale": scale, **options}
-    launcher.run_queries(kernels.neighborhood_bwd_query_kernel, "query", B, out_ptr=out, dq_ptr=dq, **grads)
-    found: list[Tensor | None] = [None] * 4
-    if rpb is not None:
-        found[0] = launcher.bias_gradient(B, **options)
-    if add_k is not None:
-        found[1], found[2] = launcher.additional_gradients(**grads)
-    if add_bias is not None:
-        found[3] = launcher.additional_bias_gradient(**options)
-    launcher.make_table(by_key=True)
-    launcher.run(kernels.neighborhood_bwd_key_kernel, "key", B, by_key=True, dk_ptr=dk, dv_ptr=dv, **grads)
-    return dq, dk, dv, *(_gradient_of(t, g, q) for t, g in zip(others, found, strict=True))
-
-
 @operator
 def _neighborhood_attention(
     q: Tensor,
@@ -821,7 +745,7 @@ def _neighborhood_attention(
     window = _as_window(kernel_size, stride, dilation, masked)
     tensors = q, k, v, rpb, add_k, add_v, add_bias
     if triton_kernel:
-        return _triton_forward(*tensors, window, scale)
+        return kernels.kernel_forward(*tensors, window, scale)
     with without_autocast(q):
         return _tiles_forward(*tensors, window, scale), q.new_empty(0, dtype=torch.float32)
 
@@ -859,7 +783,9 @@ def _neighborhood_attention_backward(
     window = _as_window(kernel_size, stride, dilation, masked)
     tensors = q, k, v, rpb, add_k, add_v, add_bias
     if triton_kernel:
-        return _triton_backward(dout, *tensors, out, lse, window, scale)  # type: ignore[return-value]
+        dq, dk, dv, *found = kernels.kernel_backward(dout, *tensors, out, lse, window, scale)
+        others = (_gradient_of(t, g, q) for t, g in zip(tensors[3:], found, strict=True))
+        return dq, dk, dv, *others  # type: ignore[return-value]
     with without_autocast(q):
         return _tiles_backward(dout, *tensors, window, scale)  # type: ignore[return-value]
 

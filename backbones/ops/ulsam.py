@@ -23,18 +23,13 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import dense_map, empty_map, memory_format
-from ._ulsam_kernels import (
-    MAX_CHANNELS,
-    MAX_POSITIONS,
-    attention_backward,
-    attention_forward,
-    kernel_backward,
-    kernel_forward,
-)
-from .backend import plain_only, use_triton, without_autocast
+from .backend import KernelModule, plain_only, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
+kernels = KernelModule("_ulsam_kernels")
+MAX_CHANNELS = 2048  # of a group, for the logits by the kernels: a program holds all of them
+MAX_POSITIONS = 1024  # of a map, for the attention by the kernels: a program holds all of them
 _CHUNK = 1 << 18  # elements of the framed buffer, a few images: it should stay in a core's cache
 
 
@@ -125,7 +120,7 @@ def _ulsam_logits(
         with without_autocast(x):
             return _shifted_form(x, weight, bias, scale, shift), x.new_empty(0, dtype=torch.int8)
     x = dense_map(x)
-    return kernel_forward(x, weight, bias, scale, shift, save)
+    return kernels.kernel_forward(x, weight, bias, scale, shift, save)
 
 
 @torch.library.register_fake("vizoo::ulsam_logits")
@@ -141,7 +136,7 @@ def _ulsam_logits_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, place: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``x``, and the sums that make those of the parameters, one tensor: see ``kernel_backward``."""
-    return kernel_backward(dlogits, dense_map(x), weight, scale, place)
+    return kernels.kernel_backward(dlogits, dense_map(x), weight, scale, place)
 
 
 @torch.library.register_fake("vizoo::ulsam_logits_backward")
@@ -270,7 +265,7 @@ def reference_subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
 
 @operator
 def _subspace_attention(x: Tensor, logits: Tensor) -> Tensor:
-    return attention_forward(dense_map(x), logits)
+    return kernels.attention_forward(dense_map(x), logits)
 
 
 @torch.library.register_fake("vizoo::subspace_attention")
@@ -281,7 +276,7 @@ def _(x, logits):
 @operator
 def _subspace_attention_backward(dout: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     dense = partial(torch.Tensor.contiguous, memory_format=memory_format(x))
-    return attention_backward(dense(dout), dense(x), logits)
+    return kernels.attention_backward(dense(dout), dense(x), logits)
 
 
 @torch.library.register_fake("vizoo::subspace_attention_backward")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.layers.contmix import residual_conv
 from vizoo.backbones.litv2 import ConvFFN
-from vizoo.backbones.ops import depthwise3x3 as module
+from vizoo.backbones.ops import _depthwise3x3_kernels as kernels
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.cost import flop_formulas
 from vizoo.backbones.ops.depthwise3x3 import depthwise3x3, reference_depthwise3x3
@@ -134,7 +134,7 @@ def test_kernels_without_bias(form):
 @pytest.mark.parametrize("programs", [1, 10**6])
 def test_kernels_share_images_or_split_rows(monkeypatch, programs, last):
     """Few programs that go through several images, and many, each with a part of the rows of one."""
-    monkeypatch.setattr(module, "PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
     check(triton_form, (3, 2, 15, 3), torch.float32, (False, True), *([channels_last] if last else []))
 
 
@@ -272,11 +272,11 @@ def launches(monkeypatch, shape, dtype=torch.bfloat16, gelu=True):
             return lambda **arguments: found.append({**arguments, "grid": grid})
 
     for name in ("fwd", "bwd"):
-        monkeypatch.setattr(module, f"_depthwise_{name}_kernel", Recorder())
+        monkeypatch.setattr(kernels, f"_depthwise_{name}_kernel", Recorder())
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
     weight, bias = torch.empty(shape[1], 1, 3, 3, device="meta"), torch.empty(shape[1], device="meta")
-    module._kernel_forward(x, weight, bias, not gelu, gelu)
-    module._kernel_backward(x, x, weight, bias, not gelu, gelu)
+    kernels.kernel_forward(x, weight, bias, not gelu, gelu)
+    kernels.kernel_backward(x, x, weight, bias, not gelu, gelu)
     return found
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from tolerance import op_close
 
-from vizoo.backbones.layers import HiLo
 from vizoo.backbones.ops import attention as attention_module
-from vizoo.backbones.ops.attention import MAX_BATCH, attention
+from vizoo.backbones.ops.attention import MAX_BATCH
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.hilo import (
@@ -172,17 +171,6 @@ def test_many_windows_are_taken_in_parts(compiled, monkeypatch):
     assert shapes == [(12, 3, 4, 2)], "a CPU takes them all"
 
 
-def test_masks_and_dropout_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(attention_module, "MAX_BATCH", 2)
-    q, k, v, mask, shared = inputs((5, 2, 3, 4), (5, 2, 6, 4), (5, 2, 6, 7), (5, 1, 3, 6), (1, 2, 3, 6))
-    for m in (mask, shared, shared[0], None):
-        with kernels_on("cpu"):
-            found = attention(q, k, v, m)
-        op_close(found, attention(q, k, v, m))
-    with kernels_on("cpu"):
-        assert attention(q, k, v, mask, drop=0.5).shape == (5, 2, 3, 7)
-
-
 def test_a_batch_of_images_has_more_windows_than_a_gpu_takes(monkeypatch):
     """128 images of 224 pixels in the first stage of LITv2."""
     shapes = calls(monkeypatch)
@@ -301,69 +289,3 @@ def test_hifi_names_the_size_to_pad_to(f):
 def test_lofi_names_the_channels(f):
     with pytest.raises(ValueError, match="got kv with 9 channels, need 2 \\* 4"):
         f(torch.zeros(1, 2, 2, 4), torch.zeros(1, 1, 1, 9), 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dim": 10, "num_heads": 3}, "num_heads=3"),
-        ({"dim": 8, "window_size": 0}, "window_size=0"),
-        ({"dim": 8, "alpha": 1.5}, "alpha=1.5"),
-    ],
-)
-def test_hilo_rejects(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        HiLo(**arguments)
-
-
-def test_hilo_head_split_truncates():
-    splits = {(12, 0.7): 8, (12, 0.9): 10, (16, 0.9): 14, (12, 0.2): 2, (12, 0.05): 0, (12, 1.0): 12}
-    for (heads, alpha), low in splits.items():
-        layer = HiLo(heads * 4, heads, alpha=alpha)
-        assert (layer.l_heads, layer.h_heads) == (low, heads - low)
-    assert HiLo(12, 3, window_size=1, alpha=0.0).l_heads == 3  # a window of 1 is plain attention
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 8)])
-def test_hilo_on_maps_smaller_than_the_window(alpha, size):
-    torch.manual_seed(0)
-    layer = HiLo(8, 2, window_size=4, alpha=alpha).double()
-    x = torch.randn(2, *size, 8, dtype=torch.float64, requires_grad=True)
-    out = layer(x)
-    H, W = (-(-n // 4) * 4 for n in size)
-    padded = torch.zeros(2, H, W, 8, dtype=torch.float64)
-    padded[:, : size[0], : size[1]] = x.detach()
-    op_close(out.detach(), layer(padded)[:, : size[0], : size[1]].detach())
-    (dx,) = torch.autograd.grad(out.sum(), x)
-    assert torch.isfinite(dx).all()
-
-
-def test_hilo_takes_tokens_and_maps():
-    torch.manual_seed(0)
-    layer = HiLo(8, 2)
-    x = torch.randn(2, 3, 5, 8)
-    op_close(layer(x.flatten(1, 2), (3, 5)).double(), layer(x).flatten(1, 2).double())
-    square = torch.randn(1, 16, 8)
-    op_close(layer(square).double(), layer(square, [4, 4]).double())
-    with pytest.raises(ValueError, match="got 15 tokens for a 3x3 map"):
-        layer(x.flatten(1, 2))
-    with pytest.raises(ValueError, match="no attention mask"):
-        layer(square, attn_mask=torch.zeros(16, 16))
-
-
-@pytest.mark.parametrize("name", ["test_vit", "pvt_v2_b0"])
-def test_hilo_replaces_the_attention_of_timm_models(name):
-    import timm
-
-    kwargs = {"class_token": False, "global_pool": "avg"} if name == "test_vit" else {}
-    model = timm.create_model(name, num_classes=4, **kwargs)
-    for module in model.modules():
-        if hasattr(module, "attn") and hasattr(module, "mlp"):
-            dim = module.norm1.normalized_shape[0]
-            module.attn = HiLo(dim, module.attn.num_heads, qkv_bias=True)
-    size = model.pretrained_cfg["input_size"][-1]
-    out = model(torch.randn(2, 3, size, size))
-    out.square().mean().backward()
-    assert out.shape == (2, 4)
-    assert all(p.grad is not None for m in model.modules() if isinstance(m, HiLo) for p in m.parameters())

@@ -465,8 +465,8 @@ def launches(monkeypatch, q, kernel_size=7, dilation=1, number=0):
     B, H, W, h, d = q.shape
     keys, bias = (q.new_zeros(B, number, h, d), q.new_zeros(h, H * W, number)) if number else (None, None)
     tensors = q, q, q, rpb, keys, keys, bias
-    out, lse = module._triton_forward(*tensors, window, 1.0)
-    module._triton_backward(out, *tensors, out, lse, window, 1.0)
+    out, lse = _neighborhood_kernels.kernel_forward(*tensors, window, 1.0)
+    _neighborhood_kernels.kernel_backward(out, *tensors, out, lse, window, 1.0)
     return {name: recorder.calls for name, recorder in recorders.items()}
 
 
@@ -868,7 +868,7 @@ def test_rejects_backends():
 def test_auto_never_interprets(monkeypatch):
     """On CPU tensors the kernels, and NATTEN, run only when a caller insists."""
     calls = []
-    monkeypatch.setattr(module, "_triton_forward", lambda *a: calls.append(a))
+    monkeypatch.setattr(_neighborhood_kernels, "kernel_forward", lambda *a: calls.append(a))
     monkeypatch.setattr(module, "_natten_form", lambda *a: calls.append(a))
     call(neighborhood_attention, [t.float() for t in inputs(*CASES[1])], CASES[1])
     assert calls == []

@@ -3,6 +3,7 @@ import torch
 from tolerance import op_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from vizoo.backbones.ops import _prompt_attention_kernels as kernels
 from vizoo.backbones.ops import prompt_attention as module
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_attention import prompt_attention, reference_prompt_attention
@@ -81,14 +82,14 @@ def test_fused_form(dtype):
 @needs_triton
 def test_kernels_add_up_images(monkeypatch, nan_empty):
     """Gradients of shared prompts where each program takes several images, the last one fewer."""
-    monkeypatch.setattr(module, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
     check(by_kernels, DEVICE, *inputs(3, 1, 21, 5, 16, 1), torch.float32)
 
 
 @needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_precision_of_products_reaches_the_kernels(precision, monkeypatch):
-    monkeypatch.setattr(module, "product_precision", lambda device: precision)
+    monkeypatch.setattr(kernels, "product_precision", lambda device: precision)
     found = launches(monkeypatch)
     check(by_kernels, DEVICE, *inputs(1, 1, 21, 5, 16, 1), torch.float32)
     assert [x["PRECISION"] for x in found if "PRECISION" in x] == [precision] * 4
@@ -108,8 +109,8 @@ def launches(monkeypatch, run=True):
                 found.append(arguments) or (run and self.kernel[grid](*pointers, **arguments))
             )
 
-    for name in [x for x in vars(module) if x.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    for name in [x for x in vars(kernels) if x.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorded(getattr(kernels, name)))
     return found
 
 
@@ -119,8 +120,8 @@ def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
     for tokens, bits in [(2**10, 32), (2**27, 64)]:
         q = torch.empty(2, 1, tokens, 16, dtype=torch.float16, device="meta")
         prompts, chosen = q[:1, :, :5], torch.empty(2, tokens, 5, dtype=torch.bool, device="meta")
-        out, lse, kept = module._kernel_forward(q, q, q, prompts, prompts, chosen=chosen, scale=1.0)
-        module._kernel_backward(out, out, lse, kept, q, q, q, prompts, prompts, scale=1.0)
+        out, lse, kept = kernels.kernel_forward(q, q, q, prompts, prompts, chosen=chosen, scale=1.0)
+        kernels.kernel_backward(out, out, lse, kept, q, q, q, prompts, prompts, scale=1.0)
         assert {x["INDEX"].primitive_bitwidth for x in found if "INDEX" in x} == {bits}
         found.clear()
 
@@ -128,11 +129,11 @@ def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 def test_every_size_has_tiles(precision, monkeypatch):
-    monkeypatch.setattr(module, "product_precision", lambda device: precision)
+    monkeypatch.setattr(kernels, "product_precision", lambda device: precision)
     for dtype in (torch.float32, torch.float16):
         for d in range(16, module.MAX_HEAD_SIZE + 1, 16):
             for name in ("fwd", "query", "key"):
-                tile = module._choice(torch.empty(1, 1, 1, d, dtype=dtype), name)
+                tile = kernels._choice(torch.empty(1, 1, 1, d, dtype=dtype), name)
                 assert tile.keys in (16, 32, 64)  # one or two words of the choice
                 assert tile.queries >= 16
 

@@ -3,8 +3,8 @@ import torch
 from tolerance import op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.layers.prompt_tuning import TCPA
-from vizoo.backbones.ops import prompt_match as module
+from vizoo.backbones.layers.prompt_attention import TCPA
+from vizoo.backbones.ops import _prompt_match_kernels as kernels
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
 from vizoo.backbones.ops.prompt_match import Pool, kernel_takes, prompt_match
 
@@ -58,14 +58,14 @@ def test_ties_and_zeros():
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_precision_of_products_reaches_the_kernel(precision, monkeypatch):
-    found, kernel = [], module._prompt_match_kernel
+    found, kernel = [], kernels._prompt_match_kernel
 
     class Recorded:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: found.append(kwargs["PRECISION"]) or kernel[grid](*args, **kwargs)
 
-    monkeypatch.setattr(module, "product_precision", lambda device: precision)
-    monkeypatch.setattr(module, "_prompt_match_kernel", Recorded())
+    monkeypatch.setattr(kernels, "product_precision", lambda device: precision)
+    monkeypatch.setattr(kernels, "_prompt_match_kernel", Recorded())
     prompt_match(torch.randn(1, 3, 16, device=DEVICE), 0, [Pool(torch.randn(4, 16, device=DEVICE), 2, 1)])
     assert found == [precision]
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vizoo.backbones.ops import _reversed_attention_kernels as kernels
 from vizoo.backbones.ops import reversed_attention as module
 from vizoo.backbones.ops.backend import HAS_TRITON
 from vizoo.backbones.ops.cost import COSTS
@@ -98,8 +99,8 @@ def launches(monkeypatch, run=True):
                 found.append(arguments) or (run and self.kernel[grid](*pointers, **arguments))
             )
 
-    for name in [x for x in vars(module) if x.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    for name in [x for x in vars(kernels) if x.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorded(getattr(kernels, name)))
     return found
 
 
@@ -236,8 +237,8 @@ def test_eager_inference(dtype):
 @pytest.mark.parametrize("dtype", [INTERPRETED_FP32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("case", ROWS, ids=ids)
 def test_row_kernels(case, dtype, monkeypatch):
-    assert module._rows(inputs(*case)[0].half())
-    monkeypatch.setattr(module, "_rows", lambda q: True)
+    assert kernels._rows(inputs(*case)[0].half())
+    monkeypatch.setattr(kernels, "_rows", lambda q: True)
     check(through("triton"), inputs(*case), dtype, DEVICE)
 
 
@@ -245,21 +246,21 @@ def test_row_kernels(case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("case", TILES, ids=ids)
 def test_tile_kernels(case, dtype, monkeypatch):
-    monkeypatch.setattr(module, "ROW_TOKENS", 0)
-    assert not module._rows(inputs(*case)[0].half())
+    monkeypatch.setattr(kernels, "ROW_TOKENS", 0)
+    assert not kernels._rows(inputs(*case)[0].half())
     check(through("triton"), inputs(*case), dtype, DEVICE)
 
 
 @needs_triton
 def test_tile_kernels_without_tensor_cores(monkeypatch):
-    monkeypatch.setattr(module, "product_precision", lambda device: "ieee")
+    monkeypatch.setattr(kernels, "product_precision", lambda device: "ieee")
     check(through("triton"), inputs(*TILES[0]), torch.float32, DEVICE)
 
 
 def test_row_kernels_end_where_a_head_no_longer_fits():
     for N, D, rows in [(256, 32, True), (257, 8, False), (256, 33, False), (128, 64, True), (16, 128, True)]:
-        assert module._rows(torch.empty(1, 1, N, D, dtype=torch.bfloat16)) is rows
-        assert not module._rows(torch.empty(1, 1, N, D))
+        assert kernels._rows(torch.empty(1, 1, N, D, dtype=torch.bfloat16)) is rows
+        assert not kernels._rows(torch.empty(1, 1, N, D))
 
 
 @needs_triton
@@ -267,7 +268,7 @@ def test_row_kernels_end_where_a_head_no_longer_fits():
 @pytest.mark.parametrize("size", [1e-6, 1e-7, 1e3])
 def test_tiny_and_large_float16_gradients(size, limit, monkeypatch):
     """Of the output; those of the scores, a small part of it, would be 0 or infinite in float16."""
-    monkeypatch.setattr(module, "ROW_TOKENS", limit)
+    monkeypatch.setattr(kernels, "ROW_TOKENS", limit)
     q, k, v, _ = (t.half().to(DEVICE) for t in inputs(1, 2, 37, 16))
     q, k = q * 0.25, k * 4  # so that the gradient of q can be held in float16
     out, lse = torch.ops.vizoo.reversed_attention(q, k, v, 0.25, "triton")
@@ -288,7 +289,7 @@ def test_tiny_and_large_float16_gradients(size, limit, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's: of receivers that are not stored
 def test_scores_far_below_zero(rows, monkeypatch):
     """What stands for receivers past the last must not be larger than any number."""
-    monkeypatch.setattr(module, "_rows", lambda q: rows)
+    monkeypatch.setattr(kernels, "_rows", lambda q: rows)
     q, k, v, weight = inputs(1, 1, 21, 16)
     tensors = [t.float().to(DEVICE) for t in (q + 5, k - 5, v, weight)]
     truth = run(reference_reversed_attention, [t.double() for t in tensors], tensors[2].double())
@@ -299,8 +300,8 @@ def test_scores_far_below_zero(rows, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("limit", [256, 0], ids=["rows", "tiles"])
 def test_precision_of_products_reaches_the_kernels(limit, monkeypatch):
-    monkeypatch.setattr(module, "ROW_TOKENS", limit)
-    monkeypatch.setattr(module, "product_precision", lambda device: "tf32")
+    monkeypatch.setattr(kernels, "ROW_TOKENS", limit)
+    monkeypatch.setattr(kernels, "product_precision", lambda device: "tf32")
     found = launches(monkeypatch)
     q, k, v, weight = (t.half().to(DEVICE) for t in inputs(1, 2, 21, 16))
     run(through("triton"), (q, k, v, weight), v)
@@ -311,11 +312,11 @@ def test_precision_of_products_reaches_the_kernels(limit, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 def test_every_size_has_tiles(precision, monkeypatch):
-    monkeypatch.setattr(module, "product_precision", lambda device: precision)
+    monkeypatch.setattr(kernels, "product_precision", lambda device: precision)
     for dtype, D in itertools.product((torch.float32, torch.float16), range(1, module.MAX_HEAD_SIZE + 1)):
         q = torch.empty(1, 1, 1, D, dtype=dtype)
-        for rows in {False, module._rows(q)}:
-            tile = module._tile(q, rows)
+        for rows in {False, kernels._rows(q)}:
+            tile = kernels._tile(q, rows)
             assert min(tile.senders, tile.receivers or 16) >= 16
 
 
@@ -324,8 +325,8 @@ def test_wide_offsets_only_where_an_image_needs_them(monkeypatch):
     found = launches(monkeypatch, run=False)
     for tokens, bits in [(2**10, 32), (2**27, 64)]:
         q = torch.empty(2, 1, tokens, 16, dtype=torch.float16, device="meta")
-        module._triton_forward(q, q, q, 1.0)
-        module._triton_backward(q, q, q, q, q[..., 0].float(), 1.0)
+        kernels.kernel_forward(q, q, q, 1.0)
+        kernels.kernel_backward(q, q, q, q, q[..., 0].float(), 1.0)
         assert {x["INDEX"].primitive_bitwidth for x in found} == {bits}
         found.clear()
 
@@ -542,8 +543,8 @@ def test_works_without_triton():
         "import sys, torch, timm\n"
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else found(name, *a)\n"
-        "from vizoo.backbones.ops import reversed_attention as r\n"
-        "assert not hasattr(r, 'triton')\n"
+        "from vizoo.backbones.ops import reversed_attention as r, _reversed_attention_kernels as n\n"
+        "assert not hasattr(n, 'triton')\n"
         "q, k, v = (torch.rand(1, 2, 5, 4, requires_grad=True) for _ in range(3))\n"
         "out = r.reversed_attention(q, k, v)\n"
         "assert torch.allclose(out, r.reference_reversed_attention(q, k, v), atol=1e-6)\n"

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapes as pictures
+import timm
 import torch
 import yaml
 from PIL import Image
 from runs import TASKS, read, start
 
 from vizoo.tools import cli, common
-from vizoo.tools.training.classification import split_logits
+from vizoo.tools.training.classification import logits_of
 from vizoo.tools.training.run import Saver, locked, match_classes, newest_checkpoint, say_unnamed
+from vizoo.tools.training.task import extra_loss
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -382,10 +384,14 @@ def test_auxiliary_classifiers_are_trained(folders, tmp_path) -> None:
     """The loss of OverLoCK's second classifier counts 0.4 times."""
     more = ["--model", "test_overlock", "--model-kwargs", "aux_head=True", "--epochs", "1", "--img-size", "64"]
     assert start("classification", folders, tmp_path / "run", *more) == 0
-    logits = {"main": torch.ones(2, 3), "aux": torch.zeros(2, 3)}
-    assert [t.mean().item() for t in split_logits(logits)] == [1.0, 0.0]
-    with pytest.raises(TypeError, match="tuple"):
-        split_logits((1, 2))
+    assert logits_of({"main": torch.ones(2, 3), "aux": torch.zeros(2, 3)}).mean() == 1
+    model = timm.create_model("test_overlock", aux_head=True)
+    out = {"main": torch.ones(2, 3), "aux": torch.full((2, 3), 2.0)}
+    assert extra_loss(model, out, lambda logits: logits.sum()).item() == pytest.approx(0.4 * 12)
+    assert extra_loss(model, out["main"], torch.sum) is None
+    for wrong in ((1, 2), {"aux": torch.ones(2, 3)}):
+        with pytest.raises(TypeError, match=type(wrong).__name__):
+            logits_of(wrong)
 
 
 @pytest.mark.parametrize("task", TASKS[:3])

@@ -106,7 +106,6 @@ def test_pickles(folders: Path, runs: Path, tmp_path: Path) -> None:
         *(["evaluate", str(runs / task), "--checkpoint", "BAD", "--device", "cpu"] for task in made.TASKS),
         ["evaluate", "--model", "test_resnet", "--checkpoint", "BAD", "--data", str(folders / "images")],
         ["show", image, "--model", "test_medusa", "--checkpoint", "BAD"],
-        ["dependency", image, "--model", "test_dependencyvit", "--checkpoint", "BAD"],
         ["mm", "convert", "litv2_s_mask-rcnn_8xb2-1x_coco", "--load-from", "BAD", "--out", "new.pth"],
         ["profile", "BAD"],
         ["bench", "BAD"],

@@ -16,13 +16,13 @@ from PIL import Image
 from runs import Killed, assert_same_run, at_call, die, read, rows, signalled
 from torch.utils.data import DataLoader, TensorDataset
 
+from vizoo.backbones.layers import PROMPTS
 from vizoo.tools import train as tool
 from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
 from vizoo.tools.training.classification import Classification, accuracies, parse_options
 from vizoo.tools.training.loop import Loop
 from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
-from vizoo.tools.training.tuning import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 DATA: list[str] = []
@@ -481,10 +481,13 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
         patch.setattr(Loop, "train_epoch", spy)
         assert run(tmp_path / "whole", *MEDUSA, "--sched", "constant", "--lr", "0.01") == 0
     out = capsys.readouterr().out
+    sizes = {k: v.numel() for k, v in timm.create_model("test_medusa", num_classes=2).named_parameters()}
+    total = sum(sizes.values())
+    body, heads = (sum(n for k, n in sizes.items() if k.startswith(part)) for part in ("body.", "attention"))
     for line in (
-        "from epoch 1 on: backbone and attention heads",
-        "from epoch 2 on: body and attention heads",
-        "from epoch 3 on: everything, at a tenth of the rate",
+        f"from epoch 1 on: {total - body:,} of {total:,} parameters learn\n",
+        f"from epoch 2 on: {body + heads:,} of {total:,} parameters learn\n",
+        f"from epoch 3 on: {total:,} of {total:,} parameters learn, at 0.1 of the learning rate\n",
     ):
         assert out.count(line) == 1
 
@@ -504,12 +507,11 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_medusa_rounds_are_checked(tmp_path, capsys) -> None:
-    assert run(tmp_path / "a", "--medusa-rounds", "1") == 2
-    assert "--medusa-rounds 1: 'test_convnext' is no medusa_* model" in capsys.readouterr().err
-    assert run(tmp_path / "b", *MEDUSA, "--medusa-rounds", "2") == 2
-    assert "--medusa-rounds 2 needs at least 5 epochs, got 3" in capsys.readouterr().err
-    assert run(tmp_path / "c", *MEDUSA, "--medusa-rounds", "0", "--epochs", "1") == 0
+def test_phases_are_checked(tmp_path, capsys) -> None:
+    assert run(tmp_path / "b", *MEDUSA, "--model-kwargs", "rounds=2") == 2
+    assert "--epochs 3 with --model 'test_medusa': got rounds=2, need at most 1 for 3 epochs" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run(tmp_path / "c", *MEDUSA, "--model-kwargs", "rounds=0", "--epochs", "1") == 0
     assert "from epoch" not in capsys.readouterr().out
 
 
@@ -520,7 +522,7 @@ def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     before = timm.create_model("test_vit", **vit).state_dict()
     torch.save(before, tmp_path / "vit.pth")
     options = ["--model", "test_vit", "--model-kwargs", "patch_size=8", "depth=2", "--tune", method]
-    options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2", "--random-epochs", "1"]
+    options += ["--initial-checkpoint", str(tmp_path / "vit.pth"), "--epochs", "2"]
     options += ["--warmup-epochs", "0"]
     if method in PROMPTS:
         options += ["--tune-kwargs", "prompt_drop=0.2"]

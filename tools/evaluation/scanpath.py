@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vizoo.backbones.oat import spread_fixations
 from vizoo.tools.common import UserError, compute_device, print_table, save_figure, short
 from vizoo.tools.data.images import read_image
 from vizoo.tools.data.scanpaths import PARTS, Trial, split
@@ -152,11 +151,7 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
                 axes.add_patch(
                     Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=2 + (i == trial.target), **edge)
                 )
-            points = ((scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2)[list(sequence)].numpy()
-            # fixations of one object fan out, so that every number can be read
-            spread = np.array([[min(m // 3, 2) * 0.16, m % 3 * 0.22] for m in _repeats(sequence)])
-            sides = (scene.boxes[:, 2:] - scene.boxes[:, :2])[list(sequence)].numpy()
-            points = points + (spread - [0.0, 0.22]) * sides
+            points = spread_fixations(scene.boxes, sequence).numpy()
             axes.plot(*points.T, color="tab:blue", linewidth=1.2, alpha=0.8, zorder=4)
             axes.scatter(*points.T, s=70, color="white", edgecolors="tab:blue", zorder=5)
             for i, (x, y) in enumerate(points, start=1):
@@ -165,8 +160,3 @@ def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]
             axes.set_xticks([])
             axes.set_yticks([])
     save_figure(figure, path)
-
-
-def _repeats(sequence: Sequence[int]) -> list[int]:
-    """How often each object was fixated before."""
-    return [list(sequence[:i]).count(item) for i, item in enumerate(sequence)]

@@ -394,7 +394,7 @@ def depthwise3x3(C: int, H: int, gelu: bool, last: bool = True, batch: int = 128
 
 
 def prompts(N: int, P: int, h: int, d: int, batch: int = 128) -> Case:
-    """Attention of TCPA; plain attention to the tokens alone is its floor."""
+    """Attention to prompts; plain attention to the tokens alone is its floor."""
 
     def inputs(B: int, device: torch.device) -> Inputs:
         tokens = [draw(device, B, h, N, d) for _ in range(3)]

@@ -20,17 +20,6 @@ from typing import Any, NamedTuple
 
 from vizoo.tools.common import Failure, UserError, build_model, print_table
 
-MODELS = (  # one or more of each family that has kernels, so that together they launch all of them
-    "nat_tiny",
-    "dinat_tiny",
-    "halo_h1",
-    "halo_h4",
-    "dependencyvit_small",
-    "overlock_t",
-    "mobilenetv2_100_ulsam_r13_14_16_17_g4",
-    "vit_base_patch16_224_tcpa",
-    "litv2_s",
-)
 # an H100, for the estimates: instructions that all schedulers issue in a second, bytes/s and FLOP/s that are reached
 ISSUE_RATE, BYTES_RATE, FLOP_RATES = 132 * 4 * 1.755e9, 3.0e12, {"float32": 5.0e13}
 HALF_RATE = 6.0e14

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vizoo.tools.common import MARK, Failure, UserError, check_output, read_text, short
+from vizoo.tools.gpu.models import Measured, measured
 from vizoo.tools.profiling.machine import commit
 
 # shares of the time
@@ -40,45 +41,13 @@ START, MOST = (
 WARMERS = 4  # processes that compile; each holds a model in the GPU's memory
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ("section", "item", "dtype", "form", "batch", "mode")  # of a job
-MODELS = {  # name: batch, modes beside inference and training
-    "nat_tiny": (128, "train plain"),
-    "swin_tiny_patch4_window7_224": (128,),
-    "overlock_t": (128, "train plain", "infer merged"),
-    "convnext_tiny": (128, "infer channels_last", "train channels_last"),
-    "vit_base_patch16_224_tcpa": (64,),
-    "vit_base_patch16_224": (64,),
-    "mobilenetv2_100_ulsam_r13_14_16_17_g4": (128, "train plain", "infer channels_last"),
-    "mobilenetv2_100": (128, "infer channels_last"),
-    "halo_h1": (128, "train plain"),
-    "halonet26t": (128, "infer channels_last", "train channels_last"),
-    "litv2_s": (128, "train plain"),
-    "dependencyvit_small": (128, "train plain"),
-    "vit_small_patch16_224": (128,),
-    "resnet50": (128, "infer channels_last", "train channels_last"),
-    "dinat_tiny": (128,),
-    "ninformer_small_patch16_224": (128,),
-    "medusa_resnet50": (16, "infer channels_last"),
-    "oat_base": (16,),
-    "halo_h4": (32,),
-}
-UNCOMPILED = 12  # models after these many are measured eagerly only
 PROFILED = 8
 FEW = 8  # images, of which a GPU makes so little work that the host may be the limit
-FEW_MODELS = ("nat_tiny", "overlock_t", "halo_h1", "vit_base_patch16_224_tcpa", "litv2_s", "dependencyvit_small")
-DRY_MODELS: dict[str, tuple[Any, ...]] = {
-    "test_nat": (2, "train plain"),
-    "test_overlock": (2, "infer channels_last", "infer merged"),
-    "test_resnet": (2,),
-}
-# by whether the run is dry: models and the share of another one's speed that they aim at, both compiled
-SHARES = {
-    False: {
-        ("overlock_t", "convnext_tiny"): 0.5,
-        ("vit_base_patch16_224_tcpa", "vit_base_patch16_224"): 0.85,
-        ("mobilenetv2_100_ulsam_r13_14_16_17_g4", "mobilenetv2_100"): 0.95,
-    },
-    True: {("test_overlock", "test_nat"): 0.5},
-}
+DRY_MODELS = [
+    Measured("test_nat", 2, ("train plain",), compiled=True, few=True),
+    Measured("test_overlock", 2, ("infer channels_last", "infer merged"), compiled=True, peer="test_nat", share=0.5),
+    Measured("test_resnet", 2, compiled=True),
+]
 GRAPH_SHARE = 1 / 1.3  # of the images a second of a CUDA graph, for a few images
 
 
@@ -274,14 +243,15 @@ def plan(dry: bool, only: str = "") -> dict[str, list[dict[str, Any]]]:
                 if form not in absent and not wrong and not (costly and dtype == "float32"):
                     ops.append({"item": case.name, "dtype": dtype, "form": form})
     models, compiled, profiled, graphs = [], [], [], []
-    for i, (name, (batch, *modes)) in enumerate((DRY_MODELS if dry else MODELS).items()):
-        job = {"item": name, "batch": batch}
-        models += [{**job, "mode": mode} for mode in ("infer", "train", *modes)]
-        if i < UNCOMPILED:
+    rows = DRY_MODELS if dry else measured()
+    for i, row in enumerate(rows):
+        job: dict[str, Any] = {"item": row.name, "batch": row.batch}
+        models += [{**job, "mode": mode} for mode in ("infer", "train", *row.modes)]
+        if row.compiled:
             compiled += [{**job, "mode": f"{mode} compiled"} for mode in ("infer", "train")]
         if i < (1 if dry else PROFILED):
             profiled.append({**job, "mode": "infer"})
-    for i, name in enumerate(list(DRY_MODELS)[:1] if dry else FEW_MODELS):
+    for i, name in enumerate(row.name for row in rows if row.few):
         graphs += [{"item": name, "batch": FEW, "mode": mode} for mode in ("infer", "infer graph")]
         if i < 2 and not dry:
             compiled += [
@@ -303,11 +273,12 @@ def shares(rows: Sequence[dict[str, Any]], dry: bool) -> Iterator[dict[str, Any]
     Yields:
         Rows with ``ratio``, of the images a second, and ``least``, the ratio that is aimed at.
     """
+    aims = {m.name: [(m.peer, m.share)] for m in (DRY_MODELS if dry else measured()) if m.peer}
     speed = {(row["item"], row["batch"], row["mode"]): row["images_per_s"] for row in rows if "images_per_s" in row}
     for item, batch, mode in speed:
         pairs = [((item, batch, f"{mode} graph"), GRAPH_SHARE)]
         if mode in ("infer compiled", "train compiled"):
-            pairs += [((other, batch, mode), least) for (ours, other), least in SHARES[dry].items() if ours == item]
+            pairs += [((peer, batch, mode), least) for peer, least in aims.get(item, ())]
         for theirs, least in pairs:
             if theirs in speed:
                 row = {

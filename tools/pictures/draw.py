@@ -16,10 +16,12 @@ from vizoo.tools.common import save_figure
 
 WIDTH, DPI = 16.0, 100  # inches and pixels an inch: 1,600 pixels
 COLUMNS, PANEL = 4, 5.0  # panels beside each other, and the widest, in inches
+HIGH, NARROW = 7.0, 2.8  # inches: the highest image, and the least width of a panel, for its title
 GAP, LINE, BAR, LABEL = 0.12, 0.17, 0.12, 0.42  # inches: between panels, of a line of text, of a bar, under a bar
+INSET = 0.3  # inches: room for half a number on each side of a bar
 CHARACTER = 0.074  # inches of a character of a title
 BEYOND = 0.15  # shares of the image that are shown beyond its edges, at most
-MOST_LINES = 80  # of a tree: more hide the image
+MOST_LINES = 60  # of a tree: more hide the image
 
 
 def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title: str) -> None:
@@ -35,11 +37,11 @@ def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title:
 
     rows = math.ceil((len(panels) + 1) / COLUMNS)
     columns = math.ceil((len(panels) + 1) / rows)
-    width = min(PANEL, WIDTH / columns)
     limits = _limits(panels)
-    inner = width - GAP
-    height = inner * image.shape[1] / image.shape[2] * (limits[2] - limits[0]) / (limits[3] - limits[1])
-    texts = ["", *(textwrap.fill(_title(p), int(inner / CHARACTER)) for p in panels)]
+    ratio = image.shape[1] / image.shape[2] * (limits[2] - limits[0]) / (limits[3] - limits[1])
+    inner = min(min(PANEL, WIDTH / columns) - GAP, HIGH / ratio)
+    height, width = inner * ratio, max(inner + GAP, NARROW)
+    texts = ["", *(textwrap.fill(_title(p), int((width - GAP) / CHARACTER)) for p in panels)]
     above = LINE * max(t.count("\n") + 1 for t in texts) + 0.08
     below = BAR + LABEL if any(p.bar for p in panels) else 0.0
     heading = textwrap.fill(title, int((columns * width - GAP) / CHARACTER / 1.1))
@@ -61,7 +63,8 @@ def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title:
             axes.set_xlim(limits[1], limits[3])
             axes.set_ylim(limits[2], limits[0])
         if panel.bar and coloured is not None:
-            bar = figure.colorbar(coloured, cax=place(left, top + height + 0.05, inner, BAR), orientation="horizontal")
+            where = place(left + INSET, top + height + 0.05, width - GAP - 2 * INSET, BAR)
+            bar = figure.colorbar(coloured, cax=where, orientation="horizontal")
             bar.set_label(panel.bar, fontsize=8, labelpad=1)
             bar.ax.locator_params(nbins=5)
             bar.ax.tick_params(labelsize=8, length=2, pad=1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from vizoo.backbones.layers import Panel
 from vizoo.tools.common import UserError
 
 FINEST = 96  # cells of the longer side of a receptive field: single pixels are noise
+
+
+class Level(NamedTuple):
+    """What a module gave, and how it, or its gradient, becomes ``[B, C, H, W]``."""
+
+    value: Tensor
+    to_map: Callable[[Tensor], Tensor]
 
 
 def grad_cam(model: nn.Module, image: Tensor, target: int | None = None, classes: Sequence[str] = ()) -> Panel:
@@ -39,7 +47,7 @@ def grad_cam(model: nn.Module, image: Tensor, target: int | None = None, classes
         x = image.clone().requires_grad_()
         out, levels = _levels(model, x)
         logits = out.get("main") if isinstance(out, dict) else out
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.shape[1]:
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or not getattr(model, "num_classes", 1):
             raise UserError(f"--view grad-cam: {type(model).__name__} gives no classes")
         count = logits.shape[1]
         if target is not None and target >= count:
@@ -48,15 +56,16 @@ def grad_cam(model: nn.Module, image: Tensor, target: int | None = None, classes
         if not levels:
             raise UserError(f"--view grad-cam: {type(model).__name__} has no maps")
         gradients = torch.autograd.grad(logits[0, best], [value for value, _ in levels], allow_unused=True)
-    for (value, to_map), gradient in zip(reversed(levels), reversed(gradients), strict=True):
-        if gradient is not None and to_map(gradient).any():
-            weight = to_map(gradient).float().mean((2, 3), keepdim=True)
-            found = (to_map(value).detach().float() * weight).sum(1)[0].relu()
-            name = f"class {best}" + (f", {classes[best]}" if classes else "")
-            share = float(logits[0].detach().float().softmax(0)[best])
-            title = f"Grad-CAM of {name} ({share:.1%}), {found.shape[0]}x{found.shape[1]} map"
-            return Panel(title=title, heat=found / found.max().clamp_min(torch.finfo(torch.float32).tiny))
-    raise UserError(f"--view grad-cam: no map of {type(model).__name__} has places that the class depends on")
+    slopes = [torch.zeros_like(v) if g is None else g for (v, _), g in zip(levels, gradients, strict=True)]
+    at = max((i for i, slope in enumerate(slopes) if levels[i].to_map(slope).any()), default=-1)
+    weight = levels[at].to_map(slopes[at]).float().mean((2, 3), keepdim=True)
+    found = (levels[at].to_map(levels[at].value).detach().float() * weight).sum(1)[0].relu()
+    name = f"class {best}" + (f", {classes[best]}" if classes else "")
+    share = float(logits[0].detach().float().softmax(0)[best])
+    title = f"Grad-CAM of {name} ({share:.1%}), {found.shape[0]}x{found.shape[1]} map"
+    if not found.any():
+        title += ": nothing speaks for it" if slopes[at].any() else ": the class depends on nothing"
+    return Panel(title=title, heat=found / found.max().clamp_min(torch.finfo(torch.float32).tiny), limits=(0.0, 1.0))
 
 
 def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float] = (0.5, 0.5)) -> Panel:
@@ -118,51 +127,84 @@ def _half(pixels: Tensor, centre: tuple[float, float]) -> tuple[int, tuple[float
     return side, (t / height, l / width, b / height, r / width)
 
 
-def _levels(model: nn.Module, x: Tensor) -> tuple[Any, list[tuple[Tensor, Any]]]:
-    """Run a model; of each level that its features are taken from, the output, and what makes a map of it."""
-    infos = [info for info in getattr(model, "feature_info", ()) if info.get("module")]
-    kept: dict[str, Any] = {}
+def _levels(model: nn.Module, x: Tensor) -> tuple[Any, list[Level]]:
+    """Run a model; of each level that its features are taken from, what it gave, the deepest last.
+
+    Models whose levels give no single map (branches, class attention) are searched for other modules that do.
+    """
+    channels = {i["module"]: i["num_chs"] for i in getattr(model, "feature_info", ()) if i.get("module")}
+    known = dict(model.named_modules())
+    out, levels = _run(model, x, {name: known[name] for name in channels if name in known}, channels)
+    if not levels:
+        out, levels = _run(model, x, {name: known[name] for name in known if name}, {})
+    return out, [level for level in levels if not _is_shuffled(level, model, x)]
+
+
+def _is_shuffled(level: Level, model: nn.Module, x: Tensor) -> bool:
+    """Whether a model has the tokens of a level in an order of its own (Hiera): its own map has them in another one."""
+    if level.value.ndim != 3 or not hasattr(model, "forward_intermediates"):
+        return False
+    mine = level.to_map(level.value).detach()
+    with torch.no_grad():
+        maps = [m for m in model.forward_intermediates(x, intermediates_only=True) if m.shape == mine.shape]  # type: ignore[operator]
+    sums = [m.sum(1).flatten() for m in maps]
+    other = mine.sum(1).flatten()
+    return any(torch.allclose(s.sort()[0], other.sort()[0]) and not torch.allclose(s, other) for s in sums)
+
+
+def _run(
+    model: nn.Module, x: Tensor, modules: dict[str, nn.Module], channels: dict[str, int]
+) -> tuple[Any, list[Level]]:
+    """Run a model; of those outputs of the modules that are maps or tokens, in the order of the calls, the levels."""
+    levels: list[Level] = []
 
     def keep(name: str) -> Any:
-        return lambda module, args, out: kept.__setitem__(name, out)
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            to_map = _mapper(out, channels.get(name), model, x) if isinstance(out, Tensor) else None
+            if to_map:
+                levels.append(Level(out, to_map))
 
-    known = dict(model.named_modules())
-    names = list(dict.fromkeys(info["module"] for info in infos if info["module"] in known))
-    handles = [known[name].register_forward_hook(keep(name)) for name in names]
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         out = model(x)
     finally:
         for handle in handles:
             handle.remove()
-    channels = {info["module"]: info["num_chs"] for info in infos}
-    found = [(kept[n], _mapper(kept[n], channels[n], model, x)) for n in names if isinstance(kept.get(n), Tensor)]
-    levels = [(value, to_map) for value, to_map in found if to_map is not None]
-    if levels or not hasattr(model, "forward_head"):
-        return out, levels
-    last = model.forward_features(x)  # type: ignore[operator]
-    if isinstance(last, Tensor):
-        to_map = _mapper(last, getattr(model, "num_features", 0), model, x)
-        return model.forward_head(last), [(last, to_map)] if to_map else []  # type: ignore[operator]
-    return out, []
+    return out, levels
 
 
-def _mapper(value: Tensor, channels: int, model: nn.Module, x: Tensor) -> Any:
+def _mapper(value: Tensor, channels: int | None, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """What turns the output of a level, or its gradient, into ``[B, C, H, W]``; None where there are no places."""
+    size = x.shape[2:]
     if value.ndim == 4:
-        last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        if value.shape[1] != channels or (last and value.shape[3] == channels):
-            return (lambda t: t.permute(0, 3, 1, 2)) if value.shape[3] == channels else None
-        return lambda t: t
-    if value.ndim != 3 or value.shape[2] != channels:
+        nchw = value.shape[1] == channels if channels else _is_grid(value.shape[2:], size)
+        nhwc = value.shape[3] == channels if channels else _is_grid(value.shape[1:3], size)
+        if nhwc and (not nchw or str(getattr(model, "output_fmt", "")).endswith("NHWC")):
+            return lambda t: t.permute(0, 3, 1, 2)
+        return (lambda t: t) if nchw else None
+    if value.ndim != 3 or value.shape[2] != (channels or value.shape[2]):
         return None
-    count, size = value.shape[1] - getattr(model, "num_prefix_tokens", 0), x.shape[2:]
-    grid = next(_grids(count, size), None)
-    return grid and (lambda t: t[:, t.shape[1] - count :].transpose(1, 2).unflatten(2, grid))
+    for prefix in dict.fromkeys((getattr(model, "num_prefix_tokens", 0), 0, 1)):
+        grid = next(_grids(value.shape[1] - prefix, size), None)
+        if grid:
+            return functools.partial(_tokens_to_map, prefix=prefix, grid=grid)
+    return None
+
+
+def _tokens_to_map(x: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    return x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+
+def _is_grid(shape: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a map may be one of an image: its cells are almost square, and one in the middle is no token."""
+    return shape[0] * shape[1] > 1 and any(grid == tuple(shape) for grid in _grids(shape[0] * shape[1], size))
 
 
 def _grids(count: int, size: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows and columns of so many square patches of an image."""
+    """Rows and columns of so many square patches of an image, at least two."""
     for stride, up in itertools.product(range(1, max(size) + 1), (False, True)):
         rows, columns = (-(-n // stride) if up else n // stride for n in size)
-        if rows * columns == count:
+        if rows * columns == count > 1:
             yield rows, columns

@@ -23,7 +23,7 @@ from timm.models import get_pretrained_cfg
 from timm.utils import accuracy
 from torch import nn
 
-from vizoo.backbones.medusa import MEDUSA, medusa_parameters
+from vizoo.backbones.layers import PROMPTS, has_prompts
 from vizoo.tools.common import Failure, UserError, build_model, is_exhausted, one_line, resolve_model
 from vizoo.tools.data.folders import (
     Splits,
@@ -53,13 +53,11 @@ from vizoo.tools.training.options import (
     parse_task,
 )
 from vizoo.tools.training.run import match_classes, say_unnamed, skipped_text
-from vizoo.tools.training.task import ALONE, Column, Task, World
-from vizoo.tools.training.tuning import PROMPTS, tune
+from vizoo.tools.training.task import ALONE, Column, Task, World, extra_loss
+from vizoo.tools.training.tuning import TUNES, tune
 
-AUX_WEIGHT = 0.4  # of the second classifier of OverLoCK, in its official training
 DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
 TUNE_RECIPE = "classification/tune.yaml"
-TUNES = ("tcpa", "vpt", "vfpt", "linear", "full")
 METRICS = {"top1": ("top-1", " %"), "top5": ("top-5", " %"), "loss": ("loss", "")}
 EPILOG = f"""\
 examples:
@@ -86,7 +84,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; defaults are those of timm's training script unless the help says otherwise."""
-    count, positive = number(int, 0), number(int, 1)
+    positive = number(int, 1)
     real, share = number(float, 0), number(float, 0, 1)
     toggle = argparse.BooleanOptionalAction
     p = Parser(
@@ -132,13 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--grad-checkpointing", action=toggle, default=False, help="less memory, more computation")
     g.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout (0)")
     g.add_argument("--drop-path", type=share, metavar="PCT", help="stochastic depth (the model's)")
-    g.add_argument(
-        "--medusa-rounds",
-        type=count,
-        metavar="N",
-        help="for medusa_* models: train backbone and attention body in turn, so often, before all together at a tenth "
-        "of the rate; 0 trains all together (2, or what --epochs has room for)",
-    )
 
     g = p.add_argument_group("tuning")
     g.add_argument(
@@ -150,8 +141,6 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--tune-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="settings of the prompts"
     )
-    g.add_argument("--match-weight", type=real, default=0.01, metavar="W", help="of TCPA's matching loss (0.01)")
-    g.add_argument("--random-epochs", type=count, default=10, metavar="N", help="TCPA chooses at random first (10)")
 
     g = add_batches(p, 128)
     g.add_argument("-vb", "--validation-batch-size", type=positive, metavar="N", help="held-out (as --batch-size)")
@@ -346,7 +335,6 @@ class Classification(Task):
         self.held_out = shared_loader(args, splits.held_out, self.data_config, world)
         self.mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax)
         self.criterion = self._build_loss().to(world.device)
-        self.rounds: int | None = None
         self.what = (f"eval_{args.eval_metric}", *METRICS[args.eval_metric])
         self.decreasing = args.eval_metric == "loss"
 
@@ -365,6 +353,7 @@ class Classification(Task):
             drop_path_rate=args.drop_path,
             **self.load_kwargs,
         )
+        self.had_prompts = has_prompts(model)
         tune(model, args)
         if args.grad_checkpointing:
             try:
@@ -392,7 +381,9 @@ class Classification(Task):
             reason = f"{type(e).__name__}: {one_line(e, 200)}"
             raise UserError(f"model {self.args.model!r} cannot take {what}: {reason}") from None
         try:
-            split_logits(trained)
+            logits_of(trained)
+            if isinstance(trained, dict) and len(trained) > 1 and not hasattr(model, "extra_loss"):
+                raise TypeError(f"its output in training has {', '.join(trained)}, but it has no extra_loss() for them")
         except TypeError as e:
             raise UserError(f"model {self.args.model!r} cannot be trained here: {e}") from None
         if not isinstance(out, torch.Tensor) or out.shape != (2, self.num_classes) or not out.isfinite().all():
@@ -446,56 +437,23 @@ class Classification(Task):
         found: nn.Module = compiled
         return found
 
-    def start_epoch(self, epoch: int, epochs: int) -> float:
-        """Mixing, TCPA's choice of prompts, and what a MEDUSA trains."""
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Switch mixing off where ``--mixup-off-epoch`` says; a frozen backbone stays in evaluation mode."""
         args = self.args
         self.loader.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
         if args.tune == "linear":
             self.model.eval()
-        if args.tune == "tcpa":
-            self.model.random_match = epoch < args.random_epochs
-        return self._choose_part(epoch, epochs)
-
-    def check_epochs(self, epochs: int) -> None:
-        """Settle how often backbone and body of a MEDUSA train in turn.
-
-        Raises:
-            UserError: If the epochs do not suffice, or the model is none.
-        """
-        rounds, most = self.args.medusa_rounds, (epochs - 1) // 2
-        if not isinstance(self.model, MEDUSA):
-            if rounds is not None:
-                raise UserError(f"--medusa-rounds {rounds}: {self.args.model!r} is no medusa_* model")
-            self.rounds = 0
-            return
-        if rounds is not None and rounds > most:
-            raise UserError(f"--medusa-rounds {rounds} needs at least {2 * rounds + 1} epochs, got {epochs}")
-        self.rounds = min(2, most) if rounds is None else rounds
-
-    def _choose_part(self, epoch: int, epochs: int) -> float:
-        """Set what a MEDUSA trains: its backbone, its body, in the end both at a tenth of the rate."""
-        if not self.rounds:
-            return 1.0
-        parts = 2 * self.rounds + 1
-        part = epoch * parts // epochs
-        phase = "all" if part == parts - 1 else ("backbone", "body")[part % 2]
-        medusa_parameters(self.model, phase)
-        if self.world.primary and (epoch == 0 or (epoch - 1) * parts // epochs != part):
-            what = "everything, at a tenth of the rate" if phase == "all" else f"{phase} and attention heads"
-            print(f"from epoch {epoch + 1} on: {what}")
-        return 0.1 if phase == "all" else 1.0
 
     def losses(self, model: nn.Module, batch: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Loss of images ``[B, C, H, W]`` and targets ``[B]`` or ``[B, classes]``, all losses added."""
         images, target = batch
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits, aux = split_logits(model(images))
+        out = model(images)
+        logits = logits_of(out)
         loss = self.criterion(logits, target)
-        if aux is not None:
-            loss = loss + AUX_WEIGHT * self.criterion(aux, target)
-        if self.args.tune == "tcpa" and self.model.match_loss is not None:
-            loss = loss + self.args.match_weight * self.model.match_loss
+        more = extra_loss(self.model, out, lambda logits: self.criterion(logits, target))
+        loss = loss if more is None else loss + more
         if self.mixed:
             return {"loss": loss}
         return {"loss": loss, "right": 100 * (logits.detach().argmax(1) == target).sum()}
@@ -536,33 +494,31 @@ class Classification(Task):
         """The line of Python that loads a checkpoint."""
         args = self.args
         create = functools.partial(_call, "timm.create_model", repr(args.model))
-        if args.tune not in PROMPTS or args.model.endswith("_tcpa"):
+        if args.tune not in PROMPTS or self.had_prompts:
             return f"import timm, vizoo; model = {create(**self.load_kwargs, checkpoint_path=file)}"
-        function, settings = PROMPTS[args.tune]
+        tuned = _call(f"PROMPTS[{args.tune!r}]", create(**self.load_kwargs), **args.tune_kwargs)
         return (
-            f"import timm; from vizoo.backbones.layers import {function.__name__}; "
-            f"model = {_call(function.__name__, create(**self.load_kwargs), **settings, **args.tune_kwargs)}; "
+            f"import timm; from vizoo.backbones.layers import PROMPTS; model = {tuned}; "
             f"model.load_state_dict(timm.models.load_state_dict({file!r}))"
         )
 
 
-def split_logits(out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The logits of a model in training, and those of its auxiliary classifier if it has one.
+def logits_of(out: Any) -> torch.Tensor:
+    """The logits of a classifier in training.
 
     Args:
-        out: Logits ``[B, classes]``, or a dictionary of ``main`` and ``aux``.
+        out: Logits ``[B, classes]``, or a dictionary with them as ``main``; the rest is for its ``extra_loss``.
 
     Returns:
-        Both.
+        The logits.
 
     Raises:
         TypeError: For anything else.
     """
-    if isinstance(out, torch.Tensor):
-        return out, None
-    if isinstance(out, dict) and out.keys() == {"main", "aux"}:
-        return out["main"], out["aux"]
-    raise TypeError(f"its output in training is a {type(out).__name__}; need logits, or a dictionary of main and aux")
+    logits = out.get("main") if isinstance(out, dict) else out
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"its output in training is a {type(out).__name__}; need logits, or a dictionary with main")
+    return logits
 
 
 def predictions(

@@ -87,7 +87,8 @@ class Loop:
         self.updates_per_epoch = -(-len(task.loader) // args.grad_accum_steps)
         self.optimizer = build_optimizer(self.model, args, self.world.size)
         self.scheduler, self.epochs = build_scheduler(self.optimizer, args, self.updates_per_epoch)
-        task.check_epochs(self.epochs)
+        self.learning = self._learning(), 1.0  # what learns, and at which share of the learning rate
+        self._choose_part(0)  # refuses a number of epochs before the run starts
         self.lr_scales = [g.get("lr_scale", 1.0) for g in self.optimizer.param_groups]
         self.autocast, self.scaler = precision(args, self.world.device)
         self.ema: Any = None
@@ -293,14 +294,38 @@ class Loop:
 
     def start_epoch(self) -> None:
         """Set what is trained in this epoch, and at which learning rate."""
-        before = [p.requires_grad for p in self.model.parameters()]
+        before = self._learning()
         self.compute.train()
-        factor = self.task.start_epoch(self.epoch, self.epochs)
+        self.task.start_epoch(self.epoch, self.epochs)
+        factor = self._choose_part(self.epoch)
         for group, scale in zip(self.optimizer.param_groups, self.lr_scales, strict=True):
             group["lr_scale"] = scale * factor
         self.schedule()
-        if before != [p.requires_grad for p in self.model.parameters()]:
+        now = self._learning()
+        if before != now:
             self.compute = self._distributed()  # it gathers what needed gradients when it was made
+        if self.world.primary and self.learning != (now, factor):
+            sizes = [p.numel() for p in self.model.parameters()]
+            learns = sum(n for n, learns in zip(sizes, now, strict=True) if learns)
+            rate = "" if factor == 1 else f", at {factor:g} of the learning rate"
+            print(f"from epoch {self.epoch + 1} on: {learns:,} of {sum(sizes):,} parameters learn{rate}")
+        self.learning = now, factor
+
+    def _learning(self) -> list[bool]:
+        return [p.requires_grad for p in self.model.parameters()]
+
+    def _choose_part(self, epoch: int) -> float:
+        """Ask the model, if it has ``training_phase(epoch, epochs)``, what it trains and at which share of the rate.
+
+        Raises:
+            UserError: If the epochs do not suffice for its phases.
+        """
+        hook = getattr(self.model, "training_phase", None)
+        try:
+            factor = hook(epoch, self.epochs) if hook else None
+        except ValueError as e:
+            raise UserError(f"--epochs {self.epochs} with --model {self.args.model!r}: {e}") from None
+        return 1.0 if factor is None else float(factor)
 
     def schedule(self) -> None:
         """Set the learning rate of the next update; after the last one of an epoch, its line tells that one's rate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,24 +124,13 @@ class Task:
         model: nn.Module = self.model
         return model
 
-    def check_epochs(self, epochs: int) -> None:
-        """Refuse a number of epochs that does not do, before the run starts.
-
-        Args:
-            epochs: Warm-up and cool-down included.
-        """
-
-    def start_epoch(self, epoch: int, epochs: int) -> float:
-        """Prepare an epoch: what is trained, and by which factor of the learning rate.
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Prepare an epoch, after the model is set to training and before it chooses what it trains.
 
         Args:
             epoch: From 0.
             epochs: Of the run.
-
-        Returns:
-            The factor.
         """
-        return 1.0
 
     def losses(self, model: nn.Module, batch: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Loss of a batch.
@@ -204,6 +194,24 @@ class Task:
             Lines.
         """
         raise NotImplementedError
+
+
+def extra_loss(model: nn.Module, out: Any, criterion: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    """What a model adds to its loss, by its method ``extra_loss()`` or ``extra_loss(out, criterion)``.
+
+    Args:
+        model: Any model.
+        out: What it gave for the batch, in training.
+        criterion: The loss of logits ``[B, classes]`` for the targets of the batch.
+
+    Returns:
+        A scalar; None if the model has no such method or nothing to add.
+    """
+    hook = getattr(model, "extra_loss", None)
+    if hook is None:
+        return None
+    found: torch.Tensor | None = hook(out, criterion) if inspect.signature(hook).parameters else hook()
+    return found
 
 
 def to_device(value: Any, device: torch.device) -> Any:

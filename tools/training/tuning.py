@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
-from vizoo.backbones.layers import freeze_backbone, tcpa, vpt
+from vizoo.backbones.layers import PROMPTS, freeze_backbone, has_prompts
 from vizoo.tools.common import UserError
 
-PROMPTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "tcpa": (tcpa, {}),
-    "vpt": (vpt, {}),
-    "vfpt": (vpt, {"fourier": True}),
-}
+TUNES = (*PROMPTS, "linear", "full")
 
 
 def tune(model: nn.Module, args: argparse.Namespace) -> None:
@@ -36,10 +30,9 @@ def tune(model: nn.Module, args: argparse.Namespace) -> None:
         for head in classifier if isinstance(classifier, tuple) else (classifier,):
             head.requires_grad_(True)
     elif args.tune in PROMPTS:
-        function, settings = PROMPTS[args.tune]
         try:
-            if args.tune != "tcpa" or args.tune_kwargs or not args.model.endswith("_tcpa"):
-                function(model, **{**settings, **args.tune_kwargs})
+            if args.tune_kwargs or not has_prompts(model, args.tune):
+                PROMPTS[args.tune](model, **args.tune_kwargs)
             freeze_backbone(model)
         except (ValueError, TypeError, NotImplementedError) as e:
             raise UserError(f"--tune {args.tune} with --model {args.model!r}: {e}") from None

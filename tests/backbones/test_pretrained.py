@@ -4,7 +4,6 @@ import functools
 import hashlib
 import http.server
 import threading
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +15,7 @@ from tolerance import golden_close
 import vizoo  # noqa: F401
 from vizoo.backbones.litv2 import checkpoint_filter_fn
 
-CASE = Path(__file__).parent / "golden" / "litv2_s.npz"
+CASE = "litv2_s"
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
-"""TCPA: the official outputs, the fused form against the plain one, hosts, tuning, changed layers."""
+"""Prompts put into transformers: the official outputs, the fused form against the plain one, hosts, tuning."""
 
 import contextlib
 import copy
-import pickle
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from changes import check_calls, check_script_inside
 from golden import image, load, weights
 from sklearn import datasets
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
@@ -18,22 +16,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import build
 
 from vizoo.backbones.layers import (
+    PROMPTS,
     convert_tcpa,
     freeze_backbone,
+    has_prompts,
     load_tcpa_state_dict,
-    prompt_attention,
-    reference_prompt_attention,
     tcpa,
     tcpa_parameters,
     tcpa_state_dict,
     vpt,
 )
 from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.prompt_attention import prompt_attention, reference_prompt_attention
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
+
+
 CASES = ["tcpa_vfpt_tiny", "tcpa_vfpt_tiny_rtcpa_iprompt", "tcpa_vpt_tiny"]
-NAMES = ["test_vit_tcpa", "test_vit_gap_tcpa"]
+
+
 VIT = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
+
+
 PLAIN = {"fused": True, "plain": False}
 
 
@@ -134,6 +138,8 @@ HOSTS = {
     "scaled, post-norm": {"block_fn": ResPostBlock, "scale_attn_norm": True, "init_values": 0.5},
     "attention pooling": {"class_token": False, "global_pool": "map"},
 }
+
+
 SETTINGS = {
     "official": {},
     "long": {"cls_pool": 4, "image_pool": 3, "cls_topk": 1, "image_topk": 2, "cls_len": 3, "image_len": 2},
@@ -167,7 +173,7 @@ def test_fused(kwargs, settings):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["test_vit_tcpa", "test_vit_gap_tcpa"])
 def test_training_step_by_kernels(name):
     """Logits, matching loss and every gradient are those of the fused form, with prompts of each image."""
     model, found = build(name, tcpa_prompt_drop=0.1, embed_dim=32, num_heads=2, depth=2).train(), []
@@ -281,9 +287,6 @@ def test_first_step_with_ties(fused):
             assert found[key].abs().max() <= 1e-9, key
 
 
-# training, hosts, state
-
-
 def test_random_match():
     """The random phase chooses k prompts for each token, other ones each time, in training only."""
     model = small(settings={"prompt_drop": 0.0})
@@ -324,23 +327,6 @@ def test_nothing_is_kept():
             before = after
 
 
-# changed, transformed and traced models
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_layers_are_called(name):
-    """Every layer in every mode; norm and qkv read tokens and prompts."""
-    found = check_calls(build(name), lambda model: model(torch.ones(2, 3, 96, 96)))
-    twice = {n for n, times in found.items() if times == 2}
-    assert twice == {f"blocks.{i}.{layer}" for i in range(3) for layer in ("norm1", "attn.qkv")}
-    assert set(found.values()) == {1, 2}
-    attended = []
-    model = build(name)
-    model.blocks[0].attn.register_forward_hook(lambda _, __, out: attended.append(out.shape))
-    model(torch.ones(2, 3, 96, 96))
-    assert attended == [(2, 36 + model.num_prefix_tokens, 64)]
-
-
 def test_attention_transforms():
     """The attention alone, for every argument: jvp, second derivatives, and its two forms."""
     shapes = [(2, 2, 5, 4)] * 3 + [(1, 2, 3, 4)] * 2
@@ -358,26 +344,6 @@ def test_attention_transforms():
         return prompt_attention(q[None], k[None], v[None], kp, vp, chosen[None], 0.4)[0]
 
     op_close(torch.vmap(one)(q, k, v, chosen), run(q, k, v, kp, vp))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_copies(name):
-    """Copies and pickles after a pass, whose matching loss has a graph."""
-    model, x = build(name, num_classes=7), torch.randn(1, 3, 96, 96)
-    expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.match_loss is None
-        close(twin(x), expected, "same")
-        close(twin.match_loss, model.match_loss, "same")
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore")
-def test_script_inside(name):
-    model, x = build(name, scriptable=True), torch.randn(2, 3, 96, 96)
-    scripted = check_script_inside(model, x)
-    with torch.no_grad():
-        assert scripted(x[:0])[1].shape == (0, 64, 6, 6)
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
@@ -439,13 +405,6 @@ def test_tuning(host):
         load_tcpa_state_dict(other, {})
 
 
-def test_official_size():
-    """The published number of trained parameters."""
-    model = freeze_backbone(timm.create_model("vit_base_patch16_224_tcpa", num_classes=10, device="meta"))
-    assert sum(p.numel() for p in tcpa_parameters(model)) == 671_242
-    assert sum(p.numel() for n, p in model.named_parameters() if ".tcpa." in n) == 663_552
-
-
 def test_dynamic_size_and_gate():
     """Any grid, patch dropout, and a gated attention."""
     model = small(dynamic_img_size=True, patch_drop_rate=0.5)
@@ -465,6 +424,8 @@ def test_dynamic_size_and_gate():
 
 
 BAD = {
+    "match weight": ({"match_weight": -0.1}, ValueError, "match_weight=-0.1"),
+    "random epochs": ({"random_epochs": -1}, ValueError, "random_epochs=-1"),
     "host": ({"host": "vp"}, ValueError, "host='vp'"),
     "pool": ({"image_pool": 0}, ValueError, "image_pool=0"),
     "topk": ({"cls_pool": 4, "cls_topk": 5}, ValueError, "cls_topk=5"),
@@ -491,15 +452,6 @@ def test_refused_models():
         tcpa_parameters(VisionTransformer(**VIT))
     with pytest.raises(NotImplementedError, match="attn_mask"):
         small()(torch.randn(1, 3, 64, 64), is_causal=True)
-
-
-def test_backbone_checkpoint():
-    """A plain checkpoint fills the backbone, an official one everything."""
-    bare = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1)
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": bare.state_dict(), "num_classes": 3}}
-    model = timm.create_model("vit_tiny_patch16_224_tcpa", num_classes=3, depth=1, **overlay)
-    for key, value in bare.state_dict().items():
-        close(model.state_dict()[key], value, "same", key)
 
 
 def test_digits():
@@ -536,3 +488,156 @@ def test_digits():
         with torch.no_grad():
             right = (model.eval()(x[y >= 5]).argmax(1) == y[y >= 5] - 5).float().mean()
         assert right > 0.4, f"{host}: {right:.3f} where chance is 0.2"
+
+
+# hooks
+
+
+def test_extra_loss():
+    model = small(settings={"match_weight": 0.5})
+    assert model.extra_loss() is None  # no pass yet
+    model.train()(image((2, 3, 64, 64)))
+    close(model.extra_loss(), 0.5 * model.match_loss, "same")
+    model.extra_loss().backward()
+    assert model.blocks[0].tcpa.image_keys.grad.abs().sum() > 0
+    plain = small()
+    plain(image((2, 3, 64, 64)))
+    close(plain.extra_loss(), 0.01 * plain.match_loss, "same")
+    for other in (small(settings={"role_only": True}), small(host="vpt")):
+        other(image((2, 3, 64, 64)))
+        assert other.extra_loss() is None
+
+
+@pytest.mark.parametrize(("settings", "random"), [({}, 10), ({"random_epochs": 2}, 2), ({"random_epochs": 0}, 0)])
+def test_training_phase(settings, random):
+    model = small(settings=settings)
+    for epoch in (0, 1, 2, 9, 10, 99, 0):
+        assert model.training_phase(epoch, 100) is None
+        assert model.random_match is (epoch < random)
+        assert all(block.tcpa.random_match is (epoch < random) for block in model.blocks)
+    other = small(host="vpt")
+    other.training_phase(0, 100)
+    assert not other.random_match
+
+
+def test_settings_of_training_change_no_output():
+    x = image((1, 3, 96, 96))
+    models = [
+        build("test_vit_tcpa", **settings) for settings in ({}, {"tcpa_match_weight": 2, "tcpa_random_epochs": 0})
+    ]
+    models[1].load_state_dict(models[0].state_dict(), strict=True)
+    with torch.no_grad():
+        close(models[1](x), models[0](x), "same")
+    assert (models[1].match_weight, models[1].random_epochs) == (2.0, 0)
+    assert (models[0].match_weight, models[0].random_epochs) == (0.01, 10)
+
+
+def test_kinds_of_prompts():
+    for kind, give in PROMPTS.items():
+        model = VisionTransformer(**VIT)
+        assert not has_prompts(model)
+        assert has_prompts(give(model))
+        assert [k for k in PROMPTS if has_prompts(model, k)] == [kind]
+    assert has_prompts(build("test_vit_gap_tcpa"), "tcpa")
+    assert not has_prompts(nn.Linear(1, 1), "tcpa")
+
+
+# pictures
+
+
+def by_hand(model, x, blocks):
+    """Position of the nearest key of each patch, by the definition."""
+    inputs, found = {}, []
+    handles = [
+        model.blocks[i].register_forward_pre_hook(lambda _, args, i=i: inputs.update({i: args[0]})) for i in blocks
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    for i in blocks:
+        patches = inputs[i][0, model.num_prefix_tokens :].double()
+        keys = model.blocks[i].tcpa.image_keys.detach().double()
+        found.append(torch.stack([F.cosine_similarity(keys, token[None]).argmax() for token in patches]))
+    return found
+
+
+@pytest.mark.parametrize("kwargs", HOSTS.values(), ids=HOSTS)
+def test_explain_nearest(kwargs):
+    model = small(**{**kwargs, "img_size": (48, 80), "depth": 5})
+    freeze_backbone(model).train()
+    model.random_match = True
+    modes = {name: module.training for name, module in model.named_modules()}
+    x = image((1, 3, 48, 80))
+    panels = model.explain(x)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.random_match
+    assert not any(module._forward_hooks for module in model.modules())
+    expected = by_hand(model.eval(), x, (0, 2, 4))
+    for i, panel, labels in zip((0, 2, 4), panels, expected, strict=True):
+        assert torch.equal(panel.parts, labels.view(3, 5))
+        assert panel.title == f"block {i}: nearest of 18 image prompts, {len(labels.unique())} in use"
+        assert not panel.parts.requires_grad
+    assert len(set(map(tuple, torch.stack(expected).tolist()))) > 1
+    (last, first) = model.explain(x, layers=(-1, 0))
+    assert torch.equal(last.parts, panels[2].parts)
+    assert last.title == panels[2].title
+    assert torch.equal(first.parts, panels[0].parts)
+
+
+@pytest.mark.parametrize("kwargs", HOSTS.values(), ids=HOSTS)
+@pytest.mark.parametrize(
+    ("host", "settings"),
+    [("tcpa", {"role_only": True, "image_len": 2}), ("vpt", {}), ("vpt", {"deep": False})],
+    ids=["role only", "deep", "shallow"],
+)
+def test_explain_share(host, settings, kwargs):
+    """Attention of patches to prompts, from the probabilities of a loop over patches and heads."""
+    model = small(host=host, settings=settings, **{**kwargs, "img_size": (48, 80)})
+    inputs = {}
+    for i, block in enumerate(model.blocks):
+        block.attn.register_forward_pre_hook(lambda _, args, i=i: inputs.update({i: args}))
+    panels = model.explain(image((1, 3, 48, 80)))
+    prefix = model.num_prefix_tokens
+    for i, panel in enumerate(panels):
+        attn = model.blocks[i].attn
+        tokens = torch.cat([t.expand(1, -1, -1) for t in inputs[i][:2]], 1)[0]
+        images = range(tokens.shape[0] - (10 if host == "vpt" else 36), tokens.shape[0])
+        q, k, _ = attn.qkv(tokens).view(len(tokens), 3, 4, 8).unbind(1)
+        for token in (0, 7, 14):
+            read = 0.0
+            for head in range(4):
+                scores = attn.k_norm(k[:, head]) @ attn.q_norm(q[prefix + token, head]) * attn.scale
+                read += scores.softmax(0)[images].sum() / 4
+            close(panel.heat.flatten()[token], read.detach(), "rerun")
+        assert panel.title == f"block {i}: attention of patches that reads prompts"
+        assert panel.area == (0.0, 0.0, 1.0, 1.0)
+        assert 0 < panel.heat.min() < panel.heat.max() < 1
+
+
+def test_explain_images_that_patches_do_not_tile():
+    x = image((1, 3, 40, 72))
+    padded = small(dynamic_img_size=True, dynamic_img_pad=True)
+    (panel,) = padded.explain(x, layers=[1])
+    whole = small(dynamic_img_size=True).explain(F.pad(x, (0, 8, 0, 8)), layers=[1])[0].parts
+    assert torch.equal(panel.parts, whole.repeat_interleave(16, 0).repeat_interleave(16, 1)[:40, :72])
+    (panel,) = small(img_size=(40, 72)).explain(x, layers=[1])
+    whole = small(img_size=(32, 64)).explain(x[:, :, :32, :64], layers=[1])[0].parts
+    assert torch.equal(panel.parts[:32, :64], whole.repeat_interleave(16, 0).repeat_interleave(16, 1))
+    assert (panel.parts[32:] == -1).all()
+    assert (panel.parts[:, 64:] == -1).all()
+    (panel,) = small(host="vpt", dynamic_img_size=True, dynamic_img_pad=True).explain(x, layers=[1])
+    assert panel.heat.shape == (3, 5)
+    assert panel.area == (0.0, 0.0, 48 / 40, 80 / 72)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-4], [0, 0], [0, -3], [0.5], 1, "01"])
+def test_explain_refuses_layers(layers):
+    with pytest.raises(ValueError, match=r"got layers=.*, need different numbers from -3 to 2"):
+        small().explain(image((1, 3, 64, 64)), layers=layers)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (3, 64, 64)])
+def test_explain_refuses_batches(shape):
+    with pytest.raises(ValueError, match=r"got shape=.*, need one image \[1, channels, height, width\]"):
+        small().explain(image(shape))

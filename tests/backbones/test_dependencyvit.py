@@ -1,9 +1,8 @@
-"""DependencyViT: recorded layer, pruning against a token-by-token loop, masks, trees, parts and saliency."""
+"""DependencyViT: pruning against a token-by-token loop, changed layers, programs, recorded masks."""
 
 import collections
 import copy
 import inspect
-import itertools
 import math
 import os
 import subprocess
@@ -12,17 +11,17 @@ import sys
 import pytest
 import timm
 import torch
-from golden import image, load, weights
+from golden import image
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models.vision_transformer import VisionTransformer
-from tolerance import close, golden_close, op_close
+from tolerance import close, op_close
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
-from zoo import build
+from zoo import build, spread
 
 from vizoo.backbones.dependencyvit import (
     Block,
@@ -32,84 +31,9 @@ from vizoo.backbones.dependencyvit import (
     WeightedMap,
     checkpoint_filter_fn,
 )
-from vizoo.backbones.layers import Dependency, ReversedAttention, dependency_tree, saliency, subtrees
-from vizoo.backbones.layers.dependency import Tree
-from vizoo.backbones.layers.reversed_attention import MessageController
-from vizoo.backbones.ops.reversed_attention import dependency_mask
 
 PATHS = {"fused": True, "plain": False}
-GATED = load("reversed_attention_gated")
 KINDS = ["test_dependencyvit", "test_dependencyvit_lite"]
-
-
-def spread(model):
-    """Weights of order one, so that gates, scores and attention differ from token to token."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
-    return model
-
-
-# the layer
-
-
-@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
-@pytest.mark.parametrize("fused", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_golden_layer(dtype, fused, grad):
-    arguments = {k: v for k, v in GATED.meta["args"].items() if k != "temperature"}
-    layer = ReversedAttention(**arguments, tau=GATED.meta["args"]["temperature"]).eval()
-    layer.fused_attn, layer.record = fused, True
-    layer.load_state_dict(weights(GATED.keys))
-    layer, x = layer.to(dtype), image(GATED.input_shape).to(dtype)
-    with torch.set_grad_enabled(grad):
-        out, log_message, score = layer(x)
-        golden_close(out, GATED.outputs["out"], "output")
-        golden_close(log_message.exp(), GATED.outputs["message"], "message")
-        golden_close(layer.select(x).exp(), GATED.outputs["select"], "head selector")
-        q, k, weight = layer.recorded
-        mask = dependency_mask(q, k, weight)
-        golden_close(mask, GATED.outputs["mask"], "mask")
-    assert score is log_message
-    assert (mask.sum(1) - log_message.exp()).abs().max() <= 1e-6
-
-
-def test_fused_and_plain_layer_have_equal_gradients():
-    layer = ReversedAttention(48, 4, score="received").double()
-    layer.load_state_dict(weights(GATED.keys))
-    x = image((2, 23, 48)).double().requires_grad_()
-    log_message = -image((2, 23), 1).double().abs()
-    wanted = []
-    for layer.fused_attn in (False, True):
-        out, message, score = layer(x, log_message)
-        loss = (out.square().sum() + message.sum() + score.square().sum()).reshape(())
-        grads = torch.autograd.grad(loss, [x, *layer.parameters()])
-        wanted.append((out.detach(), score.detach(), *grads))
-    for actual, expected in zip(wanted[1], wanted[0], strict=True):
-        op_close(actual, expected, grad=True)
-
-
-def test_received_mass_is_the_row_sum_of_the_mask():
-    layer = spread(ReversedAttention(24, 3, score="received")).double()
-    layer.record = True
-    x = torch.randn(2, 19, 24, dtype=torch.float64)
-    op_close(layer(x)[2].detach(), dependency_mask(*layer.recorded[:2], layer.recorded[2]).sum(2))
-
-
-def test_messages_multiply_over_the_layers_without_underflow():
-    """24 half-closed gates are 6e-8, which float16 cannot hold; logits over 0.1 would overflow there."""
-    layer = ReversedAttention(32, 4, gate_init=0.0).half()
-    nn.init.zeros_(layer.message_controller.fc2.weight)
-    nn.init.constant_(layer.head_selector.weight, 200.0)
-    x, log_message = torch.ones(1, 5, 32).half(), None
-    for _ in range(24):
-        out, log_message, _ = layer(x, log_message)
-    torch.testing.assert_close(log_message, torch.full((1, 5), 24 * math.log(0.5)))
-    assert log_message.dtype == torch.float32
-    assert out.isfinite().all()
-    torch.testing.assert_close(layer.select(x).exp(), torch.full((1, 5, 4), 0.25))
 
 
 def test_gates_start_open_and_their_biases_are_optional():
@@ -507,28 +431,6 @@ def test_intermediates_as_of_timms_plain_transformer():
 # half precision
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_gates_are_computed_in_float32(dtype, grad):
-    layer = spread(MessageController(48, init=0.0))
-    x = image((2, 19, 48))
-    with torch.set_grad_enabled(grad):
-        expected = layer(x)
-        with torch.autocast("cpu", dtype=dtype):
-            close(layer(x), expected, "same")
-        half, x = copy.deepcopy(layer).to(dtype), x.to(dtype)
-        wide = copy.deepcopy(half).float()
-        out, expected = half(x), wide(x.float())
-        close(out, expected, "same")
-    if grad:
-        for p, gradient in zip(half.parameters(), torch.autograd.grad(expected.sum(), wide.parameters()), strict=True):
-            (found,) = torch.autograd.grad(out.sum(), p, retain_graph=True)
-            close(found, gradient.to(dtype), "same")
-    calls(half)
-    off = (half(x) - wide(x.float())).abs().max()  # watched layers are called, in their own dtype
-    assert 1e-6 < off < 0.1
-
-
 def chosen(model, x):
     """Positions that are left in the end."""
     left = []
@@ -707,160 +609,3 @@ def test_columns_sum_to_the_message_in_float32():
     found = model.get_dependency()
     assert (found.masks[:, -1].sum(1) - found.message).abs().max() <= 1e-6
     assert found.message.std() > 1e-3
-
-
-# trees
-
-
-def random_dependency(B, N, seed=0, size=None):
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(B, 2, N, N, generator=generator, dtype=torch.float64)
-    reached = torch.randint(1, 3, (B, N), generator=generator)
-    reached[:, 0] = 2
-    return Dependency(masks, torch.rand(B, N, generator=generator, dtype=torch.float64), reached, size or (1, N))
-
-
-def check_tree(tree, b):
-    """One root, no cycle, depth and rank as defined."""
-    parents = tree.parents[b].tolist()
-    assert parents.count(-1) == 1
-    root = parents.index(-1)
-    assert tree.rank[b, root] == 0
-    assert sorted(tree.rank[b].tolist()) == list(range(len(parents)))
-    for node in range(len(parents)):
-        steps, above = 0, node
-        while parents[above] >= 0:
-            steps, above = steps + 1, parents[above]
-            assert steps < len(parents), "a cycle"
-        assert above == root
-        assert tree.depth[b, node] == steps
-
-
-@pytest.mark.parametrize("N", [1, 2, 7, 33])
-@pytest.mark.parametrize("method", ["greedy", "edmonds"])
-def test_parents_form_a_tree(method, N):
-    found = random_dependency(3, N)
-    before = found.masks.clone()
-    tree = dependency_tree(found, method)
-    assert tree.parents.dtype == tree.rank.dtype == tree.depth.dtype == torch.int64
-    assert torch.equal(found.masks, before)
-    for b in range(3):
-        check_tree(tree, b)
-
-
-def test_greedy_is_the_definition():
-    found = random_dependency(2, 13)
-    tree = dependency_tree(found)
-    for b in range(2):
-        key = [(-int(found.reached[b, i]), -float(found.message[b, i]), i) for i in range(13)]
-        order = sorted(range(13), key=lambda i: key[i])
-        assert tree.rank[b].tolist() == [order.index(i) for i in range(13)]
-        D = found.masks[b].mean(0)
-        for place, child in enumerate(order):
-            best = max(order[:place], key=lambda j: (float(D[j, child]), -j), default=-1)
-            assert tree.parents[b, child] == best
-
-
-def test_equal_tokens_hang_under_the_lowest_position():
-    equal = Dependency(torch.ones(1, 1, 4, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.int64), (2, 2))
-    assert dependency_tree(equal).parents.tolist() == [[-1, 0, 0, 0]]
-    assert dependency_tree(equal).rank.tolist() == [[0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("N", [2, 3, 4, 5, 6])
-def test_edmonds_is_the_best_of_all_trees(N):
-    found = random_dependency(12 if N < 6 else 4, N, seed=N)
-    tree = dependency_tree(found, "edmonds")
-    for b in range(len(found.message)):
-        weight = (found.masks[b].mean(0) + 1e-12).log()
-        root = int((tree.rank[b] == 0).nonzero())
-
-        def total(parents, weight=weight, root=root):
-            return sum(float(weight[j, i]) for i, j in enumerate(parents) if i != root)
-
-        def is_tree(parents, root=root):
-            for node in range(N):
-                for _ in range(N):
-                    node = parents[node] if node != root else root
-                if node != root:
-                    return False
-            return True
-
-        choices = [[-1] if i == root else [j for j in range(N) if j != i] for i in range(N)]
-        best = max(total(p) for p in itertools.product(*choices) if is_tree(p))
-        assert total(tree.parents[b].tolist()) == pytest.approx(best, abs=1e-9)
-
-
-def test_edmonds_leaves_the_greedy_order():
-    """0 is the root; 1 and 2 send most to each other, and 2 more to 0 than 1 does: 2 hangs under 0 and 1 under 2."""
-    D = torch.tensor([[0.0, 0.1, 0.4], [0.0, 0.0, 0.9], [0.0, 0.8, 0.0]])
-    found = Dependency(D[None, None], torch.tensor([[0.9, 0.8, 0.7]]), torch.ones(1, 3, dtype=torch.int64), (1, 3))
-    assert dependency_tree(found).parents.tolist() == [[-1, 0, 1]]
-    assert dependency_tree(found, "edmonds").parents.tolist() == [[-1, 2, 0]]
-
-
-def test_unknown_methods_and_too_many_tokens():
-    with pytest.raises(ValueError, match="got method='prim', need 'greedy' or 'edmonds'"):
-        dependency_tree(random_dependency(1, 3), "prim")
-    many = Dependency(torch.zeros(1, 1, 1025, 1025), torch.ones(1, 1025), torch.ones(1, 1025).long(), (1, 1025))
-    with pytest.raises(ValueError, match="got method='edmonds' for 1025 tokens, need at most 1024"):
-        dependency_tree(many, "edmonds")
-
-
-def test_subtrees_cut_the_weakest_edges_with_enough_below():
-    #        0
-    #     1     2
-    #    3 4   5 6     and 7 under 3
-    parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 3]])
-    strength = [0, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1, 0.05]  # of the edge above each token
-    D = torch.zeros(1, 1, 8, 8)
-    for child in range(1, 8):
-        D[0, 0, parents[0, child], child] = strength[child]
-    found = Dependency(D, torch.ones(1, 8), torch.ones(1, 8).long(), (2, 4))
-    tree = Tree(parents, torch.arange(8)[None], torch.tensor([[0, 1, 1, 2, 2, 2, 2, 3]]))
-    cut = {
-        (1, 1): [0, 0, 0, 0, 0, 0, 0, 0],
-        (2, 1): [0, 0, 0, 0, 0, 0, 0, 1],  # the edge of 7 is the weakest
-        (2, 2): [0, 0, 0, 1, 0, 0, 0, 1],  # with two tokens below: that of 3
-        (3, 2): [0, 0, 1, 2, 0, 1, 1, 2],
-        (9, 3): [0, 1, 2, 1, 1, 2, 2, 1],  # only 1 and 2 have three
-        (9, 9): [0, 0, 0, 0, 0, 0, 0, 0],
-    }
-    for (k, least), labels in cut.items():
-        found_labels = subtrees(found, tree, k, least)
-        assert found_labels.shape == (1, 2, 4)
-        assert found_labels.flatten().tolist() == labels, (k, least)
-    for k, least in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match=f"got {'min_size' if k else 'k'}=0, need a whole number of at least 1"):
-            subtrees(found, tree, k, least)
-
-
-def test_saliency_is_what_a_token_receives_in_the_last_layer():
-    found = random_dependency(2, 6, size=(2, 3))
-    scaled, foreground = saliency(found)
-    received = found.masks[:, -1].sum(2)
-    for b in range(2):
-        expected = (received[b] - received[b].min()) / (received[b].max() - received[b].min())
-        op_close(scaled[b].flatten(), expected)
-        assert foreground[b].flatten().tolist() == (received[b] > received[b].mean()).tolist()
-    flat, nothing = saliency(found._replace(masks=torch.ones(2, 1, 6, 6)))
-    assert not flat.any()
-    assert not nothing.any()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
-def test_tree_of_a_model(name):
-    model = spread(build(name, gate_init=0.0))
-    model.set_record_dependency()
-    model(image((2, 3, 64, 96)))
-    found = model.get_dependency()
-    for method in ("greedy", "edmonds"):
-        tree = dependency_tree(found, method)
-        for b in range(2):
-            check_tree(tree, b)
-        deepest = found.reached.max()
-        assert (found.reached.gather(1, tree.rank.argmin(1, keepdim=True)) == deepest).all()
-        parts = subtrees(found, tree, 3)
-        assert parts.shape == (2, 4, 6)
-        assert parts.amax() <= 2

@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 from golden import image, load, names, weights
+from panels import check_family_explains, explained
 from tolerance import close, golden_close, op_close
 from torch import nn
 
+from vizoo.backbones import ninformer as family
 from vizoo.backbones.ninformer import TokenMixing, _grid_of, checkpoint_filter_fn, gated, resize_token_weights
 
 ARGS = {"ninformer_cifar_default": {}, "ninformer_small": {"embed_dim": 64, "depth": 2}}
@@ -185,3 +187,46 @@ def test_dropout_without_gradients():
     for recorded in (True, False):
         with torch.set_grad_enabled(recorded):
             assert 0.4 < (mlp.hidden(x) == 0).float().mean() < 0.6
+
+
+# explain
+
+
+def test_explain_gates_reproduce_the_product():
+    """What a block adds over the projection of its normed tokens is the gate, whose mean over the channels is shown."""
+    model = timm.create_model("test_ninformer", dynamic_img_size=True, proj_drop_rate=0.5).eval()
+    block, kept = model.blocks[1], []
+    x = torch.randn(1, 3, 70, 100)
+    handle = block.ls1.register_forward_hook(lambda _, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        product = (model(x), kept[0])[1]
+        normed = block.norm(model.blocks[0](model.patch_embed(x)))
+        gate = block.gate(normed)
+        op_close(gated(block.proj(normed), gate)[0], product[0].double())
+    handle.remove()
+    panels = explained(model, x, blocks=(1, -1, 0))
+    close(panels[0].heat, gate[0].mean(-1), "rerun")
+    assert [p.title[:15] for p in panels] == [f"Gate of block {i}" for i in (1, 2, 0)]
+    rows, columns = gate.shape[1:3]
+    patch = model.patch_embed.patch_size
+    assert panels[0].area == (0, 0, rows * patch[0] / 70, columns * patch[1] / 100)
+    assert panels[0].limits[0] == -panels[0].limits[1]
+
+
+def test_explain_shows_first_middle_and_last():
+    model = timm.create_model("test_ninformer", depth=5, in_chans=1).bfloat16()
+    panels = explained(model, torch.randn(1, 1, *model.patch_embed.img_size).bfloat16())
+    assert [p.title for p in panels] == [f"Gate of block {i} of 0 to 4" for i in (0, 2, 4)]
+    model = timm.create_model("test_ninformer", depth=1)
+    assert len(explained(model, torch.randn(1, 3, *model.patch_embed.img_size))) == 1
+
+
+@pytest.mark.parametrize("blocks", [(3,), (0, 0), (), 1])
+def test_explain_refuses(blocks):
+    model = timm.create_model("test_ninformer", depth=3)
+    with pytest.raises(ValueError, match="got blocks="):
+        model.explain(torch.zeros(1, 3, *model.patch_embed.img_size), blocks=blocks)
+
+
+def test_every_model_explains():
+    check_family_explains(family)

@@ -1,4 +1,4 @@
-"""OAT: official outputs, place code, decoding, scenes as images and boxes, the contract of timm where it applies."""
+"""OAT: official outputs, decoding, scenes as images and boxes, the contract of timm where it applies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ import torch
 import torch.nn.functional as F
 from changes import calls, check_calls, check_changed_layers, check_trace, check_transforms
 from golden import image, load, weights
+from panels import check_family_explains, explained
 from timm.models import group_parameters, save_for_hf
 from tolerance import close, golden_close, op_close
 from torch import nn
 from torchvision.ops import roi_align
 from zoo import build, gradients, overlay
 
-from vizoo.backbones.layers import PlaceCode, step_code
-from vizoo.backbones.oat import CrossAttention, checkpoint_filter_fn, cut, next_fixations, pyramid_level
+from vizoo.backbones import oat as family
+from vizoo.backbones.oat import (
+    CrossAttention,
+    checkpoint_filter_fn,
+    cut,
+    next_fixations,
+    pyramid_level,
+    spread_fixations,
+)
 from vizoo.tools.profiler import count
 
 CASES = ("oat_small", "oat_small_spp")
@@ -83,61 +91,6 @@ def test_golden_appearance():
             seen = model.appearance(crops_of(case).flatten(0, 1)).unflatten(0, case.input_shape[:2])
         expected = case.outputs["object_embedding"]
         golden_close(seen[..., :: seen.shape[-1] // expected.shape[-1]], expected, name)
-
-
-def test_golden_place_codes():
-    out = load("oat_pe").outputs
-    coords = out["coords"]
-    table = PlaceCode(256, (6, 14), table=out["learned_table"])
-    golden_close(table(coords[:, :2], coords[:, 2])[:, ::4], out["learned_codes"], "learned")
-    places = torch.cartesian_prod(torch.arange(3.0), torch.arange(11.0), torch.arange(2.0))
-    for kind in ("original", "exp1", "exp2", "linear"):
-        found = PlaceCode(48, (3, 11), kind)(places[:, :2], places[:, 2])
-        golden_close(found, out[f"sin_{kind}"].flatten(0, 2), kind)
-    found = PlaceCode(256, (3, 11), "original")(places[:, :2], places[:, 2])
-    golden_close(found[:, ::4], out["sin_original_256"].flatten(0, 2), "256 channels")
-    lookup = out["sin_lookup_coords"]
-    golden_close(PlaceCode(48, (3, 11), "original")(lookup[:, :2], lookup[:, 2]), out["sin_lookup"], "row of zeros")
-    golden_close(step_code(12, 64), out["step_64"], "steps")
-    close(step_code(4, 64, start=8), step_code(12, 64)[8:], "same")
-
-
-# the place code in closed form
-
-
-@pytest.mark.parametrize("sigma", [1.5, 2.0, 2.5])
-def test_gaussian_cosine(sigma):
-    """Cosines of rows are the recorded Gaussian, and the norm is that of the official table."""
-    code = PlaceCode(256, (6, 14), sigma=sigma)._one(torch.arange(14.0, dtype=torch.float64))
-    assert (code.norm(dim=1) - 8.76).abs().max() < 1e-9
-    cosine = F.cosine_similarity(code[:, None], code[None], dim=-1)
-    expected = load("oat_pe").outputs[f"gauss_{sigma:g}"]
-    assert (cosine - expected).abs().max() < 1e-7  # the record is in float32
-    x = torch.tensor([0.37, 7.9, 12.01], dtype=torch.float64)
-    for offset in (0.0, 0.5, 8.25):
-        near, far = PlaceCode(256, (6, 14), sigma=sigma)._one(torch.stack((x, x + offset)))
-        truth = torch.full((3,), -(offset**2) / (2 * sigma**2), dtype=torch.float64).exp()
-        assert (F.cosine_similarity(near, far, dim=-1) - truth).abs().max() < 1e-12
-
-
-def test_official_tables_are_of_this_kind():
-    out = load("oat_pe").outputs
-    for name, sigma in (
-        ("amazon_learned_random_PE", "2"),
-        ("learned_PE_random_2", "2"),
-        ("learned_PE_random_2_5", "2.5"),
-    ):
-        recorded = out[f"official_cos_{name}"]
-        n = len(recorded)
-        assert (recorded - out[f"gauss_{sigma}"][:n, :n]).abs().max() < 2e-3
-
-
-def test_too_few_channels():
-    code = PlaceCode(64, (6, 14))._one(torch.arange(15.0))
-    cosine = F.cosine_similarity(code[:1], code, dim=-1)
-    assert (cosine - (-(torch.arange(15.0) ** 2) / 8).exp()).abs().max() < 2e-3
-    with pytest.raises(ValueError, match="pe_sigma=1"):
-        PlaceCode(24, (6, 14), sigma=1.0)
 
 
 # decoding
@@ -702,3 +655,108 @@ def test_errors():
         with pytest.raises(ValueError, match=match):
             call()
     assert "oat_base" in timm.list_models("oat_*")
+
+
+# explain
+
+
+def scene(objects=7, **kwargs):
+    """A model, an image and boxes, some beyond its edges."""
+    model = build("test_oat", **kwargs)
+    corner = torch.rand(1, objects, 2) * torch.tensor([120.0, 90.0]) - 10
+    boxes = torch.cat((corner, corner + 12 + 20 * torch.rand(1, objects, 2)), 2)
+    return model, torch.rand(1, model.in_chans, 96, 128), boxes
+
+
+def fixated(panel, boxes, size):
+    """The scanpath of a panel: of each point the object whose middle line it lies on, as often as its name says."""
+    middle = (boxes[:, 1] + boxes[:, 3]) / 2, (boxes[:, 0] + boxes[:, 2]) / 2
+    path = []
+    for (row, column), name in zip((panel.points * torch.tensor(size)).tolist(), panel.names, strict=True):
+        first, _, last = name.partition("-")
+        assert int(first) == len(path) + 1
+        item = int(((row - middle[0]) ** 2 + (column - middle[1]) ** 2).argmin())
+        path += [item] * (int(last or first) - len(path))
+    return path
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["grid", "boxes"])
+def test_explain_is_the_greedy_scanpath(boxed):
+    torch.manual_seed(1)
+    model, x, boxes = scene()
+    target = torch.tensor([3])
+    given = {"boxes": boxes} if boxed else {}
+    (path,) = model.generate(x, target=target, max_len=9, **given)
+    assert len(set(path)) > 1
+    scanpath, first = explained(model, x, target=3, max_len=9, **given)
+    objects = boxes[0] if boxed else model._grid_boxes(x)[0]
+    assert fixated(scanpath, objects, (96, 128)) == path
+    close(scanpath.lines, torch.stack((scanpath.points[:-1], scanpath.points[1:]), 1), "same")
+    left, top, right, bottom = objects[3].tolist()
+    close(scanpath.boxes, torch.tensor([[top / 96, left / 128, bottom / 96, right / 128]]), "rerun")
+    chance = model(x, target=target, **given)[0, 0, :-2].softmax(0).detach()
+    assert int(chance.argmax()) == path[0]
+    if boxed:
+        expected = torch.zeros(96, 128)
+        for (x1, y1, x2, y2), p in zip(boxes[0].round().int().tolist(), chance.tolist(), strict=True):
+            for row, column in itertools.product(range(max(y1, 0), min(y2, 96)), range(max(x1, 0), min(x2, 128))):
+                expected[row, column] = max(expected[row, column], p)
+        assert len(first.boxes) == 7
+        close(first.boxes[:1], scanpath.boxes, "same")  # the one that stands out
+    else:
+        expected = chance.view(3, 5)
+    close(first.heat, expected, "rerun")
+
+
+def test_explain_searches_for_the_object_at_the_point():
+    model, x, _ = scene(in_chans=1)
+    model, x = model.bfloat16(), x.bfloat16()
+    for point, target in {(0.5, 0.5): 7, (0.0, 0.0): 0, (0.99, 0.75): 13, (0.34, 0.21): 6}.items():
+        scanpath, _ = explained(model, x, point=point, max_len=3)
+        assert (
+            scanpath.title
+            == f"Greedy scanpath, first 3 fixations; in search of object {target}, the one at the point (box)"
+        )
+    scanpath, _ = explained(model, x, target=2)
+    assert "in search of object 2 (box)" in scanpath.title
+
+
+def test_explain_a_scanpath_that_ends():
+    model, x, boxes = scene()
+    ends = iter([[4, 4, 2, 4]])
+    model.generate = lambda *args: [next(ends)]
+    scanpath, _ = explained(model, x, boxes=boxes)
+    assert scanpath.title.startswith("Greedy scanpath, 4 fixations;")
+    assert scanpath.names == ["1-2", "3", "4"]
+    assert len(scanpath.lines) == 2
+    assert not torch.equal(scanpath.points[0], scanpath.points[2])
+
+
+def test_fixations_of_one_object_are_spread_inside_its_box():
+    boxes = torch.tensor([[10.0, 20.0, 40.0, 80.0], [0.0, 0.0, 10.0, 10.0]])
+    points = spread_fixations(boxes, [0, 1, *[0] * 8])
+    close(points[1], torch.tensor([5.0, 5.0]), "same")
+    own = points[[0, *range(2, 10)]]
+    assert len(own.unique(dim=0)) == 9
+    assert ((own > boxes[0, :2]) & (own < boxes[0, 2:])).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 15}, "got target from 15 to 15, need 0 to 14"),
+        ({"target": -1}, "got target=-1, need a whole number of at least 0"),
+        ({"max_len": 0}, "got max_len=0, need a whole number of at least 1"),
+        ({"point": (0.5, 2.0)}, "got point="),
+        ({"boxes": torch.zeros(7, 4)}, "got boxes of shape"),
+        ({"boxes": "all"}, "got boxes='all', need a Tensor or None"),
+    ],
+    ids=["target", "negative", "length", "point", "shape", "words"],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build("test_oat").explain(torch.zeros(1, 3, 96, 128), **settings)
+
+
+def test_every_model_explains():
+    check_family_explains(family)

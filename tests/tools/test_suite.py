@@ -15,6 +15,7 @@ import torch
 
 from vizoo.tools import bench, cli, table
 from vizoo.tools.gpu import cases, suite, worker
+from vizoo.tools.gpu.models import measured
 from vizoo.tools.profiling import sides
 
 ROOT = Path(__file__).parents[2]
@@ -168,8 +169,11 @@ def test_cases_are_well_formed(dry):
     assert len({case.name for case in found}) == len(found)
     for case in found:
         assert {*case.compiled, *case.floors} <= set(case.forms)
-    models = suite.DRY_MODELS if dry else suite.MODELS
-    assert not [name for name in models if not timm.is_model(name)]
+    models = suite.DRY_MODELS if dry else measured()
+    assert models
+    names = {model.name for model in models}
+    assert not [name for name in names if not timm.is_model(name)]
+    assert {model.peer for model in models if model.peer} <= names
 
 
 def test_flex_and_masks_are_right():

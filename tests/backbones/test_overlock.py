@@ -1,21 +1,18 @@
-"""Official outputs of OverLoCK: the whole net in both forms, its dense backbone, its blocks and the kernel merge."""
+"""Official outputs of OverLoCK: the whole net in both forms, its dense backbone, its focus blocks."""
 
 import copy
-import itertools
 import re
-from typing import get_type_hints
 
 import pytest
 import timm
 import torch
 from golden import image, load, weights
-from panels import explained
+from panels import check_family_explains, explained
 from timm.utils.model import reparameterize_model
-from tolerance import close, golden_close, op_close
+from tolerance import close, golden_close, golden_gradients
 
 import vizoo  # noqa: F401
-from vizoo.backbones.layers import ContMixBlock
-from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock, GlobalResponseNorm
+from vizoo.backbones import overlock
 from vizoo.backbones.overlock import FocusBlock, checkpoint_filter_fn
 from vizoo.tools.profiler import count
 
@@ -26,19 +23,8 @@ OFFICIAL = {
     "overlock_s": ((58309772, 57795748, 10.437), (56670476, 56156452, 9.894)),
     "overlock_b": ((98012968, 97434816, 17.963), (95520680, 94942528, 17.096)),
 }
+TRAINED = ("rpb1", "rpb2", "weight_proj.weight", "weight_proj.bias")  # with recorded gradients
 FOCUS = {"use_prior": False, "kernel_size": 13}, {"use_prior": True, "kernel_size": 7}
-BLOCKS = {
-    "overlock_contmix_k7": {"dim": 32, "num_heads": 2, "res_scale": True, "ls_init_value": 1},
-    "overlock_contmix_k13": {"dim": 24, "kernel_size": 13, "num_heads": 1, "mlp_ratio": 2},
-    "overlock_contmix_k13_small": {
-        "dim": 24,
-        "kernel_size": 13,
-        "num_heads": 1,
-        "mlp_ratio": 2,
-        "res_scale": True,
-        "ls_init_value": 1,
-    },
-}
 
 
 def overlock_t(official, **kwargs):
@@ -180,13 +166,6 @@ def test_classifier_becomes_dense_backbone(classifier):
     assert not [k for k in state if re.match(r"extra_norm|h_proj|aux_head", k)]
 
 
-def block_gradients(block, x, out, case):
-    names = ("rpb1", "rpb2", "weight_proj.weight", "weight_proj.bias")
-    found = torch.autograd.grad(out, [x, *(block.get_parameter(n) for n in names)], image(out.shape, seed=7))
-    for name, gradient in zip(("input", *names), found, strict=True):
-        golden_close(gradient, case.outputs[f"grad_{name.replace('.', '_')}"], f"gradient of {name}")
-
-
 @pytest.mark.parametrize("kwargs", FOCUS, ids=["first_k13", "mid_k7_small"])
 def test_focus_block(kwargs):
     case = load("overlock_dynblock_mid_k7_small" if kwargs["use_prior"] else "overlock_dynblock_first_k13")
@@ -197,62 +176,9 @@ def test_focus_block(kwargs):
     context, prior = image((B, 16, H, W), seed=11), image((B, 16, H, W), seed=12)
     out = block(torch.cat([x, context], dim=1), prior)
     golden_close(out, case.outputs["out"], "output")
-    block_gradients(block, x, out, case)
+    golden_gradients(out, {"input": x, **{n: block.get_parameter(n) for n in TRAINED}}, case.outputs, seed=7)
     with torch.no_grad():
         golden_close(block(torch.cat([x, context], dim=1), prior), case.outputs["out"], "inference")
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_contmix_block(name):
-    case = load(name)
-    block = ContMixBlock(**BLOCKS[name]).eval()
-    block.load_state_dict(weights(case.keys), strict=True)
-    x = image(case.input_shape).requires_grad_()
-    out = block(x)
-    golden_close(out, case.outputs["out"], "output")
-    block_gradients(block, x, out, case)
-    block.reparameterize()
-    with torch.no_grad():
-        golden_close(block(x), case.outputs["out"], "merged")
-
-
-@pytest.mark.parametrize("kernel_size", BRANCHES)
-@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
-def test_kernel_merge(kernel_size, grad):
-    case, prefix = load("overlock_reparam_merge"), f"k{kernel_size}."
-    block = DilatedReparamBlock(4, kernel_size).eval()
-    state = {k.removeprefix(prefix): v for k, v in weights(case.keys).items() if k.startswith(prefix)}
-    block.load_state_dict(state, strict=True)
-    x = image(case.input_shape)
-    with torch.set_grad_enabled(grad):
-        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "branches")
-        block.reparameterize()
-        assert list(block.state_dict()) == ["lk_origin.weight", "lk_origin.bias"]
-        golden_close(block.lk_origin.weight, case.outputs[f"weight_k{kernel_size}"], "kernel")
-        golden_close(block.lk_origin.bias, case.outputs[f"bias_k{kernel_size}"], "bias")
-        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "merged")
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_response_norm_of_zeros(layout):
-    """A channel, or a whole image, of zeros has no slope of the norm, as in ``torch.norm``; values in both modes."""
-    layer = GlobalResponseNorm(6).double()
-    with torch.no_grad():
-        layer.gamma.copy_(torch.randn(1, 6, 1, 1))
-        layer.beta.copy_(torch.randn(1, 6, 1, 1))
-    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
-    x[0, 2] = x[1] = 0
-    leaves = [x.contiguous(memory_format=layout).requires_grad_(), *layer.parameters()]
-    norm = torch.norm(leaves[0], p=2, dim=(-1, -2), keepdim=True)
-    expected = (layer.gamma * norm / (norm.mean(dim=1, keepdim=True) + 1e-6) + 1) * leaves[0] + layer.beta
-    grad, out = torch.randn_like(x), layer(leaves[0])
-    op_close(out.detach(), expected.detach(), what="out")
-    found, truth = (torch.autograd.grad(t, leaves, grad) for t in (out, expected))
-    for name, a, t in zip(("dx", "dgamma", "dbeta"), found, truth, strict=True):
-        assert torch.isfinite(a).all()
-        op_close(a, t, grad=True, what=name)
-    with torch.inference_mode():
-        op_close(layer(x.contiguous(memory_format=layout)), expected.detach(), what="inference")
 
 
 def test_auxiliary_head():
@@ -292,33 +218,6 @@ def test_size_of_every_form(name, merged):
 
 
 # what it sees
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype"), [((9, 8), torch.float64), ((7, 11), torch.float64), ((9, 8), torch.bfloat16)], ids=str
-)
-def test_explain_kernels_are_those_of_the_block(size, dtype):
-    """At every position, corners and edges too: kernels times the values of their windows give ContMix."""
-    block = ContMixBlock(16, kernel_size=7, smk_size=3, num_heads=2, dtype=dtype).eval()
-    with torch.no_grad():
-        for table in (block.rpb1, block.rpb2, block.weight_proj.weight, block.weight_proj.bias):
-            table.normal_()
-        x, value = (torch.randn(1, 16, *size, dtype=dtype) for _ in range(2))
-        out = block.contmix(x, x, value)
-        q, k = block.weight_query(x), block.weight_key(x)
-        found = torch.zeros_like(out, dtype=torch.float64)
-        for row, col in itertools.product(*map(range, size)):
-            halves = []
-            for kernel, v in zip(
-                block.kernels_at(q, k, row, col), value.unflatten(1, (2, 4, 2)).unbind(1), strict=True
-            ):
-                K = kernel.shape[3]
-                close(kernel.sum((2, 3)), torch.ones_like(kernel[:, :, 0, 0]), "rerun")
-                top, left = (min(max(i - K // 2, 0), n - K) for i, n in zip((row, col), size, strict=True))
-                window = v[..., top : top + K, left : left + K]  # [1, groups, C, K, K]
-                halves.append((kernel.unsqueeze(2) * window).sum((3, 4)).flatten())
-            found[0, :, row, col] = torch.cat(halves)
-    op_close(out, found, grad=dtype == torch.bfloat16)  # there logits are rounded before the softmax, not after
 
 
 def test_explain_windows():
@@ -399,6 +298,5 @@ def test_explain_of_what_is_left():
         model.explain(x)
 
 
-@pytest.mark.parametrize("name", timm.list_models(module="overlock"))
-def test_explain_of_every_name(name):
-    assert hasattr(get_type_hints(timm.models.model_entrypoint(name))["return"], "explain")
+def test_explain_of_every_name():
+    check_family_explains(overlock)

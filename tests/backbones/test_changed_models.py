@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from zoo import KINDS, build, each_kind, gradients, sample
 
-from vizoo.backbones.layers.plain import is_plain
 from vizoo.tools.profiler import count
 
 pytestmark = [
@@ -383,29 +381,6 @@ def test_counters_by_hooks(name: str) -> None:
 
 
 # layers of ours
-
-
-def test_plain_layers() -> None:
-    """Everything that makes a layer another one than its class says."""
-    layer = nn.Linear(3, 4)
-
-    def changed(change: Callable[[nn.Linear], Any]) -> bool:
-        other = nn.Linear(3, 4)
-        change(other)
-        return is_plain(other, nn.Linear)
-
-    assert is_plain(layer, nn.Linear)
-    assert is_plain(layer, nn.Conv2d, nn.Linear)
-    assert not is_plain(layer, nn.Conv2d)
-    assert not is_plain(type("Mine", (nn.Linear,), {})(3, 4), nn.Linear)
-    assert not changed(lambda m: m.register_forward_hook(print))
-    assert not changed(lambda m: m.register_forward_pre_hook(print))
-    assert not changed(lambda m: m.register_full_backward_hook(print))
-    assert not changed(lambda m: m.register_full_backward_pre_hook(print))
-    assert not changed(lambda m: setattr(m, "forward", m.forward))
-    assert not changed(lambda m: prune.l1_unstructured(m, "bias", 0.5))
-    assert not changed(lambda m: nn.utils.parametrizations.weight_norm(m))
-    assert not changed(lambda m: setattr(m, "weight", nn.Parameter(m.weight.as_subclass(type("T", (Tensor,), {})))))
 
 
 def test_subclasses_of_layers_keep_their_constructor() -> None:

@@ -1,0 +1,108 @@
+"""ContMixBlock: recorded official blocks, the merge of its kernels, its response norm."""
+
+import itertools
+
+import pytest
+import torch
+from golden import image, load, weights
+from tolerance import close, golden_close, golden_gradients, op_close
+
+from vizoo.backbones.layers import ContMixBlock
+from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock, GlobalResponseNorm
+
+TRAINED = ("rpb1", "rpb2", "weight_proj.weight", "weight_proj.bias")  # with recorded gradients
+BLOCKS = {
+    "overlock_contmix_k7": {"dim": 32, "num_heads": 2, "res_scale": True, "ls_init_value": 1},
+    "overlock_contmix_k13": {"dim": 24, "kernel_size": 13, "num_heads": 1, "mlp_ratio": 2},
+    "overlock_contmix_k13_small": {
+        "dim": 24,
+        "kernel_size": 13,
+        "num_heads": 1,
+        "mlp_ratio": 2,
+        "res_scale": True,
+        "ls_init_value": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_contmix_block(name):
+    case = load(name)
+    block = ContMixBlock(**BLOCKS[name]).eval()
+    block.load_state_dict(weights(case.keys), strict=True)
+    x = image(case.input_shape).requires_grad_()
+    out = block(x)
+    golden_close(out, case.outputs["out"], "output")
+    golden_gradients(out, {"input": x, **{n: block.get_parameter(n) for n in TRAINED}}, case.outputs, seed=7)
+    block.reparameterize()
+    with torch.no_grad():
+        golden_close(block(x), case.outputs["out"], "merged")
+
+
+@pytest.mark.parametrize("kernel_size", BRANCHES)
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "inference"])
+def test_kernel_merge(kernel_size, grad):
+    case, prefix = load("overlock_reparam_merge"), f"k{kernel_size}."
+    block = DilatedReparamBlock(4, kernel_size).eval()
+    state = {k.removeprefix(prefix): v for k, v in weights(case.keys).items() if k.startswith(prefix)}
+    block.load_state_dict(state, strict=True)
+    x = image(case.input_shape)
+    with torch.set_grad_enabled(grad):
+        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "branches")
+        block.reparameterize()
+        assert list(block.state_dict()) == ["lk_origin.weight", "lk_origin.bias"]
+        golden_close(block.lk_origin.weight, case.outputs[f"weight_k{kernel_size}"], "kernel")
+        golden_close(block.lk_origin.bias, case.outputs[f"bias_k{kernel_size}"], "bias")
+        golden_close(block(x), case.outputs[f"out_k{kernel_size}"], "merged")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_response_norm_of_zeros(layout):
+    """A channel, or a whole image, of zeros has no slope of the norm, as in ``torch.norm``; values in both modes."""
+    layer = GlobalResponseNorm(6).double()
+    with torch.no_grad():
+        layer.gamma.copy_(torch.randn(1, 6, 1, 1))
+        layer.beta.copy_(torch.randn(1, 6, 1, 1))
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    x[0, 2] = x[1] = 0
+    leaves = [x.contiguous(memory_format=layout).requires_grad_(), *layer.parameters()]
+    norm = torch.norm(leaves[0], p=2, dim=(-1, -2), keepdim=True)
+    expected = (layer.gamma * norm / (norm.mean(dim=1, keepdim=True) + 1e-6) + 1) * leaves[0] + layer.beta
+    grad, out = torch.randn_like(x), layer(leaves[0])
+    op_close(out.detach(), expected.detach(), what="out")
+    found, truth = (torch.autograd.grad(t, leaves, grad) for t in (out, expected))
+    for name, a, t in zip(("dx", "dgamma", "dbeta"), found, truth, strict=True):
+        assert torch.isfinite(a).all()
+        op_close(a, t, grad=True, what=name)
+    with torch.inference_mode():
+        op_close(layer(x.contiguous(memory_format=layout)), expected.detach(), what="inference")
+
+
+# what pictures show
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((9, 8), torch.float64), ((7, 11), torch.float64), ((9, 8), torch.bfloat16)], ids=str
+)
+def test_kernels_are_those_of_the_block(size, dtype):
+    """At every position, corners and edges too: kernels times the values of their windows give ContMix."""
+    block = ContMixBlock(16, kernel_size=7, smk_size=3, num_heads=2, dtype=dtype).eval()
+    with torch.no_grad():
+        for table in (block.rpb1, block.rpb2, block.weight_proj.weight, block.weight_proj.bias):
+            table.normal_()
+        x, value = (torch.randn(1, 16, *size, dtype=dtype) for _ in range(2))
+        out = block.contmix(x, x, value)
+        q, k = block.weight_query(x), block.weight_key(x)
+        found = torch.zeros_like(out, dtype=torch.float64)
+        for row, col in itertools.product(*map(range, size)):
+            halves = []
+            for kernel, v in zip(
+                block.kernels_at(q, k, row, col), value.unflatten(1, (2, 4, 2)).unbind(1), strict=True
+            ):
+                K = kernel.shape[3]
+                close(kernel.sum((2, 3)), torch.ones_like(kernel[:, :, 0, 0]), "rerun")
+                top, left = (min(max(i - K // 2, 0), n - K) for i, n in zip((row, col), size, strict=True))
+                window = v[..., top : top + K, left : left + K]  # [1, groups, C, K, K]
+                halves.append((kernel.unsqueeze(2) * window).sum((3, 4)).flatten())
+            found[0, :, row, col] = torch.cat(halves)
+    op_close(out, found, grad=dtype == torch.bfloat16)  # there logits are rounded before the softmax, not after
