@@ -210,17 +210,14 @@ def _neighbourhood(
     place = cell_at(point, x.shape[1:3], sides)
     weights, keys = attn.weights_at(x, *place)
     K, D = attn.kernel_size, attn.dilation
-    span = (K - 1) * D + 1
-    heat = weights.new_zeros(span, span)
-    heat[::D, ::D] = weights[0].mean(0)
-    first, scale = keys[:1, 0].cpu(), torch.tensor([*sides, *sides])
-    window = torch.cat([first, first + span], 1) * scale
-    tokens = keys.flatten(0, 1).cpu()
+    tokens, scale = keys.flatten(0, 1).cpu(), torch.tensor([*sides, *sides])
+    boxes = torch.cat([tokens, tokens + 1], 1) * scale
+    window = torch.cat([tokens[:1] + 0.5 - D / 2, tokens[-1:] + 0.5 + D / 2], 1) * scale
     return Panel(
         title=f"{name}: {K}x{K} neighbourhood" + (f", dilation {D}" if D > 1 else ""),
-        heat=heat,
+        heat=weights[0].mean(0),
         area=(*window[0].tolist(),),
-        boxes=window if D == 1 else torch.cat([tokens, tokens + 1], 1) * scale,
+        boxes=window if D == 1 else boxes,
         points=(torch.tensor([place]) + 0.5) * torch.tensor(sides),
         bar="attention",
     )
@@ -412,7 +409,8 @@ class NAT(nn.Module):
                 map, but if that makes more than six, the widest of each size first.
 
         Returns:
-            For each of the blocks a panel, the mean of its heads.  Dilated neighbourhoods have a box around each token.
+            For each of the blocks a panel, the mean of its heads.  A dilated neighbourhood has a box around each of its
+            tokens, and the colour of a token reaches half of the way to the next one.
 
         Raises:
             ValueError: If a setting is out of range.
