@@ -29,11 +29,23 @@ from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, interleave_blocks
 from torch import Tensor, nn
 
-from .layers import HaloAttention, to_fast_layout
+from .layers import HaloAttention, Panel, to_fast_layout
 from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
-from .layers.checks import check_arguments, check_heads, check_lengths, check_stages, checked, is_sequence, need
+from .layers.checks import (
+    ANY,
+    SHARE,
+    check_arguments,
+    check_heads,
+    check_lengths,
+    check_positions,
+    check_stages,
+    checked,
+    is_sequence,
+    need,
+)
+from .layers.panel import cell_at, seen_by
 
 __all__ = ["HaloNet", "HaloResNet"]
 
@@ -207,6 +219,62 @@ class HaloResNet(ByobNet):
         self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
+
+    @torch.jit.ignore
+    @checked(point=SHARE, blocks=ANY)
+    def explain(
+        self, image: Tensor, point: tuple[float, float] = (0.5, 0.5), blocks: Sequence[int] | None = None
+    ) -> list[Panel]:
+        """The block of queries that holds a point, its window of keys, and the attention of the point's query to them.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, normalised.
+            point: Row and column as fractions of the image.
+            blocks: Residual blocks with halo attention, counted from 0 over all stages; None for the last of each.
+
+        Returns:
+            For each of the blocks a panel, the mean of its heads.  Off the map the window has keys too, of zeros, but
+            with ``pad_mode="mask"``.
+
+        Raises:
+            ValueError: If a setting is out of range, or there is no halo attention.
+        """
+        layers = [(name, m) for name, m in self.named_modules() if isinstance(m, HaloAttention)]
+        if not layers:
+            raise ValueError("got a model without halo attention, need one with it")
+        if blocks is not None:
+            check_positions(len(layers), blocks=blocks)
+        last = {name.split(".")[1]: i for i, (name, _) in enumerate(layers)}
+        chosen = [layers[i] for i in (last.values() if blocks is None else blocks)]
+        panels = []
+        for (name, layer), ((x,), _) in zip(chosen, seen_by(self, image, [layer for _, layer in chosen]), strict=True):
+            stage, block = (int(part) + 1 for part in name.split(".")[1:3])
+            after = next(info["reduction"] for info in self.feature_info if info["stage"] >= stage)
+            sides = after / layer.stride / image.shape[2], after / layer.stride / image.shape[3]
+            panels.append(_window_panel(f"stage {stage}, block {block}", layer, x, sides, point))
+        return panels
+
+
+@torch.no_grad()
+def _window_panel(
+    name: str, layer: HaloAttention, x: Tensor, sides: tuple[float, float], point: tuple[float, float]
+) -> Panel:
+    """What a query of a map ``[1, dim, H, W]``, whose positions have these sides as fractions of the image, sees."""
+    b, r, s = layer.block_size, layer.halo_size, layer.query_stride
+    place = [i // s * s for i in cell_at(point, x.shape[2:], sides)]
+    weights = layer.weights_at(x, place[0] // s, place[1] // s)[0].mean(0)
+    top, left = (i // b * b for i in place)
+    edges = torch.tensor([[top, left, top + b, left + b], [top - r, left - r, top + b + r, left + b + r]])
+    boxes = edges * torch.tensor([*sides, *sides])
+    w = b + 2 * r
+    return Panel(
+        title=f"{name}: window {w}x{w} of a block {b}x{b}",
+        heat=weights,
+        area=(*boxes[1].tolist(),),
+        boxes=boxes,
+        points=(torch.tensor([place]) + 0.5) * torch.tensor(sides),
+        bar="attention",
+    )
 
 
 class HaloNet(HaloResNet):

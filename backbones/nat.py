@@ -38,20 +38,25 @@ from timm.models._input import update_model_args
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from .layers import Panel
 from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
+    ANY,
+    SHARE,
     Range,
     check_heads,
     check_lengths,
+    check_positions,
     check_stages,
     checked,
     is_sequence,
     need,
 )
 from .layers.layout import to_channels_last
-from .layers.neighborhood import NeighborhoodBlock, resize_rpb
+from .layers.neighborhood import NeighborhoodAttention, NeighborhoodBlock, resize_rpb
+from .layers.panel import cell_at, seen_by
 
 __all__ = ["NAT"]
 
@@ -70,6 +75,7 @@ ABOUT = About(
     ),
 )
 
+MOST_PANELS = 6  # without blocks of the user's choice
 _logger = logging.getLogger(__name__)
 _norm_layer = partial(LayerNorm, eps=1e-5)
 
@@ -194,6 +200,27 @@ def _block_dilations(dilations: str | int | Sequence[Any], depths: Sequence[int]
     patterns = [list(s) if is_sequence(s) else [s] for s in stages]
     check_lengths(depths=depths, dilations=stages)
     return [[pattern[i % len(pattern)] for i in range(depth)] for pattern, depth in zip(patterns, depths, strict=True)]
+
+
+@torch.no_grad()
+def _neighbourhood(
+    name: str, attn: NeighborhoodAttention, x: Tensor, sides: tuple[float, float], point: tuple[float, float]
+) -> Panel:
+    """What a token of a map ``[1, H, W, C]``, whose tokens have these sides as fractions of the image, attends to."""
+    place = cell_at(point, x.shape[1:3], sides)
+    weights, keys = attn.weights_at(x, *place)
+    K, D = attn.kernel_size, attn.dilation
+    tokens, scale = keys.flatten(0, 1).cpu(), torch.tensor([*sides, *sides])
+    boxes = torch.cat([tokens, tokens + 1], 1) * scale
+    window = torch.cat([tokens[:1] + 0.5 - D / 2, tokens[-1:] + 0.5 + D / 2], 1) * scale
+    return Panel(
+        title=f"{name}: {K}x{K} neighbourhood" + (f", dilation {D}" if D > 1 else ""),
+        heat=weights[0].mean(0),
+        area=(*window[0].tolist(),),
+        boxes=window if D == 1 else boxes,
+        points=(torch.tensor([place]) + 0.5) * torch.tensor(sides),
+        bar="attention",
+    )
 
 
 class NAT(nn.Module):
@@ -367,6 +394,50 @@ class NAT(nn.Module):
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    @checked(point=SHARE, blocks=ANY)
+    def explain(
+        self, image: Tensor, point: tuple[float, float] = (0.5, 0.5), blocks: Sequence[int] | None = None
+    ) -> list[Panel]:
+        """The neighbourhood of the token at a point, and the token's attention to it.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, normalised.
+            point: Row and column as fractions of the image.
+            blocks: Blocks counted from 0 over all stages; None for the last of every dilation at every size of the
+                map, but if that makes more than six, the widest of each size first.
+
+        Returns:
+            For each of the blocks a panel, the mean of its heads.  A dilated neighbourhood has a box around each of its
+            tokens, and the colour of a token reaches half of the way to the next one.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        layers: list[tuple[int, int, Any]] = [
+            (i, j, block.attn)
+            for i, stage in enumerate(self.stages)
+            for j, block in enumerate(stage.blocks)  # type: ignore[union-attr, arg-type]
+        ]
+        if blocks is not None:
+            check_positions(len(layers), blocks=blocks)
+        chosen = [layers[i] for i in (self._telling(layers) if blocks is None else blocks)]
+        panels = []
+        for (i, j, attn), ((x, *_), _) in zip(chosen, seen_by(self, image, [a for _, _, a in chosen]), strict=True):
+            pixels = self.feature_info[i]["reduction"]
+            sides = pixels / image.shape[2], pixels / image.shape[3]
+            panels.append(_neighbourhood(f"stage {i + 1}, block {j + 1}", attn, x, sides, point))
+        return panels
+
+    @torch.jit.ignore
+    def _telling(self, layers: list[tuple[int, int, Any]]) -> list[int]:
+        """Of all blocks those that show every size of the map and every dilation, as far as there is room."""
+        kinds = [(self.feature_info[stage]["reduction"], attn.dilation) for stage, _, attn in layers]
+        widest = dict(sorted(kinds))  # of each size
+        last = {kind: i for i, kind in enumerate(kinds)}
+        order = sorted(last, key=lambda kind: kind[1] < widest[kind[0]])
+        return sorted(last[kind] for kind in order[:MOST_PANELS])
 
     def forward_intermediates(
         self,

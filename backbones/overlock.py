@@ -29,11 +29,11 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from .layers import to_fast_layout
+from .layers import Panel, to_fast_layout
 from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
-from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
+from .layers.checks import ANY, SHARE, Range, check_counts, check_heads, check_positions, checked, need, scaled
 from .layers.contmix import (
     BRANCHES,
     DilatedReparamBlock,
@@ -47,8 +47,10 @@ from .layers.contmix import (
     residual_conv,
     shrink,
 )
+from .layers.panel import cell_at, seen_by, tiled
 from .layers.plain import project
 from .layers.resampling import resize
+from .ops.na2d_av import window_starts
 
 __all__ = ["OverLoCK"]
 
@@ -311,6 +313,50 @@ def _classifier(layer: Callable[..., nn.Module], dim: int, num_classes: int, **d
     return layer(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
 
+@torch.no_grad()
+def _kernel_panels(
+    name: str, block: FocusBlock, q: Tensor, k: Tensor, extent: tuple[float, float], point: tuple[float, float]
+) -> list[Panel]:
+    """The kernels at a point: means of the groups, and the large ones of the two groups that differ most.
+
+    Args:
+        name: Of the block.
+        block: It.
+        q: Queries ``[1, dim / 2, H, W]``.
+        k: Context regions ``[1, dim / 2, 7, 7]``.
+        extent: Bottom and right edge of the map as fractions of the image.
+        point: Row and column as fractions of the image.
+
+    Returns:
+        Four panels.
+    """
+    size = q.shape[2], q.shape[3]
+    sides = extent[0] / size[0], extent[1] / size[1]
+    place = cell_at(point, size, sides)
+    (small,), (large,) = block.kernels_at(q, k, *place)  # [groups, K, K] each
+    apart = torch.cdist(large.flatten(1), large.flatten(1)).fill_diagonal_(-1.0)
+    first, second = sorted(divmod(int(apart.argmax()), len(apart)))
+    mean = f"mean of {len(large)} groups"
+    shown = [(small.mean(0), mean), (large.mean(0), mean)]
+    shown += [(large[group], f"group {group + 1}") for group in (first, second)]
+    panels = []
+    for kernel, which in shown:
+        K = len(kernel)
+        top, left = (int(window_starts(L, K, q.device)[i]) for L, i in zip(size, place, strict=True))
+        box = torch.tensor([[top, left, top + K, left + K]]) * torch.tensor([*sides, *sides])
+        panels.append(
+            Panel(
+                title=f"{name}: {K}x{K} kernel, {which}",
+                heat=kernel,
+                area=(*box[0].tolist(),),
+                boxes=box,
+                points=(torch.tensor([place]) + 0.5) * torch.tensor(sides),
+                bar="weight",
+            )
+        )
+    return panels
+
+
 class OverLoCK(nn.Module):
     """OverLoCK (Sec. 3): Base-Net down to stride 16, Overview-Net at stride 32, Focus-Net at strides 16 and 32.
 
@@ -565,6 +611,45 @@ class OverLoCK(nn.Module):
         if self.aux_head is not None:
             width = self.aux_head[0].num_features  # type: ignore[index]
             self.aux_head[2] = _classifier(_pointwise, width, num_classes, **dd).train(self.training)  # type: ignore[operator]
+
+    @torch.jit.ignore
+    @checked(point=SHARE, blocks=ANY)
+    def explain(
+        self, image: Tensor, point: tuple[float, float] = (0.5, 0.5), blocks: Sequence[int] | None = None
+    ) -> list[Panel]:
+        """The context prior that the overview gives, and the kernels that Focus-Net makes of its context at a point.
+
+        Args:
+            image: ``[1, in_chans, H, W]``, normalised.
+            point: Row and column as fractions of the image.
+            blocks: Blocks of Focus-Net, counted from 0 over both stages; None for the last of each.
+
+        Returns:
+            The norm of the prior's channels, and for each of the blocks four panels: the mean of its small kernels, of
+            its large ones, and the large kernels of the two groups of channels that differ most.
+
+        Raises:
+            ValueError: If a setting is out of range, or the model was pruned down to Base-Net.
+        """
+        stages: list[Any] = [(3, self.sub_blocks3), (4, self.sub_blocks4)]
+        layers = [(i, j, b) for i, stage in stages for j, b in enumerate(() if stage is None else stage)]
+        if not layers:
+            raise ValueError("got a model without Focus-Net, need one with it")
+        if blocks is not None:
+            check_positions(len(layers), blocks=blocks)
+        last = {stage: i for i, (stage, _, _) in enumerate(layers)}
+        chosen = [layers[i] for i in (last.values() if blocks is None else blocks)]
+        parts = [part for _, _, block in chosen for part in (block, block.weight_query, block.weight_key)]
+        (_, prior), *seen = seen_by(self, image, [self.high_level_proj, *parts])
+        norm = torch.linalg.vector_norm(prior[0].float(), dim=0)
+        panels = [
+            Panel(title="overview: context prior", heat=norm, area=tiled(image, norm, (32, 32)), bar="norm of channels")
+        ]
+        for i, (stage, number, block) in enumerate(chosen):
+            out, q, k = (given for _, given in seen[3 * i : 3 * i + 3])
+            *_, bottom, right = tiled(image, out[0, 0], (self.feature_info[stage - 1]["reduction"],) * 2)
+            panels += _kernel_panels(f"stage {stage}, block {number + 1}", block, q, k, (bottom, right), point)
+        return panels
 
     def _pyramid(self, x: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
         """Features without norms up to a level, and the overview map, which needs a level of at least 2."""

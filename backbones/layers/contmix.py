@@ -14,7 +14,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from ..ops.backend import on_kernel_device, plain_only, use_onednn, without_autocast
-from ..ops.contmix import contmix, contmix_from_logits, working_size
+from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv
 from ..ops.depthwise3x3 import depthwise3x3
 from .checks import Range, check_multiple, checked, need, scaled
@@ -605,6 +605,24 @@ class DynamicBlock(nn.Module):
                 return mix(q, k, value, *tensors(self.weight_proj), self.rpb1, self.rpb2, self.scale, k1, k2)
         logits = self.weight_proj(affinity(q, k, self.rpb1.shape[0], self.scale))
         return mix_by_logits(logits, value, self.rpb1, self.rpb2, k1, k2)
+
+    def kernels_at(self, q: Tensor, k: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+        """Both kernels of one position.
+
+        Args:
+            q: What ``weight_query`` gives ``[B, dim / 2, H, W]``.
+            k: What ``weight_key`` gives ``[B, dim / 2, 7, 7]``.
+            row: Row of the position.
+            col: Its column.
+
+        Returns:
+            The small kernel ``[B, groups, k1, k1]`` and the large one ``[B, groups, k2, k2]``, in float32 at least.
+        """
+        (H, W), k1, k2, groups = q.shape[2:], self.smk_size, self.kernel_size, self.rpb1.shape[0]
+        logits = self.weight_proj(affinity(q, k, groups, self.scale)).unflatten(0, (-1, groups))
+        both = contmix_kernels(logits.flatten(3).transpose(2, 3), self.rpb1, self.rpb2, H, W, k1, k2)
+        small, large = (kernels[:, :, row, col] for kernels in both)
+        return small.unflatten(-1, (k1, k1)), large.unflatten(-1, (k2, k2))
 
     def finish(self, skip: Tensor, x: Tensor, gate: Tensor, lepe: Tensor) -> Tensor:
         """Gate the mixed map, add it to ``skip`` and apply the feed-forward network."""

@@ -7,7 +7,7 @@ from timm.layers import make_divisible, register_notrace_module, trunc_normal_, 
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
-from ..ops.halo import halo_attention, reference_halo_attention
+from ..ops.halo import halo_attention, halo_weights, reference_halo_attention
 from .checks import check_multiple, checked, need
 from .plain import project
 
@@ -112,6 +112,7 @@ class HaloAttention(nn.Module):
         need(self.dim_head, "at least one channel for each head", qk_ratio=qk_ratio, num_heads=num_heads)
         self.block_size = block_size
         self.halo_size = halo_size
+        self.stride = stride
         self.query_stride = 1 if pooled else stride
         self.scale_pos_embed = scale_pos_embed
         self.pad_mode = pad_mode
@@ -136,21 +137,25 @@ class HaloAttention(nn.Module):
         """Window and heads for ``print(model)``."""
         return f"block_size={self.block_size}, halo_size={self.halo_size}, num_heads={self.num_heads}"
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, H / s, W / s, h, d]``, keys and values ``[B, H, W, h, d]`` of a map ``[B, dim, H, W]``."""
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        h = self.num_heads
+        q = self.q(x) if torch.jit.is_scripting() else project(self.q, x)
+        kv = self.kv(x) if torch.jit.is_scripting() else project(self.kv, x)
+        q = q.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head])
+        kv = kv.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head + self.dim_out // h])
+        return q, kv[..., : self.dim_head], kv[..., self.dim_head :]
+
     def forward(self, x: Tensor) -> Tensor:
         """Attend over a map ``[B, dim, H, W]``; returns ``[B, dim_out, ceil(H / stride), ceil(W / stride)]``.
 
         The output has the memory format of the input; channels-last needs no copies.
         """
         channels_first = x.is_contiguous()
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        s, h = self.query_stride, self.num_heads
-        q = self.q(x) if torch.jit.is_scripting() else project(self.q, x)
-        kv = self.kv(x) if torch.jit.is_scripting() else project(self.kv, x)
-        q = q.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head])  # [B, H / s, W / s, h, d]
-        kv = kv.permute(0, 2, 3, 1).unflatten(-1, [h, self.dim_head + self.dim_out // h])
-        k, v = kv[..., : self.dim_head], kv[..., self.dim_head :]
+        q, k, v = self._heads(x)
         rows, cols = self.pos_embed()
-        b, r = self.block_size, self.halo_size
+        b, r, s = self.block_size, self.halo_size, self.query_stride
         scaled, pad_mode, rel_index = self.scale_pos_embed, self.pad_mode, self.rel_index
         if self.fused_attn:
             out = halo_attention(q, k, v, rows, cols, b, r, s, None, scaled, pad_mode, rel_index)
@@ -158,6 +163,23 @@ class HaloAttention(nn.Module):
             out = reference_halo_attention(q, k, v, rows, cols, b, r, s, None, scaled, pad_mode, rel_index)
         out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
         return out.contiguous() if channels_first else out
+
+    def weights_at(self, x: Tensor, row: int, col: int) -> Tensor:
+        """Attention of one query over its window, before the output is averaged if it is.
+
+        Args:
+            x: Map ``[B, dim, H, W]``.
+            row: Row of the query, counted in queries: with ``query_stride=2`` every second of the map has one.
+            col: Its column.
+
+        Returns:
+            ``[B, num_heads, w, w]`` in float32 at least; the window of ``w x w`` starts ``halo_size`` before the block.
+        """
+        q, k, _ = self._heads(x)
+        rows, cols = self.pos_embed()
+        b, r, s = self.block_size, self.halo_size, self.query_stride
+        scaled, pad_mode, rel_index = self.scale_pos_embed, self.pad_mode, self.rel_index
+        return halo_weights(q, k, rows, cols, row, col, b, r, s, None, scaled, pad_mode, rel_index)
 
 
 def _from_timm(old: HaloAttn) -> HaloAttention:

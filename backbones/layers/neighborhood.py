@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.neighborhood import is_padded, neighborhood_attention, reference_neighborhood_attention
+from ..ops.neighborhood import (
+    is_padded,
+    neighborhood_attention,
+    neighborhood_weights,
+    reference_neighborhood_attention,
+)
 from .checks import Range, check_multiple, checked, scaled
 from .mlp import Mlp
 from .plain import project
@@ -78,6 +83,22 @@ class NeighborhoodAttention(nn.Module):
         """Heads and window for ``print(model)``."""
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys, values ``[B, H, W, h, d]`` of a map ``[B, H, W, C]``; key and value ``[h, d]`` beyond it."""
+        B, H, W, C = x.shape
+        h = self.num_heads
+        pad_k: Tensor | None = None
+        pad_v: Tensor | None = None
+        if is_padded(H, W, self.kernel_size, self.dilation):  # what is the key and the value of a token of zeros?
+            rows = torch.cat([x.reshape(B * H * W, C), x.new_zeros(1, C)])
+            rows = self.qkv(rows) if torch.jit.is_scripting() else project(self.qkv, rows)
+            qkv = rows[: B * H * W]
+            _, pad_k, pad_v = rows[B * H * W].reshape(3, h, C // h).unbind(0)
+        else:
+            qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        q, k, v = qkv.reshape(B, H, W, 3, h, C // h).unbind(3)
+        return q, k, v, pad_k, pad_v
+
     def forward(
         self,
         x: Tensor,
@@ -109,18 +130,8 @@ class NeighborhoodAttention(nn.Module):
             if H * W != N:
                 raise ValueError(f"got {N} tokens for a {H}x{W} map; give size=(H, W), without prefix tokens")
             x = x.reshape(shape[0], H, W, shape[2])
-        B, H, W, C = x.shape
-        h, K = self.num_heads, self.kernel_size
-        pad_k: Tensor | None = None
-        pad_v: Tensor | None = None
-        if is_padded(H, W, K, self.dilation):  # what is the key and the value of a token of zeros?
-            rows = torch.cat([x.reshape(B * H * W, C), x.new_zeros(1, C)])
-            rows = self.qkv(rows) if torch.jit.is_scripting() else project(self.qkv, rows)
-            qkv = rows[: B * H * W]
-            _, pad_k, pad_v = rows[B * H * W].reshape(3, h, C // h).unbind(0)
-        else:
-            qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
-        q, k, v = qkv.reshape(B, H, W, 3, h, C // h).unbind(3)  # [B, H, W, h, d]
+        q, k, v, pad_k, pad_v = self._heads(x)
+        K = self.kernel_size
         if self.fused_attn:
             out = neighborhood_attention(q, k, v, K, dilation=self.dilation, rpb=self.rpb, pad_k=pad_k, pad_v=pad_v)
         else:
@@ -129,6 +140,22 @@ class NeighborhoodAttention(nn.Module):
             )
         out = out.flatten(3)
         return (self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)).reshape(shape)
+
+    def weights_at(self, x: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+        """Attention of one token over its window.
+
+        Args:
+            x: Map ``[B, H, W, C]``.
+            row: Row of the token.
+            col: Its column.
+
+        Returns:
+            Weights ``[B, num_heads, K, K]`` in float32 at least; and rows and columns of the tokens that they are of
+            ``[K, K, 2]``, some of them beyond a map smaller than ``kernel_size * dilation``.
+        """
+        q, k, _, pad_k, _ = self._heads(x)
+        size, dilation = self.kernel_size, self.dilation
+        return neighborhood_weights(q, k, row, col, size, dilation=dilation, rpb=self.rpb, pad_k=pad_k)
 
 
 class NeighborhoodBlock(nn.Module):

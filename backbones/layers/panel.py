@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Panel", "evaluating", "seen_by", "tiled"]
+__all__ = ["Panel", "cell_at", "evaluating", "seen_by", "tiled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +111,18 @@ def seen_by(model: nn.Module, image: Tensor, layers: Sequence[nn.Module]) -> lis
         for handle in handles:
             handle.remove()
     return [kept[layer] for layer in layers]
+
+
+def cell_at(point: Sequence[float], cells: Sequence[int], sides: Sequence[float]) -> tuple[int, int]:
+    """The cell of a grid that holds a point.
+
+    Args:
+        point: Row and column as fractions of the image.
+        cells: Rows and columns of the grid.
+        sides: Height and width of a cell as fractions of the image.
+
+    Returns:
+        Its row and column.
+    """
+    row, col = (min(int(p / side), n - 1) for p, n, side in zip(point, cells, sides, strict=True))
+    return row, col

@@ -109,6 +109,30 @@ def _logit_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def contmix_kernels(
+    logits: Tensor, rpb1: Tensor, rpb2: Tensor, H: int, W: int, k1: int, k2: int
+) -> tuple[Tensor, Tensor]:
+    """The kernels of every position: relative position bias and softmax (OverLoCK, Sec. 3.3).
+
+    Args:
+        logits: Logits of both kernels for every query ``[B, G, H * W, k1^2 + k2^2]``.
+        rpb1: Relative position bias of the small kernel ``[G, 2 k1 - 1, 2 k1 - 1]``.
+        rpb2: The same of the large kernel ``[G, 2 k2 - 1, 2 k2 - 1]``.
+        H: Rows of the map.
+        W: Columns of the map.
+        k1: Side of the small window.
+        k2: Side of the large window.
+
+    Returns:
+        The small kernels ``[B, G, H, W, k1^2]`` and the large ones ``[B, G, H, W, k2^2]`` in float32, or in float64 if
+        the logits are, over the window of each position, which is shifted at the border.
+    """
+    B, G, logits = logits.shape[0], logits.shape[1], logits.to(_logit_dtype(logits))
+    small = logits[..., : k1 * k1] + _gather_rpb(rpb1.to(logits.dtype), H, W, k1)
+    large = logits[..., k1 * k1 :] + _gather_rpb(rpb2.to(logits.dtype), H, W, k2)
+    return small.softmax(-1).reshape(B, G, H, W, k1 * k1), large.softmax(-1).reshape(B, G, H, W, k2 * k2)
+
+
 def _gather_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int) -> Tensor:
     B, H, W = q.shape[0], q.shape[2], q.shape[3]
     G, C = M.shape[1], M.shape[2]
@@ -116,10 +140,8 @@ def _gather_form(q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor,
     queries = q.reshape(B, G, C, H * W).transpose(2, 3).to(dtype)
     logits = queries @ M.to(dtype) + bias.to(dtype)  # [B, G, N, k1^2 + k2^2]
     values = v.reshape(B, 2, G, C, H, W).permute(1, 0, 2, 4, 5, 3)  # [2, B, G, H, W, C]
-    small = logits[..., : k1 * k1] + _gather_rpb(rpb1.to(dtype), H, W, k1)
-    large = logits[..., k1 * k1 :] + _gather_rpb(rpb2.to(dtype), H, W, k2)
-    out1 = reference_na2d_av(small.softmax(-1).reshape(B, G, H, W, k1 * k1), values[0], k1)
-    out2 = reference_na2d_av(large.softmax(-1).reshape(B, G, H, W, k2 * k2), values[1], k2)
+    small, large = contmix_kernels(logits, rpb1, rpb2, H, W, k1, k2)
+    out1, out2 = reference_na2d_av(small, values[0], k1), reference_na2d_av(large, values[1], k2)
     return torch.stack([out1, out2], dim=1).permute(0, 1, 2, 5, 3, 4).reshape(v.shape)
 
 
@@ -138,14 +160,10 @@ def contmix_from_logits(logits: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k
         ``[B, 2 * G * C, H, W]`` in the channel order and dtype of ``v``.
     """
     B, G, H, W = logits.shape[0], logits.shape[1], v.shape[2], v.shape[3]
-    logits = logits.to(_logit_dtype(logits))
     values = v.reshape(B, 2, G, -1, H, W).permute(1, 0, 2, 4, 5, 3)  # [2, B, G, H, W, C]
-    small = logits[..., : k1 * k1] + _gather_rpb(rpb1.to(logits.dtype), H, W, k1)
-    large = logits[..., k1 * k1 :] + _gather_rpb(rpb2.to(logits.dtype), H, W, k2)
-    weights1 = small.softmax(-1).reshape(B, G, H, W, k1 * k1)
-    weights2 = large.softmax(-1).reshape(B, G, H, W, k2 * k2)
-    out1 = na2d_av(weights1.to(v.dtype), values[0], k1, "torch")
-    out2 = na2d_av(weights2.to(v.dtype), values[1], k2, "torch")
+    small, large = contmix_kernels(logits, rpb1, rpb2, H, W, k1, k2)
+    out1 = na2d_av(small.to(v.dtype), values[0], k1, "torch")
+    out2 = na2d_av(large.to(v.dtype), values[1], k2, "torch")
     return torch.stack([out1, out2], dim=1).permute(0, 1, 2, 5, 3, 4).reshape(v.shape)
 
 

@@ -86,6 +86,64 @@ def _rest(t: Tensor, n: int) -> Tensor:
     return t - t // n * n
 
 
+def _window_keys(part: Tensor, H: int, W: int, h: int, block_size: int, halo_size: int) -> tuple[Tensor, Tensor]:
+    """Keys in the windows of some blocks and heads.
+
+    Args:
+        part: Block, times heads, plus head ``[n, 1]``.
+        H: Rows of the map.
+        W: Columns of the map.
+        h: Heads.
+        block_size: Side of a block.
+        halo_size: Pixels by which a window exceeds it.
+
+    Returns:
+        Place of each key in ``[H * W * h]`` and whether it is off the map, both ``[n, w * w]``.
+    """
+    b, w, nw = block_size, block_size + 2 * halo_size, (W + block_size - 1) // block_size
+    block, key = part // h, torch.arange(w * w, device=part.device)
+    y, x = block // nw * b - halo_size + key // w, _rest(block, nw) * b - halo_size + key % w
+    off_map = (y < 0) | (y >= H) | (x < 0) | (x >= W)
+    return (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)) * h + part % h, off_map
+
+
+def _plain_weights(
+    q: Tensor,
+    k: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    part: Tensor,
+    place: Tensor,
+    off_map: Tensor,
+    block_size: int,
+    halo_size: int,
+    stride: int,
+    scale: float,
+    rel_scale: float,
+    mask: bool,
+    pixel: bool,
+) -> Tensor:
+    """Weights ``[B, n, queries, w * w]`` of some blocks and heads ``part``, whose keys :func:`_window_keys` gives."""
+    B, QH, QW, h = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
+    dtype, device = _work_dtype(q), q.device
+    b, side, w, step = block_size, block_size // stride, block_size + 2 * halo_size, stride if pixel else 1
+    nw = (k.shape[2] + b - 1) // b
+    block, query, key = part // h, torch.arange(side * side, device=device), torch.arange(w * w, device=device)
+    y, x = block // nw * side + query // side, _rest(block, nw) * side + query % side  # [n, queries]
+    own = (y.clamp(max=QH - 1) * QW + x.clamp(max=QW - 1)) * h + part % h  # past the map any query will do
+    queries = q.to(dtype).flatten(1, 3)[:, own]  # [B, n, queries, d]
+    keys = k.to(dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
+
+    query = query.unsqueeze(1)
+    row = (key // w - step * (query // side) + w - 1).expand(B, part.shape[0], side * side, w * w)
+    col = (key % w - step * (query % side) + w - 1).expand(B, part.shape[0], side * side, w * w)
+    relative = (queries @ height_rel.to(dtype).t()).gather(3, row) + (queries @ width_rel.to(dtype).t()).gather(3, col)
+    logits = scale * (queries @ keys.transpose(2, 3)) + rel_scale * relative
+    if mask:
+        logits = logits.masked_fill(off_map.unsqueeze(1), float("-inf"))
+    return logits.softmax(-1)
+
+
 def _plain_form(
     q: Tensor,
     k: Tensor,
@@ -101,39 +159,76 @@ def _plain_form(
     pixel: bool,
 ) -> Tensor:
     # no axis counts blocks alone: exported programs would then be bound to maps of one block, or of more
-    B, H, W, h, d = k.shape
-    QH, QW, dtype, device = q.shape[1], q.shape[2], _work_dtype(q), k.device
-    b, side, w, step = block_size, block_size // stride, block_size + 2 * halo_size, stride if pixel else 1
+    H, W, h = k.shape[1], k.shape[2], k.shape[3]
+    QH, QW, device = q.shape[1], q.shape[2], k.device
+    b, side = block_size, block_size // stride
     nh, nw = (H + b - 1) // b, (W + b - 1) // b
 
     # indices have the shape of what they pick: splitting an axis afterwards would bind exported programs to sizes
     part = torch.arange(nh * nw * h, device=device).unsqueeze(1)  # block, head
-    block, head = part // h, part % h
-    query, key = torch.arange(side * side, device=device), torch.arange(w * w, device=device)
-    up, left = block // nw, _rest(block, nw)
-    y, x = up * side + query // side, left * side + query % side  # [blocks * heads, queries]
-    place = (y.clamp(max=QH - 1) * QW + x.clamp(max=QW - 1)) * h + head  # past the map any query will do
-    queries = q.to(dtype).flatten(1, 3)[:, place]  # [B, blocks * heads, queries, d]
-
-    y, x = up * b - halo_size + key // w, left * b - halo_size + key % w  # [blocks * heads, keys]
-    off_map = (y < 0) | (y >= H) | (x < 0) | (x >= W)
-    place = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)) * h + head
-    keys = k.to(dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
-    values = v.to(dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
-
-    query = query.unsqueeze(1)
-    row = (key // w - step * (query // side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
-    col = (key % w - step * (query % side) + w - 1).expand(B, nh * nw * h, side * side, w * w)
-    relative = (queries @ height_rel.to(dtype).t()).gather(3, row) + (queries @ width_rel.to(dtype).t()).gather(3, col)
-    logits = scale * (queries @ keys.transpose(2, 3)) + rel_scale * relative
-    if mask:
-        logits = logits.masked_fill(off_map.unsqueeze(1), float("-inf"))
-    out = (logits.softmax(-1) @ values).flatten(1, 2)
+    place, off_map = _window_keys(part, H, W, h, b, halo_size)
+    weights = _plain_weights(
+        q, k, height_rel, width_rel, part, place, off_map, b, halo_size, stride, scale, rel_scale, mask, pixel
+    )
+    values = v.to(weights.dtype).flatten(1, 3)[:, place].masked_fill(off_map.unsqueeze(2), 0.0)
+    out = (weights @ values).flatten(1, 2)
 
     y, x = torch.arange(QH, device=device).reshape(-1, 1, 1), torch.arange(QW, device=device).unsqueeze(1)
     block = y // side * nw + x // side
     place = (block * h + torch.arange(h, device=device)) * (side * side) + y % side * side + x % side
     return out[:, place].to(v.dtype)  # [B, QH, QW, h, dv]
+
+
+def halo_weights(
+    q: Tensor,
+    k: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    row: int,
+    col: int,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    scale: float | None = None,
+    scale_pos_embed: bool = False,
+    pad_mode: str = "zero",
+    rel_index: str = "array",
+) -> Tensor:
+    """The softmax weights of :func:`reference_halo_attention` of one query, for pictures.
+
+    Args:
+        q: Queries ``[B, ceil(H / stride), ceil(W / stride), h, d]``.
+        k: Keys ``[B, H, W, h, d]``.
+        height_rel: Relative rows ``[2 * w - 1, d]``.
+        width_rel: Relative columns, same shape.
+        row: Row of the query in ``q``.
+        col: Its column.
+        block_size: Side of a block of keys.
+        halo_size: Pixels by which the window of a block exceeds it on every side.
+        stride: Distance of neighbouring queries.
+        scale: Factor of ``<q, k>``; None for ``d ** -0.5``.
+        scale_pos_embed: Whether it also applies to the relative terms.
+        pad_mode: ``"zero"`` or ``"mask"``.
+        rel_index: ``"array"`` or ``"pixel"``.
+
+    Returns:
+        ``[B, h, w, w]`` by the rows and columns of the window, which starts ``halo_size`` before the query's block.
+
+    Raises:
+        ValueError: If an argument is outside its range, or the shapes do not fit each other.
+    """
+    _check(q, k, k, height_rel, width_rel, block_size, halo_size, stride, pad_mode, rel_index)
+    H, W, h = k.shape[1], k.shape[2], k.shape[3]
+    scale = q.shape[4] ** -0.5 if scale is None else scale
+    rel_scale = scale if scale_pos_embed else 1.0
+    b, side, w = block_size, block_size // stride, block_size + 2 * halo_size
+    block = row // side * ((W + b - 1) // b) + col // side
+    part = (block * h + torch.arange(h, device=k.device)).unsqueeze(1)
+    place, off_map = _window_keys(part, H, W, h, b, halo_size)
+    sizes = b, halo_size, stride, scale, rel_scale, pad_mode == "mask", rel_index == "pixel"
+    with without_autocast(q):
+        weights = _plain_weights(q, k, height_rel, width_rel, part, place, off_map, *sizes)
+    return weights[:, :, row % side * side + col % side].unflatten(-1, (w, w))
 
 
 def reference_halo_attention(

@@ -184,6 +184,71 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _axis_keys(L: int, size: int, K: int, S: int, D: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys in the window of each of the first ``L`` positions on an axis, and their relative index: ``[L, K]`` each."""
+    start, first = _window_starts(L, size, K, S, D, masked, device)
+    p = torch.arange(K, device=device)
+    return (start.unsqueeze(1) + p) * D + (torch.arange(L, device=device) % D).unsqueeze(1), first.unsqueeze(1) + p
+
+
+def _window_keys(
+    rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor], k: Tensor, window: _Window
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys in the windows of a grid of queries.
+
+    Args:
+        rows: Of the grid's rows, as :func:`_axis_keys` gives them ``[m, Kh]``.
+        cols: Of its columns ``[n, Kw]``.
+        k: Keys ``[B, H, W, h, d]``.
+        window: Shape of the neighbourhood.
+
+    Returns:
+        Places in the map and in the table of biases, each ``[m * n * Kh * Kw]``; and which keys are off the map
+        ``[m * n, 1, Kh * Kw]``, or None if windows are shifted into it.
+    """
+    (y, dy), (x, dx), (Kh, Kw) = rows, cols, window.kernel
+    m, n = y.shape[0], x.shape[0]
+    outside: Tensor | None = None
+    if window.masked:
+        row, col = (y < 0) | (y >= k.shape[1]), (x < 0) | (x >= k.shape[2])
+        outside = (row.reshape(m, 1, Kh, 1) | col.reshape(1, n, 1, Kw)).reshape(m * n, 1, Kh * Kw)
+        y, x = y.clamp(0, k.shape[1] - 1), x.clamp(0, k.shape[2] - 1)
+    place = ((y * k.shape[2]).reshape(m, 1, Kh, 1) + x.reshape(1, n, 1, Kw)).reshape(-1)
+    relative = ((dy * (2 * Kw - 1)).reshape(m, 1, Kh, 1) + dx.reshape(1, n, 1, Kw)).reshape(-1)
+    return place, relative, outside
+
+
+def _gather_weights(
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    add_k: Tensor | None,
+    add_bias: Tensor | None,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    window: _Window,
+    scale: float,
+) -> Tensor:
+    """Weights ``[B, h, m * n, Kh * Kw + P]`` of queries ``[B, m, n, h, d]`` over what :func:`_window_keys` gives."""
+    B, h, d = q.shape[0], q.shape[3], q.shape[4]
+    N, count, dtype = q.shape[1] * q.shape[2], window.kernel[0] * window.kernel[1], _wide(q)
+    place, relative, outside = keys
+    queries, seen = [t.to(dtype).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k)]  # [B, h, tokens, d]
+    queries = queries * scale
+    seen = seen.index_select(2, place).reshape(B, h, N, count, d)
+    logits = queries.unsqueeze(3) @ seen.transpose(3, 4)  # [B, h, N, 1, Kh * Kw]
+    if rpb is not None:
+        logits = logits + rpb.to(dtype).flatten(1).index_select(1, relative).reshape(h, N, 1, count)
+    if outside is not None:
+        logits = logits.masked_fill(outside, -math.inf)
+    logits = logits.squeeze(3)
+    if add_k is not None:
+        others = queries @ add_k.to(dtype).permute(0, 2, 3, 1)  # [B, h, N, P]
+        if add_bias is not None:
+            others = others + add_bias.to(dtype)
+        logits = torch.cat([logits, others], -1)
+    return logits.softmax(-1)
+
+
 def _gather_form(
     q: Tensor,
     k: Tensor,
@@ -195,41 +260,72 @@ def _gather_form(
     window: _Window,
     scale: float,
 ) -> Tensor:
-    B, H, W, h, d = q.shape
-    dtype, device = _wide(q), q.device
+    B, H, W, h, _ = q.shape
     (Kh, Kw), (Sh, Sw), (Dh, Dw) = window.kernel, window.stride, window.dilation
-    start_h, first_h = _window_starts(H, k.shape[1], Kh, Sh, Dh, window.masked, device)
-    start_w, first_w = _window_starts(W, k.shape[2], Kw, Sw, Dw, window.masked, device)
-    p, r = torch.arange(Kh, device=device), torch.arange(Kw, device=device)
-    rows = (start_h.unsqueeze(1) + p) * Dh + (torch.arange(H, device=device) % Dh).unsqueeze(1)  # [H, Kh]
-    cols = (start_w.unsqueeze(1) + r) * Dw + (torch.arange(W, device=device) % Dw).unsqueeze(1)  # [W, Kw]
-    outside: Tensor | None = None
-    if window.masked:
-        row, col = (rows < 0) | (rows >= k.shape[1]), (cols < 0) | (cols >= k.shape[2])
-        outside = (row.reshape(H, 1, Kh, 1) | col.reshape(1, W, 1, Kw)).reshape(H * W, 1, Kh * Kw)
-        rows, cols = rows.clamp(0, k.shape[1] - 1), cols.clamp(0, k.shape[2] - 1)
-    index = ((rows * k.shape[2]).reshape(H, 1, Kh, 1) + cols.reshape(1, W, 1, Kw)).reshape(-1)
-    queries, keys, values = [t.to(dtype).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v)]  # [B, h, tokens, C]
-    queries = queries * scale
-    keys = keys.index_select(2, index).reshape(B, h, H * W, Kh * Kw, d)
-    values = values.index_select(2, index).reshape(B, h, H * W, Kh * Kw, v.shape[4])
-    logits = queries.unsqueeze(3) @ keys.transpose(3, 4)  # [B, h, H * W, 1, Kh * Kw]
-    if rpb is not None:
-        row, col = (first_h.unsqueeze(1) + p) * (2 * Kw - 1), first_w.unsqueeze(1) + r
-        index = (row.reshape(H, 1, Kh, 1) + col.reshape(1, W, 1, Kw)).reshape(-1)
-        logits = logits + rpb.to(dtype).flatten(1).index_select(1, index).reshape(h, H * W, 1, Kh * Kw)
-    if outside is not None:
-        logits = logits.masked_fill(outside, -math.inf)
-    if add_k is None or add_v is None:
-        out = logits.softmax(-1) @ values
-    else:
-        others = queries @ add_k.to(dtype).permute(0, 2, 3, 1)  # [B, h, H * W, P]
-        if add_bias is not None:
-            others = others + add_bias.to(dtype)
-        weights = torch.cat([logits.squeeze(3), others], -1).softmax(-1)
-        out = weights[..., : Kh * Kw].unsqueeze(3) @ values
-        out = out + (weights[..., Kh * Kw :] @ add_v.to(dtype).transpose(1, 2)).unsqueeze(3)
+    rows = _axis_keys(H, k.shape[1], Kh, Sh, Dh, window.masked, q.device)
+    cols = _axis_keys(W, k.shape[2], Kw, Sw, Dw, window.masked, q.device)
+    keys = _window_keys(rows, cols, k, window)
+    weights = _gather_weights(q, k, rpb, add_k, add_bias, keys, window, scale)
+    values = v.to(weights.dtype).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, h, tokens, dv]
+    values = values.index_select(2, keys[0]).reshape(B, h, H * W, Kh * Kw, v.shape[4])
+    out = weights[..., : Kh * Kw].unsqueeze(3) @ values
+    if add_v is not None:
+        out = out + (weights[..., Kh * Kw :] @ add_v.to(weights.dtype).transpose(1, 2)).unsqueeze(3)
     return out.reshape(B, h, H, W, v.shape[4]).permute(0, 2, 3, 1, 4).to(v.dtype).contiguous()
+
+
+def neighborhood_weights(
+    q: Tensor,
+    k: Tensor,
+    row: int,
+    col: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    pad_k: Tensor | None = None,
+    boundary: str = "shift",
+) -> tuple[Tensor, Tensor]:
+    """The softmax weights of :func:`reference_neighborhood_attention` of one query, for pictures.
+
+    Args:
+        q: Queries ``[B, H, W, h, d]``.
+        k: Keys, same shape and dtype.
+        row: Row of the query.
+        col: Its column.
+        kernel_size: Side of the window, or its rows and columns ``(Kh, Kw)``.
+        stride: Queries that share a window.
+        dilation: Distance between neighbouring keys of a window.
+        rpb: Bias by relative position ``[h, 2 Kh - 1, 2 Kw - 1]``.
+        scale: Factor of the logits; None is ``d ** -0.5``.
+        pad_k: Key ``[h, d]`` that pads a map smaller than ``kernel_size * dilation``; None is zero.
+        boundary: ``"shift"`` or ``"mask"``.
+
+    Returns:
+        Weights ``[B, h, Kh, Kw]`` in float32 at least; and rows and columns of their keys ``[Kh, Kw, 2]``, of which
+        some lie beyond a small map, or outside a map with ``"mask"``.
+
+    Raises:
+        ValueError: If an argument is outside its range, or shapes or dtypes do not fit each other.
+    """
+    window = _window(kernel_size, stride, dilation, boundary)
+    _check(q, k, k, window, rpb, pad_k, None)
+    k = _padded(k, pad_k, window)
+    axes = zip(q.shape[1:3], k.shape[1:3], *window[:3], (row, col), strict=True)
+
+    def of_query(L: int, size: int, K: int, S: int, D: int, i: int) -> tuple[Tensor, Tensor]:
+        key, relative = _axis_keys(L, size, K, S, D, window.masked, q.device)
+        return key[i : i + 1], relative[i : i + 1]
+
+    rows, cols = itertools.starmap(of_query, axes)
+    keys = _window_keys(rows, cols, k, window)
+    with without_autocast(q):
+        query = q[:, row : row + 1, col : col + 1]
+        factor = q.shape[4] ** -0.5 if scale is None else scale
+        weights = _gather_weights(query, k, rpb, None, None, keys, window, factor)
+    places = torch.stack(torch.meshgrid(rows[0][0], cols[0][0], indexing="ij"), -1)
+    return weights.squeeze(2).unflatten(-1, window.kernel), places
 
 
 def _of_every_image(t: Tensor | None, q: Tensor) -> Tensor | None:

@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 from golden import image, load, weights
+from panels import check_family_explains, explained
 from tolerance import close, golden_close
 
 import vizoo  # noqa: F401
+from vizoo.backbones import halonet
 from vizoo.backbones.halonet import checkpoint_filter_fn
 from vizoo.backbones.layers import HaloAttention
 from vizoo.tools.profiler import count
@@ -213,3 +215,71 @@ def test_hybrids_compute_as_timms(name):
     x = image((1, *model.pretrained_cfg["input_size"]))
     with torch.no_grad():
         golden_close(model(x), peer(x), name)
+
+
+# what it sees
+
+
+def test_explain_windows():
+    """Blocks and windows of a 48x80 image, in pixels, by hand: blocks of 4, a halo of 1 position."""
+    model = timm.create_model("test_halonet")
+    x = image((1, 3, 48, 80))
+    pixels = torch.tensor([48, 80, 48, 80])
+
+    def seen(point, **settings):
+        panels = explained(model, x, point=point, **settings)
+        return [
+            (p.title, (p.boxes * pixels).round().int().tolist(), (p.points * pixels[:2]).round().int().tolist())
+            for p in panels
+        ]
+
+    words = "window 6x6 of a block 4x4"
+    corner = seen((0.0, 0.0))
+    assert corner == [
+        (f"stage 2, block 1: {words}", [[0, 0, 16, 16], [-4, -4, 20, 20]], [[2, 2]]),  # on the map of the first stage
+        (f"stage 3, block 2: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+        (f"stage 4, block 1: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+    ]
+    middle = seen((0.5, 0.5))
+    assert middle[0][1:] == ([[16, 32, 32, 48], [12, 28, 36, 52]], [[26, 42]])  # every second position has a query
+    last = seen((1.0, 1.0), blocks=(1, -1))
+    assert last[0] == (f"stage 3, block 1: {words}", [[32, 64, 64, 96], [24, 56, 72, 104]], [[36, 68]])
+    assert last[1][1:] == ([[0, 64, 64, 128], [-16, 48, 80, 144]], [[40, 72]])
+
+
+@pytest.mark.parametrize("size", [(33, 70), (32, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("test_halonet_hybrid", {}), ("test_halonet", {"in_chans": 1, "pad_mode": "mask", "dtype": torch.bfloat16})],
+)
+def test_explain_any_model(name, kwargs, size):
+    model = timm.create_model(name, **kwargs)
+    x = image((1, kwargs.get("in_chans", 3), *size)).to(kwargs.get("dtype", torch.float32))
+    for panel in explained(model, x, point=(0.9, 0.1)):
+        total = panel.heat.sum()
+        close(total, torch.ones_like(total), "rerun")
+        assert (panel.boxes[0, :2] <= panel.points[0]).all()
+        assert (panel.points[0] < panel.boxes[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"point": (0.5, 1.5)}, r"got point=\(0.5, 1.5\), need 2 numbers from 0 to 1"),
+        ({"blocks": (4,)}, r"got blocks=\(4,\), need different numbers from -4 to 3"),
+        ({"blocks": "all"}, "got blocks='all'"),
+    ],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_halonet").explain(image((1, 3, 32, 32)), **settings)
+
+
+def test_explain_needs_attention():
+    model = timm.create_model("test_halonet", conv_stages=(0, 1, 2, 3))
+    with pytest.raises(ValueError, match="without halo attention"):
+        model.explain(image((1, 3, 32, 32)))
+
+
+def test_explain_of_every_name():
+    check_family_explains(halonet)

@@ -8,11 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import image, load, weights
+from panels import check_family_explains, explained
 from timm.models import get_arch_pretrained_cfgs
 from tolerance import close, golden_close
 from zoo import gradients, overlay
 
 import vizoo  # noqa: F401
+from vizoo.backbones import nat
 from vizoo.backbones.layers import NeighborhoodAttention
 from vizoo.backbones.nat import _DENSE_TAGS, DILATIONS, NAT, checkpoint_filter_fn
 
@@ -419,3 +421,94 @@ def test_attention_without_biases():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_nat", **kwargs)
+
+
+# what it sees
+
+
+def edges(panel, size):
+    """Boxes of a panel in pixels, by the rows and columns that they are made of."""
+    boxes = (panel.boxes * torch.tensor([*size, *size])).round().int()
+    return [sorted({tuple(b) for b in boxes[:, [i, i + 2]].tolist()}) for i in (0, 1)]
+
+
+def test_explain_windows():
+    """Neighbourhoods of 3x3 of a 96x160 image, in pixels, by hand: shifted inwards at the border, sparse if dilated."""
+    model, x = timm.create_model("test_nat"), image((1, 3, 96, 160))
+    corner, middle, last = (explained(model, x, point=(p, p)) for p in (0.0, 0.5, 1.0))
+    assert [p.title for p in corner] == [
+        "stage 1, block 1: 3x3 neighbourhood",
+        "stage 2, block 1: 3x3 neighbourhood",
+        "stage 2, block 2: 3x3 neighbourhood, dilation 4",
+        "stage 3, block 1: 3x3 neighbourhood",
+        "stage 3, block 2: 3x3 neighbourhood, dilation 2",
+        "stage 4, block 1: 3x3 neighbourhood",
+    ]
+    assert [edges(p[0], (96, 160)) for p in (corner, middle, last)] == [
+        [[(0, 12)], [(0, 12)]],
+        [[(44, 56)], [(76, 88)]],
+        [[(84, 96)], [(148, 160)]],
+    ]
+    assert [edges(p[2], (96, 160)) for p in (corner, middle, last)] == [  # a map of 12x20 tokens of 8 pixels
+        [[(0, 8), (32, 40), (64, 72)]] * 2,
+        [[(16, 24), (48, 56), (80, 88)], [(48, 56), (80, 88), (112, 120)]],
+        [[(24, 32), (56, 64), (88, 96)], [(88, 96), (120, 128), (152, 160)]],
+    ]
+    assert [[round(e * n) for e, n in zip(p[2].area, (96, 160) * 2)] for p in (corner, last)] == [  # noqa: B905
+        [-12, -12, 84, 84],  # 12 pixels, a token and a half, more than the tokens on each side
+        [12, 76, 108, 172],
+    ]
+    close(last[2].points[0], torch.tensor([92 / 96, 156 / 160]), "rerun")
+
+
+def test_explain_chooses_blocks():
+    """Six panels at most, the widest of every map among them; or those that are asked for."""
+    model = timm.create_model("test_nat", depths=(2, 2, 2, 2), dilations=((1, 4), (1, 3), (1, 2), (2, 1)))
+    x = image((1, 3, 64, 64))
+    assert [p.title[:16] + p.title[-1] for p in explained(model, x)] == [
+        "stage 1, block 1d",
+        "stage 1, block 24",
+        "stage 2, block 1d",
+        "stage 2, block 23",
+        "stage 3, block 22",
+        "stage 4, block 12",
+    ]
+    assert [p.title[:16] for p in explained(model, x, blocks=[-1, 2])] == ["stage 4, block 2", "stage 2, block 1"]
+
+
+@pytest.mark.parametrize("size", [(33, 70), (16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_nat", {"in_chans": 1, "dtype": torch.bfloat16}),
+        ("test_dinat_s", {"feature_norms": (0, 1, 2, 3), "num_classes": 0}),
+        ("test_nat_isotropic", {"kernel_size": 4}),
+    ],
+    ids=["nat", "dinat_s", "isotropic"],
+)
+def test_explain_any_model(name, kwargs, size):
+    model = timm.create_model(name, **kwargs)
+    x = image((1, kwargs.get("in_chans", 3), *size)).to(kwargs.get("dtype", torch.float32))
+    for panel in explained(model, x, point=(0.9, 0.1)):
+        total = panel.heat.sum()
+        close(total, torch.ones_like(total), "rerun")
+        inside = (panel.boxes[:, :2] <= panel.points) & (panel.points < panel.boxes[:, 2:])
+        assert inside.all(1).any()  # a token is in its own neighbourhood
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"point": (-0.5, 0.5)}, r"got point=\(-0.5, 0.5\), need 2 numbers from 0 to 1"),
+        ({"point": 0.5}, "got point=0.5"),
+        ({"blocks": (0, 6)}, r"got blocks=\(0, 6\), need different numbers from -6 to 5"),
+        ({"blocks": ()}, r"got blocks=\(\)"),
+    ],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_nat").explain(image((1, 3, 32, 32)), **settings)
+
+
+def test_explain_of_every_name():
+    check_family_explains(nat)

@@ -7,10 +7,12 @@ import pytest
 import timm
 import torch
 from golden import image, load, weights
+from panels import check_family_explains, explained
 from timm.utils.model import reparameterize_model
 from tolerance import close, golden_close, golden_gradients
 
 import vizoo  # noqa: F401
+from vizoo.backbones import overlock
 from vizoo.backbones.overlock import FocusBlock, checkpoint_filter_fn
 from vizoo.tools.profiler import count
 
@@ -213,3 +215,88 @@ def test_size_of_every_form(name, merged):
         model = timm.create_model(name, device="meta", deploy=merged, aux_head=aux).eval()
         assert sum(p.numel() for p in model.parameters()) == expected
     assert round(count(model, torch.empty(1, 3, 224, 224, device="meta")).macs / 1e9, 3) == gmacs
+
+
+# what it sees
+
+
+def test_explain_windows():
+    """Kernels of 13x13 and 5x5 at stride 16, 7x7 and 5x5 at stride 32, of a 320x256 image, in pixels, by hand."""
+    model, x = timm.create_model("test_overlock"), image((1, 3, 320, 256))
+    pixels = torch.tensor([320, 256, 320, 256])
+
+    def seen(point):
+        overview, *kernels = explained(model, x, point=point)
+        assert overview.heat.shape == (10, 8)
+        return [(p.title, *(p.boxes * pixels).round().int().tolist()) for p in kernels]
+
+    corner, middle, last = seen((0.0, 0.0)), seen((0.5, 0.5)), seen((1.0, 1.0))
+    assert corner[0] == ("stage 3, block 2: 5x5 kernel, mean of 4 groups", [0, 0, 80, 80])
+    assert corner[1] == ("stage 3, block 2: 13x13 kernel, mean of 4 groups", [0, 0, 208, 208])
+    assert corner[2][0] < corner[3][0]  # two groups
+    assert corner[4] == ("stage 4, block 1: 5x5 kernel, mean of 4 groups", [0, 0, 160, 160])
+    assert [box for _, box in middle[:4]] == [[128, 96, 208, 176], *[[64, 32, 272, 240]] * 3]
+    assert [box for _, box in last[4:]] == [[160, 96, 320, 256], *[[96, 32, 320, 256]] * 3]
+
+
+def test_explain_groups():
+    """The two groups whose large kernels differ most."""
+    model = timm.create_model("test_overlock")
+    block = model.sub_blocks4[0]
+    with torch.no_grad():
+        block.rpb2[2].normal_()
+        block.rpb2[1].normal_()
+    panels = explained(model, image((1, 3, 224, 224)), blocks=[-1])
+    assert [p.title[-7:] for p in panels[3:]] == ["group 2", "group 3"]
+    assert len(panels) == 5
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "size"),
+    [
+        ({"in_chans": 1, "aux_head": True}, (33, 200)),
+        ({"deploy": True}, (200, 33)),
+        ({"deploy": True, "dtype": torch.bfloat16}, (16, 16)),  # its large convolutions are slow on a CPU
+        ({"dense": "seg"}, (16, 16)),
+        ({"dense": "det"}, (33, 200)),
+    ],
+    ids=str,
+)
+def test_explain_any_model(kwargs, size):
+    """Also on maps smaller than the kernel, which are worked on at a larger size: kernels stay in the map."""
+    model = timm.create_model("test_overlock", **kwargs)
+    x = image((1, kwargs.get("in_chans", 3), *size)).to(kwargs.get("dtype", torch.float32))
+    _, *kernels = explained(model, x, point=(0.9, 0.1))
+    for panel, stride in zip(kernels, [16] * 4 + [32] * 4, strict=True):
+        total = panel.heat.sum()
+        close(total, torch.ones_like(total), "rerun")
+        edge = torch.tensor([-(-n // stride) * stride / n for n in size])
+        assert (panel.boxes[0, 2:] <= edge + 1e-5).all()
+        assert (panel.boxes[0, :2] <= panel.points[0]).all()
+        assert (panel.points[0] < panel.boxes[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"point": (0.5, 2)}, r"got point=\(0.5, 2\), need 2 numbers from 0 to 1"),
+        ({"blocks": (3,)}, r"got blocks=\(3,\), need different numbers from -3 to 2"),
+    ],
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_overlock").explain(image((1, 3, 32, 32)), **settings)
+
+
+def test_explain_of_what_is_left():
+    """Pruned to stride 16 the model shows one stage; without Focus-Net it has nothing to show."""
+    model, x = timm.create_model("test_overlock"), image((1, 3, 64, 64))
+    model.prune_intermediate_layers([2])
+    assert {p.title[:7] for p in explained(model, x)} == {"overvie", "stage 3"}
+    model.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match="without Focus-Net"):
+        model.explain(x)
+
+
+def test_explain_of_every_name():
+    check_family_explains(overlock)

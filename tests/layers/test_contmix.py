@@ -1,9 +1,11 @@
 """ContMixBlock: recorded official blocks, the merge of its kernels, its response norm."""
 
+import itertools
+
 import pytest
 import torch
 from golden import image, load, weights
-from tolerance import golden_close, golden_gradients, op_close
+from tolerance import close, golden_close, golden_gradients, op_close
 
 from vizoo.backbones.layers import ContMixBlock
 from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock, GlobalResponseNorm
@@ -74,3 +76,33 @@ def test_response_norm_of_zeros(layout):
         op_close(a, t, grad=True, what=name)
     with torch.inference_mode():
         op_close(layer(x.contiguous(memory_format=layout)), expected.detach(), what="inference")
+
+
+# what pictures show
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((9, 8), torch.float64), ((7, 11), torch.float64), ((9, 8), torch.bfloat16)], ids=str
+)
+def test_kernels_are_those_of_the_block(size, dtype):
+    """At every position, corners and edges too: kernels times the values of their windows give ContMix."""
+    block = ContMixBlock(16, kernel_size=7, smk_size=3, num_heads=2, dtype=dtype).eval()
+    with torch.no_grad():
+        for table in (block.rpb1, block.rpb2, block.weight_proj.weight, block.weight_proj.bias):
+            table.normal_()
+        x, value = (torch.randn(1, 16, *size, dtype=dtype) for _ in range(2))
+        out = block.contmix(x, x, value)
+        q, k = block.weight_query(x), block.weight_key(x)
+        found = torch.zeros_like(out, dtype=torch.float64)
+        for row, col in itertools.product(*map(range, size)):
+            halves = []
+            for kernel, v in zip(
+                block.kernels_at(q, k, row, col), value.unflatten(1, (2, 4, 2)).unbind(1), strict=True
+            ):
+                K = kernel.shape[3]
+                close(kernel.sum((2, 3)), torch.ones_like(kernel[:, :, 0, 0]), "rerun")
+                top, left = (min(max(i - K // 2, 0), n - K) for i, n in zip((row, col), size, strict=True))
+                window = v[..., top : top + K, left : left + K]  # [1, groups, C, K, K]
+                halves.append((kernel.unsqueeze(2) * window).sum((3, 4)).flatten())
+            found[0, :, row, col] = torch.cat(halves)
+    op_close(out, found, grad=dtype == torch.bfloat16)  # there logits are rounded before the softmax, not after

@@ -177,3 +177,44 @@ def test_swap_keeps_biases():
     x = image((2, 16, 8, 12))
     with torch.no_grad():
         golden_close(swap_halo(theirs)(x), theirs(x))
+
+
+# what pictures show
+
+
+def window_values(layer, x):
+    """Values of the window of every block: ``[rows of blocks, columns, h, w, w, dv]``; zeros off the map."""
+    b, r, h = layer.block_size, layer.halo_size, layer.num_heads
+    v = F.conv2d(x, layer.kv.weight, layer.kv.bias).unflatten(1, (h, -1))[0, :, layer.dim_head :]
+    v = F.pad(v, [r, r + -x.shape[3] % b, r, r + -x.shape[2] % b])
+    return v.unfold(2, b + 2 * r, b).unfold(3, b + 2 * r, b).permute(2, 3, 0, 4, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pad_mode": "mask"},
+        {"stride": 2, "rel_index": "pixel", "scale_pos_embed": True},
+        {"stride": 2, "avg_down": True, "qkv_bias": True},
+        {"stride": 2, "block_size": 3, "dim_out": 12, "qk_ratio": 2.0, "pad_mode": "mask"},
+        {"block_size": 2, "halo_size": 0, "dim_head": 3},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(5, 7), (4, 8), (1, 3)], ids=str)
+def test_weights_are_the_attention(options, size):
+    """At every query, on whole and partial blocks: weights times values give the layer's output."""
+    options = {"num_heads": 2, "block_size": 4, "halo_size": 1, "dtype": torch.float64, **options}
+    layer = HaloAttention(8, **options)
+    x = torch.randn(1, 8, *size, dtype=options["dtype"])
+    layer.pool = torch.nn.Identity()
+    with torch.no_grad():
+        out, values = layer(x), window_values(layer, x)
+        found = torch.zeros_like(out, dtype=torch.float64)
+        for row, col in itertools.product(*map(range, out.shape[2:])):
+            block = [i * layer.query_stride // layer.block_size for i in (row, col)]
+            weights = layer.weights_at(x, row, col)[0]
+            close(weights.sum((1, 2)), torch.ones_like(weights[:, 0, 0]), "rerun")
+            found[0, :, row, col] = (weights.unsqueeze(3) * values[block[0], block[1]]).sum((1, 2)).flatten()
+    op_close(out, found)

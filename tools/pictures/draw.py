@@ -182,7 +182,8 @@ def _draw_boxes(axes: Any, boxes: Tensor) -> None:
     for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
         colour = "cyan" if thin or i == 0 else "yellow"
         shape = Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=0.7 if thin else 1.6)
-        shape.set_clip_on(False)
+        # half of a line on the image's edge lies outside; a box that reaches far beyond would cross other panels
+        shape.set_clip_on(min(top, left) < -BEYOND or max(bottom, right) > 1 + BEYOND)
         axes.add_patch(shape)
 
 
