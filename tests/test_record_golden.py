@@ -49,7 +49,7 @@ def replayed(path: Path, model: nn.Module) -> Tensor:
         Recipe(DRAW, {"*": "own", "gamma": 3, "norm.w*": 0.5}),
         *(Recipe([((2, 3, 6, 5), 3, kind)], {"order": "own"}) for kind in ("tiny", "large", "impulse", 0, 1.5)),
     ],
-    ids=str,
+    ids=["drawn", "training, thinned", "own and numbers", "tiny", "large", "impulse", "zeros", "constant"],
 )
 def test_replay_is_exact(recipe: Recipe, tmp_path: Path) -> None:
     path = record("case", Official, recipe, {"source": "here"}, folder=tmp_path)
