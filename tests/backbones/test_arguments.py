@@ -32,6 +32,7 @@ NOT_CHECKED = {"device", "dtype", "dependency", "tree", "block", "cfg", "pe_tabl
 NOT_CHECKED |= {"embed_layer", "norm_layer", "embed_norm_layer", "act_layer", "block_fn", "mlp_layer", "attn_layer"}
 ZERO = {"num_classes", "final_dim", "halo_size", "head_width", "reg_tokens", "spp"}  # means something
 ZERO |= {"tcpa_cls_pool", "tcpa_cls_topk", "tcpa_cls_len"}  # without a class token
+ZERO |= {"random_epochs", "tcpa_random_epochs"}
 POSITIVE = {
     "mlp_ratio",
     "sub_mlp_ratio",
