@@ -80,6 +80,14 @@ def test_no_dictionary(given: Any) -> None:
 # prefixes
 
 
+def test_losses_beside_a_model_of_lightning() -> None:
+    given = {**prefixed("model.", state()), "criterion.weight": torch.ones(2), "n_averaged": torch.tensor(3)}
+    assert unwrap({"state_dict": given}).keys() == given.keys() - {"n_averaged"}
+    assert unwrap({"state_dict": given, "pytorch-lightning_version": "2.5"}).keys() == state().keys()
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 3)).state_dict()
+    assert unwrap(averaged).keys() == {"weight", "bias"}
+
+
 @pytest.mark.parametrize("prefixes", [p for n in (1, 2, 3) for p in itertools.permutations(WRAPPERS, n)], ids="".join)
 def test_prefixes(prefixes: tuple[str, ...]) -> None:
     wanted = state()

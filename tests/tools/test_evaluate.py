@@ -83,7 +83,7 @@ def test_run_gives_what_training_measured(trained, tmp_path, capsys):
 @pytest.mark.parametrize("model", ["test_vit", "test_vit_tcpa"])
 def test_prompts_of_a_run_are_built_again(model, folder, tmp_path):
     words = ["train", "--data", str(folder), "--model", model, "--epochs", "1", "-b", "8", "--workers", "0", "--tune"]
-    words += ["tcpa", "--model-kwargs", "depth=2", "--warmup-epochs", "0", "--random-epochs", "0"]
+    words += ["tcpa", "--model-kwargs", "depth=2", "--warmup-epochs", "0"]
     assert cli.main([*words, "--img-size", "32", "--output", str(tmp_path), "--experiment", "run"]) == 0
     found = evaluate(tmp_path / "run", out=tmp_path / "r.json")
     best = torch.load(tmp_path / "run" / "model_best.pth.tar", weights_only=True)

@@ -509,7 +509,10 @@ def test_medusa_trains_in_turn_and_resumes_exactly(tmp_path, capsys, monkeypatch
 
 def test_phases_are_checked(tmp_path, capsys) -> None:
     assert run(tmp_path / "b", *MEDUSA, "--model-kwargs", "training_rounds=2") == 2
-    assert "--epochs 3 with --model 'test_medusa': got training_rounds=2, need at most 1 for 3 epochs" in capsys.readouterr().err
+    assert (
+        "--epochs 3 with --model 'test_medusa': got training_rounds=2, need at most 1 for 3 epochs"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "b").exists()
     assert run(tmp_path / "c", *MEDUSA, "--model-kwargs", "training_rounds=0", "--epochs", "1") == 0
     assert "from epoch" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vizoo.backbones.layers.checkpoint import unwrap
 from vizoo.tools.common import (
     UserError,
     check_weights,
@@ -88,7 +89,7 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
     parts.reorder(match_classes(trained, parts.classes, f"--data {options['data']!r}", f"RUN {args.run!r}"))
     model = build(options, len(parts.classes), False)
     try:
-        model.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
+        model.load_state_dict(unwrap(checkpoint))
     except (AttributeError, RuntimeError, TypeError) as e:
         raise UserError(f"--checkpoint {str(file)!r} does not fit the run: {one_line(e)}") from None
     check_weights(model, file)

@@ -74,13 +74,13 @@ def draw_panels(image: Tensor, panels: Sequence[Panel], path: str | Path, title:
 
 
 def _on_cpu(panel: Panel) -> Panel:
-    tensors = {name: value for name, value in vars(panel).items() if isinstance(value, Tensor)}
-    return replace(panel, **{name: value.detach().cpu() for name, value in tensors.items()})
+    tensors: dict[str, Any] = {k: v.detach().cpu() for k, v in vars(panel).items() if isinstance(v, Tensor)}
+    return replace(panel, **tensors)
 
 
 def _title(panel: Panel) -> str:
-    count = 0 if panel.lines is None else len(panel.lines)
-    return f"{panel.title} (strongest {MOST_LINES} of {count})" if count > MOST_LINES else panel.title
+    count, title = 0 if panel.lines is None else len(panel.lines), panel.title[:1].upper() + panel.title[1:]
+    return f"{title} (strongest {MOST_LINES} of {count})" if count > MOST_LINES else title
 
 
 def _limits(panels: Sequence[Panel]) -> tuple[float, float, float, float]:
