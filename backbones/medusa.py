@@ -217,8 +217,8 @@ class MEDUSA(ResNet):
         head_dim: Hidden channels of the attention heads.
         head_out: ``"spatial"`` or ``"channel"``, see :class:`AttentionHead`.
         gate: ``"mul"`` or ``"residual"``, likewise.
-        training_rounds: How often backbone and body are trained in turn, see :meth:`training_phase`; None for 2, or what the
-            epochs have room for.
+        training_rounds: How often backbone and body are trained in turn, see :meth:`training_phase`; None for 2, or
+            what the epochs have room for.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 

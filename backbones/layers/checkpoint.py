@@ -21,8 +21,8 @@ def unwrap(state_dict: Mapping[str, Any], dense: bool = False) -> dict[str, Any]
 
     It is taken out of the containers ``state_dict_ema``, ``model_ema``, ``state_dict`` and ``model``, the first that
     holds anything, however they are nested.  The prefixes ``module.``, ``_orig_mod.`` and ``model.`` are those of a
-    wrapper, and go, where all names have them; a model with a part of such a name has other parts beside it.  Beside the
-    ``model.`` of a checkpoint that Lightning wrote, losses and metrics may have weights, which are left out.
+    wrapper, and go, where all names have them; a model with a part of such a name has other parts beside it.  Of a
+    checkpoint of Lightning only ``model.`` counts, as losses and metrics may have weights beside it.
 
     Args:
         state_dict: Checkpoint or state dict; it stays as it is.

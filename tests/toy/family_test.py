@@ -30,7 +30,7 @@ def test_auxiliary_classifier_and_phases_are_trained(tmp_path, capsys):
     assert "learn, at 0.5 of the learning rate" in said
     after = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)["state_dict"]
     changed = {k.partition(".")[0] for k, v in before.named_parameters() if not torch.equal(v, after[k])}
-    assert {"aux_head", "fc", "layer4", "conv1"} <= changed
+    assert {"aux_head", "head", "stages", "stem"} <= changed
 
 
 def test_explain():
