@@ -240,7 +240,7 @@ class MobileNetULSAM(EfficientNet):
         layer = next(iter(numbers), None) if layer is None else layer
         need(layer in numbers, f"a layer with ULSAM: {', '.join(map(str, numbers)) or 'there is none'}", layer=layer)
         chosen = [(stride, module) for number, stride, module in known if number == layer]
-        # the norm is called on every path, and gives the logits
+        # a norm that is watched is not folded into the operator (layers/plain.py): it is called, and gives the logits
         seen = seen_by(self, image, [module.bn_point for _, module in chosen])
         panels = []
         for (stride, module), (_, logits) in zip(chosen, seen, strict=True):
