@@ -73,6 +73,9 @@ def recount(text: str, patterns: Sequence[str] = ()) -> str:
         raise UserError(f"models.csv has the columns {short(reader.fieldnames)}, need name, params and macs among them")
     rows = sorted(reader, key=lambda row: row["name"])
     names = [row["name"] for row in rows]
+    for pattern in patterns:
+        if not match_names(names, [pattern]):
+            raise UserError(f"NAME {pattern!r} is no row of models.csv")
     chosen = set(match_names(names, patterns) if patterns else names)
     for row in rows:
         if row["name"] not in chosen:

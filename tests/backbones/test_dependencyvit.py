@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from golden import image
+from panels import check_family_explains, explained
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models.vision_transformer import VisionTransformer
 from tolerance import close, op_close
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from zoo import build, spread
 
+from vizoo.backbones import dependencyvit as family
 from vizoo.backbones.dependencyvit import (
     Block,
     DependencyViT,
@@ -31,6 +33,7 @@ from vizoo.backbones.dependencyvit import (
     WeightedMap,
     checkpoint_filter_fn,
 )
+from vizoo.backbones.layers import dependency_tree, saliency, subtrees
 
 PATHS = {"fused": True, "plain": False}
 KINDS = ["test_dependencyvit", "test_dependencyvit_lite"]
@@ -609,3 +612,57 @@ def test_columns_sum_to_the_message_in_float32():
     found = model.get_dependency()
     assert (found.masks[:, -1].sum(1) - found.message).abs().max() <= 1e-6
     assert found.message.std() > 1e-3
+
+
+# explain
+
+
+@pytest.mark.parametrize("method", ["greedy", "edmonds"])
+def test_explain_shows_what_the_model_recorded(method):
+    model = timm.create_model("test_dependencyvit_lite", num_classes=7)
+    model.blocks[0].attn.record = True  # as somebody else set it
+    x = torch.randn(1, 3, 64, 96)
+    tree_panel, parts_panel, saliency_panel = explained(model, x, method=method, layers=3, parts=3, min_size=2)
+    assert [block.attn.record for block in model.blocks] == [True, False, False, False]
+    model.set_record_dependency()
+    with torch.no_grad():
+        model(x)
+        found = model.get_dependency(3)
+    tree = dependency_tree(found, method)
+    assert torch.equal(parts_panel.parts, subtrees(found, tree, 3, 2)[0])
+    received, foreground = saliency(found)
+    close(saliency_panel.heat, received[0], "rerun")
+    assert torch.equal(saliency_panel.outline, foreground[0])
+    parents = tree.parents[0]
+    children = (parents >= 0).nonzero()[:, 0]
+
+    def place(token):
+        return torch.stack([(token // 6 + 0.5) / 4, (token % 6 + 0.5) / 6], -1)
+
+    close(tree_panel.lines, torch.stack([place(children), place(parents[children])], 1), "same")
+    close(tree_panel.points, place((parents < 0).nonzero()[:, 0]), "same")
+    close(tree_panel.strength, found.masks[0].mean(0)[parents[children], children], "rerun")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 5}, "got layers=5, need 1 to 4"),
+        ({"layers": 0}, "got layers=0"),
+        ({"parts": 0}, "got parts=0"),
+        ({"min_size": 0}, "got min_size=0"),
+        ({"method": "best"}, "got method='best'"),
+    ],
+    ids=str,
+)
+def test_explain_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_dependencyvit").explain(torch.zeros(1, 3, 96, 96), **settings)
+
+
+def test_explain_takes_any_model_of_the_family():
+    model = timm.create_model("test_dependencyvit", in_chans=1).bfloat16()
+    assert len(explained(model, torch.randn(1, 1, 96, 80).bfloat16())) == 3
+    with pytest.raises(ValueError, match="need at most 4,096 tokens"):
+        model.explain(torch.zeros(1, 1, 1056, 1056))
+    check_family_explains(family)

@@ -9,10 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from changes import check_calls, check_changed_layers, check_script_inside, check_trace, check_transforms
+from panels import check_family_explains, explained
 from timm.models.resnet import ResNet
 from tolerance import close, op_close
 from torch import nn
 
+from vizoo.backbones import medusa as family
 from vizoo.backbones.medusa import AttentionBody, body_image, medusa, medusa_parameters
 from vizoo.tools.profiler import count
 
@@ -430,3 +432,37 @@ def test_finds_a_blob_in_an_ellipse():
     with torch.no_grad():
         accuracy = (model.eval()(x).argmax(1) == y).float().mean()
     assert accuracy > 0.8
+
+
+# explain and training
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"head_out": "channel", "in_chans": 1}], ids=str)
+def test_explain_shows_every_map(kwargs):
+    model = small(**kwargs)
+    medusa_parameters(model, "backbone")  # one part stays in evaluation mode
+    x = torch.randn(1, model.conv1.in_channels, 70, 100)
+    panels = explained(model, x)
+    with torch.no_grad():
+        whole, local = model.eval().attention_maps(x)
+    for panel, values in zip(panels, (whole, *local), strict=True):
+        close(panel.heat, values[0].mean(0), "rerun")
+    check_family_explains(family)
+
+
+def test_phases_take_turns():
+    """Five parts of the epochs; the last one trains all at a tenth of the rate."""
+    model = small()
+    found = []
+    for epoch in range(10):
+        factor = model.training_phase(epoch, 10)
+        found.append((model.phase, factor))
+    expected = [("backbone", 1.0), ("body", 1.0), ("backbone", 1.0), ("body", 1.0), ("all", 0.1)]
+    assert found == [phase for phase in expected for _ in range(2)]
+    assert [small().training_phase(epoch, 2) for epoch in range(2)] == [1.0, 1.0]  # no room for turns
+    model = small(training_rounds=0)
+    model.body.requires_grad_(False)
+    assert model.training_phase(0, 100) == 1.0
+    assert not model.body.out.weight.requires_grad
+    with pytest.raises(ValueError, match="got training_rounds=3, need at most 2 for 6 epochs"):
+        small(training_rounds=3).training_phase(0, 6)

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from vizoo.tools import cli, common, models, options, table
+from vizoo.tools import cli, common, models, options
 from vizoo.tools.profiling import machine
 
 ROOT = Path(__file__).parents[2]
@@ -178,46 +178,6 @@ def test_env(capsys):
     assert set(found["backends"]) == {"torch", "onednn", "cuda", "triton", "natten"}
     assert found["cores"] >= 1
     assert machine.installation()["versions"]["timm"] == timm.__version__
-
-
-def test_tables_are_up_to_date():
-    """The READMEs hold the tables that the recorded data and the configs give."""
-    marked = []
-    for name in table.READMES:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert table.rewrite(text, ROOT) == text, f"{name}; run: python -m vizoo.tools.table"
-        marked += [m[2] for m in table.MARKED.finditer(text)]
-    assert marked == ["models", "speed", "gpu", "detection", "segmentation"]
-
-
-def test_table_check_and_write(tmp_path, capsys):
-    (tmp_path / "backbones").mkdir()
-    (tmp_path / "backbones/models.csv").write_text(
-        "name,params,macs,paper_top1,source\ntest_litv2,,,,for tests\n", encoding="utf-8"
-    )
-    (tmp_path / "README.md").write_text("a\n<!-- table: models -->\nold\n<!-- end table -->\nb\n", encoding="utf-8")
-    assert table.main(["--root", str(tmp_path), "--check"]) == 1
-    assert "old" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert table.main(["--root", str(tmp_path)]) == 0
-    assert "test_litv2,494240," not in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert (tmp_path / "backbones/models.csv").read_text(encoding="utf-8").splitlines()[1].startswith("test_litv2,")
-    assert "| `litv2_s` | 27.84 | 3.724 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert table.main(["--root", str(tmp_path), "--check"]) == 0
-    capsys.readouterr()
-    assert table.main(["--root", str(tmp_path / "backbones")]) == 2
-    assert "give the checkout" in capsys.readouterr().err
-
-
-def test_table_refuses_partial_counts(monkeypatch):
-    """A figure that misses a part is never recorded."""
-    count = table.count
-    reasons = ["a thread was started in the model"]
-    monkeypatch.setattr(table, "count", lambda *args: count(*args)._replace(reasons=reasons))
-    text = "name,params,macs,paper_top1,source\ntest_litv2,1,2,,for tests\n"
-    with pytest.raises(common.Failure, match="test_litv2: partial count: a thread was started"):
-        table.recount(text)
-    with pytest.raises(common.UserError, match="need name, params and macs"):
-        table.recount("a,b\n1,2\n")
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):

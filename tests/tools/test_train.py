@@ -14,11 +14,13 @@ import torch
 import yaml
 from PIL import Image
 from runs import Killed, assert_same_run, at_call, die, read, rows, signalled
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vizoo.backbones.layers import PROMPTS
 from vizoo.tools import train as tool
 from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
+from vizoo.tools.training import classification
 from vizoo.tools.training.classification import Classification, accuracies, parse_options
 from vizoo.tools.training.loop import Loop
 from vizoo.tools.training.run import Saver, draw_curves
@@ -546,3 +548,61 @@ def test_tune_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "test_convnext" in capsys.readouterr().err
     assert tool.main([*DATA, "--tune", "linear", "--tune-kwargs", "cls_pool=3"]) == 2
     assert "--tune-kwargs" in capsys.readouterr().err
+
+
+class Hooked(nn.Module):
+    """A classifier with the hooks that need nothing: a loss of its own, and phases without a factor."""
+
+    num_classes = 2
+    pretrained_cfg: dict = {}  # noqa: RUF012
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.fc, self.phases = nn.Linear(3, 2), []
+        self.free = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        self.size = self.free.square().sum()
+        return self.fc(x.mean((2, 3)))
+
+    def extra_loss(self):
+        return self.size
+
+    def training_phase(self, epoch, epochs):
+        self.phases.append((epoch, epochs))
+        self.fc.requires_grad_(epoch > 0)
+
+
+def test_hooks_of_any_model(tmp_path, capsys, monkeypatch) -> None:
+    """What a loss of its own adds is minimised, and each epoch begins with its phase."""
+    made = []
+    monkeypatch.setattr(classification, "build_model", lambda name, **kwargs: made.append(Hooked()) or made[-1])
+    options = ["--model", "test_resnet", "--epochs", "3", "--sched", "constant", "--warmup-epochs", "0"]
+    assert run(tmp_path / "run", *options, "--weight-decay", "0", "--lr", "0.01") == 0
+    (model,) = made
+    assert model.phases == [(0, 3), (0, 3), (1, 3), (2, 3)]
+    said = capsys.readouterr().out
+    assert "from epoch 1 on: 2 of 10 parameters learn\n" in said
+    assert "from epoch 2 on: 10 of 10 parameters learn\n" in said
+    assert "from epoch 3" not in said
+    losses = [float(r["train_loss"]) for r in rows(tmp_path / "run")]
+    steps = read(tmp_path / "run" / "last.pth.tar")["optimizer"]["state"]
+    assert steps.keys() == {0, 1, 2}
+    assert (model.free < 1).all()
+    assert losses[0] > 2 > 0.5 < losses[-1]
+    assert model.free[0] == model.free[1]
+
+
+def test_outputs_without_a_loss_for_them(tmp_path, capsys, monkeypatch) -> None:
+    """A second output that nothing trains is one line before the run starts."""
+
+    class Silent(Hooked):
+        def forward(self, x):
+            logits = super().forward(x)
+            return {"main": logits, "aux": logits} if self.training else logits
+
+    monkeypatch.delattr(Hooked, "extra_loss")
+    monkeypatch.setattr(classification, "build_model", lambda name, **kwargs: Silent())
+    assert run(tmp_path / "run", "--model", "test_resnet") == 2
+    assert "its output in training has main, aux, but it has no extra_loss() for them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.backbones.layers import Panel
+from vizoo.backbones.layers.panel import cell_at
 from vizoo.tools.common import UserError
 
 FINEST = 96  # cells of the longer side of a receptive field: single pixels are noise
@@ -92,7 +93,7 @@ def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float] 
             raise UserError(f"--view receptive-field: {type(model).__name__} has no maps")
         value, to_map = levels[-1]
         last = to_map(value)
-        row, column = (min(int(p * n), n - 1) for p, n in zip(point, last.shape[2:], strict=True))
+        row, column = cell_at(point, last.shape[2:], [1 / n for n in last.shape[2:]])
         (gradient,) = torch.autograd.grad(last[0, :, row, column].float().sum(), x, allow_unused=True)
     if gradient is None:
         raise UserError(f"--view receptive-field: the last map of {type(model).__name__} does not depend on the image")

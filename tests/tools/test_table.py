@@ -1,0 +1,79 @@
+"""Generated tables, citations and NOTICE: up to date, and written from the recorded data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vizoo.tools import common, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tables_are_up_to_date():
+    """READMEs and NOTICE hold what the recorded data, the configs and the families give."""
+    marked = []
+    for name in table.READMES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert table.rewrite(text, ROOT) == text, f"{name}; run: python -m vizoo.tools.table"
+        marked += [m[2] for m in table.MARKED.finditer(text)]
+    assert marked == ["models", "speed", "gpu", "citations", "detection", "segmentation"]
+    text = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    assert table.notice(text) == text, "NOTICE; run: python -m vizoo.tools.table"
+
+
+def test_table_check_and_write(tmp_path, capsys):
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/models.csv").write_text(
+        "name,params,macs,paper_top1,source\ntest_litv2,,,,for tests\n", encoding="utf-8"
+    )
+    (tmp_path / "README.md").write_text("a\n<!-- table: models -->\nold\n<!-- end table -->\nb\n", encoding="utf-8")
+    (tmp_path / "NOTICE").write_text(f"vizoo\n\n{table.ORIGINS}  Text.\n\nold\n", encoding="utf-8")
+    assert table.main(["--root", str(tmp_path), "--check"]) == 1
+    assert "old" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert table.main(["--root", str(tmp_path)]) == 0
+    assert "test_litv2,494240," not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "backbones/models.csv").read_text(encoding="utf-8").splitlines()[1].startswith("test_litv2,")
+    assert "| `litv2_s` | 27.84 | 3.724 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "\nHaloNet                 no official code" in (tmp_path / "NOTICE").read_text(encoding="utf-8")
+    assert table.main(["--root", str(tmp_path), "--check"]) == 0
+    capsys.readouterr()
+    (tmp_path / "NOTICE").write_text("nothing", encoding="utf-8")
+    assert table.main(["--root", str(tmp_path)]) == 2
+    assert "NOTICE has no paragraph" in capsys.readouterr().err
+    assert table.main(["--root", str(tmp_path / "backbones")]) == 2
+    assert "give the checkout" in capsys.readouterr().err
+
+
+def test_table_refuses_partial_counts(monkeypatch):
+    """A figure that misses a part is never recorded."""
+    count = table.count
+    reasons = ["a thread was started in the model"]
+    monkeypatch.setattr(table, "count", lambda *args: count(*args)._replace(reasons=reasons))
+    text = "name,params,macs,paper_top1,source\ntest_litv2,1,2,,for tests\n"
+    with pytest.raises(common.Failure, match="test_litv2: partial count: a thread was started"):
+        table.recount(text)
+    with pytest.raises(common.UserError, match="need name, params and macs"):
+        table.recount("a,b\n1,2\n")
+
+
+def test_only_named_rows_are_counted():
+    text = "name,params,macs,paper_top1,source\ntest_nat,1,2,,for tests\ntest_litv2,,,,for tests\n"
+    lines = table.recount(text, ["test_l*"]).splitlines()
+    assert lines[1] == "test_litv2,494240,9668864,,for tests"
+    assert lines[2] == "test_nat,1,2,,for tests"
+    with pytest.raises(common.UserError, match="resnet18"):
+        table.recount(text, ["resnet18"])
+
+
+def test_every_family_says_where_it_is_from():
+    found = table.families()
+    assert len(found) == len(list((ROOT / "backbones").glob("[!_]*.py")))
+    for about in found:
+        assert about.origin.endswith(".")
+        assert about.papers
+        for reference, arxiv in about.papers:
+            assert re.fullmatch(r"[A-Z].* \"[A-Z].*\", .*\d{4}", reference.replace("\\", ""))
+            assert re.fullmatch(r"\d{4}\.\d{5}", arxiv)
