@@ -1,4 +1,4 @@
-"""README.md keeps its promises: every command and every Python block in it runs as written.
+"""README.md and docs/ keep their promises: every command and every Python block in them runs as written.
 
 A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.
 """
@@ -21,8 +21,10 @@ from vizoo.tools import cli
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("backbones", "heads", "tools", "configs")
 README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = re.compile(r"vizoo (?:train|evaluate|bench)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
 PLAIN = {"", "text", "bibtex", "csv", "yaml"}  # fences that hold no code to run
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)[^)]*\)")
 INSTALL = re.compile(r"\b(?:pip3? install|-m venv|uv|conda|apt|apt-get)\b")
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.*?) *-->\n\n?)?^(?P<fence>```+)(?P<language>\w*)\n(?P<body>.*?)^(?P=fence)[ ]*$",
@@ -31,12 +33,13 @@ FENCE = re.compile(
 
 
 class Block(NamedTuple):
-    """One fenced block; ``reason`` says why it is not run, None when it is."""
+    """One fenced block of a page; ``reason`` says why it is not run, None when it is."""
 
     language: str
     body: str
     line: int
     reason: str | None
+    page: Path = README
 
     @property
     def commands(self) -> list[str]:
@@ -45,22 +48,23 @@ class Block(NamedTuple):
         return [" ".join(line.split()) for line in lines if line.strip()]
 
 
-def blocks_of(text: str) -> list[Block]:
+def blocks_of(text: str, page: Path = README) -> list[Block]:
     return [
-        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")) + 1, m["reason"])
+        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")) + 1, m["reason"], page)
         for m in FENCE.finditer(text)
     ]
 
 
-TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
-BLOCKS = blocks_of(TEXT)
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES if page.is_file()}
+BLOCKS = [block for page, text in TEXTS.items() for block in blocks_of(text, page)]
 BASH = [b for b in BLOCKS if b.language == "bash"]
 PYTHON = [b for b in BLOCKS if b.language == "python"]
 SKIPPED = [b for b in BLOCKS if b.reason is not None]
 COMMANDS = [c for b in BASH if b.reason is None for c in b.commands]
 VIZOO = list(dict.fromkeys(part for c in COMMANDS for part in c.split(" && ") if part.startswith("vizoo ")))
 FIRST = {
-    c: next(b.line for b in BASH if b.reason is None and any(c in x.split(" && ") for x in b.commands)) for c in VIZOO
+    c: next((b.page, b.line) for b in BASH if b.reason is None and any(c in x.split(" && ") for x in b.commands))
+    for c in VIZOO
 }
 CHAINS = [[c for c in VIZOO if FIRST[c] == line] for line in sorted(set(FIRST.values()))]
 OTHERS = [c for c in COMMANDS if not c.startswith("vizoo ")]
@@ -116,8 +120,25 @@ def test_readme_has_something_to_check() -> None:
     assert len(VIZOO) >= 3
     assert [b for b in PYTHON if b.reason is None]
     assert {b.language for b in BLOCKS} <= {"bash", "python"} | PLAIN
-    assert TEXT.count("```") == 2 * len(BLOCKS), "a fence is not closed or not understood"
-    assert TEXT.count("<!-- not run:") == len(SKIPPED), "a 'not run' comment does not stand right above a fence"
+    for page, text in TEXTS.items():
+        blocks = [b for b in BLOCKS if b.page == page]
+        assert text.count("```") == 2 * len(blocks), f"{page.name}: a fence is not closed or not understood"
+        reasons = sum(b.reason is not None for b in blocks)
+        assert text.count("<!-- not run:") == reasons, f"{page.name}: a 'not run' comment does not stand above a fence"
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and pictures that a page names are there, and every picture is shown."""
+    found = {(page.parent / link).resolve() for page, text in TEXTS.items() for link in LINK.findall(text)}
+    assert [str(path) for path in found if not path.exists()] == []
+    pictures = {path for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix != ".md"}
+    assert pictures
+    assert pictures <= found
+
+
+def test_every_family_has_a_picture() -> None:
+    shown = {path.stem for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert {path.stem for path in (ROOT / "backbones").glob("[!_]*.py")} <= shown
 
 
 def test_setup_is_what_ci_runs() -> None:
@@ -166,8 +187,8 @@ def test_python_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict = {"__name__": "__main__"}
     for block in PYTHON:
         if block.reason is None:
-            source = "\n" * (block.line - 1) + block.body  # tracebacks show the line of the README
-            exec(compile(source, str(README), "exec"), namespace)
+            source = "\n" * (block.line - 1) + block.body  # tracebacks show the line of the page
+            exec(compile(source, str(block.page), "exec"), namespace)
 
 
 def check_options(command: str) -> None:
@@ -187,7 +208,7 @@ def test_blocks_not_run() -> None:
     for block in SKIPPED:
         assert block.reason, f"line {block.line}: give the reason"
         if block.language == "python":
-            compile(block.body, str(README), "exec")
+            compile(block.body, str(block.page), "exec")
             continue
         assert block.language == "bash", f"line {block.line}: a {block.language or 'plain'} block is never run"
         done = subprocess.run(["bash", "-n"], input=block.body, text=True, capture_output=True, check=False)

@@ -12,7 +12,7 @@ COMMANDS = {
     "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
     "train": ("train", "train a classifier with the options of timm's script, a detector, a segmentor, or OAT"),
     "evaluate": ("evaluate", "measure and draw what was trained: classes, boxes, masks, scanpaths beside people's"),
-    "show": ("show", "draw what any model sees in an image: its own maps, Grad-CAM, receptive field"),
+    "show": ("show", "draw what a model sees in an image: its own maps, Grad-CAM, receptive field"),
     "mm": ("mm", "train and test configs of mmdet and mmseg, convert checkpoints for them"),
     "bench": ("bench", "time a family against its official code or the plain reference, alternating"),
     "env": ("env", "versions, devices and which backends are usable, for bug reports"),
