@@ -648,7 +648,7 @@ class OverLoCK(nn.Module):
         for i, (stage, number, block) in enumerate(chosen):
             out, q, k = (given for _, given in seen[3 * i : 3 * i + 3])
             *_, bottom, right = tiled(image, out[0, 0], (self.feature_info[stage - 1]["reduction"],) * 2)
-            panels += _kernel_panels(f"stage {stage}, block {number + 1}", block, q, k, (bottom, right), point)
+            panels += _kernel_panels(f"stage {stage}, block {number}", block, q, k, (bottom, right), point)
         return panels
 
     def _pyramid(self, x: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
