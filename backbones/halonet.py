@@ -251,7 +251,7 @@ class HaloResNet(ByobNet):
             stage, block = (int(part) + 1 for part in name.split(".")[1:3])
             after = next(info["reduction"] for info in self.feature_info if info["stage"] >= stage)
             sides = after / layer.stride / image.shape[2], after / layer.stride / image.shape[3]
-            panels.append(_window_panel(f"stage {stage - 1}, block {block - 1}", layer, x, sides, point))
+            panels.append(_window_panel(f"Stage {stage - 1}, block {block - 1}", layer, x, sides, point))
         return panels
 
 

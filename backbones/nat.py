@@ -427,7 +427,7 @@ class NAT(nn.Module):
         for (i, j, attn), ((x, *_), _) in zip(chosen, seen_by(self, image, [a for _, _, a in chosen]), strict=True):
             pixels = self.feature_info[i]["reduction"]
             sides = pixels / image.shape[2], pixels / image.shape[3]
-            panels.append(_neighbourhood(f"stage {i}, block {j}", attn, x, sides, point))
+            panels.append(_neighbourhood(f"Stage {i}, block {j}", attn, x, sides, point))
         return panels
 
     @torch.jit.ignore

@@ -643,12 +643,12 @@ class OverLoCK(nn.Module):
         (_, prior), *seen = seen_by(self, image, [self.high_level_proj, *parts])
         norm = torch.linalg.vector_norm(prior[0].float(), dim=0)
         panels = [
-            Panel(title="overview: context prior", heat=norm, area=tiled(image, norm, (32, 32)), bar="norm of channels")
+            Panel(title="Overview: context prior", heat=norm, area=tiled(image, norm, (32, 32)), bar="norm of channels")
         ]
         for i, (stage, number, block) in enumerate(chosen):
             out, q, k = (given for _, given in seen[3 * i : 3 * i + 3])
             *_, bottom, right = tiled(image, out[0, 0], (self.feature_info[stage - 1]["reduction"],) * 2)
-            panels += _kernel_panels(f"stage {stage}, block {number}", block, q, k, (bottom, right), point)
+            panels += _kernel_panels(f"Stage {stage}, block {number}", block, q, k, (bottom, right), point)
         return panels
 
     def _pyramid(self, x: Tensor, last: int) -> tuple[list[Tensor], Tensor]:

@@ -14,10 +14,20 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from timm.data import ImageNetInfo, resolve_data_config
+from timm.models import get_pretrained_cfg
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from vizoo.backbones.layers import Panel
-from vizoo.tools.common import Failure, UserError, build_model, check_output, resolve_model, run_tool
+from vizoo.tools.common import (
+    Failure,
+    UserError,
+    build_model,
+    check_output,
+    is_exhausted,
+    named,
+    resolve_model,
+    run_tool,
+)
 from vizoo.tools.data.images import read_image
 from vizoo.tools.options import WINDOW, KeyValues, Parser, add, add_alias, check_outputs, number
 from vizoo.tools.pictures.draw import draw_panels
@@ -100,22 +110,35 @@ def _show(argv: list[str]) -> int:
     check_output(args.plot, "--plot", ".png")
     check_outputs(args.num_classes)
     torch.manual_seed(0)  # of untrained weights
-    kwargs = dict(args.model_kwargs)
-    if args.num_classes is not None:
-        kwargs["num_classes"] = args.num_classes
-    model = build_model(name, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
+    model = _build(name, args)
     views = check_views(model, args)
     seen = read_input(args.image, model, args.img_size, args.window, args.point)
-    panels = [panel for view in views for panel in _panels(view, model, seen, args)]
+    size = "x".join(map(str, seen.pixels.shape[2:]))
+    try:
+        panels = [panel for view in views for panel in _panels(view, model, seen, args)]
+    except (RuntimeError, AssertionError, TypeError, IndexError, ZeroDivisionError) as e:
+        if is_exhausted(e):
+            raise
+        raise UserError(f"model {name!r} cannot take {size} (--img-size): {named(e)}") from None
     need_finite(panels, args.checkpoint or name)
     trained = bool(args.checkpoint or args.pretrained)
-    size = "x".join(map(str, seen.pixels.shape[2:]))
     title = f"{name}{'' if trained else ', untrained'}: {Path(args.image).name} as {size}"
     draw_panels(seen.pixels[0], panels, args.plot, title)
     if not trained:
         print("neither --pretrained nor --checkpoint: untrained weights, which have not learnt to see", file=sys.stderr)
     print("\n  ".join([f"{args.plot}: {name} over {args.image}, {size}", *(p.title for p in panels)]))
     return 0
+
+
+def _build(name: str, args: argparse.Namespace) -> Any:
+    """The model in evaluation mode, with the weights and arguments that the options say."""
+    kwargs = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        kwargs["num_classes"] = args.num_classes
+    config = get_pretrained_cfg(name, allow_unregistered=True)
+    if args.img_size and config and config.fixed_input_size:
+        kwargs.setdefault("img_size", args.img_size)
+    return build_model(name, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **kwargs).eval()
 
 
 def check_views(model: Any, args: argparse.Namespace) -> list[str]:

@@ -236,14 +236,14 @@ def test_explain_windows():
     words = "window 6x6 of a block 4x4"
     corner = seen((0.0, 0.0))
     assert corner == [
-        (f"stage 1, block 0: {words}", [[0, 0, 16, 16], [-4, -4, 20, 20]], [[2, 2]]),  # on the map of the first stage
-        (f"stage 2, block 1: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
-        (f"stage 3, block 0: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+        (f"Stage 1, block 0: {words}", [[0, 0, 16, 16], [-4, -4, 20, 20]], [[2, 2]]),  # on the map of the first stage
+        (f"Stage 2, block 1: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
+        (f"Stage 3, block 0: {words}", [[0, 0, 64, 64], [-16, -16, 80, 80]], [[8, 8]]),
     ]
     middle = seen((0.5, 0.5))
     assert middle[0][1:] == ([[16, 32, 32, 48], [12, 28, 36, 52]], [[26, 42]])  # every second position has a query
     last = seen((1.0, 1.0), blocks=(1, -1))
-    assert last[0] == (f"stage 2, block 0: {words}", [[32, 64, 64, 96], [24, 56, 72, 104]], [[36, 68]])
+    assert last[0] == (f"Stage 2, block 0: {words}", [[32, 64, 64, 96], [24, 56, 72, 104]], [[36, 68]])
     assert last[1][1:] == ([[0, 64, 64, 128], [-16, 48, 80, 144]], [[40, 72]])
 
 

@@ -437,12 +437,12 @@ def test_explain_windows():
     model, x = timm.create_model("test_nat"), image((1, 3, 96, 160))
     corner, middle, last = (explained(model, x, point=(p, p)) for p in (0.0, 0.5, 1.0))
     assert [p.title for p in corner] == [
-        "stage 0, block 0: 3x3 neighbourhood",
-        "stage 1, block 0: 3x3 neighbourhood",
-        "stage 1, block 1: 3x3 neighbourhood, dilation 4",
-        "stage 2, block 0: 3x3 neighbourhood",
-        "stage 2, block 1: 3x3 neighbourhood, dilation 2",
-        "stage 3, block 0: 3x3 neighbourhood",
+        "Stage 0, block 0: 3x3 neighbourhood",
+        "Stage 1, block 0: 3x3 neighbourhood",
+        "Stage 1, block 1: 3x3 neighbourhood, dilation 4",
+        "Stage 2, block 0: 3x3 neighbourhood",
+        "Stage 2, block 1: 3x3 neighbourhood, dilation 2",
+        "Stage 3, block 0: 3x3 neighbourhood",
     ]
     assert [edges(p[0], (96, 160)) for p in (corner, middle, last)] == [
         [[(0, 12)], [(0, 12)]],
@@ -466,14 +466,14 @@ def test_explain_chooses_blocks():
     model = timm.create_model("test_nat", depths=(2, 2, 2, 2), dilations=((1, 4), (1, 3), (1, 2), (2, 1)))
     x = image((1, 3, 64, 64))
     assert [p.title[:16] + p.title[-1] for p in explained(model, x)] == [
-        "stage 0, block 0d",
-        "stage 0, block 14",
-        "stage 1, block 0d",
-        "stage 1, block 13",
-        "stage 2, block 12",
-        "stage 3, block 02",
+        "Stage 0, block 0d",
+        "Stage 0, block 14",
+        "Stage 1, block 0d",
+        "Stage 1, block 13",
+        "Stage 2, block 12",
+        "Stage 3, block 02",
     ]
-    assert [p.title[:16] for p in explained(model, x, blocks=[-1, 2])] == ["stage 3, block 1", "stage 1, block 0"]
+    assert [p.title[:16] for p in explained(model, x, blocks=[-1, 2])] == ["Stage 3, block 1", "Stage 1, block 0"]
 
 
 @pytest.mark.parametrize("size", [(33, 70), (16, 16)], ids=str)

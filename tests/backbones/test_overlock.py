@@ -231,10 +231,10 @@ def test_explain_windows():
         return [(p.title, *(p.boxes * pixels).round().int().tolist()) for p in kernels]
 
     corner, middle, last = seen((0.0, 0.0)), seen((0.5, 0.5)), seen((1.0, 1.0))
-    assert corner[0] == ("stage 3, block 1: 5x5 kernel, mean of 4 groups", [0, 0, 80, 80])
-    assert corner[1] == ("stage 3, block 1: 13x13 kernel, mean of 4 groups", [0, 0, 208, 208])
+    assert corner[0] == ("Stage 3, block 1: 5x5 kernel, mean of 4 groups", [0, 0, 80, 80])
+    assert corner[1] == ("Stage 3, block 1: 13x13 kernel, mean of 4 groups", [0, 0, 208, 208])
     assert corner[2][0] < corner[3][0]  # two groups
-    assert corner[4] == ("stage 4, block 0: 5x5 kernel, mean of 4 groups", [0, 0, 160, 160])
+    assert corner[4] == ("Stage 4, block 0: 5x5 kernel, mean of 4 groups", [0, 0, 160, 160])
     assert [box for _, box in middle[:4]] == [[128, 96, 208, 176], *[[64, 32, 272, 240]] * 3]
     assert [box for _, box in last[4:]] == [[160, 96, 320, 256], *[[96, 32, 320, 256]] * 3]
 

@@ -79,8 +79,8 @@ def _on_cpu(panel: Panel) -> Panel:
 
 
 def _title(panel: Panel) -> str:
-    count, title = 0 if panel.lines is None else len(panel.lines), panel.title[:1].upper() + panel.title[1:]
-    return f"{title} (strongest {MOST_LINES} of {count})" if count > MOST_LINES else title
+    count = 0 if panel.lines is None else len(panel.lines)
+    return f"{panel.title} (strongest {MOST_LINES} of {count})" if count > MOST_LINES else panel.title
 
 
 def _limits(panels: Sequence[Panel]) -> tuple[float, float, float, float]:
