@@ -292,7 +292,7 @@ def test_explain_of_what_is_left():
     """Pruned to stride 16 the model shows one stage; without Focus-Net it has nothing to show."""
     model, x = timm.create_model("test_overlock"), image((1, 3, 64, 64))
     model.prune_intermediate_layers([2])
-    assert {p.title[:7] for p in explained(model, x)} == {"overvie", "stage 3"}
+    assert {p.title[:7] for p in explained(model, x)} == {"Overvie", "Stage 3"}
     model.prune_intermediate_layers([1])
     with pytest.raises(ValueError, match="without Focus-Net"):
         model.explain(x)
