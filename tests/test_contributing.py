@@ -56,7 +56,7 @@ def test_a_new_family_touches_four_files(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "tools/results", root / "tools/results")
     before = files(root)
     shutil.copy(TOY / "family.py", root / "backbones/toy.py")
-    shutil.copy(TOY / "family_test.py", root / "tests/backbones/test_toy.py")
+    shutil.copy(TOY / "tests_of_family.py", root / "tests/backbones/test_toy.py")
     insert(root / "backbones/__init__.py", "from . import toy as toy")
     insert(root / "backbones/models.csv", "test_toy,,,,for tests")
     by_hand = {name for name, digest in files(root).items() if before.get(name) != digest}

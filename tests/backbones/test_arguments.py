@@ -32,7 +32,7 @@ NOT_CHECKED = {"device", "dtype", "dependency", "tree", "block", "cfg", "pe_tabl
 NOT_CHECKED |= {"embed_layer", "norm_layer", "embed_norm_layer", "act_layer", "block_fn", "mlp_layer", "attn_layer"}
 ZERO = {"num_classes", "final_dim", "halo_size", "head_width", "reg_tokens", "spp"}  # means something
 ZERO |= {"tcpa_cls_pool", "tcpa_cls_topk", "tcpa_cls_len"}  # without a class token
-ZERO |= {"random_epochs", "tcpa_random_epochs"}
+ZERO |= {"random_epochs", "tcpa_random_epochs", "training_rounds"}
 POSITIVE = {
     "mlp_ratio",
     "sub_mlp_ratio",
@@ -345,7 +345,7 @@ def test_limits_are_taken() -> None:
 def test_every_public_constructor_is_checked() -> None:
     """Those of all families and layers, of new ones too."""
     modules = [layers, *{module_of(name) for name in MODELS}]
-    public = {getattr(module, name) for module in modules for name in module.__all__} - {layers.FeatureGetter}
-    classes = [c for c in public if isinstance(c, type) and issubclass(c, nn.Module)]
+    public = [getattr(module, name) for module in modules for name in module.__all__]
+    classes = {c for c in public if isinstance(c, type) and issubclass(c, nn.Module)} - {layers.FeatureGetter}
     assert len(classes) > 15
     assert [c.__name__ for c in classes if not hasattr(c.__init__, "__wrapped__")] == []
