@@ -832,7 +832,7 @@ class OAT(nn.Module):
     def explain(
         self,
         image: Tensor,
-        boxes: Tensor | None = None,
+        boxes: Tensor | Sequence[Sequence[float]] | None = None,
         target: int | None = None,
         max_len: int = 20,
         point: tuple[float, float] = (0.5, 0.5),
@@ -841,7 +841,7 @@ class OAT(nn.Module):
 
         Args:
             image: ``[1, in_chans, height, width]`` from 0 to 1.
-            boxes: Objects ``[1, N, 4]`` as in :meth:`forward`; None divides the image into the grid.
+            boxes: Objects ``[1, N, 4]`` or ``[N, 4]`` as in :meth:`forward`; None divides the image into the grid.
             target: The object searched for; None for the one nearest to ``point``.
             max_len: Longest scanpath.
             point: Row and column as fractions of the image.
@@ -854,19 +854,23 @@ class OAT(nn.Module):
             ValueError: If an argument does not fit.
         """
         size = torch.tensor(image.shape[2:], device=image.device)
-        objects = self._grid_boxes(image)[0] if boxes is None else boxes[0].float()
+        given = None if boxes is None else torch.as_tensor(boxes, dtype=torch.float32, device=image.device)
+        given = given[None] if given is not None and given.ndim == 2 else given
+        objects = self._grid_boxes(image)[0] if given is None else given[0]
         named = "" if target is not None else ", the one at the point"
         if target is None:
             centres = (objects[..., :2] + objects[..., 2:]) / 2
             target = int((centres - (size * torch.tensor(point).to(size.device)).flip(0)).norm(dim=-1).argmin())
         sought = torch.tensor([target], device=image.device)
         with evaluating(self):
-            (path,) = self.generate(image, boxes, sought, max_len)
-            first = self(image, boxes, sought)[0, 0, :-2].float().softmax(0)  # neither end nor padding
+            (path,) = self.generate(image, given, sought, max_len)
+            first = self(image, given, sought)[0, 0, :-2].float().softmax(0)  # neither end nor padding
         frames = objects[:, [1, 0, 3, 2]] / size.repeat(2)
         names, visited = _runs(path)
         points = spread_fixations(objects, visited).flip(1) / size
-        length = f"{len(path)} fixations" if len(path) < max_len else f"first {max_len} fixations"
+        length = (
+            f"{len(path)} fixation{'s' * (len(path) != 1)}" if len(path) < max_len else f"first {max_len} fixations"
+        )
         scanpath = Panel(
             title=f"Greedy scanpath, {length}; in search of object {target}{named} (box)",
             boxes=frames[[target]],
@@ -875,7 +879,7 @@ class OAT(nn.Module):
             names=names,
         )
         likely: dict[str, Any] = {"title": "How likely each object is the first fixation", "bar": "probability"}
-        if boxes is None:
+        if given is None:
             return [scanpath, Panel(heat=first.view(self.grid), **likely)]
         frames = torch.cat((frames[[target]], frames[:target], frames[target + 1 :]))  # the first box stands out
         return [scanpath, Panel(heat=_paint(objects, first, image.shape[2:]), boxes=frames, **likely)]

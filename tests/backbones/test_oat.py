@@ -721,6 +721,18 @@ def test_explain_searches_for_the_object_at_the_point():
     assert "in search of object 2 (box)" in scanpath.title
 
 
+def test_explain_takes_boxes_as_a_command_line_gives_them():
+    model, x = timm.create_model("test_oat"), torch.rand(1, 3, 96, 128)
+    boxes = [[0, 0, 30, 30], [40, 20, 90, 80], [10, 50, 60, 90]]
+    found, expected = (explained(model, x, boxes=b, target=1) for b in (boxes, torch.tensor(boxes)[None].float()))
+    for a, b in zip(found, expected, strict=True):
+        assert a.title == b.title
+        assert torch.equal(a.boxes, b.boxes)
+    assert torch.equal(found[1].heat, expected[1].heat)
+    with pytest.raises(ValueError, match=r"got boxes of shape \[1, 1, 3\]"):
+        model.explain(x, boxes=[[0, 0, 30]])
+
+
 def test_explain_a_scanpath_that_ends():
     model, x, boxes = scene()
     ends = iter([[4, 4, 2, 4]])
@@ -748,8 +760,8 @@ def test_fixations_of_one_object_are_spread_inside_its_box():
         ({"target": -1}, "got target=-1, need a whole number of at least 0"),
         ({"max_len": 0}, "got max_len=0, need a whole number of at least 1"),
         ({"point": (0.5, 2.0)}, "got point="),
-        ({"boxes": torch.zeros(7, 4)}, "got boxes of shape"),
-        ({"boxes": "all"}, "got boxes='all', need a Tensor or None"),
+        ({"boxes": torch.zeros(7, 3)}, "got boxes of shape"),
+        ({"boxes": "all"}, "got boxes='all', need a Tensor or a list of lists"),
     ],
     ids=["target", "negative", "length", "point", "shape", "words"],
 )
