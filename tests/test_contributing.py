@@ -37,12 +37,11 @@ def files(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
-def insert(path: Path, line: str) -> None:
-    """Put a line into the sorted ones that begin alike."""
+def insert(path: Path, line: str, begin: str = "") -> None:
+    """Put a line in order among those that begin alike."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    start = line.split()[0]
-    alike = [i for i, other in enumerate(lines) if other.split()[:1] == [start] or start.count(",")]
-    at = next((i for i in alike if lines[i] > line and i), alike[-1] + 1)
+    alike = [i for i, other in enumerate(lines) if other.startswith(begin)]
+    at = next((i for i in alike if lines[i] > line), alike[-1] + 1)
     path.write_text("\n".join([*lines[:at], line, *lines[at:]]) + "\n", encoding="utf-8")
 
 
@@ -57,7 +56,7 @@ def test_a_new_family_touches_four_files(tmp_path: Path) -> None:
     before = files(root)
     shutil.copy(TOY / "family.py", root / "backbones/toy.py")
     shutil.copy(TOY / "tests_of_family.py", root / "tests/backbones/test_toy.py")
-    insert(root / "backbones/__init__.py", "from . import toy as toy")
+    insert(root / "backbones/__init__.py", "from . import toy as toy", "from . import")
     insert(root / "backbones/models.csv", "test_toy,,,,for tests")
     by_hand = {name for name, digest in files(root).items() if before.get(name) != digest}
     assert by_hand == BY_HAND
