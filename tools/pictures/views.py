@@ -1,4 +1,7 @@
-"""What any timm model sees in an image: Grad-CAM and the effective receptive field."""
+"""What any timm model sees in an image: Grad-CAM and the effective receptive field.
+
+Grad-CAM is written here, since captum's takes channels-first maps only, and grad-cam's needs OpenCV.
+"""
 
 from __future__ import annotations
 
