@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,9 +73,10 @@ def work(rank: int, rendezvous: str) -> None:
 def test_fsdp2_and_ddp(tmp_path: Path) -> None:
     """Every block and the whole model sharded over two processes; and replicas, each parameter used."""
     command = [sys.executable, __file__, str(tmp_path / "rendezvous")]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(WORLD)
+        subprocess.Popen([*command, str(rank)], env={**os.environ, "PYTHONPATH": path}, **how) for rank in range(WORLD)
     ]
     for process in started:
         output, _ = process.communicate(timeout=600)
