@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--view",
         choices=VIEWS,
         nargs="+",
+        metavar="VIEW",
         help="explain: what the model itself has to show; grad-cam: where it sees a class; receptive-field: what a "
         "place of its last map depends on (explain if the model can, else the others)",
     )
