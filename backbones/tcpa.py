@@ -22,8 +22,6 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
-from torch import Tensor
 
 from .layers import (
     convert_tcpa,
@@ -36,8 +34,8 @@ from .layers import (
 )
 from .layers.about import About
 from .layers.build import build
-from .layers.checkpoint import unwrap
 from .layers.checks import check_arguments, check_multiple, check_patches, need, scaled
+from .layers.prompt_tuning import checkpoint_filter_fn
 
 __all__ = [
     "convert_tcpa",
@@ -82,30 +80,6 @@ def _prompted(**kwargs: Any) -> VisionTransformer:
         return tcpa(VisionTransformer(**kwargs), **settings)
     except ValueError as e:
         raise ValueError(str(e).replace("got ", f"got {PREFIX}", 1)) from e
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
-    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
-
-    Args:
-        state_dict: Checkpoint or state dict.
-        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
-            model's own stay.
-
-    Returns:
-        A state dict for ``model``.
-    """
-    state_dict = unwrap(state_dict)
-    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
-    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
-    if not any(_is_prompt(k) for k in state_dict):
-        return {**state_dict, **own}
-    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
-    return {**state_dict, **refit}
-
-
-def _is_prompt(name: str) -> bool:
-    return ".tcpa." in name or name.startswith("patch_embed.prompter.")
 
 
 def _cfgs(*backbones: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
+from .checkpoint import unwrap
 from .checks import NATURAL, Range, check_positions, checked, need
 from .panel import Panel, seen_by
 from .prompt_attention import TCPA, PromptedAttention, TCPABlock, TCPAResPostBlock, full_precision
@@ -527,3 +529,27 @@ def convert_tcpa(state_dict: dict[str, Any]) -> dict[str, Tensor]:
             key = key.removeprefix("backbone.")
             out[key.replace("Prompter.Prompter.", "patch_embed.prompter.")] = value
     return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Weights of the plain backbone, the official TCPA names, or our own, for ``model``.
+
+    Args:
+        state_dict: Checkpoint or state dict.
+        model: The model to load; without prompts in the checkpoint, or for another number of channels, the
+            model's own stay.
+
+    Returns:
+        A state dict for ``model``.
+    """
+    state_dict = unwrap(state_dict)
+    state_dict = vit_filter_fn(convert_tcpa(state_dict), model, adapt_layer_scale=True)
+    own = {k: v for k, v in model.state_dict().items() if _is_prompt(k)}
+    if not any(_is_prompt(k) for k in state_dict):
+        return {**state_dict, **own}
+    refit = {k: own[k] for k in own if "prompter" in k and k in state_dict and state_dict[k].shape != own[k].shape}
+    return {**state_dict, **refit}
+
+
+def _is_prompt(name: str) -> bool:
+    return ".tcpa." in name or name.startswith("patch_embed.prompter.")
