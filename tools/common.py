@@ -126,6 +126,29 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | MemoryError) and explain(error) is not None
 
 
+@contextlib.contextmanager
+def taking(model: str, what: str) -> Iterator[None]:
+    """Run a model on an input that it may not be able to take, which is one line then.
+
+    Args:
+        model: Its name.
+        what: The input, and the option that would change it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: If the model fails otherwise than by memory, threads or a worker that gave out.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as e:
+        if isinstance(e, UserError) or is_exhausted(e):
+            raise
+        reason = f"{type(e).__name__}: {one_line(e, 200)}"
+        raise UserError(f"model {model!r} cannot take {what}: {reason}") from None
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that is no fault of this package.
 

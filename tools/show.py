@@ -23,10 +23,9 @@ from vizoo.tools.common import (
     UserError,
     build_model,
     check_output,
-    is_exhausted,
-    named,
     resolve_model,
     run_tool,
+    taking,
 )
 from vizoo.tools.data.images import read_image
 from vizoo.tools.options import WINDOW, KeyValues, Parser, add, add_alias, check_outputs, number
@@ -115,12 +114,8 @@ def _show(argv: list[str]) -> int:
     views = check_views(model, args)
     seen = read_input(args.image, model, args.img_size, args.window, args.point)
     size = "x".join(map(str, seen.pixels.shape[2:]))
-    try:
+    with taking(name, f"{size} (--img-size)"):
         panels = [panel for view in views for panel in _panels(view, model, seen, args)]
-    except (RuntimeError, AssertionError, TypeError, IndexError, ZeroDivisionError) as e:
-        if is_exhausted(e):
-            raise
-        raise UserError(f"model {name!r} cannot take {size} (--img-size): {named(e)}") from None
     need_finite(panels, args.checkpoint or name)
     trained = bool(args.checkpoint or args.pretrained)
     title = f"{name}{'' if trained else ', untrained'}: {Path(args.image).name} as {size}"

@@ -24,7 +24,7 @@ from timm.utils import accuracy
 from torch import nn
 
 from vizoo.backbones.layers import PROMPTS, has_prompts
-from vizoo.tools.common import Failure, UserError, build_model, is_exhausted, one_line, resolve_model
+from vizoo.tools.common import Failure, UserError, build_model, one_line, resolve_model, taking
 from vizoo.tools.data.folders import (
     Splits,
     digits_splits,
@@ -368,18 +368,12 @@ class Classification(Task):
 
     def _probe(self, model: nn.Module, size: tuple[int, ...]) -> None:
         """Run the model once, so that a size it cannot take is one line before training starts."""
-        try:
-            with torch.no_grad():
-                out = model.eval()(torch.zeros(2, *size, device=self.world.device))
-                # in training the output may be another one, and BatchNorm on a 1x1 map needs two images
-                batch = min(2, self.args.batch_size)
-                trained = copy.deepcopy(model).train()(torch.zeros(batch, *size, device=self.world.device))
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as e:
-            if is_exhausted(e):
-                raise
-            what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
-            reason = f"{type(e).__name__}: {one_line(e, 200)}"
-            raise UserError(f"model {self.args.model!r} cannot take {what}: {reason}") from None
+        what = f"input {size[1]}x{size[2]} (--img-size) with --batch-size {self.args.batch_size}"
+        with taking(self.args.model, what), torch.no_grad():
+            out = model.eval()(torch.zeros(2, *size, device=self.world.device))
+            # in training the output may be another one, and BatchNorm on a 1x1 map needs two images
+            batch = min(2, self.args.batch_size)
+            trained = copy.deepcopy(model).train()(torch.zeros(batch, *size, device=self.world.device))
         try:
             logits_of(trained)
             if isinstance(trained, dict) and len(trained) > 1 and not hasattr(model, "extra_loss"):
