@@ -1,4 +1,4 @@
-"""README.md and docs/ keep their promises: every command and every Python block in them runs as written.
+"""README.md, docs/ and examples/ keep their promises: every command and every Python block in their pages runs as written.
 
 A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.
 """
@@ -21,10 +21,11 @@ from vizoo.tools import cli
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("backbones", "heads", "tools", "configs")
 README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 SLOW = re.compile(r"vizoo (?:train|evaluate|bench)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
 PLAIN = {"", "text", "bibtex", "csv", "yaml"}  # fences that hold no code to run
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)[^)]*\)")
+INLINE = re.compile(r"`(vizoo [a-z]+(?: [^`]+)?)`")  # a command inside a sentence
 INSTALL = re.compile(r"\b(?:pip3? install|-m venv|uv|conda|apt|apt-get)\b")
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.*?) *-->\n\n?)?^(?P<fence>```+)(?P<language>\w*)\n(?P<body>.*?)^(?P=fence)[ ]*$",
@@ -181,12 +182,13 @@ def test_commands(commands: list[str], folder: Path, monkeypatch: pytest.MonkeyP
         assert run(arguments(command)) == 0, command
 
 
-def test_python_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python blocks run one after the other, as a reader would paste them."""
+@pytest.mark.parametrize("page", sorted({b.page for b in PYTHON if b.reason is None}), ids=lambda page: page.name)
+def test_python_blocks(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page run one after the other, as a reader of this page alone would paste them."""
     monkeypatch.chdir(folder)
     namespace: dict = {"__name__": "__main__"}
     for block in PYTHON:
-        if block.reason is None:
+        if block.page == page and block.reason is None:
             source = "\n" * (block.line - 1) + block.body  # tracebacks show the line of the page
             exec(compile(source, str(block.page), "exec"), namespace)
 
@@ -203,6 +205,14 @@ def check_options(command: str) -> None:
     assert not used - known, f"{command}: options {used - known} do not exist"
 
 
+def check_script(command: str) -> None:
+    """The script is in the checkout and knows every option used."""
+    file, *rest = arguments(command)
+    text = (ROOT / file).read_text(encoding="utf-8")
+    used = {w for w in rest if re.match(r"--[a-z]", w)}
+    assert used <= set(re.findall(r"--[\w-]+", text)), command
+
+
 def test_blocks_not_run() -> None:
     """A block that is not run says why, and still parses: Python compiles, options exist, shell syntax holds."""
     for block in SKIPPED:
@@ -217,6 +227,27 @@ def test_blocks_not_run() -> None:
             for part in command.split(" && "):
                 if part.startswith("vizoo "):
                     check_options(part)
+                if part.startswith("python "):
+                    check_script(part)
+
+
+@pytest.mark.parametrize("page", [p for p, text in TEXTS.items() if INLINE.search(text)], ids=lambda page: page.name)
+def test_commands_inside_sentences(page: Path) -> None:
+    """They name subcommands and options that exist."""
+    for command in dict.fromkeys(INLINE.findall(TEXTS[page])):
+        check_options(command)
+
+
+def test_front_door() -> None:
+    """The README is read in two minutes: a picture and the installation come first, the rest is links."""
+    lines = TEXTS[README].splitlines()
+    assert len(lines) <= 180
+    first = min(i for i, line in enumerate(lines) if "pip install" in line)
+    assert first < 30
+    assert any(line.startswith("![") for line in lines[:first])
+    linked = {(ROOT / link).resolve() for link in LINK.findall(TEXTS[README])}
+    pages = set((ROOT / "docs").glob("*.md")) | {ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md"}
+    assert pages <= linked
 
 
 def test_option_check_bites() -> None:
