@@ -1,4 +1,4 @@
-"""README.md, docs/ and examples/ keep their promises: every command and every Python block in their pages runs as written.
+"""README.md and the pages of docs/ and examples/ keep their promises: every command and Python block runs as written.
 
 A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.
 """

@@ -22,7 +22,6 @@ FAMILIES = {  # beginnings of names, the first that fits, and what the legend sa
     "dinat_": "DiNAT",
     "halo_": "HaloNet",
     "mobilenetv1": "ULSAM (MobileNetV1)",
-    "mobilenetv2": "ULSAM (MobileNetV2)",
 }
 
 
