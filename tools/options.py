@@ -219,6 +219,8 @@ class _Joined(argparse.Action):
 
 
 TASKS = ("classification", "detection", "segmentation", "scanpath")
+PARTS = ("train", "val", "test")  # of scanpaths
+MODES = ("count", "memory", "latency", "throughput")  # of the profiler
 _COUNT, _POSITIVE = number(int, 0), number(int, 1)
 _REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 _TOGGLE: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
