@@ -122,7 +122,10 @@ def build_parser() -> argparse.ArgumentParser:
     p = Parser(prog="vizoo bench", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     *most, last = map(repr, LAYERS)
     p.add_argument(
-        "name", nargs="*", help=f"a model of the zoo, or {', '.join(most)} or {last} for one attention layer"
+        "name",
+        nargs="*",
+        metavar="MODEL",
+        help=f"a model of the zoo, or {', '.join(most)} or {last} for one attention layer",
     )
     kind = p.add_argument_group("in place of timing one model or layer").add_mutually_exclusive_group()
     kind.add_argument("--suite", choices=["gpu"], help="measure the whole zoo on a GPU, with --out")

@@ -210,6 +210,11 @@ def _print(args: argparse.Namespace, profiles: Sequence[Profile]) -> None:
             picture.print_modules(p, 1 if args.depth is None else args.depth, args.sort, args.top)
 
 
+def _differs(p: Profile) -> bool:
+    """Whether ``--check`` found something."""
+    return any(note.startswith(("engines differ", "not linear")) for note in p.notes)
+
+
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     from vizoo.tools.profiling.machine import default_threads, with_threads
@@ -219,6 +224,9 @@ def _profile(argv: list[str]) -> int:
     _check(args)
     profiles = with_threads(args.threads or [default_threads()], _profile_all, args)
     _print(args, profiles)
+    agreed = dict.fromkeys(p.model for p in profiles if args.check and not _differs(p))
+    if agreed and not args.json:
+        print(f"both engines agree, and the cost is linear in the batch: {', '.join(agreed)}")
     if args.out:
         write_results(profiles, Path(args.out), Path(args.out).suffix[1:])
     if args.plot:
@@ -226,8 +234,7 @@ def _profile(argv: list[str]) -> int:
     partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]
     if args.strict and partial:
         raise Failure(f"--strict: partial counts: {'; '.join(dict.fromkeys(partial))}")
-    differ = [n for p in profiles for n in p.notes if n.startswith(("engines differ", "not linear"))]
-    return int(args.check and bool(differ))
+    return int(args.check and any(map(_differs, profiles)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
