@@ -84,6 +84,27 @@ def is_command(name: str) -> bool:
     return path.parent == ROOT / "tools" and path.is_file() and "\ndef main(" in path.read_text(encoding="utf-8")
 
 
+@functools.cache
+def is_heavy(name: str) -> bool:
+    """Whether importing a module brings in anything that is neither ours nor in the standard library."""
+    unseen, seen = [name], set()
+    while unseen:
+        module = unseen.pop()
+        if not module or module in seen:
+            continue
+        seen.add(module)
+        package, _, rest = module.partition(".")
+        if package != "vizoo":
+            if package not in sys.stdlib_module_names:
+                return True
+            continue
+        path = ROOT.joinpath(*rest.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        unseen.append(module.rpartition(".")[0])
+        unseen += [found.module for found in imports(file) if found.always] if rest and file.is_file() else []
+    return False
+
+
 # the table of CONTRIBUTING
 
 WORDS: dict[str, Callable[[Import], bool]] = {
@@ -91,6 +112,7 @@ WORDS: dict[str, Callable[[Import], bool]] = {
     "a family": lambda found: is_family(found.module),
     "another family": lambda found: is_family(found.module),
     "a command": lambda found: is_command(found.module),
+    "anything heavy at the top": lambda found: found.always and is_heavy(found.module),
     "the standard library": lambda found: found.module.split(".")[0] in sys.stdlib_module_names,
 }
 ITEM = re.compile(r"`([\w/*]+)`(| itself| at the top)")
@@ -219,6 +241,13 @@ def test_import_rules_bite() -> None:
         ("heads/mm/backbone.py", LAYERS),
         ("tools/bench.py", "backbones"),
         ("tools/bench.py", "triton", False),
+        ("tools/bench.py", "torch"),
+        ("tools/bench.py", "numpy"),
+        ("tools/profiler.py", f"{OPS}.cost"),
+        ("tools/profiler.py", "vizoo.tools.profiling.profile"),
+        ("tools/train.py", "vizoo.tools.training.loop"),
+        ("tools/mm.py", "vizoo.tools.training.mm"),
+        ("tools/scanpaths.py", "vizoo.tools.bench"),
         ("tools/gpu/machine_code.py", "triton"),
         ("tools/gpu/machine_code.py", "vizoo.tools.bench", False),
         ("tools/gpu/suite.py", "triton", False),
@@ -239,8 +268,15 @@ def test_import_rules_bite() -> None:
         ("heads/segmentation.py", f"{LAYERS}.checks", True),
         ("heads/mm/backbone.py", "vizoo", True),
         ("heads/mm/backbone.py", "mmengine.model", True),
-        ("tools/bench.py", f"{BACKBONES}.family", True),
+        ("tools/bench.py", f"{BACKBONES}.family", False),
+        ("tools/bench.py", "torch", False),
         ("tools/bench.py", "vizoo.tools.show", True),
+        ("tools/bench.py", "vizoo.tools.profiling.sides", True),
+        ("tools/profiler.py", "vizoo.tools.profiling.profile", False),
+        ("tools/train.py", "vizoo.tools.training.parsers", True),
+        ("tools/train.py", "vizoo", True),
+        ("tools/table.py", "torch", True),
+        ("tools/scanpaths.py", "numpy", True),
         ("tools/gpu/machine_code.py", "triton.compiler", False),
         ("tools/gpu/suite.py", "vizoo.tools.common", True),
     ]

@@ -14,9 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vizoo.tools.common import (
     Failure,
@@ -37,9 +35,10 @@ from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
 from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, number, read_size
-from vizoo.tools.profiling.machine import commit, device_name, versions, with_threads
 from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides
-from vizoo.tools.profiling.timing import BUSY, Comparison, compare, float32_products, quantile
+
+if TYPE_CHECKING:
+    from vizoo.tools.profiling.timing import Comparison
 
 EXAMPLES = """\
 examples:
@@ -123,7 +122,10 @@ def build_parser() -> argparse.ArgumentParser:
     p = Parser(prog="vizoo bench", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     *most, last = map(repr, LAYERS)
     p.add_argument(
-        "name", nargs="*", help=f"a model of the zoo, or {', '.join(most)} or {last} for one attention layer"
+        "name",
+        nargs="*",
+        metavar="MODEL",
+        help=f"a model of the zoo, or {', '.join(most)} or {last} for one attention layer",
     )
     kind = p.add_argument_group("in place of timing one model or layer").add_mutually_exclusive_group()
     kind.add_argument("--suite", choices=["gpu"], help="measure the whole zoo on a GPU, with --out")
@@ -203,6 +205,8 @@ def _call(
     args: argparse.Namespace, module: Any, shape: Sequence[int], more: Sequence[Any], dtype: str
 ) -> Callable[[], Any]:
     """One call of a side, ready on the device: inference, or a forward and a backward pass."""
+    import torch
+
     device, kind = compute_device(args.device), getattr(torch, dtype)
     train = args.pass_ == "train"
     module = module.to(device, kind).train(train)
@@ -224,11 +228,15 @@ def _call(
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
     """Dtype of the other side: official code has operators without half precision on a CPU."""
-    return "fp32" if sides.against == "official" and torch.device(args.device).type == "cpu" else dtype
+    return "fp32" if sides.against == "official" and compute_device(args.device).type == "cpu" else dtype
 
 
 def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, float]:
     """Check and time both sides; the timings, and how far their outputs are apart."""
+    import torch
+
+    from vizoo.tools.profiling.timing import compare, float32_products
+
     device, train = compute_device(args.device), args.pass_ == "train"
     kinds = [DTYPES[d] for d in (dtype, _peer_dtype(args, sides, dtype))]
     shape = (batch, *sides.shape)
@@ -285,6 +293,11 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
         UserError: If a side cannot be built or run as the options say.
         Failure: If the outputs of the two sides differ, or it fails while being timed.
     """
+    import torch
+
+    from vizoo.tools.profiling.machine import device_name, versions
+    from vizoo.tools.profiling.timing import quantile
+
     size = None if args.size is None else read_size(args.size)
     with _explained(args, "cannot be built", UserError):
         sides = build_sides(args.name, size, args.official, args.reparam, _layer_arguments(args))
@@ -355,12 +368,16 @@ def _check_of_zoo(name: str) -> None:
 
 def _capability(given: int | None) -> int:
     """Compute capability times 10: as given, else that of the GPU that is here, else of an H100."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     return given or 10 * major + minor
 
 
 def _compile(args: argparse.Namespace) -> None:
     """Compile kernels for a GPU that need not be there: report on them, or only fill the cache."""
+    from vizoo.tools.profiling.machine import commit
+
     option = "--sass" if args.sass else "--warm"
     for name in args.name:
         _check_of_zoo(name)
@@ -414,6 +431,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every dtype and batch, with the current number of threads."""
+    import torch
+
     rows = []
     for dtype in args.dtype:
         for batch in args.batch:
@@ -425,6 +444,11 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _bench(argv: list[str]) -> int:
     p = build_parser()
     args = p.parse_args(argv)
+    import torch
+
+    from vizoo.tools.profiling.machine import with_threads
+    from vizoo.tools.profiling.timing import BUSY
+
     kind = _check_kind(args, p)
     if kind == "suite":
         return run(args)

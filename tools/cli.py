@@ -1,11 +1,19 @@
-"""The ``vizoo`` command: one subcommand for each tool."""
+"""The ``vizoo`` command: one subcommand for each tool.
+
+A shell completes words with ``eval "$(register-python-argcomplete vizoo)"``: it then runs the command with the words
+so far in the environment, and the parser that would read them answers.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+from vizoo.tools.common import UserError, run_tool
+from vizoo.tools.options import COMPLETING, Parser
 
 COMMANDS = {
     "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
@@ -49,6 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 2 bad input, else what the subcommand says.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if COMPLETING in os.environ:
+        args = _typed()
+    if args and args[0] in COMMANDS:
+        module = importlib.import_module(f"vizoo.tools.{COMMANDS[args[0]][0]}")
+        status: int = module.main(args[1:])
+        return status
+    return run_tool(lambda _: _answer(args), [], "")
+
+
+def _answer(args: list[str]) -> int:
+    """Say what there is, where no command is named."""
+    if COMPLETING in os.environ:
+        parser = Parser(prog="vizoo")
+        parser.add_argument("command", choices=COMMANDS)
+        parser.add_argument("--version", action="store_true")
+        parser.parse_args(args)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -57,14 +81,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(vizoo.__version__)
         return 0
-    if args[0] not in COMMANDS:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
-        print(f"vizoo: error: unknown command {args[0]!r}; {hint}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f"vizoo.tools.{COMMANDS[args[0]][0]}")
-    status: int = module.main(args[1:])
-    return status
+    near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command {args[0]!r}; {hint}")
+
+
+def _typed() -> list[str]:
+    """The words before the cursor, but for the one at it, where the shell asks what may follow.
+
+    From the command on argcomplete sees them as those of a program.
+    """
+    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")[:-1]
+    first = int(os.environ[COMPLETING])
+    args = [word for word in words if word][first:]
+    if args and args[0] in COMMANDS:
+        os.environ[COMPLETING] = str(first + 1)
+    return args
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
     Args:
         tool: Function of the argument list that returns the exit status.
         argv: Arguments; None means ``sys.argv[1:]``.  ``--debug`` anywhere shows tracebacks.
-        name: Subcommand name for the message.
+        name: Subcommand name for the message, empty for none.
 
     Returns:
         The exit status: that of ``tool``, 2 for bad input, 1 for what went wrong while running (a :class:`Failure`, a
@@ -61,20 +61,24 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    who = f"vizoo {name}".rstrip()
     try:
-        with contextlib.redirect_stdout(_UnreadOutput(sys.stdout)):  # type: ignore[type-var]
-            return tool(args)
+        with contextlib.redirect_stdout(_UnreadOutput(sys.stdout)) as out:  # type: ignore[type-var]
+            try:
+                return tool(args)
+            finally:
+                out.flush()
     except KeyboardInterrupt:
         if debug:
             raise
-        print(f"vizoo {name}: interrupted", file=sys.stderr)
+        print(f"{who}: interrupted", file=sys.stderr)
         return 130
     except Exception as e:
         known = None if debug else explain(e)
         if known is None:
             raise
         status, text = known
-        print(f"vizoo {name}: error: {text}", file=sys.stderr)
+        print(f"{who}: error: {text}", file=sys.stderr)
         return status
 
 

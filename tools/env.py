@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from vizoo.tools.common import print_json, run_tool
 from vizoo.tools.options import Parser, add
-from vizoo.tools.profiling.machine import installation
 
 EXAMPLES = """\
 examples:
@@ -28,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _env(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    from vizoo.tools.profiling.machine import installation
+
     found = installation()
     if args.json:
         print_json(found)

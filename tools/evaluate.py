@@ -1,6 +1,7 @@
 """``vizoo evaluate``: measure and draw what was trained: classes, boxes, masks, scanpaths beside people's.
 
-The tasks are in :mod:`vizoo.tools.evaluation`; this module finds out which one a run is of and hands over.
+The tasks are in :mod:`vizoo.tools.evaluation`; this module finds out which one a run is of, reads its
+options and hands over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vizoo.tools.common import is_first_process, print_json, run_tool
+from vizoo.tools.evaluation.parsers import classifier_parser, dense_parser, scanpath_parser
 from vizoo.tools.training.options import asked_task
 
 
@@ -26,16 +28,19 @@ def _evaluate(argv: list[str]) -> int:
 def _measure(argv: list[str]) -> dict[str, Any]:
     task = asked_task(argv)
     if task == "scanpath":
+        args = scanpath_parser().parse_args(argv)
         from vizoo.tools.evaluation.scanpath import evaluate_scanpaths
 
-        return evaluate_scanpaths(argv)
+        return evaluate_scanpaths(args)
     if task in ("detection", "segmentation"):
+        args = dense_parser(task).parse_args(argv)
         from vizoo.tools.evaluation.dense import evaluate_dense
 
-        return evaluate_dense(task, argv)
+        return evaluate_dense(task, args)
+    args = classifier_parser().parse_args(argv)
     from vizoo.tools.evaluation.classification import evaluate_classifier
 
-    return evaluate_classifier(argv)
+    return evaluate_classifier(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

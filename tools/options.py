@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any, NoReturn
 
 from vizoo.tools.common import UserError, short
 
 MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
 MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
+MODELS = ("MODEL", "WORD")  # what stands for models in the usage of commands
+COMPLETING = "_ARGCOMPLETE"  # in the environment where a shell asks, by argcomplete, what may follow
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +37,25 @@ class Parser(argparse.ArgumentParser):
             UserError: Always.
         """
         raise UserError(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse; a shell that asks what may follow is answered, and the process ends.
+
+        Args:
+            args: Words; None means ``sys.argv[1:]``.
+            namespace: Where the values go.
+
+        Returns:
+            Namespace.
+        """
+        if COMPLETING in os.environ:
+            import argcomplete
+
+            for action in self._actions:
+                if action.metavar in MODELS:
+                    action.completer = _models  # type: ignore[attr-defined]
+            argcomplete.autocomplete(self, always_complete_options=False)
+        return super().parse_args(args, namespace)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As of argparse, but a word that an option with any number of values cannot take is an argument of its own.
@@ -65,6 +88,13 @@ class Parser(argparse.ArgumentParser):
                 least = 0
             rest.append(word)
         return arguments + rest
+
+
+def _models(prefix: str, **kwargs: Any) -> list[str]:
+    """Names of the zoo; those of models for tests where they are begun."""
+    text = resources.files("vizoo").joinpath("backbones", "models.csv").read_text(encoding="utf-8")
+    names = [row["name"] for row in csv.DictReader(text.splitlines())]
+    return [name for name in names if prefix.startswith("test") or not name.startswith("test_")]
 
 
 def _takes(option: argparse.Action, word: str) -> bool:
@@ -219,6 +249,8 @@ class _Joined(argparse.Action):
 
 
 TASKS = ("classification", "detection", "segmentation", "scanpath")
+PARTS = ("train", "val", "test")  # of scanpaths
+MODES = ("count", "memory", "latency", "throughput")  # of the profiler
 _COUNT, _POSITIVE = number(int, 0), number(int, 1)
 _REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 _TOGGLE: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}

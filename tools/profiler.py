@@ -7,9 +7,8 @@ import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vizoo.backbones.ops.cost import Cost, register_cost
 from vizoo.tools.common import (
     Failure,
     UserError,
@@ -24,15 +23,25 @@ from vizoo.tools.common import (
     run_tool,
     short,
 )
-from vizoo.tools.options import Parser, add, number, read_size
-from vizoo.tools.profiling.counting import count
-from vizoo.tools.profiling.machine import default_threads, with_threads
-from vizoo.tools.profiling.picture import plot, print_modules, print_notes, print_operators, print_profiles
-from vizoo.tools.profiling.profile import MODES, profile
-from vizoo.tools.profiling.result import COLUMNS, Profile, to_json, write_results
-from vizoo.tools.profiling.timing import compare, fused, measure
+from vizoo.tools.options import MODES, Parser, add, number, read_size
+
+if TYPE_CHECKING:
+    from vizoo.backbones.ops.cost import Cost, register_cost
+    from vizoo.tools.profiling.counting import count
+    from vizoo.tools.profiling.profile import profile
+    from vizoo.tools.profiling.result import Profile
+    from vizoo.tools.profiling.timing import compare, measure
 
 __all__ = ["Cost", "Profile", "compare", "count", "measure", "profile", "register_cost"]
+_HOMES = {  # of the Python interface, which is imported when it is asked for
+    "Cost": "vizoo.backbones.ops.cost",
+    "Profile": "vizoo.tools.profiling.result",
+    "compare": "vizoo.tools.profiling.timing",
+    "count": "vizoo.tools.profiling.counting",
+    "measure": "vizoo.tools.profiling.timing",
+    "profile": "vizoo.tools.profiling.profile",
+    "register_cost": "vizoo.backbones.ops.cost",
+}
 
 EXAMPLES = """\
 examples:
@@ -45,6 +54,12 @@ examples:
   vizoo profile litv2_s --device cpu --mode throughput --batch 1 8 --dtype fp32 bf16
   vizoo profile litv2_s litv2_m swin_tiny_patch4_window7_224 --device cpu --mode latency --plot cost.png
   vizoo profile litv2_s --strict --check                   fail on a partial count; compare two engines"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,6 +116,8 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse bad input before anything runs; names and modes become those that are meant."""
+    from vizoo.tools.profiling.result import COLUMNS
+
     if args.out and Path(args.out).suffix == ".csv":
         check_table(args.out, "--out", COLUMNS)
     check_output(args.out, "--out", ".json", ".csv", ".md")
@@ -126,6 +143,9 @@ def _import(packages: Sequence[str]) -> None:
 
 
 def _one(args: argparse.Namespace, name: str, dtype: str, batch: int | None, tell: Any) -> Profile:
+    from vizoo.tools.profiling.profile import profile
+    from vizoo.tools.profiling.timing import fused
+
     kwargs = _model_kwargs(args)
     model: Any = name
     with fused(args.fused):
@@ -173,25 +193,40 @@ def _profile_all(args: argparse.Namespace) -> list[Profile]:
 
 
 def _print(args: argparse.Namespace, profiles: Sequence[Profile]) -> None:
+    from vizoo.tools.profiling import picture
+    from vizoo.tools.profiling.result import to_json
+
     if args.json:
         print(to_json(profiles))
     else:
-        print_profiles(profiles)
-    print_notes(profiles)
+        picture.print_profiles(profiles)
+    picture.print_notes(profiles)
     if args.json or not (args.by or args.depth is not None):
         return
     for p in {p.model: p for p in profiles}.values():  # a count does not depend on the conditions
         if args.by == "op":
-            print_operators(p, args.top)
+            picture.print_operators(p, args.top)
         else:
-            print_modules(p, 1 if args.depth is None else args.depth, args.sort, args.top)
+            picture.print_modules(p, 1 if args.depth is None else args.depth, args.sort, args.top)
+
+
+def _differs(p: Profile) -> bool:
+    """Whether ``--check`` found something."""
+    return any(note.startswith(("engines differ", "not linear")) for note in p.notes)
 
 
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    from vizoo.tools.profiling.machine import default_threads, with_threads
+    from vizoo.tools.profiling.picture import plot
+    from vizoo.tools.profiling.result import write_results
+
     _check(args)
     profiles = with_threads(args.threads or [default_threads()], _profile_all, args)
     _print(args, profiles)
+    agreed = dict.fromkeys(p.model for p in profiles if args.check and not _differs(p))
+    if agreed and not args.json:
+        print(f"both engines agree, and the cost is linear in the batch: {', '.join(agreed)}")
     if args.out:
         write_results(profiles, Path(args.out), Path(args.out).suffix[1:])
     if args.plot:
@@ -199,8 +234,7 @@ def _profile(argv: list[str]) -> int:
     partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]
     if args.strict and partial:
         raise Failure(f"--strict: partial counts: {'; '.join(dict.fromkeys(partial))}")
-    differ = [n for p in profiles for n in p.notes if n.startswith(("engines differ", "not linear"))]
-    return int(args.check and bool(differ))
+    return int(args.check and any(map(_differs, profiles)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

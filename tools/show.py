@@ -8,16 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from PIL.Image import Image
-from timm.data import ImageNetInfo, resolve_data_config
-from timm.models import get_pretrained_cfg
-from torchvision.transforms.functional import normalize, pil_to_tensor
-
-from vizoo.backbones.layers import Panel
 from vizoo.tools.common import (
     Failure,
     UserError,
@@ -27,10 +19,13 @@ from vizoo.tools.common import (
     run_tool,
     taking,
 )
-from vizoo.tools.data.images import read_image
 from vizoo.tools.options import WINDOW, KeyValues, Parser, add, add_alias, check_outputs, number
-from vizoo.tools.pictures.draw import draw_panels
-from vizoo.tools.pictures.views import grad_cam, receptive_field
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from vizoo.backbones.layers import Panel
 
 PHOTOS = ("china", "flower")  # that scikit-learn ships
 VIEWS = ("explain", "grad-cam", "receptive-field")
@@ -106,6 +101,10 @@ class Input(NamedTuple):
 
 def _show(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    import torch
+
+    from vizoo.tools.pictures.draw import draw_panels
+
     name = resolve_model(args.model)
     check_output(args.plot, "--plot", ".png")
     check_outputs(args.num_classes)
@@ -128,6 +127,8 @@ def _show(argv: list[str]) -> int:
 
 def _build(name: str, args: argparse.Namespace) -> Any:
     """The model in evaluation mode, with the weights and arguments that the options say."""
+    from timm.models import get_pretrained_cfg
+
     kwargs = dict(args.model_kwargs)
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
@@ -169,6 +170,10 @@ def check_views(model: Any, args: argparse.Namespace) -> list[str]:
 
 def _panels(view: str, model: Any, seen: Input, args: argparse.Namespace) -> list[Panel]:
     """What one view shows."""
+    from timm.data import ImageNetInfo
+
+    from vizoo.tools.pictures.views import grad_cam, receptive_field
+
     if view == "grad-cam":
         names = ImageNetInfo() if args.pretrained and getattr(model, "num_classes", 0) == 1000 else None
         classes = [names.index_to_description(i) for i in range(1000)] if names else []
@@ -204,6 +209,12 @@ def read_input(
         UserError: If the image cannot be read, is over 16 times as long as wide, or becomes too large; or if the point
             lies outside of what the model gets.
     """
+    import torch.nn.functional as F
+    from timm.data import resolve_data_config
+    from torchvision.transforms.functional import normalize, pil_to_tensor
+
+    from vizoo.tools.data.images import read_image
+
     data = resolve_data_config({}, model=model)
     chans = getattr(model, "in_chans", None) or next(p for p in model.parameters() if p.ndim == 4).shape[1]
     photo = str(files("sklearn.datasets.images") / f"{path}.jpg") if path in PHOTOS else path
@@ -267,6 +278,8 @@ def need_finite(panels: Sequence[Panel], weights: str) -> None:
     Raises:
         Failure: If one of the values is NaN or infinite.
     """
+    import torch
+
     values = [v for p in panels for v in vars(p).values() if isinstance(v, torch.Tensor)]
     if not all(v.isfinite().all() for v in values):
         raise Failure(f"the network gives NaN or infinite values; the weights of {weights!r} may be broken")

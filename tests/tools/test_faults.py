@@ -528,7 +528,7 @@ def cases() -> list:
 def test_bad_input(command, status, word, bad, folders, runs, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     if command.startswith("mm"):
-        importlib.import_module("vizoo.tools.mm")  # its packages may warn, once
+        importlib.import_module("vizoo.tools.training.mm")  # its packages may warn, once
         capfd.readouterr()
     given: list[str] = []
     for text in command.split(" "):

@@ -13,6 +13,7 @@ from torch import nn
 
 from vizoo.backbones.layers import Panel
 from vizoo.tools import cli, show
+from vizoo.tools.pictures.draw import draw_panels
 
 MODEL = ["--model", "test_dependencyvit_lite"]
 
@@ -27,13 +28,13 @@ def photo(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """What is drawn: image, panels, path and title of each picture."""
-    calls, draw = [], show.draw_panels
+    calls, draw = [], draw_panels
 
     def spy(*args):
         calls.append(args)
         draw(*args)
 
-    monkeypatch.setattr(show, "draw_panels", spy)
+    monkeypatch.setattr("vizoo.tools.pictures.draw.draw_panels", spy)
     return calls
 
 

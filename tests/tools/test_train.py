@@ -21,8 +21,9 @@ from vizoo.backbones.layers import PROMPTS
 from vizoo.tools import train as tool
 from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batches
 from vizoo.tools.training import classification
-from vizoo.tools.training.classification import Classification, accuracies, parse_options
+from vizoo.tools.training.classification import Classification, accuracies
 from vizoo.tools.training.loop import Loop
+from vizoo.tools.training.parsers import TUNES, parse_classifier
 from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
 
@@ -108,7 +109,7 @@ def test_best_checkpoint_loads_and_gives_the_reported_accuracy(tmp_path, capsys)
     line = next(line for line in out.splitlines() if line.startswith("load it: "))
     names: dict = {}
     exec(line.removeprefix("load it: "), names)  # the printed words really work
-    args = parse_options([*DIGITS, "--in-chans", "1"])
+    args = parse_classifier([*DIGITS, "--in-chans", "1"])
     data = timm.data.resolve_data_config(vars(args), model=names["model"])
     loader = held_out_loader(args, digits_splits("L").held_out, data, torch.device("cpu"))
     measured = accuracies(names["model"], loader, torch.device("cpu"))
@@ -321,13 +322,13 @@ def test_options_come_from_recipe_then_config_then_command_line(tmp_path) -> Non
     config.write_text(
         "epochs: 7\nlr_scale: ['head.*=0.5']\nmodel-ema: true\nmodel_kwargs: {act_layer: relu}\nscale: [1, 1]\n"
     )
-    args = parse_options(["--data", "digits", "-c", str(config), "--seed", "3", "--lr-scale", "stem.*=2"])
+    args = parse_classifier(["--data", "digits", "-c", str(config), "--seed", "3", "--lr-scale", "stem.*=2"])
     assert (args.model, args.img_size, args.hflip, args.opt) == ("litv2_s", 32, 0.0, "adamw")  # recipe
     assert (args.epochs, args.model_ema, args.scale, args.model_kwargs) == (7, True, [1.0, 1.0], {"act_layer": "relu"})
     assert args.lr_scale == [("head.*", 0.5), ("stem.*", 2.0)]
-    assert parse_options(["--data", "digits", "-c", str(config), "--epochs", "2", "--no-model-ema"]).epochs == 2
-    assert not parse_options(["--data", "digits", "-c", str(config), "--no-model-ema"]).model_ema
-    assert parse_options(["--data", "x", "--model", "y"]).opt == "sgd"  # no recipe for folders
+    assert parse_classifier(["--data", "digits", "-c", str(config), "--epochs", "2", "--no-model-ema"]).epochs == 2
+    assert not parse_classifier(["--data", "digits", "-c", str(config), "--no-model-ema"]).model_ema
+    assert parse_classifier(["--data", "x", "--model", "y"]).opt == "sgd"  # no recipe for folders
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_bad_config_names_the_file(tmp_path, capsys, text, word) -> None:
 
 
 def trainer(*options: str) -> Loop:
-    return Loop(Classification(parse_options([*DIGITS, *options]), World()))
+    return Loop(Classification(parse_classifier([*DIGITS, *options]), World()))
 
 
 def test_learning_rates_and_parameter_groups() -> None:
@@ -520,7 +521,11 @@ def test_phases_are_checked(tmp_path, capsys) -> None:
     assert "from epoch" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["tcpa", "vpt", "vfpt", "linear", "full"])
+def test_every_kind_of_prompts_is_an_option() -> None:
+    assert (*PROMPTS, "linear", "full") == TUNES
+
+
+@pytest.mark.parametrize("method", TUNES)
 def test_tune(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is frozen stays, the rest is trained, and the printed line loads the result."""
     vit = {"num_classes": 2, "img_size": 32, "patch_size": 8, "depth": 2}

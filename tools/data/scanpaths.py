@@ -21,13 +21,13 @@ from torch import Tensor
 from vizoo.heads.checkpoints import NUMPY_GLOBALS
 from vizoo.tools.common import UserError, check_file, one_line, read_json, short
 from vizoo.tools.data.images import MOST_PIXELS, read_image
+from vizoo.tools.options import PARTS
 
 AMAZON_GRID = (6, 14)
 # objects of a shelf: its grid, width and height of a cell, space above (all in pixels of a 1680x1050 screen)
 SHELVES = {22: ((2, 11), (152, 449), 152), 27: ((3, 9), (186, 305), 135)}
 SHELF_SCREEN = (1680, 1050)
 OTHER_SCREEN = (2560, 1600)
-PARTS = ("train", "val", "test")
 MARGIN = 0.1  # of the screen's sides: eye trackers report fixations a little outside; further off, it is no gaze
 LARGEST_SCREEN = 100_000  # pixels of a side
 MOST_OBJECTS = 4096  # of a scene

@@ -25,51 +25,15 @@ from vizoo.tools.common import (
 )
 from vizoo.tools.data.folders import digits_splits, open_split, reorder_classes, reordered
 from vizoo.tools.data.shares import gather_batches
-from vizoo.tools.evaluation.results import add_results, check_results, write_results
-from vizoo.tools.options import WINDOW, Parser, add
-from vizoo.tools.training.classification import accuracies, model_config, parse_options, shared_loader
+from vizoo.tools.evaluation.results import check_results, write_results
+from vizoo.tools.training.classification import accuracies, model_config, shared_loader
 from vizoo.tools.training.options import options_file, stored_options
+from vizoo.tools.training.parsers import parse_classifier
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
 from vizoo.tools.training.task import ALONE, World, processes
 from vizoo.tools.training.tuning import tune
 
 LARGEST_MATRIX = 20  # classes of a confusion matrix that is printed
-EXAMPLES = """\
-examples:
-  vizoo evaluate output/train/first
-      the best checkpoint of a run of 'vizoo train', on its held-out images
-  vizoo evaluate output/train/first --data other --split test --plot confusion.png
-      the same model on the images of other/test/<class>/
-  vizoo evaluate --model litv2_s --pretrained --data imagenet --batch-size 64
-      published weights on imagenet/val/<class>/
-  vizoo evaluate --model medusa_resnet50 --checkpoint model_best.pth.tar --data chest --window 600 1500
-      DICOM or 16-bit images, shown by one window"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command-line options."""
-    p = Parser(
-        prog="vizoo evaluate",
-        description="Measure a classifier on held-out images: accuracy, and for each class sensitivity (recall) and "
-        "positive predictive value (precision).  Options not given are those of the run.",
-        epilog=EXAMPLES,
-    )
-    add_results(p, "classification", "the confusion matrix", required=False)
-    add(p, "--model", "in place of a run")
-    add(p, "--pretrained", "in place of --checkpoint")
-    add(p, "--model-kwargs", "the run's")
-    add(p, "--num-classes", "the number of classes in the data")
-    add(p, "--data", "the run's; 'digits', or a folder with one folder for each split")
-    add(p, "--split", "validation; a folder with one folder of images for each class")
-    add(p, "--skip-unreadable")
-    add(p, "--window", WINDOW)
-    add(p, "--check-images", "the run's; auto")
-    add(p, "--img-size", "the model's")
-    add(p, "--in-chans", "3")
-    add(p, "--crop-pct", "the model's")
-    add(p, "--batch-size", "the run's; 128")
-    add(p, "--workers", "the run's; 4, digits 0")
-    return p
 
 
 def _options(args: argparse.Namespace) -> argparse.Namespace:
@@ -96,12 +60,11 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
         words += ["--window", *map(str, args.window)]
     if args.model_kwargs:
         words += ["--model-kwargs", *(f"{k}={v!r}" for k, v in args.model_kwargs.items())]
-    return parse_options(words)
+    return parse_classifier(words)
 
 
-def evaluate_classifier(argv: list[str]) -> dict[str, Any]:
-    """Measure a classifier; returns the figures."""
-    args = build_parser().parse_args(argv)
+def evaluate_classifier(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a classifier by the options of ``vizoo evaluate``; returns the figures."""
     options = _options(args)
     name = resolve_model(options.model)
     check_results(args)

@@ -21,12 +21,10 @@ from vizoo.tools.common import (
     save_figure,
 )
 from vizoo.tools.data.dense import IGNORED, Boxes, Masks
-from vizoo.tools.evaluation.results import add_results, check_results, write_results
-from vizoo.tools.options import Parser, add
+from vizoo.tools.evaluation.parsers import PICTURED
+from vizoo.tools.evaluation.results import check_results, write_results
 from vizoo.tools.training.dense import (
     build,
-    build_train_parser,
-    check_options,
     figures,
     open_parts,
     segment,
@@ -34,49 +32,23 @@ from vizoo.tools.training.dense import (
 )
 from vizoo.tools.training.optimizer import precision
 from vizoo.tools.training.options import stored_arguments
+from vizoo.tools.training.parsers import check_dense, dense_parser
 from vizoo.tools.training.run import load_training_checkpoint, match_classes, say_unnamed, skipped_text
 from vizoo.tools.training.task import processes
 
-PICTURED = 4  # images of a picture
 SHOWN = 0.5  # score from which a picture shows a box
-EXAMPLES = """\
-examples:
-  vizoo evaluate output/train/first
-      the best epoch on the held-out images
-  vizoo evaluate output/train/first --data other --plot predictions.png --out figures.json
-      on the held-out part of another folder with the same classes"""
 
 
-def build_parser(task: str) -> Parser:
-    """Command-line options.
-
-    Args:
-        task: ``"detection"`` or ``"segmentation"``.
-
-    Returns:
-        The parser.
-    """
-    p = Parser(prog="vizoo evaluate", description=f"Measure a model of 'vizoo train --task {task}'.", epilog=EXAMPLES)
-    add_results(p, task, f"truth and prediction of {PICTURED} images")
-    add(p, "--data", "the run's; another folder with the same classes")
-    add(p, "--batch-size", "the run's; of a detector")
-    add(p, "--workers", "the run's")
-    add(p, "--check-data", "the run's")
-    add(p, "--skip-unreadable")
-    return p
-
-
-def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
+def evaluate_dense(task: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure a run; returns the figures.
 
     Args:
         task: ``"detection"`` or ``"segmentation"``.
-        argv: Arguments.
+        args: Options of ``vizoo evaluate``.
     """
-    args = build_parser(task).parse_args(argv)
-    options, records = stored_arguments(build_train_parser(task), args.run, task)
+    options, records = stored_arguments(dense_parser(task), args.run, task)
     options["task"] = task
-    check_options(options)
+    check_dense(options)
     check_results(args)
     device = compute_device(args.device)
     given = ("data", "batch_size", "workers", "check_data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,48 +11,23 @@ from typing import Any
 from vizoo.backbones.oat import spread_fixations
 from vizoo.tools.common import UserError, compute_device, print_table, save_figure, short
 from vizoo.tools.data.images import read_image
-from vizoo.tools.data.scanpaths import PARTS, Trial, split
-from vizoo.tools.evaluation.results import add_results, check_results, write_results
-from vizoo.tools.options import Parser, add, number
+from vizoo.tools.data.scanpaths import Trial, split
+from vizoo.tools.evaluation.parsers import PICTURED
+from vizoo.tools.evaluation.results import check_results, write_results
+from vizoo.tools.options import PARTS
 from vizoo.tools.scanpaths import Behaviour
 from vizoo.tools.training.options import check_choice, stored_arguments
-from vizoo.tools.training.scanpath import build, build_train_parser, load_trials, path_metrics, predict
+from vizoo.tools.training.parsers import scanpath_parser
+from vizoo.tools.training.scanpath import build, load_trials, path_metrics, predict
 from vizoo.tools.training.task import processes
 
 COMPARED = ("sequence_score", "edit_distance", "multimatch")
-SHOWN = 4  # trials of a picture
-EXAMPLES = """\
-examples:
-  vizoo evaluate output/train/amazon
-      greedy scanpaths on the test part
-  vizoo evaluate output/train/amazon --samples 100 --plot scanpaths.png --out amazon.json
-      also 100 drawn scanpaths of each trial, a picture and a file of everything"""
 
 
-def build_parser() -> Parser:
-    """Command-line options."""
-    p = Parser(
-        prog="vizoo evaluate",
-        description="Measure an oat_* model of 'vizoo train --task scanpath' beside the people.",
-        epilog=EXAMPLES,
-    )
-    add_results(p, "scanpath", f"predicted and human scanpaths of {SHOWN} trials")
-    add(p, "--data", "the run's")
-    add(p, "--images", "the run's")
-    add(p, "--split", f"test; or {', '.join(part for part in (*PARTS, 'all') if part != 'test')}", default="test")
-    p.add_argument(
-        "--samples", type=number(int, 0), default=0, metavar="N", help="also draw N scanpaths for each trial (0)"
-    )
-    add(p, "--seed", "0; of the draws", default=0)
-    add(p, "--batch-size", default=20)
-    return p
-
-
-def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
-    """Measure a run; returns the figures."""
-    args = build_parser().parse_args(argv)
+def evaluate_scanpaths(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a run by the options of ``vizoo evaluate``; returns the figures."""
     check_choice("--split", args.split, (*PARTS, "all"))
-    options, records = stored_arguments(build_train_parser(), args.run, "scanpath")
+    options, records = stored_arguments(scanpath_parser(), args.run, "scanpath")
     check_results(args)
     device = compute_device(args.device)
     options |= {k: v for k, v in {"data": args.data, "images": args.images}.items() if v is not None}
@@ -85,7 +61,7 @@ def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
 
 def _draw(trials: Sequence[Trial], columns: dict[str, list[list[int]]], result: dict[str, Any], path: Path) -> None:
     """Draw trials of different scenes."""
-    chosen = range(0, len(trials), -(-len(trials) // SHOWN))
+    chosen = range(0, len(trials), -(-len(trials) // PICTURED))
     titled = {f"{result['model']}, {name}": [paths[i] for i in chosen] for name, paths in columns.items()}
     draw_scanpaths([trials[i] for i in chosen], titled, path)
 

@@ -29,7 +29,6 @@ from typing import IO, Any
 
 from vizoo.tools.common import MARK, Failure, UserError, check_output, read_text, short
 from vizoo.tools.gpu.models import Measured, measured
-from vizoo.tools.profiling.machine import commit
 
 # shares of the time
 SECTIONS = {"tests": 0.22, "env": 0.03, "ops": 0.24, "models": 0.2, "graphs": 0.06, "profile": 0.03, "compile": 0.22}
@@ -419,6 +418,7 @@ def run(args: argparse.Namespace) -> int:
         Failure: If something failed; the rows say what.
     """
     import vizoo
+    from vizoo.tools.profiling.machine import commit
 
     begin = time.monotonic()
     check(args)

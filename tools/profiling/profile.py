@@ -11,13 +11,11 @@ import torch
 from timm.models import get_model_input_config
 
 from vizoo.tools.common import Failure, UserError, build_model, explain, one_line, resolve_device, resolve_models
-from vizoo.tools.options import DTYPES, read_size
+from vizoo.tools.options import DTYPES, MODES, read_size
 from vizoo.tools.profiling.counting import Count, count, differences, fvcore_counts, unwrap
 from vizoo.tools.profiling.machine import environment
 from vizoo.tools.profiling.result import Profile
 from vizoo.tools.profiling.timing import Conditions, measure_model, random_like
-
-MODES = ("count", "memory", "latency", "throughput")
 
 
 def profile(

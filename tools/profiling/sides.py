@@ -9,16 +9,12 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from timm.layers.halo_attn import HaloAttn
-from torch import nn
-
-from vizoo.backbones.layers import ULSAM, HaloAttention, HiLo, ReversedAttention
 from vizoo.tools.common import UserError, build_model
-from vizoo.tools.profiling.official import ULSAMLoop, official_hilo, official_model, timm_model
-from vizoo.tools.profiling.timing import fused
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # ||ours - theirs|| / ||theirs||, at most
 TOLERANCE = {"float32": 1e-5, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
@@ -48,7 +44,7 @@ class Layer(NamedTuple):
     """A layer that can be timed by itself.
 
     Attributes:
-        ours: Builds our layer from the arguments.
+        ours: Name of our layer in :mod:`vizoo.backbones.layers`.
         peer: Builds the other one from our layer, for its weights, and the arguments.
         label: Name in the rows, filled in with the arguments and ``side``.
         side: Of the map, where nothing else is said.
@@ -58,7 +54,7 @@ class Layer(NamedTuple):
         tokens: Whether it takes tokens in place of a map.
     """
 
-    ours: Callable[..., nn.Module]
+    ours: str
     peer: Callable[[Any, dict[str, Any]], nn.Module]
     label: str
     side: int
@@ -69,12 +65,16 @@ class Layer(NamedTuple):
 
 
 def _timm_halo(ours: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    from timm.layers.halo_attn import HaloAttn
+
     peer: nn.Module = HaloAttn(**arguments)
     peer.load_state_dict(ours.state_dict())
     return peer
 
 
-def _loop(ours: ULSAM, arguments: dict[str, Any]) -> nn.Module:
+def _loop(ours: Any, arguments: dict[str, Any]) -> nn.Module:
+    from vizoo.tools.profiling.official import ULSAMLoop
+
     peer = ULSAMLoop(**arguments)
     peer.load_state_dict(ours.official_state_dict())
     return peer
@@ -86,19 +86,25 @@ def _plain(ours: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     return peer
 
 
+def _official_hilo(*args: Any, **arguments: Any) -> nn.Module:
+    from vizoo.tools.profiling.official import official_hilo
+
+    return official_hilo(*args, **arguments)
+
+
 LAYERS = {
     "hilo": Layer(
-        ours=HiLo,
+        ours="HiLo",
         peer=_plain,
         label="hilo w{window_size} alpha {alpha:g}",
         side=56,
         against="plain",
         arguments={"dim": 384, "num_heads": 12, "qkv_bias": True, "window_size": 2, "alpha": 0.9},
-        official=official_hilo,
+        official=_official_hilo,
         tokens=True,
     ),
     "halo": Layer(
-        ours=HaloAttention,
+        ours="HaloAttention",
         peer=_timm_halo,
         label="halo {dim}@{side} b{block_size} h{halo_size}",
         side=64,
@@ -107,7 +113,7 @@ LAYERS = {
         official="there is no official code of 'halo'; it is timed against timm's layer",
     ),
     "ulsam": Layer(
-        ours=ULSAM,
+        ours="ULSAM",
         peer=_loop,
         label="ulsam {dim}@{side} g{num_splits}",
         side=14,
@@ -116,7 +122,7 @@ LAYERS = {
         official="the official code of 'ulsam' has no licence; it is timed against a loop like it",
     ),
     "reversed": Layer(
-        ours=ReversedAttention,
+        ours="ReversedAttention",
         peer=_plain,
         label="reversed {num_heads} heads",
         side=32,
@@ -156,12 +162,14 @@ def build_sides(
 
 
 def _layer_sides(name: str, size: tuple[int, int] | None, official: Path | None, given: dict[str, Any]) -> Sides:
+    from vizoo.backbones import layers
+
     layer = LAYERS[name]
     arguments = {**layer.arguments, **given}
     height, width = size or (layer.side, layer.side)
     if layer.tokens and height != width:
         raise UserError(f"--size {height} {width}: {name!r} takes the tokens of a square map; give one side")
-    ours = layer.ours(**arguments)
+    ours: nn.Module = getattr(layers, layer.ours)(**arguments)
     draw_weights(ours)
     side = f"{height}" if height == width else f"{height}x{width}"
     label = layer.label.format(**arguments, side=side)
@@ -175,6 +183,9 @@ def _layer_sides(name: str, size: tuple[int, int] | None, official: Path | None,
 
 
 def _model_sides(name: str, size: tuple[int, int] | None, official: Path | None, reparam: bool) -> Sides:
+    from vizoo.tools.profiling.official import official_model, timm_model
+    from vizoo.tools.profiling.timing import fused
+
     kwargs: dict[str, Any] = {"deploy": True} if reparam else {}
     ours = build_model(name, **kwargs)
     if official is not None and size and size[0] != size[1]:
@@ -200,6 +211,8 @@ def _model_sides(name: str, size: tuple[int, int] | None, official: Path | None,
 
 def draw_weights(model: nn.Module) -> None:
     """Give every parameter and buffer of a model random values of a trained model's size, offsets included."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():

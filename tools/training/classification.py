@@ -8,10 +8,8 @@ and a resumed run is exact.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
-import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,214 +34,11 @@ from vizoo.tools.data.folders import (
     training_loader,
 )
 from vizoo.tools.data.shares import Share, gather_batches, share_order
-from vizoo.tools.options import WINDOW, KeyValues, Parser, add, add_alias, check_outputs, number
 from vizoo.tools.training.loop import train
-from vizoo.tools.training.options import (
-    FILES,
-    add_average,
-    add_batches,
-    add_data,
-    add_model,
-    add_optimizer,
-    add_run,
-    add_schedule,
-    add_warmup,
-    check_choice,
-    check_range,
-    parse_task,
-)
+from vizoo.tools.training.parsers import METRICS
 from vizoo.tools.training.run import match_classes, say_unnamed, skipped_text
 from vizoo.tools.training.task import ALONE, Column, Task, World, extra_loss
-from vizoo.tools.training.tuning import TUNES, tune
-
-DIGITS_RECIPE = "classification/digits_litv2_s.yaml"
-TUNE_RECIPE = "classification/tune.yaml"
-METRICS = {"top1": ("top-1", " %"), "top5": ("top-5", " %"), "loss": ("loss", "")}
-EPILOG = f"""\
-examples:
-  vizoo train --data digits
-      LITv2-S from scratch on scikit-learn's handwritten digits, minutes on two CPU cores
-  vizoo train --data digits --model convnext_atto --epochs 10 --lr-base 2e-3
-      the same recipe with another model; options given here override the recipe
-  vizoo train --data digits --output runs --experiment first --resume
-      continue runs/first exactly where it was killed, or start it
-  vizoo train --data flowers --model litv2_s --pretrained-path litv2_s.pth --opt adamw --lr 1e-4 --epochs 30 -b 64
-      fine-tune on your own images: flowers/train/<class>/*.jpg and flowers/val/<class>/*.jpg
-  vizoo train --data flowers --model vit_base_patch16_224.augreg_in21k --pretrained --tune tcpa --lr 0.014
-      train prompts and head of a frozen transformer, by the recipe of TCPA's paper
-  vizoo train -c output/train/first/args.yaml --seed 1
-      repeat a run with another seed
-  torchrun --nproc_per_node=8 -m vizoo.tools.train --data imagenet --model litv2_s --opt adamw --lr-base 5e-4 \\
-      --lr-base-size 512 --lr-base-scale linear --weight-decay 0.05 --clip-grad 5 --warmup-epochs 20 \\
-      --sched-on-updates --mixup 0.8 --cutmix 1.0 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --amp \\
-      --lr-scale '*conv_offset.weight=0.01'
-      ImageNet on eight GPUs
-
-{FILES}"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; defaults are those of timm's training script unless the help says otherwise."""
-    positive = number(int, 1)
-    real, share = number(float, 0), number(float, 0, 1)
-    toggle = argparse.BooleanOptionalAction
-    p = Parser(
-        prog="vizoo train",
-        usage="vizoo train --data NAME|DIR [--model MODEL] [options]",
-        description="Train a classifier on handwritten digits or on folders of images.  Parentheses give defaults; "
-        "'digits' is what its recipe sets instead.",
-        epilog=EPILOG,
-    )
-    add(p, "--config")
-    add(p, "--task", "classification; '--task detection --help' and so on explain the others")
-
-    text = (
-        "'digits', built in, sets a recipe for everything below; or a folder with train/ and val/ or validation/, each "
-    )
-    g = add_data(p, f"{text}with one folder for each class", "4; digits 0")
-    add_alias(g, "--data-dir", "data")
-    g.add_argument("--train-split", default="train", metavar="NAME", help="folder of training images (train)")
-    g.add_argument("--val-split", default="validation", metavar="NAME", help="folder of held-out images (validation)")
-    add(g, "--check-images", default="auto")
-    add(g, "--skip-unreadable")
-    add(g, "--window", WINDOW)
-    g.add_argument("--pin-mem", action=toggle, default=False, help="pin memory, faster transfer to a GPU")
-
-    g = add_model(p, "digits: litv2_s")
-    add(g, "--pretrained", "to start from")
-    g.add_argument(
-        "--pretrained-path",
-        metavar="PATH",
-        help="start from this file as if it were the published weights: official names and another head are adapted",
-    )
-    g.add_argument("--initial-checkpoint", metavar="PATH", help="start from exactly this checkpoint, head included")
-    add(g, "--num-classes", "the number of classes in the data")
-    g.add_argument("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax, catavgmax (the model's)")
-    add(g, "--img-size", "the model's; digits 32")
-    g.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"), help="overrides --img-size")
-    add(g, "--in-chans", "3")
-    add(g, "--crop-pct", "the model's")
-    finite, above = number(float), number(float, 0, above=True)
-    g.add_argument("--mean", type=finite, nargs="+", metavar="MEAN", help="mean pixel, one value or one per channel")
-    g.add_argument("--std", type=above, nargs="+", metavar="STD", help="standard deviation, likewise")
-    g.add_argument("--interpolation", metavar="NAME", help="resizing: nearest, bilinear, bicubic (the model's)")
-    g.add_argument("--grad-checkpointing", action=toggle, default=False, help="less memory, more computation")
-    g.add_argument("--drop", type=share, default=0.0, metavar="PCT", help="dropout (0)")
-    g.add_argument("--drop-path", type=share, metavar="PCT", help="stochastic depth (the model's)")
-
-    g = p.add_argument_group("tuning")
-    g.add_argument(
-        "--tune",
-        choices=TUNES,
-        help="what to train: prompts and head of a frozen transformer (tcpa, vpt, vfpt), the head, or everything; "
-        "sets the recipe of TCPA's paper",
-    )
-    g.add_argument(
-        "--tune-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="settings of the prompts"
-    )
-
-    g = add_batches(p, 128)
-    g.add_argument("-vb", "--validation-batch-size", type=positive, metavar="N", help="held-out (as --batch-size)")
-    add(g, "--channels-last")
-    g.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile (inductor)")
-
-    add_optimizer(p, "sgd", 2e-5, notes=("sgd; digits adamw", "2e-5; digits 0.05"))
-
-    g = add_schedule(p, 300, None, note="300; digits 12")
-    add_warmup(g, 5)
-    g.add_argument("--lr-base", type=real, default=0.1, metavar="LR", help="at a total batch of --lr-base-size (0.1)")
-    g.add_argument("--lr-base-size", type=positive, default=256, metavar="N", help="(256)")
-    g.add_argument(
-        "--lr-base-scale",
-        choices=("", "linear", "sqrt"),
-        default="",
-        help="how it grows with the batch (sqrt for optimizers named ada* and lamb, else linear)",
-    )
-    _add_augmentation(p)
-    add_average(p)
-    add_run(p, 42, "model-size", "top1", list(METRICS))
-    return p
-
-
-def _add_augmentation(parser: argparse.ArgumentParser) -> None:
-    count, positive = number(int, 0), number(int, 1)
-    real, share = number(float, 0), number(float, 0, 1)
-    g = parser.add_argument_group("augmentation and regularization")
-    g.add_argument("--no-aug", action="store_true", help="resize and crop only; mixup and cutmix stay")
-    g.add_argument("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="(rrc, random resized crop)")
-    add(g, "--scale", "0.08 1, the area of a crop", default=[0.08, 1.0])
-    g.add_argument("--ratio", type=real, nargs=2, default=[3 / 4, 4 / 3], metavar="RATIO", help="(0.75 1.33)")
-    add(g, "--hflip", "0.5; digits 0", default=0.5)
-    g.add_argument("--vflip", type=share, default=0.0, metavar="P", help="(0)")
-    g.add_argument("--rotate", type=real, default=0.0, metavar="DEG", help="rotate by up to so many degrees (0)")
-    g.add_argument("--translate", type=share, default=0.0, metavar="PCT", help="shift by up to this share (0)")
-    g.add_argument("--color-jitter", type=real, default=0.4, metavar="PCT", help="off with --aa (0.4)")
-    g.add_argument("--color-jitter-prob", type=share, metavar="P", help="(always)")
-    g.add_argument("--grayscale-prob", type=share, default=0.0, metavar="P", help="(0)")
-    g.add_argument("--gaussian-blur-prob", type=share, default=0.0, metavar="P", help="(0)")
-    g.add_argument("--aa", metavar="POLICY", help="AutoAugment, for example rand-m9-mstd0.5-inc1 (off)")
-    g.add_argument("--train-interpolation", default="random", metavar="NAME", help="of random crops (random)")
-    g.add_argument("--reprob", type=share, default=0.0, metavar="P", help="random erasing (0)")
-    g.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="its filling (pixel)")
-    g.add_argument("--recount", type=positive, default=1, metavar="N", help="erased areas (1)")
-    g.add_argument("--mixup", type=real, default=0.0, metavar="ALPHA", help="(0)")
-    g.add_argument("--cutmix", type=real, default=0.0, metavar="ALPHA", help="(0)")
-    g.add_argument("--cutmix-minmax", type=share, nargs=2, metavar="PCT", help="cutmix by side lengths instead")
-    g.add_argument("--mixup-prob", type=share, default=1.0, metavar="P", help="of either (1)")
-    g.add_argument("--mixup-switch-prob", type=share, default=0.5, metavar="P", help="of cutmix if both are on (0.5)")
-    g.add_argument("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="(batch)")
-    g.add_argument("--mixup-off-epoch", type=count, default=0, metavar="N", help="off from this epoch on (never)")
-    g.add_argument("--smoothing", type=share, default=0.1, metavar="PCT", help="label smoothing (0.1)")
-    g.add_argument("--bce-loss", action=argparse.BooleanOptionalAction, default=False, help="binary cross-entropy")
-
-
-def _recipes(stack: contextlib.ExitStack, args: argparse.Namespace) -> Iterator[Path]:
-    for wanted, name in ((args.tune is not None, TUNE_RECIPE), (args.data == "digits", DIGITS_RECIPE)):
-        if wanted:
-            recipe = importlib.resources.files("vizoo.configs").joinpath(name)
-            yield stack.enter_context(importlib.resources.as_file(recipe))
-
-
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Merge defaults, the recipes of data set and tuning, the configuration file and the command line, in this order.
-
-    Args:
-        argv: Arguments.
-
-    Returns:
-        Checked options.
-
-    Raises:
-        UserError: For bad options or configuration files.
-    """
-    with contextlib.ExitStack() as stack:
-        args = parse_task(build_parser(), argv, "classification", lambda args: list(_recipes(stack, args)))
-    if not args.model:
-        raise UserError("--model is missing; the shortest command is 'vizoo train --data digits'")
-    check_outputs(args.num_classes)
-    check_choice("--eval-metric", args.eval_metric, list(METRICS))
-    if args.batch_size % 2 and (args.mixup or args.cutmix or args.cutmix_minmax):
-        raise UserError(f"--batch-size {args.batch_size} is odd; mixup and cutmix need an even number")
-    if args.input_size:
-        if args.input_size[0] not in (1, 3) or args.in_chans not in (None, args.input_size[0]):
-            raise UserError(f"--input-size {args.input_size[0]} ...: channels must be 1 or 3 and agree with --in-chans")
-        args.in_chans = args.input_size[0]
-    args.in_chans = args.in_chans or 3
-    if args.in_chans not in (1, 3):
-        raise UserError(f"--in-chans {args.in_chans}: need 1 or 3, images are gray or RGB")
-    for name in ("scale", "ratio", "cutmix_minmax"):
-        check_range(f"--{name.replace('_', '-')}", getattr(args, name))
-    for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values and len(values) not in (1, args.in_chans):
-            raise UserError(f"--{name} has {len(values)} values; give one, or one for each of {args.in_chans} channels")
-    for name in ("interpolation", "train_interpolation"):
-        value, allowed = getattr(args, name), ["nearest", "bilinear", "bicubic"]
-        allowed += ["random"] if name.startswith("train") else []
-        if value is not None and value not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} {value!r} is unknown; allowed: {', '.join(allowed)}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+from vizoo.tools.training.tuning import tune
 
 
 def model_config(args: argparse.Namespace, num_classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -335,7 +130,7 @@ class Classification(Task):
         self.held_out = shared_loader(args, splits.held_out, self.data_config, world)
         self.mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax)
         self.criterion = self._build_loss().to(world.device)
-        self.what = (f"eval_{args.eval_metric}", *METRICS[args.eval_metric])
+        self.what = (f"eval_{args.eval_metric}", *METRICS["classification"][args.eval_metric])
         self.decreasing = args.eval_metric == "loss"
 
     def _build_model(self) -> nn.Module:
@@ -585,8 +380,7 @@ def _call(function: str, *args: str, **kwargs: Any) -> str:
     return f"{function}({', '.join([*args, *(f'{k}={v!r}' for k, v in kwargs.items())])})"
 
 
-def train_classifier(argv: list[str]) -> int:
-    """Train a classifier; returns the exit status."""
-    args = parse_options(argv)
+def train_classifier(args: argparse.Namespace) -> int:
+    """Train a classifier by the options of ``vizoo train``; returns the exit status."""
     args.model = resolve_model(args.model)
     return train(args, Classification)

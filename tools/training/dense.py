@@ -25,112 +25,10 @@ from vizoo.tools.common import UserError, is_exhausted, progress, resolve_model
 from vizoo.tools.data.dense import IGNORED, Boxes, Crops, Parts, detection_parts, segmentation_parts
 from vizoo.tools.data.folders import ignore_interrupts, seed_everything
 from vizoo.tools.data.shares import Share, from_first, gather, share_order
-from vizoo.tools.options import Parser, add, check_outputs, number
 from vizoo.tools.training.loop import train
-from vizoo.tools.training.options import (
-    FILES,
-    add_average,
-    add_batches,
-    add_data,
-    add_model,
-    add_optimizer,
-    add_run,
-    add_schedule,
-    check_choice,
-    check_range,
-    parse_task,
-)
+from vizoo.tools.training.parsers import METRICS
 from vizoo.tools.training.run import match_classes, say_unnamed, skipped_text
 from vizoo.tools.training.task import ALONE, Column, Task, World, to_device
-
-ARCHS = {
-    "detection": ("retinanet", "fcos", "faster_rcnn", "mask_rcnn"),
-    "segmentation": ("semantic_fpn", "upernet"),
-}
-METRICS = {
-    "detection": {"AP": "box AP", "AP50": "box AP50", "AP75": "box AP75", "AP_mask": "mask AP"},
-    "segmentation": {"mIoU": "mean IoU", "mAcc": "mean accuracy", "pixel_accuracy": "pixel accuracy"},
-}
-EXAMPLES = f"""\
-examples:
-  vizoo train --task detection --data coco --arch mask_rcnn --model litv2_s --pretrained
-      coco/annotations/instances_train2017.json, coco/train2017/*.jpg and the same for val2017
-  vizoo train --task segmentation --data ADEChallengeData2016 --num-classes 150 --reduce-zero-label --model overlock_t
-      ADEChallengeData2016/images/training/*.jpg, annotations/training/*.png and the same for validation
-  vizoo evaluate output/train/first --plot predictions.png
-      the best epoch on the held-out images
-
-{FILES}"""
-
-
-def build_train_parser(task: str) -> Parser:
-    """Command-line options.
-
-    Args:
-        task: ``"detection"`` or ``"segmentation"``.
-
-    Returns:
-        The parser.
-    """
-    detection = task == "detection"
-    p = Parser(
-        prog=f"vizoo train --task {task}",
-        usage=f"vizoo train --task {task} --data DIR [--model MODEL] [options]",
-        description=f"Train a {task} model on a backbone of the zoo or of timm.",
-        epilog=EXAMPLES,
-    )
-    add(p, "--config")
-    add(p, "--task", task)
-    g = add_data(p, "a folder in the layout of the examples below")
-    add(g, "--check-data", default="full")
-    add(g, "--skip-unreadable")
-    if detection:
-        add(g, "--size", "800 1333: the shorter side, and the longer one at most", default=[800, 1333])
-    else:
-        add(g, "--size", "512: training crop, and shorter side of held-out images", default=[512])
-        add(g, "--scale", "0.5 2, a factor of the size", default=[0.5, 2.0])
-        add(g, "--num-classes", "the lines of classes.txt in --data")
-        g.add_argument("--reduce-zero-label", action="store_true", help="masks hold class + 1, and 0 for none (ADE20K)")
-    add(g, "--hflip", default=0.5)
-    g = add_model(p, "litv2_s; the backbone", default="litv2_s")
-    names = ARCHS[task]
-    arch = "faster_rcnn" if detection else "upernet"
-    add(g, "--arch", f"{arch}; or {', '.join(n for n in names if n != arch)}", default=arch)
-    add(g, "--arch-kwargs")
-    add(g, "--pretrained", "of the backbone")
-    add(g, "--frozen-stages", "-1, none", default=-1)
-    add_batches(p, 2 if detection else 8, "bfloat16")
-    add_optimizer(p, "adamw", 0.05)
-    g = add_schedule(p, 12 if detection else 40, 1e-4, milestones=[8, 11])
-    text = "updates in which the learning rate rises from a thousandth, at most a tenth of all (500)"
-    g.add_argument("--warmup-updates", type=number(int, 0), default=500, metavar="N", help=text)
-    add_average(p)
-    add_run(p, 42, "arch-model", next(iter(METRICS[task])), list(METRICS[task]))
-    return p
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse what the parser cannot know to be wrong.
-
-    Args:
-        options: Of the command or of a run.
-
-    Raises:
-        UserError: Names the option.
-    """
-    task, arch = options["task"], options["arch"]
-    check_choice("--arch", arch, ARCHS[task])
-    metrics = [m for m in METRICS[task] if m != "AP_mask" or arch == "mask_rcnn"]
-    check_choice("--eval-metric", options["eval_metric"], metrics)
-    sides = 2 if task == "detection" else 1
-    if len(options["size"]) != sides:
-        raise UserError(f"argument --size: expected {sides} argument{'s' * (sides > 1)}")
-    if min(options["size"]) < 1:
-        raise UserError(f"argument --size: got {min(options['size'])}, must be a whole number of at least 1")
-    check_outputs(options.get("num_classes"))
-    check_range("--scale", options.get("scale"))
-    if arch == "upernet" and options["batch_size"] == 1:
-        raise UserError("--batch-size 1: the batch norms of UPerNet need at least 2 images")
 
 
 def build(options: dict[str, Any], classes: int, pretrained: bool) -> nn.Module:
@@ -368,7 +266,7 @@ class Dense(Task):
         start["generator"] = torch.Generator()
         self.loader = DataLoader(self.parts.train, args.batch_size, shuffle=True, drop_last=True, **start)
         share_order(self.loader, args.seed, world.rank, world.size)
-        self.what = (args.eval_metric, METRICS[args.task][args.eval_metric], " %")
+        self.what = (args.eval_metric, *METRICS[args.task][args.eval_metric])
         self.columns = (Column("train loss", "train_loss", ".4f"), Column(self.what[1], args.eval_metric, ".2f"))
 
     def label(self) -> str:
@@ -421,13 +319,6 @@ class Dense(Task):
         )
 
 
-def train_dense(task: str, argv: list[str]) -> int:
-    """Train a detector or a segmentor; returns the exit status.
-
-    Args:
-        task: ``"detection"`` or ``"segmentation"``.
-        argv: Arguments.
-    """
-    args = parse_task(build_train_parser(task), argv, task)
-    check_options(vars(args))
+def train_dense(args: argparse.Namespace) -> int:
+    """Train a detector or a segmentor by the options of ``vizoo train``; returns the exit status."""
     return train(args, Dense)

@@ -23,63 +23,12 @@ from vizoo.tools.common import UserError, build_model, resolve_model
 from vizoo.tools.data.folders import ignore_interrupts, seed_everything
 from vizoo.tools.data.scanpaths import Batches, Scanpaths, Trial, collate, load_scanpaths, search_task, split
 from vizoo.tools.data.shares import Share, gather, share_order
-from vizoo.tools.options import Parser, add, number
 from vizoo.tools.scanpaths import average, compare, sim
 from vizoo.tools.training.loop import train
-from vizoo.tools.training.options import (
-    FILES,
-    add_average,
-    add_batches,
-    add_data,
-    add_model,
-    add_optimizer,
-    add_run,
-    add_schedule,
-    add_warmup,
-    check_choice,
-    parse_task,
-)
+from vizoo.tools.training.parsers import METRICS
 from vizoo.tools.training.task import ALONE, Column, Task, World, to_device
 
 BLANK = {True: (19, 19), False: (29, 29)}  # crops of data without images: the smallest with and without spp
-METRICS = ("delta", "sequence_score")
-EXAMPLES = f"""\
-examples:
-  vizoo train --task scanpath --data search --model oat_small --lr 3e-4 --epochs 5 --experiment search
-      a synthetic viewer who goes row by row to the target, learnt from scratch in about two minutes on a CPU
-  vizoo train --task scanpath --data Amazon.json --images covers --model oat_small --experiment amazon
-      people who look for a book cover; without --images from the places alone
-  vizoo evaluate output/train/amazon --samples 100 --plot scanpaths.png
-      the best epoch on the test part beside the people
-
-{FILES}"""
-
-
-def build_train_parser() -> Parser:
-    """Command-line options."""
-    p = Parser(
-        prog="vizoo train --task scanpath",
-        usage="vizoo train --task scanpath --data NAME|FILE [--model MODEL] [options]",
-        description="Train an oat_* model on human scanpaths.",
-        epilog=EXAMPLES,
-    )
-    add(p, "--config")
-    add(p, "--task", "scanpath")
-    g = add_data(p, "'search', or a .json, .pkl or .pickle file", "0", 0)
-    add(g, "--images", "objects look alike without them")
-    g.add_argument("--grid", type=number(int, 1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of a scene (the data's)")
-    g.add_argument("--trials", type=number(int, 20), default=2000, metavar="N", help="of 'search' (2000)")
-    g.add_argument("--split-by", choices=("layout", "scanpath"), default="layout", help="what is in one part (layout)")
-    add_model(p, "oat_small", default="oat_small")
-    add_batches(p, 20, "bfloat16")
-    add_optimizer(p, "adam", 0.0, 1.0)
-    g = add_schedule(p, 500, 1e-4, "constant")
-    add_warmup(g, 0)
-    text = "epochs without a better one after which training ends (30)"
-    g.add_argument("--patience", type=number(int, 1), default=30, metavar="N", help=text)
-    add_average(p)
-    add_run(p, 1234, "model", "delta", METRICS)
-    return p
 
 
 def load_trials(options: dict[str, Any]) -> Scanpaths:
@@ -258,7 +207,7 @@ class Scanpath(Task):
         start = {"collate_fn": collate, "num_workers": args.workers, "worker_init_fn": ignore_interrupts}
         self.loader = DataLoader(trials, args.batch_size, shuffle=True, generator=torch.Generator(), **start)
         share_order(self.loader, args.seed, world.rank, world.size)
-        self.what = (args.eval_metric, args.eval_metric.replace("_", " "), "")
+        self.what = (args.eval_metric, *METRICS["scanpath"][args.eval_metric])
         self.decreasing = args.eval_metric == "delta"
         self.patience = args.patience
 
@@ -311,8 +260,6 @@ class Scanpath(Task):
         return f"{best} on validation, {epoch}: {file}\nmeasure it on the test part: vizoo evaluate {file.parent}"
 
 
-def train_scanpaths(argv: list[str]) -> int:
-    """Train OAT; returns the exit status."""
-    args = parse_task(build_train_parser(), argv, "scanpath")
-    check_choice("--eval-metric", args.eval_metric, METRICS)
+def train_scanpaths(args: argparse.Namespace) -> int:
+    """Train OAT by the options of ``vizoo train``; returns the exit status."""
     return train(args, Scanpath)

@@ -9,8 +9,6 @@ from torch import nn
 from vizoo.backbones.layers import PROMPTS, freeze_backbone, has_prompts
 from vizoo.tools.common import UserError
 
-TUNES = (*PROMPTS, "linear", "full")
-
 
 def tune(model: nn.Module, args: argparse.Namespace) -> None:
     """Freeze what ``--tune`` does not train, and give the model prompts.

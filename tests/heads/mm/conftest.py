@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vizoo.tools import mm as launcher
+from vizoo.tools.mm import build_parser
+from vizoo.tools.training import mm as launcher
 
 DETECTION = """
 _base_ = ["mmdet::_base_/models/{model}.py", "mmdet::_base_/default_runtime.py"]
@@ -185,7 +186,7 @@ def train():
 
     def train(config: Path, work_dir: Path, *words: str, action: str = "train"):
         argv = [action, str(config), "--work-dir", str(work_dir), *words]
-        args = launcher.build_parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
         return launcher.run(launcher.load_config(args), args)
 
     return train

@@ -17,7 +17,8 @@ from tolerance import golden_close
 
 from vizoo.heads.checkpoints import convert_checkpoint
 from vizoo.tools import cli
-from vizoo.tools import mm as launcher
+from vizoo.tools.mm import build_parser
+from vizoo.tools.training import mm as launcher
 
 pytestmark = pytest.mark.mm
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
@@ -127,7 +128,7 @@ def test_channels_that_are_not_known(write_config, tmp_path):
     neck = 'model["neck"] = dict(type="YOLOV3Neck", num_scales=3, in_channels=[9, 9, 9], out_channels=[3, 2, 1])\n'
     for extra in (neck, 'model["backbone"] = dict(type="ResNet", depth=50)\n', 'model = dict(type="Twin")\n'):
         config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
-        launcher.check_config(launcher.load_config(launcher.build_parser().parse_args(["train", str(config)])))
+        launcher.check_config(launcher.load_config(build_parser().parse_args(["train", str(config)])))
 
 
 def test_other_annotations_are_not_checked(write_config, tmp_path):
@@ -135,7 +136,7 @@ def test_other_annotations_are_not_checked(write_config, tmp_path):
     change = '["dataset"].update(type="LVISV1Dataset", ann_file="/x")\n'
     extra = f"train_dataloader{change}val_dataloader{change}"
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18", extra)
-    cfg = launcher.load_config(launcher.build_parser().parse_args(["train", str(config)]))
+    cfg = launcher.load_config(build_parser().parse_args(["train", str(config)]))
     launcher.check_data(cfg, ("train", "val"))
 
 
@@ -148,7 +149,7 @@ def test_bad_words(write_config, tmp_path, capsys):
     assert "config '/no.py' does not exist" in refuse(capsys, "train", "/no.py")
     near = "litv2_s_retinanet_8xb2-1x_coco"
     assert near in refuse(capsys, "train", "litv2_s_retinanet_8xb2-1x_cocoo")
-    args = launcher.build_parser().parse_args(["train", near])
+    args = build_parser().parse_args(["train", near])
     cfg = launcher.load_config(args)
     assert (cfg.model.backbone.model_name, cfg.work_dir) == ("litv2_s", str(Path("work_dirs", near)))
     assert "--load-from '/no.pth' does not exist" in refuse(capsys, "test", config, "--load-from", "/no.pth")
@@ -321,7 +322,7 @@ def test_bad_record_names_the_data_set(shapes, write_config, tmp_path, capsys, n
 def test_options_reach_the_config(write_config, tmp_path):
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18")
     options = ["--cfg-options", "train_cfg.max_epochs=7", "model.backbone.strides=[8,16]", "note=abc"]
-    cfg = launcher.load_config(launcher.build_parser().parse_args(["train", str(config), *options]))
+    cfg = launcher.load_config(build_parser().parse_args(["train", str(config), *options]))
     assert (cfg.train_cfg.max_epochs, list(cfg.model.backbone.strides), cfg.note) == (7, [8, 16], "abc")
     assert cfg.work_dir == str(Path("work_dirs", "config"))
     assert not cfg.resume
@@ -335,12 +336,12 @@ def test_files_of_a_config_are_looked_for(write_config, tmp_path, capsys):
     assert "--load-from '/no.pth' does not exist" in refuse(capsys, "train", config, "--load-from", "/no.pth")
     for address in ("https://example.org/a.pth", "s3://bucket/a.pth"):
         config = write_config(tmp_path / "config.py", "retinanet", "resnet18", where.format(address))
-        args = launcher.build_parser().parse_args(["train", str(config), "--load-from", address])
+        args = build_parser().parse_args(["train", str(config), "--load-from", address])
         launcher.check_config(launcher.load_config(args))
 
 
 def test_spellings_of_options():
-    parse = launcher.build_parser().parse_args
+    parse = build_parser().parse_args
     assert [parse(["train", *words]).resume for words in ([], ["--resume"], ["--resume", "a.pth"])] == [
         None,
         "auto",
@@ -355,10 +356,10 @@ def test_resume_forgets_where_training_started(write_config, tmp_path):
     """``--resume`` takes the newest checkpoint, and ``load_from`` of the config only when there is none."""
     config = write_config(tmp_path / "config.py", "retinanet", "resnet18", 'load_from = "start.pth"\n')
     words = ["train", str(config), "--work-dir", str(tmp_path), "--resume"]
-    cfg = launcher.load_config(launcher.build_parser().parse_args(words))
+    cfg = launcher.load_config(build_parser().parse_args(words))
     assert (cfg.resume, cfg.load_from) == (False, "start.pth")
     (tmp_path / "last_checkpoint").write_text("x.pth")
-    cfg = launcher.load_config(launcher.build_parser().parse_args(words))
+    cfg = launcher.load_config(build_parser().parse_args(words))
     assert (cfg.resume, cfg.load_from) == (True, None)
 
 
@@ -527,7 +528,7 @@ def test_link(tmp_path, monkeypatch, capsys):
     package = tmp_path / "mmcv"
     package.mkdir()
     spec = SimpleNamespace(submodule_search_locations=[str(package)])
-    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: spec if name == "mmcv" else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "mmcv" else None)
     assert cli.main(["mm", "link"]) == 0
     namespace: dict = {"__name__": "mmcv._ext"}
     exec((package / "_ext.py").read_text(), namespace)
