@@ -7,12 +7,21 @@ from setuptools import find_namespace_packages, setup
 
 NAME, FOLDERS = "vizoo", ("backbones", "heads", "tools", "configs")
 SUBPACKAGES = [f"{d}.{p}" for d in FOLDERS for p in find_namespace_packages(d, exclude=["results*"])]
-README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
-# Pictures and links into the repository lead nowhere from a package index: pictures go, links become their text
-PICTURE, LINK = r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)"
+ROOT = Path(__file__).parent
+LINK = re.compile(r"!?\[([^\]]+)\]\(([^)#\s]+)[^)]*\)")
+
+
+def named(link: re.Match[str]) -> str:
+    """A link to a file of the repository, which leads nowhere from a package index, as its text and the file's name."""
+    text, path = link.groups()
+    if not (ROOT / path).exists():
+        return link[0]
+    return text if path in text else f"{text} ({path})"
+
+
 setup(
     packages=[NAME, *(f"{NAME}.{p}" for p in (*FOLDERS, *SUBPACKAGES))],
     package_dir={NAME: f"src/{NAME}", **{f"{NAME}.{d}": d for d in FOLDERS}},
-    long_description=re.sub(LINK, r"\1", re.sub(PICTURE, "", README)),
+    long_description=LINK.sub(named, (ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
 )
