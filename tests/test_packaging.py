@@ -180,7 +180,7 @@ FIELDS = {  # attributes of each type of GitHub's forms: those that must be ther
     "markdown": ({"value"}, {"value"}),
     "input": ({"label"}, {"label", "description", "placeholder", "value"}),
     "textarea": ({"label"}, {"label", "description", "placeholder", "value", "render"}),
-    "dropdown": ({"label", "options"}, {"label", "options", "description", "multiple", "default"}),
+    "dropdown": ({"label", "options"}, {"label", "options", "description", "multiple"}),
     "checkboxes": ({"label", "options"}, {"label", "options", "description"}),
 }
 
