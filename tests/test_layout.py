@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from checkout import ROOT, tracked
 from golden import LARGEST
 
-ROOT = Path(__file__).parents[1]
 OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo.backbones"
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
@@ -467,14 +467,6 @@ def test_importing_is_light(tmp_path: Path) -> None:
 
 
 # tracked files
-
-
-def tracked() -> list[Path]:
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs the git checkout: the list of tracked files")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths = [ROOT / name for name in listed.split("\0") if name]
-    return [p for p in paths if p.is_file() and not p.is_symlink()]
 
 
 PRIVATE = re.compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,16 +12,19 @@ import tarfile
 import zipfile
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from checkout import ROOT, tracked
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import vizoo
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 FLOORS = {"torch": "2.9", "timm": "1.0.31"}
 DATA = {".yaml", ".csv", ".md"}
@@ -99,12 +103,34 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Version"] == vizoo.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"LICENSE", "NOTICE"} <= set(metadata.get_all("License-File", []))
-    assert metadata.get_payload().strip(), "no long description: README.md is missing or empty"
+    assert metadata["Author"] == citation()["authors"][0]["name"]
     required = {r.name: r for r in map(Requirement, metadata.get_all("Requires-Dist", [])) if r.marker is None}
     for name, floor in FLOORS.items():
         assert Version(floor) in required[name].specifier
         (lowest,) = [s.version for s in required[name].specifier if s.operator == ">="]
         assert Version(lowest) == Version(floor), f"{name}>={lowest}"
+
+
+def test_pythons(metadata: Message) -> None:
+    """The classifiers name each Python from the first that is allowed, and linted for, to the last that was tried."""
+    classifiers = metadata.get_all("Classifier", [])
+    minors = [int(found[1]) for c in classifiers if (found := re.search(r"Python :: 3\.(\d+)$", c))]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    allowed = SpecifierSet(metadata["Requires-Python"])
+    assert [v for v in range(minors[0] - 1, minors[-1] + 1) if f"3.{v}" in allowed] == minors
+    assert f'target-version = "py3{minors[0]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_long_description(metadata: Message) -> None:
+    """It is README.md with its links into the repository, which lead nowhere from a package index, as text."""
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    readme, text = (ROOT / "README.md").read_text(encoding="utf-8"), metadata.get_payload()
+    assert re.findall(r"\]\((?!https?:|#)|(?:src|href|srcset)=\"(?!https?:|#)", text) == []
+    assert text.count("\n") == readme.count("\n")
+    assert text.count("](http") == readme.count("](http")
+    paths = re.findall(r"\]\((?!https?:|#)([^)#]+)", readme)
+    assert paths
+    assert [p for p in paths if p not in text] == []
 
 
 def test_console_script(wheel: Path) -> None:
@@ -123,8 +149,62 @@ def test_sdist_holds_each_file_once(sdist: Path) -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             assert members.count(path.relative_to(ROOT).as_posix()) == 1, path.name
-    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"} <= set(members)
-    assert "backbones/models.csv" in members
+
+
+def test_sdist_holds_what_its_tests_read(sdist: Path) -> None:
+    """All that is tracked but links and what only git and the code host read; nothing that running left behind."""
+    with tarfile.open(sdist) as archive:
+        members = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+        assert archive.getmember(f"vizoo-{vizoo.__version__}/.ci/run").mode & 0o100
+    names = {p.relative_to(ROOT).as_posix() for p in tracked()}
+    assert {n for n in names - members if not n.startswith(".git")} == set()
+    made = {"PKG-INFO", "setup.cfg"} | {n for n in members if n.startswith("vizoo.egg-info/")}
+    left = members - names - made
+    assert [n for n in left if n.startswith(".") or "cache" in n or n.endswith((".pyc", ".log"))] == []
+
+
+def citation() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+def test_citation() -> None:
+    """CITATION.cff has what its format 1.2.0 asks for, and the version of the package."""
+    found = citation()
+    assert found["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "abstract", "keywords", "license"} <= found.keys()
+    assert found["version"] == vizoo.__version__
+    assert found["type"] == "software"
+
+
+FIELDS = {  # attributes of each type of GitHub's forms: those that must be there, and all
+    "markdown": ({"value"}, {"value"}),
+    "input": ({"label"}, {"label", "description", "placeholder", "value"}),
+    "textarea": ({"label"}, {"label", "description", "placeholder", "value", "render"}),
+    "dropdown": ({"label", "options"}, {"label", "options", "description", "multiple"}),
+    "checkboxes": ({"label", "options"}, {"label", "options", "description"}),
+}
+
+
+@pytest.mark.parametrize("name", ["bug", "model"])
+def test_issue_forms(name: str) -> None:
+    """GitHub shows no form that has an unknown key or type, two fields of one name, or nothing to fill in."""
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
+    assert form.keys() == {"name", "description", "body"}
+    for field in form["body"]:
+        must, may = FIELDS[field["type"]]
+        assert must <= field["attributes"].keys() <= may
+        assert field.keys() <= {"type", "id", "attributes", "validations"}
+        assert field.get("validations", {"required": True}).keys() == {"required"}
+    fields = [f for f in form["body"] if f["type"] != "markdown"]
+    for names in ([f["id"] for f in fields], [f["attributes"]["label"] for f in fields]):
+        assert names
+        assert len(names) == len(set(names))
+    assert all(re.fullmatch(r"[\w-]+", f["id"]) for f in fields)
+
+
+def test_forms_ask_for_the_machine() -> None:
+    for page in ("ISSUE_TEMPLATE/bug.yml", "PULL_REQUEST_TEMPLATE.md"):
+        assert "`vizoo env`" in (ROOT / ".github" / page).read_text(encoding="utf-8"), page
 
 
 ALONE = """
