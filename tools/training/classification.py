@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_alias(g, "--data-dir", "data")
     g.add_argument("--train-split", default="train", metavar="NAME", help="folder of training images (train)")
     g.add_argument("--val-split", default="validation", metavar="NAME", help="folder of held-out images (validation)")
+    add(g, "--only-classes", "all")
     add(g, "--check-images", default="auto")
     add(g, "--skip-unreadable")
     add(g, "--window", WINDOW)
@@ -284,9 +285,9 @@ def open_splits(args: argparse.Namespace, check: str) -> Splits:
     """
     mode = "L" if args.in_chans == 1 else "RGB"
     if args.data == "digits":
-        return digits_splits(mode)
+        return digits_splits(mode, args.only_classes)
     where = (args.data, args.train_split, args.val_split)
-    return folder_splits(*where, mode, check, args.window, args.skip_unreadable)
+    return folder_splits(*where, mode, check, args.window, args.skip_unreadable, args.only_classes)
 
 
 def shared_loader(args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], world: World) -> Any:
