@@ -10,9 +10,9 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from torch import nn
-from torchvision import io, utils
-from torchvision.transforms.functional import normalize, resize
+from torchvision.transforms.functional import normalize, resize, to_pil_image, to_tensor
 
 import vizoo  # noqa: F401 - registers the zoo in timm
 
@@ -42,8 +42,8 @@ def main(argv=None):
     p.add_argument("--out", default="prediction.png")
     args = p.parse_args(argv)
     images, targets = (
-        torch.stack([resize(io.read_image(str(f), mode) / 255, [224, 224]) for f in sorted((args.data / d).iterdir())])
-        for d, mode in (("images", "RGB"), ("targets", "GRAY"))
+        torch.stack([to_tensor(Image.open(f).convert(m).resize((224, 224))) for f in sorted((args.data / d).iterdir())])
+        for d, m in (("images", "RGB"), ("targets", "L"))
     )
     model = PixelModel(args.model, args.pretrained)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
@@ -53,7 +53,7 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step + 1}: mean error {loss.item():.4f}", end="\r" if step % 50 else "\n")
-    utils.save_image(model.eval().requires_grad_(False)(images[:1]), args.out)
+    to_pil_image(model.eval().requires_grad_(False)(images[:1])[0]).save(args.out)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import argparse
 import random
 
 import torch
+from PIL import Image
 from torchvision.datasets import CocoDetection
-from torchvision.io import read_image, write_png
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import draw_bounding_boxes
 
 from vizoo.heads.detection import detector
@@ -39,7 +39,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     data = CocoDetection(f"{args.data}/train2017", f"{args.data}/annotations/instances_train2017.json")
     count = 1 + max(data.coco.cats)  # 0 is the background
-    model = detector("faster_rcnn", args.model, count, args.pretrained, min_size=args.size, box_score_thresh=0.5)
+    model = detector("fcos", args.model, count, args.pretrained, min_size=args.size, score_thresh=0.3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
     for step in range(args.steps):
         images, targets = zip(draw(data), draw(data), strict=True)
@@ -48,10 +48,10 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss.item():.3f}", end="\r" if step % 50 else "\n")
-    image = read_image(args.show, "RGB")
-    found = model.eval().requires_grad_(False)([image / 255])[0]
+    image = to_tensor(Image.open(args.show).convert("RGB"))
+    found = model.eval().requires_grad_(False)([image])[0]
     names = [data.coco.cats[i]["name"] for i in found["labels"].tolist()]
-    write_png(draw_bounding_boxes(image, found["boxes"], names), args.out)
+    to_pil_image(draw_bounding_boxes(image, found["boxes"], names) if names else image).save(args.out)
     print(f"{len(names)} objects: {args.out}")
 
 

@@ -127,7 +127,7 @@ def test_custom_head(tmp_path, capsys) -> None:
 
 
 def test_export(tmp_path, capsys) -> None:
-    run("export", *SMALL, "--size", 64, "--num-classes", 3)
+    run("export", "--model", "test_resnet", "--no-pretrained", "--size", 64, "--num-classes", 3)
     differences = values(r"difference (\S+)", capsys.readouterr().out)
     assert len(differences) == 2
     assert max(differences) < 1e-5
