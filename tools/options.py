@@ -292,6 +292,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "DATA", "help": "the data"},
     "--images": {"metavar": "DIR", "help": "images of the scenes"},
     "--split": {"metavar": "NAME", "help": "part of the data"},
+    "--only-classes": {"nargs": "+", "metavar": "NAME", "help": "use only the images of these classes"},
     "--check-images": {
         "choices": ("auto", "full", "header", "none"),
         "help": "decode every image first, open it, or trust it; auto decodes up to 20,000, else opens",

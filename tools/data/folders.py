@@ -29,6 +29,7 @@ from vizoo.tools.data.checks import are_few, in_threads
 from vizoo.tools.data.images import DICOM, UnreadableImage, check_header, list_files, read_image
 
 DIGITS_HELD_OUT = 360
+LEFT_OUT = -1  # in place of the index of a class
 SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval")}
 
 
@@ -99,14 +100,18 @@ class Images(ImageDataset):
         return self.transform(image) if self.transform else image, target
 
 
-def digits_splits(mode: str) -> Splits:
+def digits_splits(mode: str, only: Sequence[str] | None = None) -> Splits:
     """Split the digits into 1,437 training and 360 held-out images, the same in every run.
 
     Args:
         mode: Pillow mode, ``"L"`` or ``"RGB"``.
+        only: Names of the digits to keep, ``"0"`` to ``"9"``; None for all.
 
     Returns:
         Both splits; each class keeps its share.
+
+    Raises:
+        UserError: As :func:`keep_classes`.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -116,7 +121,11 @@ def digits_splits(mode: str) -> Splits:
     parts = train_test_split(
         images, digits.target, test_size=DIGITS_HELD_OUT, stratify=digits.target, random_state=0
     )  # a fixed seed: runs with different --seed are compared on the same images
-    return Splits(Digits(parts[0], parts[2], mode), Digits(parts[1], parts[3], mode), [str(i) for i in range(10)])
+    train, held_out = Digits(parts[0], parts[2], mode), Digits(parts[1], parts[3], mode)
+    names = [str(i) for i in range(10)]
+    for part in (train, held_out):
+        classes = keep_classes(part, names, only, "--data 'digits'")
+    return Splits(train, held_out, classes)
 
 
 def folder_splits(
@@ -127,6 +136,7 @@ def folder_splits(
     check: str,
     window: tuple[float, float] | None = None,
     skip_unreadable: bool = False,
+    only: Sequence[str] | None = None,
 ) -> Splits:
     """Open a folder with one sub-folder for each split and in it one sub-folder for each class.
 
@@ -139,6 +149,7 @@ def folder_splits(
         window: Centre and width of the values that 16-bit gray, float and DICOM files show, instead of their own.
         skip_unreadable: Decode every image, whatever ``check`` is, and leave out those that cannot be read; they are
             counted in ``skipped`` of both data sets.
+        only: Names of the classes to keep, None for all; the others' images are not opened.
 
     Returns:
         Both splits with equal classes.
@@ -146,11 +157,11 @@ def folder_splits(
     Raises:
         UserError: For a missing folder, a split without classes, classes that differ, or an unreadable image.
     """
-    train, held_out = (_open_split(root, split, mode, window) for split in (train_split, val_split))
+    train, held_out = (_open_split(root, split, mode, window, only) for split in (train_split, val_split))
     ours, theirs = set(train.reader.class_to_idx), set(held_out.reader.class_to_idx)
     if ours != theirs:
         parts = [
-            f"only in {Path(a.reader.root).name}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+            f"only in {Path(a.reader.root).name}/: {_some(sorted(names))}"
             for a, names in ((train, ours - theirs), (held_out, theirs - ours))
             if names
         ]
@@ -168,6 +179,7 @@ def open_split(
     check: str,
     window: tuple[float, float] | None = None,
     skip_unreadable: bool = False,
+    only: Sequence[str] | None = None,
 ) -> Images:
     """Open one sub-folder with a folder for each class.
 
@@ -178,6 +190,7 @@ def open_split(
         check: As in :func:`folder_splits`.
         window: Likewise.
         skip_unreadable: Likewise.
+        only: Likewise.
 
     Returns:
         The data set; ``reader.class_to_idx`` are its classes.
@@ -185,12 +198,14 @@ def open_split(
     Raises:
         UserError: For a missing folder, a folder without classes, a class without images, or an unreadable image.
     """
-    dataset = _open_split(root, split, mode, window)
+    dataset = _open_split(root, split, mode, window, only)
     _check_images((dataset,), check, skip_unreadable)
     return dataset
 
 
-def _open_split(root: str, split: str, mode: str, window: tuple[float, float] | None) -> Images:
+def _open_split(
+    root: str, split: str, mode: str, window: tuple[float, float] | None, only: Sequence[str] | None
+) -> Images:
     if not Path(root).is_dir():
         raise UserError(f"--data {root!r} is no folder; give 'digits' or a folder with train/ and val/")
     folder = _split_folder(Path(root), split)
@@ -200,12 +215,45 @@ def _open_split(root: str, split: str, mode: str, window: tuple[float, float] | 
         stray = next(f for f, t in dataset.reader.samples if t == classes[""])
         raise UserError(f"image {stray!r} lies outside any class folder of {str(folder)!r}")
     filled = {Path(f).relative_to(folder).parts[0] for f, _ in dataset.reader.samples}
-    empty = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and d.name not in filled]
+    asked = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and (not only or d.name in only)]
+    empty = [name for name in asked if name not in filled]
     if empty:
         raise UserError(f"class folder {str(folder / empty[0])!r} holds no image")
     if not classes:
         raise UserError(f"no image in {str(folder)!r}; expected one folder for each class with images")
+    keep_classes(dataset, list(classes), only, repr(str(folder)))
     return dataset
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def keep_classes(dataset: Any, classes: Sequence[str], only: Sequence[str] | None, where: str) -> list[str]:
+    """Leave out the images of all other classes; those that stay are numbered from 0 in the order they had.
+
+    Args:
+        dataset: Of :func:`digits_splits` or :func:`open_split`.
+        classes: Names of its classes.
+        only: Names of those to keep, None for all.
+        where: The data, for the message.
+
+    Returns:
+        Names of the classes that stay.
+
+    Raises:
+        UserError: For a name that is no class of the data, and for a single one.
+    """
+    if not only:
+        return list(classes)
+    unknown = [name for name in only if name not in classes]
+    if unknown:
+        raise UserError(f"--only-classes: {unknown[0]!r} is no class of {where}, which has {_some(classes)}")
+    kept = [name for name in classes if name in only]
+    if len(kept) < 2:
+        raise UserError(f"--only-classes names one class, {kept[0]!r}; name two or more")
+    reorder_classes(dataset, [kept.index(name) if name in kept else LEFT_OUT for name in classes])
+    return kept
 
 
 def reordered(classes: Sequence[str], order: Sequence[int]) -> list[str]:
@@ -218,14 +266,16 @@ def reorder_classes(dataset: Any, order: Sequence[int]) -> None:
 
     Args:
         dataset: Of :func:`digits_splits` or :func:`open_split`.
-        order: New index of each class.
+        order: New index of each class, :data:`LEFT_OUT` for one whose images are left out.
     """
     if isinstance(dataset, Digits):
-        dataset.targets = np.array(order)[dataset.targets]
+        targets = np.array(order)[dataset.targets]
+        kept = targets != LEFT_OUT
+        dataset.images, dataset.targets = dataset.images[kept], targets[kept]
         return
     reader = dataset.reader
-    reader.samples = [(file, order[target]) for file, target in reader.samples]
-    reader.class_to_idx = {name: order[target] for name, target in reader.class_to_idx.items()}
+    reader.samples = [(file, order[target]) for file, target in reader.samples if order[target] != LEFT_OUT]
+    reader.class_to_idx = {n: order[target] for n, target in reader.class_to_idx.items() if order[target] != LEFT_OUT}
 
 
 def _split_folder(root: Path, split: str) -> Path:

@@ -56,6 +56,8 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
     if args.batch_size is not None:
         words.append(f"--validation-batch-size={args.batch_size}")
     words += ["--skip-unreadable"] * args.skip_unreadable
+    if args.only_classes is not None:
+        words += ["--only-classes", *args.only_classes]
     if args.window is not None:
         words += ["--window", *map(str, args.window)]
     if args.model_kwargs:
@@ -99,10 +101,11 @@ def _open(options: argparse.Namespace) -> tuple[Any, list[str]]:
     """Held-out images and the names of their classes."""
     mode = "L" if options.in_chans == 1 else "RGB"
     if options.data == "digits":
-        splits = digits_splits(mode)
+        splits = digits_splits(mode, options.only_classes)
         return splits.held_out, splits.classes
     where = (options.data, options.val_split)
-    dataset = open_split(*where, mode, options.check_images, options.window, options.skip_unreadable)
+    how = (options.check_images, options.window, options.skip_unreadable, options.only_classes)
+    dataset = open_split(*where, mode, *how)
     index = dataset.reader.class_to_idx
     return dataset, sorted(index, key=index.__getitem__)
 

@@ -45,6 +45,7 @@ def classifier_parser() -> Parser:
     add(p, "--num-classes", "the number of classes in the data")
     add(p, "--data", "the run's; 'digits', or a folder with one folder for each split")
     add(p, "--split", "validation; a folder with one folder of images for each class")
+    add(p, "--only-classes", "the run's; all")
     add(p, "--skip-unreadable")
     add(p, "--window", WINDOW)
     add(p, "--check-images", "the run's; auto")

@@ -79,9 +79,9 @@ def open_splits(args: argparse.Namespace, check: str) -> Splits:
     """
     mode = "L" if args.in_chans == 1 else "RGB"
     if args.data == "digits":
-        return digits_splits(mode)
+        return digits_splits(mode, args.only_classes)
     where = (args.data, args.train_split, args.val_split)
-    return folder_splits(*where, mode, check, args.window, args.skip_unreadable)
+    return folder_splits(*where, mode, check, args.window, args.skip_unreadable, args.only_classes)
 
 
 def shared_loader(args: argparse.Namespace, dataset: Any, data_config: dict[str, Any], world: World) -> Any:

@@ -113,6 +113,7 @@ def classifier_parser() -> Parser:
     add_alias(g, "--data-dir", "data")
     g.add_argument("--train-split", default="train", metavar="NAME", help="folder of training images (train)")
     g.add_argument("--val-split", default="validation", metavar="NAME", help="folder of held-out images (validation)")
+    add(g, "--only-classes", "all")
     add(g, "--check-images", default="auto")
     add(g, "--skip-unreadable")
     add(g, "--window", WINDOW)
