@@ -58,6 +58,15 @@ ABOUT = About(
             "2205.13213",
         ),
     ),
+    example="""
+        # HiLo attention drops into other models
+        from vizoo.backbones.layers import HiLo
+
+        vit = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg")
+        for block in vit.blocks:
+            block.attn = HiLo(dim=192, num_heads=3, qkv_bias=True, window_size=2, alpha=0.7)
+        print(vit(image).shape)
+    """,
 )
 
 _logger = logging.getLogger(__name__)

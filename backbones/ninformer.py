@@ -4,10 +4,11 @@ Paper: "NiNformer: A Network in Network Transformer with Token Mixing Generated 
 Aydin, Neural Computing and Applications 2025, https://arxiv.org/abs/2403.02411.  Official code, without weights:
 github.com/Abdullah-Nazhat/NiNformer.
 
-``ninformer_cifar`` is the official model.  Ours are the three models at the widths and depth of DeiT, with its rule
-that every feed-forward network is twice as wide as the tokens; other image sizes, by resizing the token-mixing weights
-or by windows; LayerScale, a final norm and truncated normal weights as options.  No accuracy of the paper is claimed
-for any of them: no weights were published.
+``ninformer_cifar`` is the official model.
+
+Our choices: the three models at the widths and depth of DeiT, with its rule that every feed-forward network is twice as
+wide as the tokens; other image sizes, by resizing what token mixing reads and gives or by windows; LayerScale, a final
+norm and truncated normal weights as options.
 
 Deviations: under autocast the gate is multiplied, and added to the tokens, in float32, for it has no bound.
 """
@@ -58,6 +59,11 @@ ABOUT = About(
             'Gating Function", Neural Computing and Applications 2025',
             "2403.02411",
         ),
+    ),
+    limits=(
+        "There are no weights: train first.  No accuracy of the paper is claimed.",
+        "Token mixing is made for one number of tokens.  Another image size works, but it is not what the weights were "
+        "trained for.",
     ),
 )
 

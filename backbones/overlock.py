@@ -64,6 +64,16 @@ ABOUT = About(
             "2502.20087",
         ),
     ),
+    limits=(
+        "Programs of ``torch.export`` and ONNX with free sizes take images of at least 193 pixels a side.",
+        "Merged weights (``reparam_in1k``) load only with ``deploy=True``, which the tag sets by itself.",
+    ),
+    example="""
+        # the form for inference: parallel branches merged into one convolution, the same outputs
+        merged = timm.create_model("overlock_xt", deploy=True).eval()
+        model.reparameterize()
+        print(sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in merged.parameters()))
+    """,
 )
 
 _logger = logging.getLogger(__name__)

@@ -14,6 +14,10 @@ prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained b
 
 ``model.training_phase(epoch, epochs)`` chooses prompts at random in the first epochs, as the paper does; it and the
 weight of the matching loss are the settings ``tcpa_random_epochs`` and ``tcpa_match_weight``.
+
+Our choices, for layers that the transformers of the official code do not have: register tokens choose from the prompts
+of the class token; without a class token there are image prompts only; a norm of queries and keys is that of the
+prompts' keys too.  Matching and the Fourier transform are computed in float32 in every precision.
 """
 
 import inspect
@@ -58,6 +62,22 @@ ABOUT = About(
             "2505.02406",
         ),
     ),
+    golden=("vfpt_*",),
+    limits=(
+        "There are no trained prompts: the output of a pretrained backbone changes until they are trained.  No accuracy "
+        "of the paper was repeated.",
+        "``tcpa`` takes timm's ``VisionTransformer`` itself, with blocks of the classes ``Block`` and ``ResPostBlock`` and "
+        "attention of the class ``Attention``, and no attention masks.",
+    ),
+    example="""
+        # prompts in any VisionTransformer of timm; only they and the head are trained and stored
+        from vizoo.backbones.layers import freeze_backbone, tcpa, tcpa_parameters, tcpa_state_dict
+
+        vit = freeze_backbone(tcpa(timm.create_model("test_vit", num_classes=10)))
+        optimizer = torch.optim.AdamW(tcpa_parameters(vit), lr=0.005, weight_decay=0.1)
+        loss = vit.train()(torch.randn(2, 3, 160, 160)).logsumexp(1).sum() + vit.extra_loss()
+        small = tcpa_state_dict(vit)  # prompts, keys and head
+    """,
 )
 
 PREFIX = "tcpa_"
