@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vizoo.tools.common import UserError, match_names, print_json, print_table, run_tool, short
 from vizoo.tools.options import Parser, add
@@ -26,60 +27,88 @@ class Entry(NamedTuple):
 
     Attributes:
         name: Name for ``timm.create_model``, with a tag where the tag changes the input size.
+        family: File of ``backbones`` that it is in.
+        tasks: What it can be trained for: some of ``classification, detection, segmentation, scanpath``.
         params: Number of parameters.
         macs: Multiply-accumulates of one image at the input size.
+        merged_params: Parameters of the form for inference, where branches of the model can be merged; else None.
+        merged_macs: Its multiply-accumulates.
         size: Height and width in pixels.
         paper_top1: ImageNet-1k top-1 accuracy in percent that the paper or its code published; None if there is none.
         source: ``official weights``, ``timm weights``, ``reconstruction`` (neither official code nor weights exist) or
             ``for tests``.
         licence: Licence of code and weights.
-        weights: Tags with weights to download.
+        weights: Address of the weights of each tag that has some.
     """
 
     name: str
+    family: str
+    tasks: list[str]
     params: int
     macs: int
+    merged_params: int | None
+    merged_macs: int | None
     size: tuple[int, int]
     paper_top1: float | None
     source: str
     licence: str
-    weights: list[str]
+    weights: dict[str, str]
 
 
-def list_zoo(patterns: Sequence[str] = ()) -> list[Entry]:
+def list_zoo(words: Sequence[str] = ()) -> list[Entry]:
     """The recorded table of the zoo, ordered by name; tests recompute every number in it.
 
     Args:
-        patterns: Globs on the names; none means everything but the ``test_*`` models.
+        words: Parts of names or families, or globs on names; none means everything but the ``test_*`` models.
 
     Returns:
-        The matching rows.
+        The rows that match any of them.
+
+    Raises:
+        UserError: If one matches nothing; near names are suggested.
     """
-    import timm
+    text = resources.files("vizoo").joinpath("backbones/models.csv").read_text(encoding="utf-8")
+    entries = [_entry(row) for row in csv.DictReader(text.splitlines())]
+    if not words:
+        return [e for e in entries if not e.name.startswith("test_")]
+    chosen = {name for word in words for name in _matching(word, entries)}
+    return [e for e in entries if e.name in chosen]
 
-    import vizoo  # noqa: F401 - registers the zoo
 
-    text = resources.files("vizoo.backbones").joinpath("models.csv").read_text(encoding="utf-8")
-    rows = {row["name"]: row for row in csv.DictReader(text.splitlines())}
-    names = match_names(list(rows), patterns) if patterns else [n for n in rows if not n.startswith("test_")]
-    entries = []
-    for name in names:
-        row = rows[name]
-        cfg: Any = timm.get_pretrained_cfg(name)
-        arch = name.partition(".")[0]
-        entries.append(
-            Entry(
-                name=name,
-                params=int(row["params"]),
-                macs=int(row["macs"]),
-                size=tuple(cfg.input_size[-2:]),
-                paper_top1=float(row["paper_top1"]) if row["paper_top1"] else None,
-                source=row["source"],
-                licence=cfg.license or "",
-                weights=[t.partition(".")[2] for t in timm.list_models(arch, pretrained=True, include_tags=True)],
-            )
-        )
-    return entries
+def _entry(row: dict[str, str]) -> Entry:
+    return Entry(
+        name=row["name"],
+        family=row["family"],
+        tasks=row["tasks"].split(),
+        params=int(row["params"]),
+        macs=int(row["macs"]),
+        merged_params=int(row["merged_params"]) if row["merged_params"] else None,
+        merged_macs=int(row["merged_macs"]) if row["merged_macs"] else None,
+        size=(int(row["height"]), int(row["width"])),
+        paper_top1=float(row["paper_top1"]) if row["paper_top1"] else None,
+        source=row["source"],
+        licence=row["licence"],
+        weights=dict(word.split("=", 1) for word in row["weights"].split()),
+    )
+
+
+def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
+    """Names that a word stands for; models for tests only where it begins as their names do.
+
+    Raises:
+        UserError: If it stands for none.
+    """
+    if any(c in word for c in "*?["):
+        found = match_names([e.name for e in entries], [word])
+    else:
+        shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
+        found = [e.name for e in shown if word in e.name or word in e.family]
+    if found:
+        return found
+    known = dict.fromkeys([*(e.family for e in entries), *(e.name for e in entries)])
+    near = difflib.get_close_matches(word, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "'vizoo models' lists all"
+    raise UserError(f"no model of the zoo matches {short(word)}; {hint}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,8 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _models(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     entries = list_zoo(args.patterns)
-    if not entries:
-        raise UserError(f"no model of the zoo matches {' '.join(map(short, args.patterns))}; 'vizoo models' lists all")
     if args.json:
         print_json([e._asdict() for e in entries])
         return 0

@@ -12,6 +12,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vizoo.tools.common import (
     Failure,
@@ -27,7 +28,7 @@ from vizoo.tools.documents.cards import card, card_path
 from vizoo.tools.documents.sources import families, pages
 from vizoo.tools.documents.tables import WHOLE_WORDS, rewrite
 from vizoo.tools.models import list_zoo
-from vizoo.tools.options import Parser, add
+from vizoo.tools.options import TASKS, Parser, add
 from vizoo.tools.profiling.counting import count
 
 EXAMPLES = """\
@@ -36,13 +37,18 @@ examples:
   python -m vizoo.tools.table litv2_s   recount only this row of models.csv
   python -m vizoo.tools.table --check   only say what is out of date"""
 ORIGINS = "Origins of the families."  # begins the paragraph of NOTICE above the families
+BY_HAND = ("name", "paper_top1", "source")  # columns of models.csv; the rest follows from the models
+COUNTED = (
+    *("family", "tasks", "params", "macs", "merged_params", "merged_macs"),
+    *("height", "width", "licence", "weights"),
+)
 
 
 def recount(text: str, patterns: Sequence[str] = ()) -> str:
-    """``models.csv`` with parameters and multiply-accumulates counted again.
+    """``models.csv`` with everything that follows from the models written again.
 
     Args:
-        text: Contents of the file; counts may be empty.
+        text: Contents of the file; what is counted may be empty.
         patterns: Globs on the names to count; none means all.
 
     Returns:
@@ -52,14 +58,12 @@ def recount(text: str, patterns: Sequence[str] = ()) -> str:
         UserError: If the columns are others, or a name is unknown.
         Failure: If a count is partial.
     """
-    import torch
-    from timm.models import get_model_input_config
-
     import vizoo  # noqa: F401 - registers the zoo
 
-    reader = csv.DictReader(text.splitlines())
-    if not {"name", "params", "macs"} <= set(reader.fieldnames or []):
-        raise UserError(f"models.csv has the columns {short(reader.fieldnames)}, need name, params and macs among them")
+    reader = csv.DictReader(text.splitlines(), restval="")
+    if list(reader.fieldnames or []) != [*BY_HAND, *COUNTED]:
+        need = ",".join([*BY_HAND, *COUNTED])
+        raise UserError(f"models.csv has the columns {short(','.join(reader.fieldnames or []))}, need {need}")
     rows = sorted(reader, key=lambda row: row["name"])
     names = [row["name"] for row in rows]
     for pattern in patterns:
@@ -67,18 +71,71 @@ def recount(text: str, patterns: Sequence[str] = ()) -> str:
             raise UserError(f"NAME {pattern!r} is no row of models.csv")
     chosen = set(match_names(names, patterns) if patterns else names)
     for row in rows:
-        if row["name"] not in chosen:
-            continue
-        model = build_model(row["name"], device="meta")
-        counted = count(model, torch.empty(1, *get_model_input_config(model)["input_size"], device="meta"))
-        if counted.reasons:
-            raise Failure(f"{row['name']}: partial count: {counted.reasons[0]}; not written")
-        row["params"], row["macs"] = str(counted.params), str(counted.macs)
+        if row["name"] in chosen:
+            row.update(counted_columns(row["name"], build_model(row["name"], device="meta")))
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, fieldnames=[*BY_HAND, *COUNTED], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
+
+
+def counted_columns(name: str, model: Any) -> dict[str, str]:
+    """The columns of ``models.csv`` that follow from a model.
+
+    Args:
+        name: Its name, with or without a tag.
+        model: The model, on any device.
+
+    Returns:
+        Texts by the names of ``COUNTED``.
+
+    Raises:
+        Failure: If a count is partial.
+    """
+    from timm.models import get_model_input_config, get_pretrained_cfg, list_models, model_entrypoint
+    from timm.utils.model import reparameterize_model
+
+    cfg: Any = get_pretrained_cfg(name)
+    arch, dot, _ = name.partition(".")
+    size = get_model_input_config(model)["input_size"]
+    params, macs = _costs(name, model, size)
+    merges = any(hasattr(module, "reparameterize") for module in model.modules())
+    merged = _costs(name, reparameterize_model(model), size) if merges else ("", "")
+    tags = [name] if dot else list_models(arch, pretrained=True, include_tags=True)
+    return {
+        "family": model_entrypoint(arch).__module__.rpartition(".")[2],
+        "tasks": " ".join(_tasks(model)),
+        **{"params": params, "macs": macs, "merged_params": merged[0], "merged_macs": merged[1]},
+        **{"height": str(size[-2]), "width": str(size[-1]), "licence": cfg.license or ""},
+        "weights": " ".join(f"{tag.partition('.')[2]}={_address(get_pretrained_cfg(tag))}" for tag in tags),
+    }
+
+
+def _costs(name: str, model: Any, size: Sequence[int]) -> tuple[str, str]:
+    """Parameters, and multiply-accumulates of one image."""
+    import torch
+
+    counted = count(model, torch.empty(1, *size, device="meta"))
+    if counted.reasons:
+        raise Failure(f"{name}: partial count: {counted.reasons[0]}; not written")
+    return str(counted.params), str(counted.macs)
+
+
+def _tasks(model: Any) -> list[str]:
+    """What ``vizoo train`` can train a model for: detectors and segmentors take maps of four strides, of any image."""
+    from vizoo.backbones.oat import OAT
+
+    fixed = model.pretrained_cfg.get("fixed_input_size")
+    pyramid = {4, 8, 16, 32} <= {level["reduction"] for level in getattr(model, "feature_info", ())} and not fixed
+    scanpath = isinstance(model, OAT)
+    able = {"classification": not scanpath, "detection": pyramid, "segmentation": pyramid, "scanpath": scanpath}
+    return [task for task in TASKS if able[task]]
+
+
+def _address(cfg: Any) -> str:
+    """Where timm gets weights from."""
+    return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
 
 
 def notice(text: str) -> str:

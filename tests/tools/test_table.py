@@ -10,6 +10,7 @@ import pytest
 from vizoo.tools import common, table
 
 ROOT = Path(__file__).parents[2]
+COLUMNS = ",".join([*table.BY_HAND, *table.COUNTED])
 
 
 def test_tables_are_up_to_date():
@@ -26,9 +27,7 @@ def test_tables_are_up_to_date():
 
 def test_table_check_and_write(tmp_path, capsys):
     (tmp_path / "backbones").mkdir()
-    (tmp_path / "backbones/models.csv").write_text(
-        "name,params,macs,paper_top1,source\ntest_litv2,,,,for tests\n", encoding="utf-8"
-    )
+    (tmp_path / "backbones/models.csv").write_text(f"{COLUMNS}\ntest_litv2,,for tests\n", encoding="utf-8")
     (tmp_path / "README.md").write_text("a\n<!-- table: models -->\nold\n<!-- end table -->\nb\n", encoding="utf-8")
     (tmp_path / "NOTICE").write_text(f"vizoo\n\n{table.ORIGINS}  Text.\n\nold\n", encoding="utf-8")
     assert table.main(["--root", str(tmp_path), "--check"]) == 1
@@ -52,20 +51,21 @@ def test_table_refuses_partial_counts(monkeypatch):
     count = table.count
     reasons = ["a thread was started in the model"]
     monkeypatch.setattr(table, "count", lambda *args: count(*args)._replace(reasons=reasons))
-    text = "name,params,macs,paper_top1,source\ntest_litv2,1,2,,for tests\n"
+    text = f"{COLUMNS}\ntest_litv2,,for tests\n"
     with pytest.raises(common.Failure, match="test_litv2: partial count: a thread was started"):
         table.recount(text)
-    with pytest.raises(common.UserError, match="need name, params and macs"):
+    with pytest.raises(common.UserError, match="the columns 'a,b', need name,paper_top1,source,family,"):
         table.recount("a,b\n1,2\n")
 
 
 def test_only_named_rows_are_counted():
-    text = "name,params,macs,paper_top1,source\ntest_nat,1,2,,for tests\ntest_litv2,,,,for tests\n"
-    lines = table.recount(text, ["test_l*"]).splitlines()
-    assert lines[1] == "test_litv2,494240,9668864,,for tests"
-    assert lines[2] == "test_nat,1,2,,for tests"
+    other = "test_nat,,for tests,nat,classification,1,2,,,96,96,mit,"
+    lines = table.recount(f"{COLUMNS}\n{other}\ntest_litv2,,for tests\n", ["test_l*"]).splitlines()
+    tasks = "classification detection segmentation"
+    assert lines[1] == f"test_litv2,,for tests,litv2,{tasks},494240,9668864,,,96,96,apache-2.0,"
+    assert lines[2] == other
     with pytest.raises(common.UserError, match="resnet18"):
-        table.recount(text, ["resnet18"])
+        table.recount(COLUMNS, ["resnet18"])
 
 
 def test_every_family_says_where_it_is_from():
