@@ -10,6 +10,10 @@ The official code needs natten 0.14 to 0.17: natten 0.20 and later have no relat
 checkpoint contains, and other arguments (``embed_dim`` instead of ``dim``, no ``rel_pos_bias``, no ``attn_drop``).
 These models need no natten at all.
 
+Names: ``nat_*`` has plain windows, ``dinat_*`` plain and dilated ones in turn, and ``dinat_s_*`` those of DiNAT in the
+layout of Swin: patches of 4x4 pixels, merging of 2x2 tokens.  The isotropic models are 12 blocks at one resolution, as
+ViT.  ``vitrpb_*``, ViT with relative position biases, is what the paper compares those with: every token attends to all.
+
 Deviations: maps smaller than a window are padded as in natten 0.14, with which the models were trained; 0.17 refuses
 them.  The isotropic models take any image size; ViT-rpb is neighborhood attention whose 14x14 window covers the map at
 224x224.  Dropout of attention and features, 0 in every released model, is left out; ``drop_rate`` is the dropout before

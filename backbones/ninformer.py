@@ -675,11 +675,11 @@ def ninformer_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNfo
 
 @register_model
 def ninformer_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    """NiNformer of DeiT-S' width and depth; trained with ``drop_path_rate=0.1``."""
+    """NiNformer of DeiT-S' width and depth; to be trained with ``drop_path_rate=0.1``."""
     return _create_ninformer("ninformer_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
 
 
 @register_model
 def ninformer_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    """NiNformer of DeiT-B's width and depth; trained with ``drop_path_rate=0.2``."""
+    """NiNformer of DeiT-B's width and depth; to be trained with ``drop_path_rate=0.2``."""
     return _create_ninformer("ninformer_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})

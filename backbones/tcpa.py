@@ -4,8 +4,10 @@ Paper: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. L
 https://arxiv.org/abs/2505.02406.  Official code, without licence or trained prompts:
 github.com/zhoujiahuan1991/ICML2025-TCPA.
 
-Each name is timm's model of the name without ``_tcpa``, with its weights, after :func:`tcpa`, whose arguments have the
-prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained backbone changes until they are trained:
+Names are those of timm's models and ``_tcpa``: the model with its weights, after :func:`tcpa`, whose arguments have the
+prefix ``tcpa_`` here.
+
+Prompts start fresh, and so the output of a pretrained backbone changes until they are trained:
 
     model = timm.create_model("vit_base_patch16_224_tcpa", pretrained=True, num_classes=10)
     freeze_backbone(model)

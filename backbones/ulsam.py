@@ -6,8 +6,9 @@ licence, network or weights: github.com/Nandan91/ULSAM.  The networks are timm's
 
 Names say width, place and number of subspaces: ``mobilenetv2_100_ulsam_r14_17_g4`` is MobileNet-V2 of width 1.00 with
 ULSAM of 4 subspaces in place (r) of layers 14 and 17, ``mobilenetv1_100_ulsam_i12_g8`` MobileNet-V1 with one of 8
-subspaces inserted (i) after layer 12.  Layer 1 is the stem, every block is a layer.  ``num_splits``, ``ulsam_replace``
-and ``ulsam_insert`` give every other row of the paper:
+subspaces inserted (i) after layer 12.  Layer 1 is the stem, every block is a layer.
+
+``num_splits``, ``ulsam_replace`` and ``ulsam_insert`` give every other row of the paper:
 
                                             params    MACs    MACs params   FLOPs  top-1
     model                                      (M)     (M)  +norms  paper   paper  paper
@@ -69,9 +70,7 @@ ABOUT = About(
     ),
     checked="Parameters and multiply-accumulates of the paper's tables follow from the counts of every model here: the "
     "docstring of the file has both beside each other.",
-    limits=(
-        "No weights were published; the accuracies are those of the authors' trainings.",
-    ),
+    limits=("No weights were published; the accuracies are those of the authors' trainings.",),
     example="""
         # ULSAM follows or replaces blocks of any convolutional network, and is an attn_layer of timm's
         from vizoo.backbones.layers import ULSAM, add_ulsam

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from vizoo.tools.documents.sources import (
 )
 from vizoo.tools.documents.tables import (
     NOT_MEASURED,
+    WHOLE_WORDS,
+    by_cost,
     configs_table,
     gpu_table,
     link,
@@ -29,7 +32,7 @@ from vizoo.tools.documents.tables import (
     records_table,
 )
 
-MOST_NAMES = 8  # outputs of a golden case that are named
+MOST_NAMES = 10  # outputs of a golden case that are named
 IMPORTS = """\
 import timm
 import torch
@@ -39,13 +42,11 @@ import vizoo  # registers the zoo in timm
 """
 COLUMNS = """\
 Parameters and GMACs (multiply-accumulates of one image at the input size, in units of 1e9) are counted; top-1 is ImageNet-1k
-accuracy as published, not verified by us.  Of weights, the tag for `timm.create_model("NAME.TAG", pretrained=True)` is linked
-to the file.
-"""
+accuracy as published, not verified by us.  The tag of weights, for `timm.create_model("NAME.TAG", pretrained=True)`, leads to
+the file."""
 TIMED = """\
-Each row: both sides in one process, alternating, same weights and input, outputs compared first; medians.  See
-[speed]({speed}) for what each other side is.
-"""
+Each row: both sides in one process, alternating, same weights and input, outputs compared first; medians.  [Speed]({speed}) says
+what each other side is."""
 
 
 def card_path(root: Path, family: Family) -> Path:
@@ -68,38 +69,44 @@ def card(family: Family, root: Path, zoo: Sequence[Any]) -> str:
         UserError: If the family's docstring, a record or a config is not of the form of its siblings.
     """
     page, models = card_path(root, family), [e for e in listed(zoo) if e.family == family.name]
-    choices = "\n\n".join(as_markdown(p) for p in family.choices)
     sections = {
         "Use": _use(family, models),
-        "Models": f"{models_table(models, with_weights=True)}\n{COLUMNS}",
+        "Models": _models(family, models),
         "Papers and code": _origin(family, root, page),
         "What is exact, and how it was checked": _checked(family, root, models),
-        "Our choices": f"{choices}\n",
+        "What is ours": [as_markdown(paragraph) for paragraph in family.choices],
         "Recipes": _recipes(family, root, page, models),
         "Measured cost": _cost(family, root, page, models),
-        "Limits": "".join(f"- {as_markdown(limit)}\n" for limit in family.about.limits),
+        "Limits": ["\n".join(_filled(f"- {limit}", "  ") for limit in family.about.limits)],
     }
     source = f"backbones/{family.name}.py"
-    head = [f"<!-- Written by python -m vizoo.tools.table from {source} and recorded data: change those. -->\n"]
-    head += [f"# {family.about.name}\n", f"{family.sentence[0].upper()}{family.sentence[1:]}.\n"]
-    return "\n".join([*head, _picture(family, root), *(f"## {k}\n\n{text}" for k, text in sections.items() if text)])
+    parts = [f"<!-- Written by python -m vizoo.tools.table from {source} and recorded data: change those. -->"]
+    parts += [f"# {family.about.name}", f"{family.sentence[0].upper()}{family.sentence[1:]}.", *_picture(family, root)]
+    for title, texts in sections.items():
+        if any(texts):
+            parts += [f"## {title}", *texts]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _picture(family: Family, root: Path) -> str:
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(as_markdown(text), 120, subsequent_indent=indent, **WHOLE_WORDS)
+
+
+def _picture(family: Family, root: Path) -> list[str]:
     shown = view(root, family.name)
     if shown is None:
-        return ""
+        return []
     text, command, caption = shown
     picture = f"![{caption}](../pictures/{family.name}.jpg)"
-    return f"{picture}\n\nThe picture is that of untrained weights.  {text}\n\n```bash\n{command}\n```\n"
+    return [picture, _filled(f"{text}  The weights are untrained."), f"```bash\n{command}\n```"]
 
 
-def _use(family: Family, models: Sequence[Any]) -> str:
-    cheapest = min(models, key=lambda e: e.macs)
+def _use(family: Family, models: Sequence[Any]) -> list[str]:
+    cheapest = by_cost(models)[0]
     size = ", ".join(map(str, cheapest.size))
+    hint = "  # pretrained=True downloads weights" if cheapest.weights else ""
     lines = [
-        f'model = timm.create_model("{cheapest.name}").eval()  # weights: pretrained=True' * bool(cheapest.weights)
-        or f'model = timm.create_model("{cheapest.name}").eval()',
+        f'model = timm.create_model("{cheapest.name}").eval(){hint}',
         f"image = torch.randn(1, 3, {size})",
         "print(model(image).shape)",
     ]
@@ -108,73 +115,88 @@ def _use(family: Family, models: Sequence[Any]) -> str:
             f'features = timm.create_model("{cheapest.name}", features_only=True).eval()',
             "print([tuple(level.shape) for level in features(image)])",
         ]
-    code = IMPORTS + "\n".join(lines) + "\n"
-    example = inspect.cleandoc(family.about.example)
-    return f"```python\n{code}```\n" + (f"\n```python\n{example}\n```\n" if example else "")
+    blocks = [IMPORTS + "\n".join(lines), inspect.cleandoc(family.about.example)]
+    return [f"```python\n{block}\n```" for block in blocks if block]
 
 
-def _origin(family: Family, root: Path, page: Path) -> str:
-    lines = [f"- {reference}." for reference in papers(family.about)]
-    origin = as_markdown(family.about.origin)
-    lines.append(f"- {origin[0].upper()}{origin[1:]}" if not origin.startswith("github") else f"- Code: {origin}")
+def _models(family: Family, models: Sequence[Any]) -> list[str]:
+    about = {e.name: as_markdown(_described(e.name)) for e in models}
+    licences = dict.fromkeys(e.licence for e in models if e.licence)
+    stated = f"Licence of the models: {', '.join(licences)}." if licences else ""
+    names = [as_markdown(paragraph) for paragraph in family.names]
+    return [*names, models_table(models, about), COLUMNS, *([stated] if stated else [])]
+
+
+def _described(name: str) -> str:
+    """The first line of a model's docstring."""
+    from timm.models import model_entrypoint
+
+    return (model_entrypoint(name.partition(".")[0]).__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+def _origin(family: Family, root: Path, page: Path) -> list[str]:
+    origin = family.about.origin
     source = link(root / f"backbones/{family.name}.py", page)
-    return "\n".join([*lines, f"- Ours: [backbones/{family.name}.py]({source})."]) + "\n"
+    lines = [
+        *(f"{reference}." for reference in papers(family.about)),
+        f"Code: {origin}" if origin.startswith("github") else f"{origin[0].upper()}{origin[1:]}",
+        f"Ours: [backbones/{family.name}.py]({source}).",
+    ]
+    return ["\n".join(_filled(f"- {line}", "  ") for line in lines)]
 
 
-def _checked(family: Family, root: Path, models: Sequence[Any]) -> str:
+def _checked(family: Family, root: Path, models: Sequence[Any]) -> list[str]:
     cases = golden_cases(root / "tests/golden", family)
     parts = []
-    built = [f"`{e.name}`" for e in models if e.source == "reconstruction"]
-    if built:
+    if built := [f"`{e.name}`" for e in models if e.source == "reconstruction"]:
         which = "All models are" if len(built) == len(models) else f"{', '.join(built)} are"
-        parts.append(f"{which} reconstructions: no official output exists that they could be compared with.")
+        parts.append(_filled(f"{which} reconstructions: there is no official output to compare them with."))
     if cases:
-        parts += [_limit(root), _cases_table(cases)]
-    if family.about.checked:
-        parts.append(as_markdown(family.about.checked))
-    return "\n\n".join(part.strip() for part in parts) + "\n" if parts else "Nothing is recorded.\n"
+        parts += [_filled(_limit(root)), *_recorded(cases)]
+    return [*parts, *([_filled(family.about.checked)] if family.about.checked else [])] or ["Nothing is recorded."]
 
 
 def _limit(root: Path) -> str:
-    bounds = tolerances(root / "tests/tolerance.py")
+    bounds = {
+        name: f"{bound:.0e}".replace("e-0", "e-") for name, bound in tolerances(root / "tests/tolerance.py").items()
+    }
     return (
-        "These outputs are recorded for known weights and inputs, and the tests reproduce them to a relative error of "
-        f"{bounds['GOLDEN']:.0e} (norm of the difference over norm of the record) in float32, {bounds['GOLDEN_FLOAT64']:.0e} "
-        "where both sides ran in float64:"
+        "The outputs below are recorded for known weights and inputs, and tests reproduce them to a relative error (norm of "
+        f"the difference over norm of the record) of {bounds['GOLDEN']} in float32, and {bounds['GOLDEN_FLOAT64']} where "
+        "both sides ran in float64."
     )
 
 
-def _cases_table(cases: Sequence[Golden]) -> str:
+def _recorded(cases: Sequence[Golden]) -> list[str]:
     rows = []
     for case in cases:
         outputs = ", ".join(case.outputs) if len(case.outputs) <= MOST_NAMES else f"{len(case.outputs)} arrays"
-        rows.append([f"`{case.name}`", case.official, "x".join(map(str, case.shape)).strip("0"), outputs])
-    lines = [markdown(["case", "what ran", "input", "recorded"], rows)]
-    lines += [f"Recorded from {as_markdown(origin)}." for origin in dict.fromkeys(c.origin for c in cases)]
-    lines += [f"Replaced to run it: {text}." for text in dict.fromkeys(c.replaced for c in cases) if text]
-    return "\n\n".join(line.strip() for line in lines)
+        shape = "x".join(map(str, case.shape)) if all(case.shape) else ""
+        rows.append([f"`{case.name}`", case.official, shape, outputs])
+    origins = [f"Recorded from {origin}." for origin in dict.fromkeys(c.origin for c in cases)]
+    replaced = [f"What stood in for what no longer runs: {r}." for r in dict.fromkeys(c.replaced for c in cases) if r]
+    return [markdown(["case", "what ran", "input", "recorded"], rows), *map(_filled, [*origins, *replaced])]
 
 
-def _recipes(family: Family, root: Path, page: Path, models: Sequence[Any]) -> str:
+def _recipes(family: Family, root: Path, page: Path, models: Sequence[Any]) -> list[str]:
     names = {e.name.partition(".")[0] for e in models}
     parts = []
-    for path, command in training_commands(root, family.name, sorted(names)):
-        name = path.relative_to(root).as_posix()
-        reason = f"<!-- not run: trains; {name} has it -->"
-        parts.append(f"From [{name}]({link(path, page)}):\n\n{reason}\n```bash\n{command}\n```")
+    for path, commands in training_commands(root, family.name, names).items():
+        listed_in = f"[{path.relative_to(root).as_posix()}]({link(path, page)})"
+        parts += [f"From {listed_in}:", "<!-- not run: trains -->\n```bash\n" + "\n".join(commands) + "\n```"]
     for task in ("detection", "segmentation"):
         folder = root / "configs" / task
         if table := configs_table(folder, page, names):
-            parts.append(f"{task.capitalize()} ([how to run them]({link(folder / 'README.md', page)})):\n\n{table}")
-    return "\n\n".join(part.strip() for part in parts) + "\n" if parts else ""
+            parts += [f"{task.capitalize()} ([how to run them]({link(folder / 'README.md', page)})):", table]
+    return parts
 
 
-def _cost(family: Family, root: Path, page: Path, models: Sequence[Any]) -> str:
+def _cost(family: Family, root: Path, page: Path, models: Sequence[Any]) -> list[str]:
     results = root / "tools/results"
     parts = []
     if rows := [row for name, row in benchmarks(results) if name == family.name]:
-        parts.append(f"{records_table(rows)}\n{TIMED.format(speed=link(root / 'docs/speed.md', page))}")
+        parts += [records_table(rows), TIMED.format(speed=link(root / "docs/speed.md", page))]
     on_gpu = gpu_table(results, {e.name for e in models})
     if on_gpu != NOT_MEASURED:
-        parts.append(f"On a GPU:\n\n{on_gpu}")
-    return "\n".join(parts) or NOT_MEASURED
+        parts += ["On a GPU:", on_gpu]
+    return parts or [NOT_MEASURED]

@@ -7,7 +7,7 @@ import csv
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,8 @@ from vizoo.tools.common import UserError, read_text
 PAGES = ("README.md", "docs/**/*.md", "configs/*/README.md")
 RECORDED = {"name", "peer", "median_ms", "peer_median_ms", "ratio"}  # columns that make a CSV file a benchmark
 CHOICES = ("Deviations", "Our choices")  # begin the paragraphs of a family's docstring that its card quotes
-OFFICIAL = ("constructor", "create_model", "call", "cls", "model", "role", "source")  # what ran: the first that is there
+NAMES = "Names"  # begins those about the names of models
+OFFICIAL = ("constructor", "create_model", "call", "cls", "model", "role")  # what ran: the first of these in metadata
 ADDRESS = re.compile(r"(?<![\w/])(?:https?://)?(github\.com/[\w./-]*\w)")
 CODE = re.compile(r"(?<!`)`(?!`)[^`]+`(?!`)")  # in a line of text
 TRAIN = re.compile(r"(?:`|^|^# Command: +)(?:OMP_NUM_THREADS=\d+ )?(vizoo train [^`\n]+)", re.MULTILINE)
@@ -44,6 +45,11 @@ class Family(NamedTuple):
         return self.text.partition("\n\n")[0].partition(": ")[2].rstrip(".")
 
     @property
+    def names(self) -> list[str]:
+        """The paragraphs about the names of its models."""
+        return [p for p in self.text.split("\n\n") if p.startswith(NAMES)]
+
+    @property
     def choices(self) -> list[str]:
         """The paragraphs about what is ours.
 
@@ -66,7 +72,7 @@ class Golden(NamedTuple):
 
     Attributes:
         name: Of the file, without suffix.
-        official: What ran.
+        official: What ran; empty where the origin says it.
         origin: Where it is from.
         replaced: What stood in for what no longer runs; empty where nothing did.
         shape: Of the input.
@@ -108,11 +114,12 @@ def golden_cases(folder: Path, family: Family) -> list[Golden]:
             meta = json.loads(str(archive["meta"]))
             shape = tuple(int(n) for n in archive["input_shape"])
             outputs = [n for n in archive.files if n not in ("keys", "meta", "input_shape") and "/" not in n]
-        version = (meta.get("commit") or meta.get("version") or "")[:7]
-        replaced = str(meta.get("shim") or meta.get("shims") or "")
-        official = str(next(meta[key] for key in OFFICIAL if meta.get(key)))
-        origin = f"{meta['source']} {version}".strip()
-        found.append(Golden(path.stem, official, origin, "" if replaced == "none" else replaced, shape, outputs))
+        origin = [meta["source"], *(f"{key} {meta[key][:7]}" for key in ("commit", "version") if meta.get(key))]
+        official = next((str(meta[key]) for key in OFFICIAL if meta.get(key)), "")
+        replaced = str(meta.get("shim") or meta.get("shims") or "none")
+        found.append(
+            Golden(path.stem, official, ", ".join(origin), "" if replaced == "none" else replaced, shape, outputs)
+        )
     return found
 
 
@@ -155,8 +162,8 @@ def view(root: Path, family: str) -> tuple[str, str, str] | None:
     return (found[1], found[2], found[3]) if found else None
 
 
-def training_commands(root: Path, family: str, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """The ``vizoo train`` commands of pages and recipes that train a family, each once, with the first file of each.
+def training_commands(root: Path, family: str, names: Collection[str]) -> dict[Path, list[str]]:
+    """The ``vizoo train`` commands of recipes and pages that train a family, each once, by file.
 
     Args:
         root: The checkout.
@@ -164,6 +171,7 @@ def training_commands(root: Path, family: str, names: Sequence[str]) -> Iterator
         names: Its models.
     """
     recipes = sorted((root / "configs/classification").glob("*.yaml"))
+    found: dict[Path, list[str]] = {}
     seen = set()
     for path in [*recipes, *(p for p in pages(root) if p.parent != root / "docs/models")]:
         text = CODE.sub(lambda m: m[0].replace("\n", " "), path.read_text(encoding="utf-8").replace("\\\n", ""))
@@ -173,4 +181,5 @@ def training_commands(root: Path, family: str, names: Sequence[str]) -> Iterator
             uses = (model and model[1] in names) or re.search(rf"(?<!-){family}\b", command)
             if uses and command not in seen:
                 seen.add(command)
-                yield path, command
+                found.setdefault(path, []).append(command)
+    return found

@@ -9,7 +9,8 @@ import ast
 import os
 import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,42 @@ def link(target: Path, page: Path) -> str:
     return os.path.relpath(target, page.parent).replace(os.sep, "/")
 
 
-def models_table(zoo: Sequence[Any], with_weights: bool = False) -> str:
+def by_cost(models: Sequence[Any]) -> list[Any]:
+    """Models from the cheapest to the dearest."""
+    return sorted(models, key=lambda e: (e.macs, len(e.name)))
+
+
+def models_table(models: Sequence[Any], about: Mapping[str, str] | None = None) -> str:
     """Models as a Markdown table; one that can be merged has a row for each form.
 
     Args:
-        zoo: Rows of the table of models.
-        with_weights: Whether to add licences and links to weights.
+        models: Rows of the table of models.
+        about: What to say of each, by name; adds it and links to weights.
     """
     rows = []
-    for e in zoo:
-        forms = [("", e.params, e.macs)]
+    for e in models:
+        weights = " ".join(f"[{tag}]({url})" for tag, url in e.weights.items())
+        said, loaded = ([about[e.name]], [weights]) if about else ([], [])
+        size = f"{e.size[0]}x{e.size[1]}"
+        form = ", training form" if e.merged_params else ""
+        cost = [f"{e.params / 1e6:.2f}", f"{e.macs / 1e9:.3f}", size]
+        rows.append([f"`{e.name}`{form}", *said, *cost, str(e.paper_top1 or ""), e.source, *loaded])
         if e.merged_params:
-            forms = [(", training form", e.params, e.macs), (", merged", e.merged_params, e.merged_macs)]
-        for form, params, macs in forms:
-            cost = [f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}", f"{e.size[0]}x{e.size[1]}", str(e.paper_top1 or "")]
-            weights = " ".join(f"[{tag}]({url})" if url else tag for tag, url in e.weights.items())
-            rows.append([f"`{e.name}`{form}", *cost, e.source, *([e.licence, weights] if with_weights else [])])
-    columns = ["model", "params (M)", "GMACs", "input", "top-1, paper (%)", "source"]
-    return markdown([*columns, *(["licence", "weights"] if with_weights else [])], rows, (1, 2, 3, 4))
+            cost = [f"{e.merged_params / 1e6:.2f}", f"{e.merged_macs / 1e9:.3f}", size]
+            rows.append(
+                [
+                    f"`{e.name}`, merged",
+                    *("with its branches merged, for inference" for _ in said),
+                    *cost,
+                    "",
+                    "",
+                    *("" for _ in loaded),
+                ]
+            )
+    columns = ["params (M)", "GMACs", "input", "top-1, paper (%)", "source"]
+    if about is None:
+        return markdown(["model", *columns], rows, (1, 2, 3, 4))
+    return markdown(["model", "what it is", *columns, "weights"], rows, (2, 3, 4, 5))
 
 
 def families_table(zoo: Sequence[Any], cards: Path, page: Path) -> str:
@@ -76,21 +95,32 @@ def families_table(zoo: Sequence[Any], cards: Path, page: Path) -> str:
         models = [e for e in zoo if e.family == family.name and e.source != "for tests"]
         if not models:
             continue
-        by_cost = sorted(models, key=lambda e: (e.macs, len(e.name)))
+        ordered = by_cost(models)
         params = [f"{e.params / 1e6:.1f}" for e in sorted(models, key=lambda e: e.params)]
         best = max(models, key=lambda e: e.paper_top1 or 0.0)
         rows.append(
             [
                 f"[{family.about.name}]({link(cards / f'{family.name}.md', page)})",
                 family.sentence,
-                f"`{by_cost[0].name}` to `{by_cost[-1].name}`, {len(models)} models",
+                f"`{ordered[0].name}` to `{ordered[-1].name}`, {len(models)} models",
                 f"{params[0]} to {params[-1]}",
                 f"{best.paper_top1} (`{best.name}`)" if best.paper_top1 else "",
-                ", ".join(dict.fromkeys(e.source for e in models)),
+                _weights(models),
             ]
         )
     columns = ["family", "what it is", "models", "params (M)", "best top-1, paper (%)", "weights"]
     return markdown(columns, rows, (3,))
+
+
+def _weights(models: Sequence[Any]) -> str:
+    """Whose weights there are, and of how many models where they differ."""
+    kinds = {"official weights": "official", "timm weights": "timm's"}
+    found = Counter(
+        (kinds.get(e.source, "timm's of the backbone") if e.weights else "none")
+        + (", reconstruction" if e.source == "reconstruction" else "")
+        for e in models
+    )
+    return "; ".join(kind if len(found) == 1 else f"{kind} ({count})" for kind, count in found.items())
 
 
 def records_table(records: Sequence[dict[str, str]]) -> str:
