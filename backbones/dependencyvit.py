@@ -70,10 +70,10 @@ ABOUT = About(
     golden=("reversed_*",),
     limits=(
         "There are no weights: train first.  No accuracy of the paper is claimed.",
-        "Pruning in half precision can keep other tokens than in float32: of those of a fresh ``test_dependencyvit_lite`` "
-        "99.9 % are the same in bfloat16, 99.98 % in float16.",
-        "``dependency_tree(..., method='edmonds')`` takes at most 1,024 tokens, ``vizoo show`` at most 4,096: every block "
-        "has a dependency of each token on each other one.",
+        "Pruning in half precision can keep other tokens than in float32: of those of a fresh "
+        "``test_dependencyvit_lite`` 99.9 % are the same in bfloat16, 99.98 % in float16.",
+        "``dependency_tree(..., method='edmonds')`` takes at most 1,024 tokens, ``vizoo show`` at most 4,096: every "
+        "block has a dependency of each token on each other one.",
     ),
     example="""
         # the tree of the tokens, the parts into which it falls, and what each token receives

@@ -31,7 +31,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _ini
 from torch import Tensor, nn
 
 from .layers import HaloAttention, Panel, to_fast_layout
-from .layers.about import About
+from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
@@ -65,6 +65,7 @@ ABOUT = About(
     checked="All eight parameter counts of the paper are met to 0.1 M.  ``halo_h1(num_heads=8)`` gives the outputs of "
     "timm's ``halonet_h1`` with its state dict, and every hybrid those of timm's model of the same definition.",
     limits=(
+        NAMED_SIZES.format("the hybrids"),
         "``halo_h0`` to ``halo_h7`` and ``halo_resnet50_det`` have no weights.  The accuracies of ``halo_h0`` to "
         "``halo_h7`` are those of the paper's models, which nobody has released.",
     ),

@@ -36,7 +36,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import HiLo, Panel
-from .layers.about import About
+from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import ANY, check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
@@ -57,6 +57,10 @@ ABOUT = About(
             'Z. Pan, J. Cai, B. Zhuang, "Fast Vision Transformers with HiLo Attention", NeurIPS 2022',
             "2205.13213",
         ),
+    ),
+    limits=(
+        NAMED_SIZES.format("all models"),
+        "Images have at least 29x29 pixels.",
     ),
     example="""
         # HiLo attention drops into other models

@@ -45,7 +45,8 @@ ABOUT = About(
             "2110.06063",
         ),
     ),
-    checked="The whole ``medusa_resnet50`` with two classes has 29.46 M parameters; the paper says 29.2 M.",
+    checked="The whole ``medusa_resnet50`` with two classes has 29.46 M parameters and 28.0 G multiply-accumulates for a "
+    "480x480 image; the paper says 29.2 M and 29.1 G.",
     limits=(
         "There are no weights but those of timm's backbones: train first.  No accuracy of the paper is claimed.",
         "Models changed by ``medusa(model)`` have no ``explain``: ``vizoo show`` has Grad-CAM and receptive fields of "

@@ -12,7 +12,8 @@ These models need no natten at all.
 
 Names: ``nat_*`` has plain windows, ``dinat_*`` plain and dilated ones in turn, and ``dinat_s_*`` those of DiNAT in the
 layout of Swin: patches of 4x4 pixels, merging of 2x2 tokens.  The isotropic models are 12 blocks at one resolution, as
-ViT.  ``vitrpb_*``, ViT with relative position biases, is what the paper compares those with: every token attends to all.
+ViT.  ``vitrpb_*``, ViT with relative position biases, is what the paper compares those with: at 224x224 every token
+attends to all.
 
 Deviations: maps smaller than a window are padded as in natten 0.14, with which the models were trained; 0.17 refuses
 them.  The isotropic models take any image size; ViT-rpb is neighborhood attention whose 14x14 window covers the map at
@@ -42,7 +43,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .layers import Panel
-from .layers.about import About
+from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
@@ -81,6 +82,7 @@ ABOUT = About(
     "CPU kernels, built for this PyTorch: outputs and the gradient of every parameter agree to 4e-6, on small, odd and "
     "dilated maps too.",
     limits=(
+        NAMED_SIZES.format("DiNAT_s and the isotropic models"),
         "The checkpoints have not been downloaded by us.  That those of ImageNet-22k have 21,841 classes is an "
         "assumption.",
     ),

@@ -62,8 +62,8 @@ ABOUT = About(
     ),
     limits=(
         "There are no weights: train first.  No accuracy of the paper is claimed.",
-        "Token mixing is made for one number of tokens.  Another image size works, but it is not what the weights were "
-        "trained for.",
+        "A model takes images of one size, ``img_size``.  ``dynamic_img_size=True`` lets it take any, by resizing what "
+        "token mixing reads and gives, which the paper does not do.",
     ),
 )
 

@@ -66,10 +66,11 @@ ABOUT = About(
     ),
     golden=("vfpt_*",),
     limits=(
-        "There are no trained prompts: the output of a pretrained backbone changes until they are trained.  No accuracy "
-        "of the paper was repeated.",
-        "``tcpa`` takes timm's ``VisionTransformer`` itself, with blocks of the classes ``Block`` and ``ResPostBlock`` and "
-        "attention of the class ``Attention``, and no attention masks.",
+        "There are no trained prompts: the output of a pretrained backbone changes until they are trained.  No "
+        "accuracy of the paper was repeated.",
+        "``tcpa`` takes timm's ``VisionTransformer`` itself, with blocks of the classes ``Block`` and ``ResPostBlock`` "
+        "and attention of the class ``Attention``, and no attention masks.",
+        "As timm's, a model takes images of one size, ``img_size``, or of any with ``dynamic_img_size=True``.",
     ),
     example="""
         # prompts in any VisionTransformer of timm; only they and the head are trained and stored

@@ -2,7 +2,13 @@
 
 from typing import NamedTuple
 
-__all__ = ["About"]
+__all__ = ["NAMED_SIZES", "About"]
+
+NAMED_SIZES = (
+    "``torch.export`` refuses named sizes of images (``Dim('height')``) for {}; ``Dim.DYNAMIC`` works, and so do the "
+    "names in ``dynamic_shapes`` of ``torch.onnx.export``."
+)
+"""A limit of several families, to be formatted with the models that it is about."""
 
 
 class About(NamedTuple):

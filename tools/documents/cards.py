@@ -1,4 +1,4 @@
-"""The card of a family, ``docs/models/<family>.md``: written as a whole from the family, its golden cases and records."""
+"""The card of a family, ``docs/models/<family>.md``, written as a whole from the family's file and recorded data."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ import vizoo  # registers the zoo in timm
 
 """
 COLUMNS = """\
-Parameters and GMACs (multiply-accumulates of one image at the input size, in units of 1e9) are counted; top-1 is ImageNet-1k
-accuracy as published, not verified by us.  The tag of weights, for `timm.create_model("NAME.TAG", pretrained=True)`, leads to
-the file."""
+Parameters and GMACs (multiply-accumulates of one image at the input size, in units of 1e9) are counted; top-1 is
+ImageNet-1k accuracy as published, not verified by us.  The tag of weights, for
+`timm.create_model("NAME.TAG", pretrained=True)`, leads to the file."""
 TIMED = """\
-Each row: both sides in one process, alternating, same weights and input, outputs compared first; medians.  [Speed]({speed}) says
-what each other side is."""
+Each row: both sides in one process, alternating, same weights and input, outputs compared first; medians.
+[Speed]({speed}) says what each other side is."""
 
 
 def card_path(root: Path, family: Family) -> Path:
@@ -157,13 +157,12 @@ def _checked(family: Family, root: Path, models: Sequence[Any]) -> list[str]:
 
 
 def _limit(root: Path) -> str:
-    bounds = {
-        name: f"{bound:.0e}".replace("e-0", "e-") for name, bound in tolerances(root / "tests/tolerance.py").items()
-    }
+    known = tolerances(root / "tests/tolerance.py")
+    single, double = (f"{known[name]:.0e}".replace("e-0", "e-") for name in ("GOLDEN", "GOLDEN_FLOAT64"))
     return (
-        "The outputs below are recorded for known weights and inputs, and tests reproduce them to a relative error (norm of "
-        f"the difference over norm of the record) of {bounds['GOLDEN']} in float32, and {bounds['GOLDEN_FLOAT64']} where "
-        "both sides ran in float64."
+        "The outputs below are recorded for known weights and inputs, and tests reproduce them to a relative error "
+        f"(norm of the difference over norm of the record) of {single} in float32, and {double} where both sides ran in "
+        "float64."
     )
 
 

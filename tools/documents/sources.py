@@ -11,7 +11,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vizoo.backbones.layers.about import About
 from vizoo.tools.common import UserError, read_text
@@ -154,7 +154,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def view(root: Path, family: str) -> tuple[str, str, str] | None:
-    """How ``docs/show.md`` shows a family: what is drawn, the command and the picture's caption; None if it does not."""
+    """How ``docs/show.md`` shows a family: what is drawn, the command, the picture's caption; None if it does not."""
     page = root / "docs/show.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     section = next((s for s in text.split("\n## ") if f"(pictures/{family}.jpg)" in s), "")

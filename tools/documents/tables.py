@@ -50,7 +50,7 @@ def by_cost(models: Sequence[Any]) -> list[Any]:
 
 
 def models_table(models: Sequence[Any], about: Mapping[str, str] | None = None) -> str:
-    """Models as a Markdown table; one that can be merged has a row for each form.
+    """Models as a Markdown table; one whose branches can be merged has a row for each form.
 
     Args:
         models: Rows of the table of models.
@@ -58,24 +58,15 @@ def models_table(models: Sequence[Any], about: Mapping[str, str] | None = None) 
     """
     rows = []
     for e in models:
-        weights = " ".join(f"[{tag}]({url})" for tag, url in e.weights.items())
-        said, loaded = ([about[e.name]], [weights]) if about else ([], [])
-        size = f"{e.size[0]}x{e.size[1]}"
-        form = ", training form" if e.merged_params else ""
-        cost = [f"{e.params / 1e6:.2f}", f"{e.macs / 1e9:.3f}", size]
-        rows.append([f"`{e.name}`{form}", *said, *cost, str(e.paper_top1 or ""), e.source, *loaded])
+        forms = [("", e.params, e.macs)]
         if e.merged_params:
-            cost = [f"{e.merged_params / 1e6:.2f}", f"{e.merged_macs / 1e9:.3f}", size]
-            rows.append(
-                [
-                    f"`{e.name}`, merged",
-                    *("with its branches merged, for inference" for _ in said),
-                    *cost,
-                    "",
-                    "",
-                    *("" for _ in loaded),
-                ]
-            )
+            forms = [(", training form", e.params, e.macs), (", merged", e.merged_params, e.merged_macs)]
+        weights = " ".join(f"[{tag}]({url})" for tag, url in e.weights.items())
+        for form, params, macs in forms:
+            known = [f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}", f"{e.size[0]}x{e.size[1]}", str(e.paper_top1 or "")]
+            said, loaded = ([about[e.name]], [weights]) if about else ([], [])
+            rows.append([f"`{e.name}`{form}", *said, *known, e.source, *loaded])
+            weights = ""  # once for a model
     columns = ["params (M)", "GMACs", "input", "top-1, paper (%)", "source"]
     if about is None:
         return markdown(["model", *columns], rows, (1, 2, 3, 4))
