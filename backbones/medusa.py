@@ -45,8 +45,8 @@ ABOUT = About(
             "2110.06063",
         ),
     ),
-    checked="The whole ``medusa_resnet50`` with two classes has 29.46 M parameters and 28.0 G multiply-accumulates for a "
-    "480x480 image; the paper says 29.2 M and 29.1 G.",
+    checked="The whole ``medusa_resnet50`` with two classes has 29.46 M parameters and 28.0 G multiply-accumulates for "
+    "a 480x480 image; the paper says 29.2 M and 29.1 G.",
     limits=(
         "There are no weights but those of timm's backbones: train first.  No accuracy of the paper is claimed.",
         "Models changed by ``medusa(model)`` have no ``explain``: ``vizoo show`` has Grad-CAM and receptive fields of "
@@ -55,11 +55,11 @@ ABOUT = About(
     ),
     example="""
         # the attention body on another convolutional network of timm
-        from vizoo.backbones.medusa import attention_maps, medusa
+        from vizoo.backbones.medusa import medusa
 
         net = medusa(timm.create_model("resnet10t", num_classes=2)).eval()
         print(net(image).shape)
-        maps = attention_maps(net, image)
+        whole, local = net.medusa.attention_maps(image)  # the global map, and the gates of the stages
     """,
 )
 

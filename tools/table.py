@@ -203,6 +203,8 @@ def _table(argv: list[str]) -> int:
             raise UserError(f"--root {short(str(args.root))}: no {name} there; give the checkout")
     models = args.root / "backbones/models.csv"
     stale = _renew(models, recount(read_text(models, "--root"), args.name), args.root, args.check)
+    if stale and args.check:
+        return 1  # the documents follow from it
     for path, text in documents(args.root):
         stale |= _renew(path, text, args.root, args.check)
     return int(stale and args.check)

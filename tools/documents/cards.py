@@ -161,8 +161,8 @@ def _limit(root: Path) -> str:
     single, double = (f"{known[name]:.0e}".replace("e-0", "e-") for name in ("GOLDEN", "GOLDEN_FLOAT64"))
     return (
         "The outputs below are recorded for known weights and inputs, and tests reproduce them to a relative error "
-        f"(norm of the difference over norm of the record) of {single} in float32, and {double} where both sides ran in "
-        "float64."
+        f"(norm of the difference over norm of the record) of {single} in float32, and {double} where both sides ran "
+        "in float64."
     )
 
 

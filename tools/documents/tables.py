@@ -61,7 +61,7 @@ def models_table(models: Sequence[Any], about: Mapping[str, str] | None = None) 
         forms = [("", e.params, e.macs)]
         if e.merged_params:
             forms = [(", training form", e.params, e.macs), (", merged", e.merged_params, e.merged_macs)]
-        weights = " ".join(f"[{tag}]({url})" for tag, url in e.weights.items())
+        weights = ", ".join(f"[{tag}]({url})" for tag, url in e.weights.items())
         for form, params, macs in forms:
             known = [f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}", f"{e.size[0]}x{e.size[1]}", str(e.paper_top1 or "")]
             said, loaded = ([about[e.name]], [weights]) if about else ([], [])
