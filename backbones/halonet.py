@@ -5,12 +5,13 @@ Srinivas, N. Parmar, B. Hechtman, J. Shlens, CVPR 2021, https://arxiv.org/abs/21
 
 There is no official code and there are no official weights: ``halo_h0`` to ``halo_h7`` and ``halo_resnet50_det`` are a
 reconstruction.  Of the block definitions tried, the one built here is the only one that meets the published parameter
-counts of all eight models, to 0.1 M.  Not known from the paper and decided here: ReLU, zero keys outside the map,
-downsampling by every second query.  The attention is that of timm (github.com/huggingface/pytorch-image-models,
+counts of all eight models, to 0.1 M.  The attention is that of timm (github.com/huggingface/pytorch-image-models,
 Apache-2.0), whose own models with halo attention are here too, with their weights: ``halo_26t`` is timm's
 ``halonet26t``, ``halo_se33ts`` its ``sehalonet33ts``, ``halo_50ts`` its ``halonet50ts``, ``halo_eca26ts`` its
 ``eca_halonext26ts``, ``halo_regnetz_b`` its ``haloregnetz_b``.  timm's ``halonet_h1`` is ``halo_h1`` with 8 heads in
 all stages: its state dict loads into ``halo_h1(num_heads=8)``.
+
+Our choices, which the paper leaves open: ReLU, zero keys outside the map, downsampling by every second query.
 
 Deviations from timm: any image size is accepted, padded inside the attention.  Where a block is odd and the map too,
 the averaged output is rounded up like the shortcut; timm would round down.
@@ -30,7 +31,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _ini
 from torch import Tensor, nn
 
 from .layers import HaloAttention, Panel, to_fast_layout
-from .layers.about import About
+from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
@@ -60,6 +61,21 @@ ABOUT = About(
             "2103.12731",
         ),
     ),
+    golden=("haloattn_*", "timm_halonet*"),
+    checked="All eight parameter counts of the paper are met to 0.1 M.  ``halo_h1(num_heads=8)`` gives the outputs of "
+    "timm's ``halonet_h1`` with its state dict, and every hybrid those of timm's model of the same definition.",
+    limits=(
+        NAMED_SIZES.format("the hybrids"),
+        "``halo_h0`` to ``halo_h7`` and ``halo_resnet50_det`` have no weights.  The accuracies of ``halo_h0`` to "
+        "``halo_h7`` are those of the paper's models, which nobody has released.",
+    ),
+    example="""
+        # halo attention for images of any size in the models of timm that have it, with the same parameters
+        from vizoo.backbones.layers import swap_halo
+
+        halo = swap_halo(timm.create_model("haloregnetz_b")).eval()
+        print(halo(torch.randn(1, 3, 120, 200)).shape)
+    """,
 )
 
 

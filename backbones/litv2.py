@@ -36,7 +36,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import HiLo, Panel
-from .layers.about import About
+from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import ANY, check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
@@ -58,6 +58,19 @@ ABOUT = About(
             "2205.13213",
         ),
     ),
+    limits=(
+        NAMED_SIZES.format("all models"),
+        "Images have at least 29x29 pixels.",
+    ),
+    example="""
+        # HiLo attention drops into other models
+        from vizoo.backbones.layers import HiLo
+
+        vit = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg")
+        for block in vit.blocks:
+            block.attn = HiLo(dim=192, num_heads=3, qkv_bias=True, window_size=2, alpha=0.7)
+        print(vit(image).shape)
+    """,
 )
 
 _logger = logging.getLogger(__name__)

@@ -6,8 +6,10 @@ https://arxiv.org/abs/2110.06063.
 
 This is a reconstruction from the paper's abstract and the published size of one network (29.2 M parameters, 29.1 G
 multiply-accumulates), not the authors' network: neither its code nor its layer sizes nor its training schedule are
-public, and no weights exist.  Ours, therefore, are: the plain U-Net body and its width, the two convolutions of a head,
-the multiplication as gate, and the training in phases.  The whole ``medusa_resnet50`` with two classes has 29.46 M.
+public, and no weights exist.
+
+Our choices: the plain U-Net body and its width, the two convolutions of a head, the multiplication as gate, and the
+training in phases.
 """
 
 import threading
@@ -43,6 +45,22 @@ ABOUT = About(
             "2110.06063",
         ),
     ),
+    checked="The whole ``medusa_resnet50`` with two classes has 29.46 M parameters and 28.0 G multiply-accumulates for "
+    "a 480x480 image; the paper says 29.2 M and 29.1 G.",
+    limits=(
+        "There are no weights but those of timm's backbones: train first.  No accuracy of the paper is claimed.",
+        "Models changed by ``medusa(model)`` have no ``explain``: ``vizoo show`` has Grad-CAM and receptive fields of "
+        "them.  They refuse gradient checkpointing that takes stages apart or runs them again, and stages that are "
+        "called outside of a pass.",
+    ),
+    example="""
+        # the attention body on another convolutional network of timm
+        from vizoo.backbones.medusa import medusa
+
+        net = medusa(timm.create_model("resnet10t", num_classes=2)).eval()
+        print(net(image).shape)
+        whole, local = net.medusa.attention_maps(image)  # the global map, and the gates of the stages
+    """,
 )
 
 

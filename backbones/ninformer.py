@@ -4,10 +4,11 @@ Paper: "NiNformer: A Network in Network Transformer with Token Mixing Generated 
 Aydin, Neural Computing and Applications 2025, https://arxiv.org/abs/2403.02411.  Official code, without weights:
 github.com/Abdullah-Nazhat/NiNformer.
 
-``ninformer_cifar`` is the official model.  Ours are the three models at the widths and depth of DeiT, with its rule
-that every feed-forward network is twice as wide as the tokens; other image sizes, by resizing the token-mixing weights
-or by windows; LayerScale, a final norm and truncated normal weights as options.  No accuracy of the paper is claimed
-for any of them: no weights were published.
+``ninformer_cifar`` is the official model.
+
+Our choices: the three models at the widths and depth of DeiT, with its rule that every feed-forward network is twice as
+wide as the tokens; other image sizes, by resizing what token mixing reads and gives or by windows; LayerScale, a final
+norm and truncated normal weights as options.
 
 Deviations: under autocast the gate is multiplied, and added to the tokens, in float32, for it has no bound.
 """
@@ -58,6 +59,11 @@ ABOUT = About(
             'Gating Function", Neural Computing and Applications 2025',
             "2403.02411",
         ),
+    ),
+    limits=(
+        "There are no weights: train first.  No accuracy of the paper is claimed.",
+        "A model takes images of one size, ``img_size``.  ``dynamic_img_size=True`` lets it take any, by resizing what "
+        "token mixing reads and gives, which the paper does not do.",
     ),
 )
 
@@ -669,11 +675,11 @@ def ninformer_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNfo
 
 @register_model
 def ninformer_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    """NiNformer of DeiT-S' width and depth; trained with ``drop_path_rate=0.1``."""
+    """NiNformer of DeiT-S' width and depth; to be trained with ``drop_path_rate=0.1``."""
     return _create_ninformer("ninformer_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
 
 
 @register_model
 def ninformer_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    """NiNformer of DeiT-B's width and depth; trained with ``drop_path_rate=0.2``."""
+    """NiNformer of DeiT-B's width and depth; to be trained with ``drop_path_rate=0.2``."""
     return _create_ninformer("ninformer_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})

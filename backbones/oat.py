@@ -8,7 +8,7 @@ its outputs are reproduced.  No trained weights exist.
 Index space of a scene with N objects: 0..N-1 objects, N end (its score is that of the target token), N+1 padding (a
 class with the constant score 0), N+2 start (decoder input only).
 
-Ours are: crops by RoIAlign from the image, boxes anywhere, object masks, features of a backbone in place of the crop
+Our choices: crops by RoIAlign from the image, boxes anywhere, object masks, features of a backbone in place of the crop
 network, decoding from kept keys, and the place code in closed form in place of a fitted table.  A blank object (start,
 end, padding) is an all-ones crop, with a backbone an all-ones feature.
 """
@@ -49,6 +49,19 @@ ABOUT = About(
             "2407.13335",
         ),
     ),
+    limits=(
+        "There are no weights: train first.  The paper's tables were not repeated.",
+        "An OAT has no classes of its own (``num_classes`` is 0), no ``features_only`` and no TorchScript: it predicts "
+        "the objects of a scene.",
+    ),
+    example="""
+        # a scanpath over 3 rows of 5 objects in search of object 7; boxes= places objects anywhere
+        oat = timm.create_model("oat_small", grid=(3, 5), crop_size=(32, 24)).eval()
+        scene, target = torch.rand(1, 3, 300, 500), torch.tensor([7])
+        print(oat(scene, target=target, prefix=torch.tensor([[0, 1]])).shape)  # [1, 3, 17]: 15 objects, end, padding
+        generator = torch.Generator().manual_seed(0)
+        print(oat.generate(scene, target=target, mode="sample", num_samples=2, generator=generator))
+    """,
 )
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]

@@ -64,6 +64,16 @@ ABOUT = About(
             "2502.20087",
         ),
     ),
+    limits=(
+        "Programs of ``torch.export`` and ONNX with free sizes take images of at least 193 pixels a side.",
+        "Merged weights (``reparam_in1k``) load only with ``deploy=True``, which the tag sets by itself.",
+    ),
+    example="""
+        # parallel branches become one convolution: the form for inference, which deploy=True builds at once
+        logits = model(image)
+        model.reparameterize()
+        print((model(image) - logits).abs().max())  # rounding
+    """,
 )
 
 _logger = logging.getLogger(__name__)

@@ -4,8 +4,10 @@ Paper: "Token Coordinated Prompt Attention is Needed for Visual Prompting", Z. L
 https://arxiv.org/abs/2505.02406.  Official code, without licence or trained prompts:
 github.com/zhoujiahuan1991/ICML2025-TCPA.
 
-Each name is timm's model of the name without ``_tcpa``, with its weights, after :func:`tcpa`, whose arguments have the
-prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained backbone changes until they are trained:
+Names are those of timm's models and ``_tcpa``: the model with its weights, after :func:`tcpa`, whose arguments have the
+prefix ``tcpa_`` here.
+
+Prompts start fresh, and so the output of a pretrained backbone changes until they are trained:
 
     model = timm.create_model("vit_base_patch16_224_tcpa", pretrained=True, num_classes=10)
     freeze_backbone(model)
@@ -14,6 +16,10 @@ prefix ``tcpa_`` here.  Prompts start fresh, and so the output of a pretrained b
 
 ``model.training_phase(epoch, epochs)`` chooses prompts at random in the first epochs, as the paper does; it and the
 weight of the matching loss are the settings ``tcpa_random_epochs`` and ``tcpa_match_weight``.
+
+Our choices, for layers that the transformers of the official code do not have: register tokens choose from the prompts
+of the class token; without a class token there are image prompts only; a norm of queries and keys is that of the
+prompts' keys too.  Matching and the Fourier transform are computed in float32 in every precision.
 """
 
 import inspect
@@ -58,6 +64,23 @@ ABOUT = About(
             "2505.02406",
         ),
     ),
+    golden=("vfpt_*",),
+    limits=(
+        "There are no trained prompts: the output of a pretrained backbone changes until they are trained.  No "
+        "accuracy of the paper was repeated.",
+        "``tcpa`` takes timm's ``VisionTransformer`` itself, with blocks of the classes ``Block`` and ``ResPostBlock`` "
+        "and attention of the class ``Attention``, and no attention masks.",
+        "As timm's, a model takes images of one size, ``img_size``, or of any with ``dynamic_img_size=True``.",
+    ),
+    example="""
+        # prompts in any VisionTransformer of timm; only they and the head are trained and stored
+        from vizoo.backbones.layers import freeze_backbone, tcpa, tcpa_parameters, tcpa_state_dict
+
+        vit = freeze_backbone(tcpa(timm.create_model("test_vit", num_classes=10)))
+        optimizer = torch.optim.AdamW(tcpa_parameters(vit), lr=0.005, weight_decay=0.1)
+        loss = vit.train()(torch.randn(2, 3, 160, 160)).logsumexp(1).sum() + vit.extra_loss()
+        small = tcpa_state_dict(vit)  # prompts, keys and head
+    """,
 )
 
 PREFIX = "tcpa_"

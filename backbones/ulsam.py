@@ -1,4 +1,4 @@
-"""MobileNet-V1 and -V2 with ULSAM, the ultra-lightweight subspace attention module.
+"""ULSAM: MobileNet-V1 and -V2 with the ultra-lightweight subspace attention module.
 
 Paper: "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks", R. Saini, N. K.
 Jha, B. Das, S. Mittal, C. K. Mohan, WACV 2020, https://arxiv.org/abs/2006.15102.  Official code of the module, without
@@ -6,8 +6,9 @@ licence, network or weights: github.com/Nandan91/ULSAM.  The networks are timm's
 
 Names say width, place and number of subspaces: ``mobilenetv2_100_ulsam_r14_17_g4`` is MobileNet-V2 of width 1.00 with
 ULSAM of 4 subspaces in place (r) of layers 14 and 17, ``mobilenetv1_100_ulsam_i12_g8`` MobileNet-V1 with one of 8
-subspaces inserted (i) after layer 12.  Layer 1 is the stem, every block is a layer.  ``num_splits``, ``ulsam_replace``
-and ``ulsam_insert`` give every other row of the paper:
+subspaces inserted (i) after layer 12.  Layer 1 is the stem, every block is a layer.
+
+``num_splits``, ``ulsam_replace`` and ``ulsam_insert`` give every other row of the paper:
 
                                             params    MACs    MACs params   FLOPs  top-1
     model                                      (M)     (M)  +norms  paper   paper  paper
@@ -67,6 +68,17 @@ ABOUT = About(
             "2006.15102",
         ),
     ),
+    checked="Parameters and multiply-accumulates of the paper's tables follow from the counts of every model here: the "
+    "docstring of the file has both beside each other.",
+    limits=("No weights were published; the accuracies are those of the authors' trainings.",),
+    example="""
+        # ULSAM follows or replaces blocks of any convolutional network, and is an attn_layer of timm's
+        from vizoo.backbones.layers import ULSAM, add_ulsam
+
+        net = timm.create_model("mobilenetv3_small_100")
+        add_ulsam(net, {"blocks.4": {"num_splits": 4}, "blocks.3.1": {"mode": "replace"}})
+        resnet = timm.create_model("resnet18", block_args={"attn_layer": ULSAM})
+    """,
 )
 
 _V1 = ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024")

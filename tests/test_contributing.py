@@ -12,16 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
 BY_HAND = {"backbones/toy.py", "backbones/__init__.py", "backbones/models.csv", "tests/backbones/test_toy.py"}
-BY_COMMANDS = {"README.md", "NOTICE", "tests/golden/toy.npz"}  # and the rest of the row in models.csv
+BY_COMMANDS = {
+    "README.md",
+    "NOTICE",
+    "docs/models/toy.md",
+    "tests/golden/toy.npz",
+}  # and the row in models.csv
 # as CONTRIBUTING says, but for the rest of the suite; in one process, which imports PyTorch once
 COMMANDS = """
 import sys
 sys.path[:0] = ["tests"]
 import pytest, record_golden
 from vizoo.tools import table
-assert table.main(["test_toy"]) == 0
 record = "toy --checkout tests/toy --call official:Net --kwargs classes=10 --input 2 3 64 64 --origin"
 assert record_golden.main([*record.split(), "tests/toy/official.py"]) == 0
+assert table.main(["test_toy"]) == 0
 assert table.main(["--check", "test_toy"]) == 0
 left_out = "light or too_deep"  # the time of an import; that torchvision cannot trace, as it can trace the toy
 chosen = f"(toy or layout) and not ({left_out})"
@@ -47,8 +52,8 @@ def insert(path: Path, line: str, begin: str = "") -> None:
 
 def test_a_new_family_touches_four_files(tmp_path: Path) -> None:
     root = tmp_path / "checkout"
-    for name in ("backbones", "heads", "tools", "configs", "src", "tests"):
-        ignored = shutil.ignore_patterns("__pycache__", "results", "*.npz")
+    for name in ("backbones", "heads", "tools", "configs", "docs", "src", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignored)
     for name in ("README.md", "NOTICE", "CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
@@ -73,3 +78,4 @@ def test_a_new_family_touches_four_files(tmp_path: Path) -> None:
     assert row.startswith("test_toy,,for tests,toy,classification")
     assert "tests/toy/official.py, Apache-2.0" in (root / "NOTICE").read_text()
     assert '"A Toy", nowhere, [arXiv 0000.00000]' in (root / "README.md").read_text()
+    assert "| `toy` |" in (root / "docs/models/toy.md").read_text()

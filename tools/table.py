@@ -1,54 +1,45 @@
-"""Recounts ``backbones/models.csv``, and writes NOTICE and the generated tables of the READMEs; in a checkout.
+"""Recounts ``backbones/models.csv``, and writes NOTICE, the tables of the pages and the families' cards; in a checkout.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; the tests fail when one is out of date.
+The tests fail when one is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import io
 import os
-import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from vizoo.backbones.layers.about import About
 from vizoo.tools.common import (
     Failure,
     UserError,
     atomic_write,
     build_model,
-    markdown,
     match_names,
     read_text,
     run_tool,
     short,
 )
-from vizoo.tools.gpu.suite import FIELDS, read_record
+from vizoo.tools.documents.cards import card, card_path
+from vizoo.tools.documents.chart import draw_chart
+from vizoo.tools.documents.sources import families, pages
+from vizoo.tools.documents.tables import WHOLE_WORDS, rewrite
 from vizoo.tools.models import list_zoo
 from vizoo.tools.options import TASKS, Parser, add
 from vizoo.tools.profiling.counting import count
 
 EXAMPLES = """\
 examples:
-  python -m vizoo.tools.table           recount models.csv, rewrite the tables, the citations and NOTICE
+  python -m vizoo.tools.table           recount models.csv, rewrite tables, citations, cards and NOTICE
   python -m vizoo.tools.table litv2_s   recount only this row of models.csv
-  python -m vizoo.tools.table --check   only say what is out of date"""
-READMES = ("README.md", "configs/detection/README.md", "configs/segmentation/README.md")
-CONFIG_HEAD = re.compile(
-    r"(?P<head>.+?) on (?P<backbone>.+?), (?:COCO|ADE20K), (?P<schedule>[\d,]+ \w+)\. "
-    r"Paper: .*?arXiv (?P<arxiv>[\d.]+)\. Published: (?P<published>.*?) Parameters: (?P<params>[\d,]+)\."
-)
-WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+  python -m vizoo.tools.table --check   only say what is out of date
+  python -m vizoo.tools.table --picture also draw the picture of the README from tools/results"""
 ORIGINS = "Origins of the families."  # begins the paragraph of NOTICE above the families
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
-
-
+PICTURE = "docs/pictures/speed.png"  # its bytes depend on the version of matplotlib, so only drawn when asked for
 BY_HAND = ("name", "paper_top1", "source")  # columns of models.csv; the rest follows from the models
 COUNTED = (
     *("family", "tasks", "params", "macs", "merged_params", "merged_macs"),
@@ -150,133 +141,6 @@ def _address(cfg: Any) -> str:
     return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
 
 
-def models_table() -> str:
-    """The zoo as a Markdown table."""
-    rows = [
-        [
-            f"`{e.name}`",
-            f"{e.params / 1e6:.2f}",
-            f"{e.macs / 1e9:.3f}",
-            f"{e.size[0]}x{e.size[1]}",
-            str(e.paper_top1 or ""),
-            e.source,
-        ]
-        for e in list_zoo()
-    ]
-    return markdown(["model", "params (M)", "GMACs", "input", "top-1, paper (%)", "source"], rows, (1, 2, 3, 4))
-
-
-def speed_table(folder: Path) -> str:
-    """Recorded benchmarks of whole models as a Markdown table, one row for each record."""
-    rows = []
-    for path in sorted(folder.glob("*.csv")):
-        for r in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-            rows.append(
-                [
-                    f"`{r['name']}`",
-                    r["peer"],
-                    r["device"],
-                    r["mode"],
-                    r["threads"],
-                    r["batch"],
-                    r["dtype"],
-                    r["median_ms"],
-                    r["peer_median_ms"],
-                    f"**{r['ratio']}x**",
-                ]
-            )
-    columns = ["what", "against", "device", "mode", "threads", "batch", "dtype", "ms", "theirs, ms", "speed-up"]
-    return markdown(columns, rows, (4, 5, 7, 8, 9))
-
-
-def gpu_table(folder: Path) -> str:
-    """Operators and models measured on GPUs by ``vizoo bench --suite gpu``, as two Markdown tables.
-
-    Args:
-        folder: Holds records ``gpu-<card>-torch<version>.jsonl``; of a repeated measurement the last one counts.
-
-    Raises:
-        UserError: If a record holds something else.
-    """
-    found = {
-        (path.name, *(row.get(k, "") for k in FIELDS)): row
-        for path in sorted(folder.glob("gpu-*.jsonl"))
-        for row in read_record(path)
-    }
-
-    def digits(row: dict[str, Any], key: str, form: str, unit: float = 1.0) -> str:
-        return "" if row.get(key) is None else f"{row[key] / unit:{form}}"
-
-    place = ["device", "torch", "triton"]
-    operators, models = [], []
-    for row in found.values():
-        if "failed" in row:
-            continue
-        where = [row["run"].get(key, "") for key in place]
-        if "forward_ms" in row:
-            times = [digits(row, key, ".3f") for key in ("forward_ms", "both_ms", "floor_ms")]
-            what = [f"`{row['item']}`", row["form"], row["dtype"], str(row["batch"])]
-            operators.append([*what, *times, digits(row, "error", ".0e"), *where])
-        elif "images_per_s" in row:
-            what = [f"`{row['item']}`", row["mode"], str(row["batch"])]
-            speed = [digits(row, "images_per_s", ",.0f"), digits(row, "peak_bytes", ".2f", 2**30)]
-            models.append([*what, *speed, *where])
-    if not operators and not models:
-        return "Not measured yet.\n"
-    columns = ["operator", "form", "dtype", "batch", "forward, ms", "with backward, ms", "floor, ms", "error", *place]
-    head = ["model", "mode", "batch", "images/s", "peak, GiB", *place]
-    tables = [markdown(columns, operators, (3, 4, 5, 6, 7)), markdown(head, models, (2, 3, 4))]
-    return "\n".join(text for text, rows in zip(tables, (operators, models), strict=True) if rows)
-
-
-def configs_table(folder: Path) -> str:
-    """Configs of detectors or segmentors as a Markdown table, from the head comment of each file below ``folder``.
-
-    Raises:
-        UserError: If a head comment is not of the form of its siblings.
-    """
-    detection = {"box AP": r"box AP ([\d.]+)", "mask AP": r"mask AP ([\d.]+)"}
-    segmentation = {"mIoU": r"mIoU ([\d.]+)", "multi-scale": r"([\d.]+) \(multi-scale\)"}
-    scored = detection if folder.name == "detection" else segmentation
-    rows = []
-    for path in sorted(folder.glob("*/*.py")):
-        head = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
-        found = CONFIG_HEAD.match(head)
-        if found is None:
-            raise UserError(f"{path}: the head comment is not of the form of its siblings")
-        scores = {name: m[1] for name, pattern in scored.items() if (m := re.search(pattern, found["published"]))}
-        rows.append(
-            [
-                f"[{path.stem.rsplit('_8xb2', 1)[0]}]({path.parent.name}/{path.name})",
-                found["backbone"],
-                found["head"],
-                found["schedule"],
-                *(scores.get(name, "") for name in scored),
-                f"{int(found['params'].replace(',', '')) / 1e6:.2f}",
-                f"[{found['arxiv']}](https://arxiv.org/abs/{found['arxiv']})" if scores else "ours",
-            ]
-        )
-    columns = ["config", "backbone", "head", "schedule", *scored, "params (M)", "source"]
-    return markdown(columns, rows, (4, 5, 6))
-
-
-def families() -> list[About]:
-    """What the families say of themselves, by name."""
-    import vizoo.backbones
-
-    modules = [m for m in vars(vizoo.backbones).values() if isinstance(m, ModuleType) and hasattr(m, "ABOUT")]
-    return sorted((m.ABOUT for m in modules), key=lambda about: about.name.lower())
-
-
-def citations() -> str:
-    """The papers of all families as a Markdown list."""
-    lines = []
-    for about in families():
-        papers = "; ".join(f"{text}, [arXiv {n}](https://arxiv.org/abs/{n})" for text, n in about.papers)
-        lines += textwrap.wrap(f"- {about.name}: {papers}.", 120, subsequent_indent="  ", **WHOLE_WORDS)
-    return "\n".join(lines) + "\n"
-
-
 def notice(text: str) -> str:
     """NOTICE with the origins of all families written again.
 
@@ -290,37 +154,10 @@ def notice(text: str) -> str:
         raise UserError(f"NOTICE has no paragraph that begins with {ORIGINS!r}")
     paragraph = text[text.index(ORIGINS) :].split("\n\n")[0]
     lines = []
-    for about in families():
+    for about in (family.about for family in families()):
         start = f"{about.name:24s}" if len(about.name) < 24 else f"{about.name}  "
         lines += textwrap.wrap(start + about.origin, 120, subsequent_indent=" " * 24, **WHOLE_WORDS)
     return text[: text.index(ORIGINS)] + paragraph + "\n\n" + "\n".join(lines) + "\n"
-
-
-def rewrite(text: str, root: Path) -> str:
-    """Text of a README with every marked table written again.
-
-    Args:
-        text: Its contents.
-        root: The checkout.
-
-    Raises:
-        UserError: If a marked table is unknown.
-    """
-    tables = {
-        "models": models_table,
-        "citations": citations,
-        "speed": lambda: speed_table(root / "tools/results"),
-        "gpu": lambda: gpu_table(root / "tools/results"),
-        "detection": lambda: configs_table(root / "configs/detection"),
-        "segmentation": lambda: configs_table(root / "configs/segmentation"),
-    }
-
-    def fill(m: re.Match[str]) -> str:
-        if m[2] not in tables:
-            raise UserError(f"unknown table {m[2]!r}; known: {', '.join(tables)}")
-        return f"{m[1]}{tables[m[2]]()}{m[3]}"
-
-    return MARKED.sub(fill, text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -329,30 +166,54 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("name", metavar="NAME", nargs="*", help="rows of models.csv to count again (all)")
     p.add_argument("--root", type=Path, metavar="DIR", default=Path("."), help="the checkout (.)")
     add(p, "--check", "say what is out of date, write nothing")
+    p.add_argument("--picture", action="store_true", help="also draw accuracy over images per second, for the README")
     return p
+
+
+def documents(root: Path) -> Iterator[tuple[Path, str]]:
+    """Every document that is written from code and data, with its new text.
+
+    Args:
+        root: The checkout.
+
+    Raises:
+        UserError: If a file is missing or not of the form that it should have.
+    """
+    notices = root / "NOTICE"
+    yield notices, notice(read_text(notices, "--root"))
+    zoo = list_zoo(["*"])
+    for page in pages(root):
+        yield page, rewrite(read_text(page, "--root"), page, root, zoo)
+    for family in families():
+        yield card_path(root, family), card(family, root, zoo)
+
+
+def _renew(path: Path, text: str, root: Path, check: bool) -> bool:
+    """Write a file if its text is another, or only say so with ``check``; whether it is."""
+    if path.is_file() and read_text(path, "--root") == text:
+        return False
+    print(f"{path.relative_to(root)} {'is out of date' if check else 'written'}")
+    if not check:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as f:
+            f.write(text)
+    return True
 
 
 def _table(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    stale = 0
-    readmes = [r for r in READMES if r == "README.md" or os.path.isfile(args.root / r)]
-    for name in ("backbones/models.csv", "NOTICE", *readmes):
-        path = args.root / name
-        if not os.path.isfile(path):
+    for name in ("backbones/models.csv", "NOTICE", "README.md"):
+        if not os.path.isfile(args.root / name):
             raise UserError(f"--root {short(str(args.root))}: no {name} there; give the checkout")
-        old = read_text(path, "--root")
-        if name.endswith(".csv"):
-            text = recount(old, args.name)
-        else:
-            text = notice(old) if name == "NOTICE" else rewrite(old, args.root)
-        if text == old:
-            continue
-        stale += 1
-        print(f"{name} {'is out of date' if args.check else 'written'}")
-        if not args.check:
-            with atomic_write(path) as f:
-                f.write(text)
-    return int(bool(stale and args.check))
+    models = args.root / "backbones/models.csv"
+    stale = _renew(models, recount(read_text(models, "--root"), args.name), args.root, args.check)
+    if stale and args.check:
+        return 1  # the documents follow from it
+    for path, text in documents(args.root):
+        stale |= _renew(path, text, args.root, args.check)
+    if args.picture:
+        draw_chart(args.root / "tools/results", args.root / PICTURE)
+    return int(stale and args.check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vizoo.tools import bench, cli, table
+from vizoo.tools import bench, cli, common
+from vizoo.tools.documents import tables
 from vizoo.tools.gpu import cases, suite, worker
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.profiling import sides
@@ -278,7 +279,7 @@ def record_of(folder, *rows):
 
 
 def test_table(tmp_path):
-    assert table.gpu_table(tmp_path) == "Not measured yet.\n"
+    assert tables.gpu_table(tmp_path) == "Not measured yet.\n"
     times = {"forward_ms": 0.25, "both_ms": 0.75, "floor_ms": 0.09}
     record_of(
         tmp_path,
@@ -289,7 +290,7 @@ def test_table(tmp_path):
         {**OP, "form": "flex", "failed": "no memory"},
         {**MODEL, "images_per_s": 1234.5, "peak_bytes": 3 * 2**30},
     )
-    assert table.gpu_table(tmp_path).splitlines() == [
+    assert tables.gpu_table(tmp_path).splitlines() == [
         "| operator | form | dtype | batch | forward, ms | with backward, ms | floor, ms | error "
         "| device | torch | triton |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |",
@@ -304,7 +305,7 @@ def test_table(tmp_path):
 def test_table_holds_no_dry_run_and_no_failure(tmp_path):
     good = {**OP, "forward_ms": 1.0, "both_ms": 2.0}
     record_of(tmp_path, {**START, "dry": True}, ENV, good, START, ENV, {**good, "failed": "differ"})
-    assert table.gpu_table(tmp_path) == "Not measured yet.\n"
+    assert tables.gpu_table(tmp_path) == "Not measured yet.\n"
     (tmp_path / "gpu-other.jsonl").write_text("hello\n", encoding="utf-8")
-    with pytest.raises(table.UserError, match="line 1 is no row"):
-        table.gpu_table(tmp_path)
+    with pytest.raises(common.UserError, match="line 1 is no row"):
+        tables.gpu_table(tmp_path)

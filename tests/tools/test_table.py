@@ -1,4 +1,4 @@
-"""Generated tables, citations and NOTICE: up to date, and written from the recorded data."""
+"""``python -m vizoo.tools.table``: every generated document is up to date; counting, checking, writing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 from vizoo.tools import common, table
+from vizoo.tools.documents.sources import families
+from vizoo.tools.documents.tables import MARKED
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ",".join([*table.BY_HAND, *table.COUNTED])
 
 
-def test_tables_are_up_to_date():
-    """READMEs and NOTICE hold what the recorded data, the configs and the families give."""
-    marked = []
-    for name in table.READMES:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert table.rewrite(text, ROOT) == text, f"{name}; run: python -m vizoo.tools.table"
-        marked += [m[2] for m in table.MARKED.finditer(text)]
-    assert marked == ["models", "speed", "gpu", "citations", "detection", "segmentation"]
-    text = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    assert table.notice(text) == text, "NOTICE; run: python -m vizoo.tools.table"
+def test_documents_are_up_to_date():
+    """NOTICE, pages and cards hold what the recorded data, the configs and the families give."""
+    marked, written = set(), set()
+    for path, text in table.documents(ROOT):
+        assert path.read_text(encoding="utf-8") == text, f"{path}; run: python -m vizoo.tools.table"
+        marked |= {m[2] for m in MARKED.finditer(text)}
+        written.add(path)
+    assert {"models", "families", "speed", "gpu", "citations", "detection", "segmentation"} <= marked
+    assert set((ROOT / "docs/models").iterdir()) <= written, "a card without a family"
 
 
 def test_table_check_and_write(tmp_path, capsys):
@@ -37,6 +38,7 @@ def test_table_check_and_write(tmp_path, capsys):
     assert (tmp_path / "backbones/models.csv").read_text(encoding="utf-8").splitlines()[1].startswith("test_litv2,")
     assert "| `litv2_s` | 27.84 | 3.724 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "\nHaloNet                 no official code" in (tmp_path / "NOTICE").read_text(encoding="utf-8")
+    assert "# LITv2 (HiLo attention)\n" in (tmp_path / "docs/models/litv2.md").read_text(encoding="utf-8")
     assert table.main(["--root", str(tmp_path), "--check"]) == 0
     capsys.readouterr()
     (tmp_path / "NOTICE").write_text("nothing", encoding="utf-8")
@@ -69,9 +71,9 @@ def test_only_named_rows_are_counted():
 
 
 def test_every_family_says_where_it_is_from():
-    found = table.families()
+    found = families()
     assert len(found) == len(list((ROOT / "backbones").glob("[!_]*.py")))
-    for about in found:
+    for about in (family.about for family in found):
         assert about.origin.endswith(".")
         assert about.papers
         for reference, arxiv in about.papers:

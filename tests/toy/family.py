@@ -1,6 +1,8 @@
 """Toy: a tiny residual network with an auxiliary classifier, the family that the tests add to the zoo.
 
 Paper: "A Toy", A. Nobody, nowhere, https://arxiv.org/abs/0000.00000.  Official code: tests/toy/official.py.
+
+Deviations: none.
 """
 
 import re
