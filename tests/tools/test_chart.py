@@ -7,6 +7,7 @@ import pytest
 
 from vizoo.tools.common import UserError
 from vizoo.tools.documents import chart
+from vizoo.tools.models import list_zoo
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"
 
@@ -25,7 +26,7 @@ def copied(folder: Path, **changed: str) -> Path:
 
 
 def test_points_are_the_zoo_and_timm() -> None:
-    points = {p.name: p for p in chart.read_points(RESULTS)}
+    points = {p.name: p for p in chart.read_points(RESULTS, list_zoo())}
     assert points["litv2_s"].family == "LITv2"
     assert points["litv2_s"].top1 == 82.0
     assert points["resnet50"].family is None
@@ -35,7 +36,7 @@ def test_points_are_the_zoo_and_timm() -> None:
 
 
 def test_picture(tmp_path: Path) -> None:
-    chart.draw_chart(copied(tmp_path), tmp_path / "speed.png")
+    chart.draw_chart(copied(tmp_path), list_zoo(), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -49,10 +50,10 @@ def test_picture(tmp_path: Path) -> None:
 )
 def test_figures_that_do_not_belong_together(changed: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        chart.draw_chart(copied(tmp_path, **changed), tmp_path / "speed.png")
+        chart.draw_chart(copied(tmp_path, **changed), list_zoo(), tmp_path / "speed.png")
     assert not (tmp_path / "speed.png").exists()
 
 
 def test_no_record(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no throughput"):
-        chart.read_points(tmp_path)
+        chart.read_points(tmp_path, [])

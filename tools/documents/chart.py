@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vizoo.tools.common import UserError, read_text, save_figure
-from vizoo.tools.models import list_zoo
 
 RECORDS = "throughput-*.csv"  # written by ``vizoo profile --mode throughput --out``
 PUBLISHED = "timm-top1.csv"  # top-1 of timm's models and where it is published
@@ -43,11 +42,12 @@ class Point(NamedTuple):
     record: dict[str, str]
 
 
-def read_points(folder: Path) -> list[Point]:
+def read_points(folder: Path, zoo: Sequence[Any]) -> list[Point]:
     """Join the newest record of throughput with published accuracies.
 
     Args:
         folder: Holds ``throughput-*.csv`` and ``timm-top1.csv``.
+        zoo: The zoo's models with their published accuracies, of :func:`vizoo.tools.models.list_zoo`.
 
     Returns:
         Models with both figures, ours first.
@@ -58,7 +58,7 @@ def read_points(folder: Path) -> list[Point]:
     files = sorted(folder.glob(RECORDS))
     if not files:
         raise UserError(f"{folder}: no {RECORDS} there")
-    ours = {e.name: (e.size[0], e.paper_top1) for e in list_zoo()}
+    ours = {e.name: (e.size[0], e.paper_top1) for e in zoo}
     table = csv.DictReader(read_text(folder / PUBLISHED, "file").splitlines())
     theirs = {(row["model"].partition(".")[0], int(row["size"])): float(row["top1"]) for row in table}
     points = []
@@ -88,11 +88,12 @@ def conditions(points: Sequence[Point]) -> str:
     return f"{machine}, {threads} threads, {form}, batches of {batch}, PyTorch {torch.partition('+')[0]}"
 
 
-def draw_chart(folder: Path, path: Path) -> None:
+def draw_chart(folder: Path, zoo: Sequence[Any], path: Path) -> None:
     """Draw the picture.
 
     Args:
         folder: As for :func:`read_points`.
+        zoo: Likewise.
         path: PNG file to write.
 
     Raises:
@@ -103,7 +104,7 @@ def draw_chart(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    points = read_points(folder)
+    points = read_points(folder, zoo)
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
