@@ -1,7 +1,7 @@
 """README.md and the pages of docs/ and examples/ keep their promises: every command and Python block runs as written.
 
-A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.  Two commands take
-less time here (:data:`SHORTER`); CI also runs the first as it is.
+A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.  Two commands
+take less time here (:data:`SHORTER`); CI also runs the first as it is.
 """
 
 from __future__ import annotations
