@@ -12,6 +12,7 @@ from torch import nn
 
 from vizoo.tools import profiler
 from vizoo.tools.common import UserError
+from vizoo.tools.profiling.result import COLUMNS
 
 FAST = ["--min-time", "0", "--max-time", "0"]
 
@@ -213,7 +214,7 @@ def test_columns_are_those_of_a_row(capsys, tmp_path):
     assert run(capsys, "test_litv2", "--size", "64", "--out", str(path))[0] == 0
     with path.open(encoding="utf-8") as f:
         row = next(csv.DictReader(f))
-    assert list(row) == profiler.COLUMNS
+    assert list(row) == COLUMNS
     assert all(row[c] for c in ("model", "status", "device", "features", "vizoo", "date"))
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from vizoo.tools.common import UserError, atomic_write, check_output, is_first_p
 from vizoo.tools.data.checks import ClassIds, MaskFolder, check_masks
 from vizoo.tools.data.coco import check_coco
 from vizoo.tools.training.run import locked, match_classes
+
+# what these packages say of each other at every start; what they say of a config is heard
+warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
+warnings.filterwarnings("ignore", "``build_loss`` would be deprecated soon", UserWarning, r"mmseg\.")
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "is an Enum subclass" not in record.getMessage())
 
 try:  # at import, so that spawned data workers, which import this file first, find mmcv's operators too
     from vizoo.heads import mm
