@@ -58,6 +58,9 @@ def test_a_new_family_touches_four_files(tmp_path: Path) -> None:
     for name in ("README.md", "NOTICE", "CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "tools/results", root / "tools/results")
+    for name in ("backbones", "heads", "tools", "configs"):  # a source distribution has no links
+        if not (root / "src/vizoo" / name).exists():
+            (root / "src/vizoo" / name).symlink_to(root / name)
     before = files(root)
     shutil.copy(TOY / "family.py", root / "backbones/toy.py")
     shutil.copy(TOY / "tests_of_family.py", root / "tests/backbones/test_toy.py")

@@ -152,12 +152,12 @@ def test_sdist_holds_each_file_once(sdist: Path) -> None:
 
 
 def test_sdist_holds_what_its_tests_read(sdist: Path) -> None:
-    """All that is tracked but links and what only git and the code host read; nothing that running left behind."""
+    """All that is tracked but links and what git itself reads, and nothing that running left behind."""
     with tarfile.open(sdist) as archive:
         members = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
         assert archive.getmember(f"vizoo-{vizoo.__version__}/.ci/run").mode & 0o100
     names = {p.relative_to(ROOT).as_posix() for p in tracked()}
-    assert {n for n in names - members if not n.startswith(".git")} == set()
+    assert names - members == {".gitignore"}
     made = {"PKG-INFO", "setup.cfg"} | {n for n in members if n.startswith("vizoo.egg-info/")}
     left = members - names - made
     assert [n for n in left if n.startswith(".") or "cache" in n or n.endswith((".pyc", ".log"))] == []
