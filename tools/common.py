@@ -574,7 +574,8 @@ def print_tables(*tables: Table) -> None:
     from rich.table import Table as Grid
 
     for i, (columns, rows, numeric, above, below) in enumerate(tables):
-        print("\n" * bool(i), *(f"{line}\n" for line in above), sep="", end="")
+        apart = bool(i and tables[i - 1].below)  # a grid ends with an empty line
+        print("\n" * apart, *(f"{line}\n" for line in above), sep="", end="")
         grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for k, column in enumerate(columns):
             grid.add_column(column.replace(" ", "\n"), justify="right" if k in numeric else "left", no_wrap=True)

@@ -86,7 +86,8 @@ def list_zoo(words: Sequence[str] = ()) -> list[Entry]:
         UserError: If one matches nothing; near names are suggested.
     """
     text = resources.files("vizoo").joinpath("backbones/models.csv").read_text(encoding="utf-8")
-    entries = [_entry(row) for row in csv.DictReader(text.splitlines())]
+    rows = csv.DictReader(text.splitlines())
+    entries = [_entry(row) for row in rows if row["params"]]  # a new row is counted by vizoo.tools.table
     if not words:
         return [e for e in entries if not e.name.startswith("test_")]
     chosen = {name for word in words for name in _matching(word, entries)}
