@@ -578,7 +578,8 @@ def print_tables(*tables: Table) -> None:
     from rich.table import Table as Grid
 
     for i, (columns, rows, numeric, above, below) in enumerate(tables):
-        print("\n" * bool(i), *(f"{line}\n" for line in above), sep="", end="")
+        apart = bool(i and tables[i - 1].below)  # a grid ends with an empty line
+        print("\n" * apart, *(f"{line}\n" for line in above), sep="", end="")
         grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for k, column in enumerate(columns):
             grid.add_column(column.replace(" ", "\n"), justify="right" if k in numeric else "left", no_wrap=True)
@@ -602,8 +603,8 @@ def markdown_text(tables: Sequence[Table]) -> str:
     """Tables as Markdown, with what stands above and below them."""
     parts = []
     for table in tables:
-        texts = ["\n".join(table.above), markdown(*table[:3]).rstrip("\n"), "\n".join(table.below)]
-        parts += [text for text in texts if text]
+        texts = ["\n".join(table.above), markdown(*table[:3]), "\n".join(table.below)]
+        parts += [text.strip("\n") for text in texts if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -780,14 +781,11 @@ def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], 
         write_json(path, result)
     elif kind == ".csv" and record is not None:
         append_table(path, *record)
-    elif kind == ".csv":
-        columns, rows, *_ = tables[0]
-        table = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
-        with atomic_write(path) as f:
-            f.write(csv_text(table))
     else:
+        columns, rows, *_ = tables[0]
+        marked = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
         with atomic_write(path) as f:
-            f.write(f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
+            f.write(csv_text(marked) if kind == ".csv" else f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
 
 
 def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:

@@ -86,7 +86,8 @@ def list_zoo(words: Sequence[str] = ()) -> list[Entry]:
         UserError: If one matches nothing; near names are suggested.
     """
     text = resources.files("vizoo").joinpath("backbones/models.csv").read_text(encoding="utf-8")
-    entries = [_entry(row) for row in csv.DictReader(text.splitlines())]
+    rows = csv.DictReader(text.splitlines())
+    entries = [_entry(row) for row in rows if row["params"]]  # a new row is counted by vizoo.tools.table
     if not words:
         return [e for e in entries if not e.name.startswith("test_")]
     chosen = {name for word in words for name in _matching(word, entries)}
@@ -116,6 +117,7 @@ def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
     Raises:
         UserError: If it stands for none.
     """
+    word = word.lower()  # as names are
     shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
     if any(c in word for c in "*?["):
         found = match_names([e.name for e in entries], [word])
@@ -213,7 +215,9 @@ def _whole_table(entries: Sequence[Entry]) -> Table:
         for e in entries
     ]
     heads = ["family", "tasks", "merged params M", "merged GMACs", "weights"]
-    return Table([*columns, *heads], [a + b for a, b in zip(rows, more, strict=True)], (*numeric, 9, 10), below=NOTES)
+    return Table(
+        [*columns, *heads], [[*a, *b] for a, b in zip(rows, more, strict=True)], (*numeric, 9, 10), below=NOTES
+    )
 
 
 def _weights(entries: Sequence[Entry]) -> Table:
