@@ -20,14 +20,14 @@ import torch
 
 from vizoo.tools.common import (
     Failure,
+    Record,
+    Table,
     UserError,
-    append_table,
-    check_table,
+    check_result,
     compute_device,
     explain,
+    give,
     one_line,
-    print_json,
-    print_table,
     progress,
     resolve_models,
     run_tool,
@@ -36,7 +36,7 @@ from vizoo.tools.common import (
 from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
-from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, number, read_size
+from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, add_result, number, read_size
 from vizoo.tools.profiling.machine import commit, device_name, versions, with_threads
 from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides
 from vizoo.tools.profiling.timing import BUSY, Comparison, compare, float32_products, quantile
@@ -95,6 +95,8 @@ FORMATS = {  # of figures in files and in the table
     "ratio": ".2f",
     "error": ".1e",
     "cpu_use": ".2f",
+    "occupancy": ".3f",
+    **dict.fromkeys(("issue_ms", "floor_ms"), ".4f"),
 }
 SHOWN = {
     "name": "what",
@@ -110,11 +112,18 @@ SHOWN = {
     "error": "error",
     "cpu_use": "cpu use",
 }
-COMMON = ("name", "batch", "dtype", "channels_last", "out")  # options that timings of one model or layer have too
+COMMON = (
+    "name",
+    "batch",
+    "dtype",
+    "channels_last",
+    "out",
+    "json",
+)  # options that timings of one model or layer have too
 KINDS = {  # other kinds of benchmark, with the options that go with each
     "suite": ("out", "budget", "sections", "only", "dry"),
-    "sass": ("name", "batch", "dtype", "channels_last", "capability", "out"),
-    "warm": ("name", "batch", "dtype", "channels_last", "capability"),
+    "sass": ("name", "batch", "dtype", "channels_last", "capability", "out", "json"),
+    "warm": ("name", "batch", "dtype", "channels_last", "capability", "out", "json"),
 }
 
 
@@ -163,8 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
     )
     p.add_argument("--rounds", type=number(int, 1, MOST), default=20, help="timed calls of each side (20)")
-    add(p, "--out", ".csv, to which rows are added; .jsonl of a suite")
-    add(p, "--json")
+    add_result(p, ".json, .csv, to which rows are added, or .md; .jsonl of a suite")
     p.add_argument(
         "--capability",
         type=number(int, 80, MOST),
@@ -368,29 +376,30 @@ def _compile(args: argparse.Namespace) -> None:
         raise UserError(f"--batch: {option} takes one number, got {' '.join(map(str, args.batch))}")
     if "tf32" in (args.dtype or []):
         raise UserError(f"--dtype: {option} takes fp32, bf16 and fp16, got tf32")
-    check_table(args.out, "--out", code.COLUMNS)
+    columns = code.WARM_COLUMNS if args.warm else code.COLUMNS
+    check_result(args.out, columns)
     names, dtypes = args.name or [m.name for m in measured() if m.kernels], [DTYPES[d] for d in args.dtype or ["bf16"]]
     capability = _capability(args.capability)
     todo = (names, dtypes, (args.batch or [128])[0], capability, args.channels_last)
-    if args.warm:
-        table = [[*map(str, line)] for line in code.warm(*todo)]
-        print_table(["model", "dtype", "kernels", "compiled"], table, numeric=(2, 3))
-        return
     about = {"capability": capability, **code.versions(), "commit": commit()}
+    if args.warm:
+        rows = [dict(zip(columns, line, strict=False)) | about for line in code.warm(*todo)]
+        table = Table(columns[:4], [[str(row[k]) for k in columns[:4]] for row in rows], (2, 3))
+        give(args, rows, [table], Record(columns, rows))
+        return
     with progress() as bar:
         task = bar.add_task("compiling", total=None)
         rows = []
         for found in code.report(*todo):
             rows.append({**code.row(found), **about})
             bar.advance(task)
-    code.print_report(rows)
-    if args.out:
-        append_table(args.out, code.COLUMNS, rows)
+    texts = [_texts(row) for row in rows]
+    give(args, rows, [code.report_table(texts)], Record(columns, texts))
 
 
 def _check(args: argparse.Namespace) -> None:
     layer = LAYERS.get(args.name)
-    check_table(args.out, "--out", COLUMNS)
+    check_result(args.out, COLUMNS)
     if args.size is not None:
         read_size(args.size)
     if args.official and not os.path.isdir(args.official):
@@ -435,12 +444,8 @@ def _bench(argv: list[str]) -> int:
     _check(args)
     rows = with_threads(args.threads or [torch.get_num_threads()], _rows, args)
     texts = [_texts(row) for row in rows]
-    if args.json:
-        print_json(rows)
-    else:
-        print_table(list(SHOWN.values()), [[row[k] for k in SHOWN] for row in texts], numeric=range(5, 12))
-    if args.out:
-        append_table(args.out, COLUMNS, texts)
+    table = Table(list(SHOWN.values()), [[row[k] for k in SHOWN] for row in texts], range(5, 12))
+    give(args, rows, [table], Record(COLUMNS, texts))
     if not args.cpu_time and any(row["cpu_use"] is not None and row["cpu_use"] < BUSY for row in rows):
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import io
 import json
 import os
 import reprlib
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -547,32 +548,66 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> None:
-    """Print a table that is never squeezed: cells do not wrap, headers wrap at spaces.
+class Table(NamedTuple):
+    """A table for people.
 
-    Args:
-        columns: Headers.
+    Attributes:
+        columns: Heads, with the units of what stands below them.
         rows: Cells as text.
-        numeric: Columns to align right.
+        numeric: Columns that are aligned right.
+        above: Lines before it.
+        below: Lines after it, such as what its columns mean.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for i, column in enumerate(columns):
-        header = column.replace(" ", "\n")
-        table.add_column(header, justify="right" if i in numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    width = max(console().width, 2 + sum(max(map(len, cells)) + 2 for cells in zip(columns, *rows, strict=True)))
-    Console(highlight=False, width=width).print(table)
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: Sequence[int] = ()
+    above: Sequence[str] = ()
+    below: Sequence[str] = ()
+
+
+def print_tables(*tables: Table) -> None:
+    """Print tables with an empty line between them; they are never squeezed: cells do not wrap, heads do at spaces."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    for i, (columns, rows, numeric, above, below) in enumerate(tables):
+        print("\n" * bool(i), *(f"{line}\n" for line in above), sep="", end="")
+        grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for k, column in enumerate(columns):
+            grid.add_column(column.replace(" ", "\n"), justify="right" if k in numeric else "left", no_wrap=True)
+        for row in rows:
+            grid.add_row(*row)
+        width = max(
+            console().width, 2 + sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True))
+        )
+        Console(highlight=False, markup=False, emoji=False, width=width).print(grid)
+        print(*(f"{line}\n" for line in below), sep="", end="")
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
     """A Markdown table; ``numeric`` columns are aligned right."""
     rule = ["---:" if i in numeric else "---" for i in range(len(columns))]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rule, *rows))
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (columns, rule, *rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def markdown_text(tables: Sequence[Table]) -> str:
+    """Tables as Markdown, with what stands above and below them."""
+    parts = []
+    for table in tables:
+        texts = ["\n".join(table.above), markdown(*table[:3]).rstrip("\n"), "\n".join(table.below)]
+        parts += [text for text in texts if text]
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_text(table: Table) -> str:
+    """A table as comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([table.columns, *table.rows])
+    return out.getvalue()
 
 
 def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -665,20 +700,21 @@ def replace(source: str | Path, path: str | Path) -> None:
             os.close(fd)
 
 
-def write_json(path: str | Path, result: dict[str, Any]) -> None:
+def write_json(path: str | Path, result: Any) -> None:
     """Write a result as JSON that says who wrote it.
 
     Args:
         path: File to write.
-        result: Plain values.
+        result: A dictionary of plain values, or a list of them.
 
     Raises:
         Failure: As :func:`atomic_write`.
     """
     import vizoo
 
+    who = {"vizoo": vizoo.__version__}
     with atomic_write(path) as f:
-        json.dump({"vizoo": vizoo.__version__, **result}, f, indent=2)
+        json.dump([who | row for row in result] if isinstance(result, list) else who | result, f, indent=2)
 
 
 def print_json(result: Any) -> None:
@@ -688,6 +724,82 @@ def print_json(result: Any) -> None:
         result: Plain values.
     """
     print(json.dumps(result, indent=2))
+
+
+class Record(NamedTuple):
+    """Rows for a CSV file that keeps what it holds.
+
+    Attributes:
+        columns: Its columns, one of which says the version of vizoo.
+        rows: Values by column.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def check_result(path: str | Path | None, columns: Sequence[str] | None = None) -> None:
+    """Say before any work starts that ``--out`` cannot be written.
+
+    Args:
+        path: Its value.
+        columns: Of the rows that are added to a CSV file; None where it is replaced.
+
+    Raises:
+        UserError: As :func:`check_output` and :func:`check_table`.
+    """
+    check_output(path, "--out", ".json", ".csv", ".md")
+    if columns is not None and path is not None and Path(path).suffix == ".csv":
+        check_table(path, "--out", columns)
+
+
+def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+    """Write what a command found, in the form that the ending of ``--out`` says, in one step.
+
+    Args:
+        path: Value of ``--out``: ``.json`` holds the result, ``.csv`` the first table, ``.md`` all of them; None
+            writes nothing.
+        result: What ``--json`` prints: a dictionary, or a list of them.
+        tables: What people read.
+        record: Rows that are added to a CSV file in place of the table.
+
+    Raises:
+        UserError: As :func:`check_table`.
+        Failure: As :func:`atomic_write`.
+    """
+    import vizoo
+
+    if path is None:
+        return
+    kind = Path(path).suffix
+    if kind == ".json":
+        write_json(path, result)
+    elif kind == ".csv" and record is not None:
+        append_table(path, *record)
+    elif kind == ".csv":
+        columns, rows, *_ = tables[0]
+        table = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
+        with atomic_write(path) as f:
+            f.write(csv_text(table))
+    else:
+        with atomic_write(path) as f:
+            f.write(f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
+
+
+def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+    """Print what a command found, and write it.
+
+    Args:
+        args: ``json`` and ``out``, as :func:`vizoo.tools.options.add_result` adds them.
+        result: As of :func:`write_result`.
+        tables: As of :func:`write_result`.
+        record: As of :func:`write_result`.
+    """
+    if args.json:
+        print_json(result)
+    else:
+        print_tables(*tables)
+    write_result(args.out, result, tables, record)
 
 
 def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from vizoo.tools.common import print_json, run_tool
-from vizoo.tools.options import Parser, add
+from vizoo.tools.common import Table, check_result, give, run_tool
+from vizoo.tools.options import Parser, add_result
 from vizoo.tools.profiling.machine import installation
 
 EXAMPLES = """\
 examples:
-  vizoo env          what to paste into a bug report
-  vizoo env --json   the same for programs"""
+  vizoo env                what to paste into a bug report
+  vizoo env --json         the same for programs
+  vizoo env --out env.md   the same as a table of Markdown"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,26 +24,32 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print versions, devices and which backends can be used here.",
         epilog=EXAMPLES,
     )
-    add(p, "--json")
+    add_result(p)
     return p
+
+
+def _table(found: dict[str, Any]) -> Table:
+    """What people read, from what :func:`vizoo.tools.profiling.machine.installation` found."""
+    rows = [[package, version or "not installed"] for package, version in found["versions"].items()]
+    rows += [
+        ["system", found["system"]],
+        ["cpu", f"{found['cpu']}, {found['cpu_capability']}"],
+        ["cores", f"{found['cores']}, {found['threads']} torch threads"],
+        ["memory", f"{found['memory_gib']} GiB"],
+        ["gpu", ", ".join(found["gpus"]) or "none"],
+    ]
+    rows += [
+        [f"backend {name}", f"{'usable' if b['usable'] else 'no'}: {b['reason']}"]
+        for name, b in found["backends"].items()
+    ]
+    return Table(["what", "here"], rows)
 
 
 def _env(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    check_result(args.out)
     found = installation()
-    if args.json:
-        print_json(found)
-        return 0
-    threads = f"{found['cores']} cores, {found['threads']} torch threads"
-    print("versions  " + "  ".join(f"{k} {v}" for k, v in found["versions"].items() if v))
-    print("absent    " + ", ".join(k for k, v in found["versions"].items() if v is None))
-    print(f"system    {found['system']}")
-    print(f"cpu       {found['cpu']}, {found['cpu_capability']}, {threads}")
-    print(f"memory    {found['memory_gib']} GiB")
-    print("gpu       " + (", ".join(found["gpus"]) or "none"))
-    print("backends")
-    for name, b in found["backends"].items():
-        print(f"  {name:8s}{'usable' if b['usable'] else 'no':8s}{b['reason']}")
+    give(args, found, [_table(found)])
     return 0
 
 

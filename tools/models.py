@@ -5,21 +5,39 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
-import sys
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vizoo.tools.common import UserError, match_names, print_json, print_table, run_tool, short
-from vizoo.tools.options import Parser, add
+from vizoo.tools.common import (
+    Table,
+    UserError,
+    check_result,
+    csv_text,
+    match_names,
+    print_json,
+    print_tables,
+    run_tool,
+    short,
+    write_result,
+)
+from vizoo.tools.options import Parser, add, quantity
+from vizoo.tools.training.options import check_choice
 
 EXAMPLES = """\
 examples:
-  vizoo models                every model
-  vizoo models 'litv2*'       one family
-  vizoo models '*b' '*384*'   several patterns
-  vizoo models --csv          the same as comma-separated values
-  vizoo models --json         for programs, with exact counts and the tags of weights"""
+  vizoo models                            every model
+  vizoo models litv2 overlock             models with one of these words in their name or family
+  vizoo models '*_b' '*384*'              models with such names
+  vizoo models --task detection --max-params 30M --sort top1 --reverse
+  vizoo models nat_tiny --weights         where its weights are
+  vizoo models halonet --out halonet.md   a table for a page; .csv and .json also say tasks and weights
+  vizoo models --json                     for programs, with exact counts"""
+NOTES = (
+    "GMACs: multiply-accumulates of one image in units of 1e9; papers of this field print them as FLOPs.",
+    "paper top-1: ImageNet-1k, as published with the weights; not verified here.",
+)
 
 
 class Entry(NamedTuple):
@@ -98,35 +116,67 @@ def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
     Raises:
         UserError: If it stands for none.
     """
+    shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
     if any(c in word for c in "*?["):
         found = match_names([e.name for e in entries], [word])
     else:
-        shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
         found = [e.name for e in shown if word in e.name or word in e.family]
     if found:
         return found
-    known = dict.fromkeys([*(e.family for e in entries), *(e.name for e in entries)])
-    near = difflib.get_close_matches(word, known, n=3)
+    near = difflib.get_close_matches(word, {e.family for e in shown} | {e.name for e in shown}, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "'vizoo models' lists all"
     raise UserError(f"no model of the zoo matches {short(word)}; {hint}")
+
+
+KEYS: dict[str, Callable[[Entry], Any]] = {  # of --sort
+    "name": lambda e: e.name,
+    "params": lambda e: e.params,
+    "macs": lambda e: e.macs,
+    "input": lambda e: e.size,
+    "top1": lambda e: e.paper_top1,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = Parser(prog="vizoo models", description="List the models of the zoo.", epilog=EXAMPLES)
-    p.add_argument("patterns", nargs="*", metavar="PATTERN", help="names or globs; default: every model")
+    p.add_argument("words", nargs="*", metavar="WORD", help="part of a name or family, or a glob (every model)")
+    add(p, "--task", "any")
+    p.add_argument("--max-params", type=quantity, metavar="N", help="most parameters, such as 30M")
+    p.add_argument("--max-macs", type=quantity, metavar="N", help="most multiply-accumulates, such as 4.5G")
+    add(p, "--sort", ", ".join(KEYS), default="name")
+    p.add_argument("--reverse", action="store_true", help="turn the order around")
+    p.add_argument("--weights", action="store_true", help="also say where weights are")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print comma-separated values")
     add(form, "--json")
+    add(p, "--out", ".json, .csv or .md")
     return p
 
 
-def _models(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    entries = list_zoo(args.patterns)
-    if args.json:
-        print_json([e._asdict() for e in entries])
-        return 0
+def _chosen(args: argparse.Namespace) -> list[Entry]:
+    """The rows that are asked for, in their order; those without the figure come last in any.
+
+    Raises:
+        UserError: If there are none.
+    """
+    limits = {"params": args.max_params or math.inf, "macs": args.max_macs or math.inf}
+    entries = [
+        e
+        for e in list_zoo(args.words)
+        if args.task in (None, *e.tasks) and all(getattr(e, name) <= most for name, most in limits.items())
+    ]
+    if not entries:
+        given = {"--task": args.task, "--max-params": args.max_params, "--max-macs": args.max_macs}
+        options = [f"{flag} {v:g}" if isinstance(v, float) else f"{flag} {v}" for flag, v in given.items() if v]
+        raise UserError(f"no model of the zoo is left by {' '.join([*map(short, args.words), *options])}")
+    figure = KEYS[args.sort]
+    known = [e for e in entries if figure(e) is not None]
+    return sorted(known, key=figure, reverse=args.reverse) + [e for e in entries if figure(e) is None]
+
+
+def _table(entries: Sequence[Entry]) -> Table:
+    """What is printed."""
     columns = ["model", "params M", "GMACs", "input", "paper top-1 %", "source", "licence"]
     rows = [
         [
@@ -140,12 +190,51 @@ def _models(argv: list[str]) -> int:
         ]
         for e in entries
     ]
-    if args.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *rows])
-        return 0
-    print_table(columns, rows, numeric=(1, 2, 3, 4))
-    print("GMACs: multiply-accumulates of one image in units of 1e9; papers of this field print them as FLOPs.")
-    print("paper top-1: ImageNet-1k, as published with the weights; not verified here.")
+    merged = [
+        f"{e.name} is the training form; with its branches merged (--reparam): "
+        f"{e.merged_params / 1e6:.2f} M, {e.merged_macs / 1e9:.3f} GMACs."
+        for e in entries
+        if e.merged_params and e.merged_macs
+    ]
+    return Table(columns, rows, (1, 2, 3, 4), below=[*merged, *NOTES])
+
+
+def _whole_table(entries: Sequence[Entry]) -> Table:
+    """What files hold: the printed table with columns that are too wide for a terminal."""
+    columns, rows, numeric, _, _ = _table(entries)
+    more = [
+        [
+            e.family,
+            " ".join(e.tasks),
+            f"{e.merged_params / 1e6:.2f}" if e.merged_params else "",
+            f"{e.merged_macs / 1e9:.3f}" if e.merged_macs else "",
+            " ".join(f"{tag}={address}" for tag, address in e.weights.items()),
+        ]
+        for e in entries
+    ]
+    heads = ["family", "tasks", "merged params M", "merged GMACs", "weights"]
+    return Table([*columns, *heads], [a + b for a, b in zip(rows, more, strict=True)], (*numeric, 9, 10), below=NOTES)
+
+
+def _weights(entries: Sequence[Entry]) -> Table:
+    """Where weights are."""
+    rows = [[e.name, *where] for e in entries for where in e.weights.items() or [("", "none")]]
+    return Table(["model", "tag", "weights"], rows)
+
+
+def _models(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    check_choice("--sort", args.sort, tuple(KEYS))
+    check_result(args.out)
+    entries = _chosen(args)
+    result, whole = [e._asdict() for e in entries], _whole_table(entries)
+    if args.json:
+        print_json(result)
+    elif args.csv:
+        print(csv_text(whole), end="")
+    else:
+        print_tables(_table(entries), *[_weights(entries)] * args.weights)
+    write_result(args.out, result, [whole])
     return 0
 
 

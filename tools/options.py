@@ -113,6 +113,29 @@ def number(
     return parse
 
 
+UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+
+
+def quantity(text: str) -> float:
+    """Argument type: a number above 0, perhaps with a letter of :data:`UNITS`.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    unit = UNITS.get(text[-1:].upper())
+    try:
+        return unit * _ABOVE(text[:-1]) if unit else _ABOVE(text)
+    except argparse.ArgumentTypeError:
+        need = f"a number above 0, perhaps with {', '.join(UNITS)} behind it, such as 30M or 5.5e6"
+        raise argparse.ArgumentTypeError(f"got {short(text)}, must be {need}") from None
+
+
 class KeyValues(argparse.Action):
     """Collects words KEY=VALUE in a dictionary; a value is a literal of Python, else text."""
 
@@ -288,7 +311,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
     },
     # training
-    "--task": {"choices": TASKS, "help": "what to train or to measure"},
+    "--task": {"choices": TASKS, "help": "task of the model"},
     "--config": {"metavar": "FILE", "help": "YAML file of options, such as args.yaml; the command line overrides it"},
     "--grad-accum-steps": {"type": _POSITIVE, "metavar": "N", "help": "batches for each update"},
     "--amp-dtype": {"choices": ("float16", "bfloat16"), "help": "dtype of --amp"},
@@ -339,6 +362,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--out": {"metavar": "FILE", "help": "write the result there"},
     "--plot": {"metavar": "FILE", "help": "draw a picture there"},
     "--json": {**_SWITCH, "help": "print the result as JSON and nothing else"},
+    "--sort": {"metavar": "KEY", "help": "order of the rows"},
     "--check": {**_SWITCH, "help": "exit status 1 where something differs"},
 }  # fmt: skip
 WINDOW = "the whole range; the window in the DICOM file"  # note of --window
@@ -366,6 +390,17 @@ def add(parser: Any, flag: str, note: str = "", default: Any = None, required: b
     if required:
         spec["required"] = True
     parser.add_argument(*([SHORT[flag]] if flag in SHORT else []), flag, **spec)
+
+
+def add_result(parser: Any, note: str = ".json, .csv or .md") -> None:
+    """Add what every command has that prints a table: ``--json`` and ``--out``, for :mod:`vizoo.tools.common`.
+
+    Args:
+        parser: As for :func:`add`.
+        note: Of ``--out``.
+    """
+    add(parser, "--json")
+    add(parser, "--out", note)
 
 
 def check_outputs(count: int | None) -> None:

@@ -12,25 +12,30 @@ from typing import Any
 from vizoo.backbones.ops.cost import Cost, register_cost
 from vizoo.tools.common import (
     Failure,
+    Table,
     UserError,
     build_model,
     check_file,
     check_output,
-    check_table,
+    check_result,
     one_line,
+    print_json,
+    print_tables,
     progress,
     resolve_device,
     resolve_models,
     run_tool,
     short,
+    write_result,
 )
-from vizoo.tools.options import Parser, add, number, read_size
+from vizoo.tools.options import Parser, add, add_result, number, read_size
 from vizoo.tools.profiling.counting import count
 from vizoo.tools.profiling.machine import default_threads, with_threads
-from vizoo.tools.profiling.picture import plot, print_modules, print_notes, print_operators, print_profiles
+from vizoo.tools.profiling.picture import modules_table, operators_table, plot, print_notes
 from vizoo.tools.profiling.profile import MODES, profile
-from vizoo.tools.profiling.result import COLUMNS, Profile, to_json, write_results
+from vizoo.tools.profiling.result import COLUMNS, Profile, table, to_record
 from vizoo.tools.profiling.timing import compare, fused, measure
+from vizoo.tools.training.options import check_choice
 
 __all__ = ["Cost", "Profile", "compare", "count", "measure", "profile", "register_cost"]
 
@@ -45,6 +50,8 @@ examples:
   vizoo profile litv2_s --device cpu --mode throughput --batch 1 8 --dtype fp32 bf16
   vizoo profile litv2_s litv2_m swin_tiny_patch4_window7_224 --device cpu --mode latency --plot cost.png
   vizoo profile litv2_s --strict --check                   fail on a partial count; compare two engines"""
+
+SORTED = ("", "macs", "params", "acts", "other")  # of --sort; the model's order without
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,16 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(p, "--checkpoint", "as timm's checkpoint_path")
     p.add_argument("--depth", type=number(int, 0), metavar="N", help="also list modules down to this depth")
     p.add_argument("--by", choices=["module", "op"], help="list modules (depth 1) or operators")
-    p.add_argument("--sort", choices=["macs", "params", "acts", "other"], default="", help="order of the modules")
+    add(p, "--sort", f"of modules: {', '.join(SORTED[1:])}", default="")
     p.add_argument("--top", type=number(int, 0), default=0, metavar="N", help="most rows of that list")
     p.add_argument("--fvcore", action="store_true", help="also fvcore's total, with its norms and pooling")
     add(p, "--check", "both counting engines, and batches")
     p.add_argument("--strict", action="store_true", help="exit status 1 when a count is partial")
     p.add_argument("--min-time", type=number(float, 0), default=2.0, metavar="S", help="least seconds of sampling (2)")
     p.add_argument("--max-time", type=number(float, 0), default=10.0, metavar="S", help="most seconds of sampling (10)")
-    add(p, "--out", ".json, .csv, to which rows are added, or .md")
+    add_result(p, ".json, .csv, to which rows are added, or .md")
     add(p, "--plot", "speed or size over GMACs: .png, .pdf or .svg")
-    add(p, "--json")
     p.add_argument(
         "--import", dest="packages", nargs="+", default=[], metavar="PACKAGE", help="packages that register models"
     )
@@ -101,9 +107,8 @@ def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse bad input before anything runs; names and modes become those that are meant."""
-    if args.out and Path(args.out).suffix == ".csv":
-        check_table(args.out, "--out", COLUMNS)
-    check_output(args.out, "--out", ".json", ".csv", ".md")
+    check_result(args.out, COLUMNS)
+    check_choice("--sort", args.sort, SORTED)
     check_output(args.plot, "--plot", ".png", ".pdf", ".svg")
     if args.checkpoint is not None:
         check_file(args.checkpoint, "--checkpoint")
@@ -172,28 +177,27 @@ def _profile_all(args: argparse.Namespace) -> list[Profile]:
     return profiles
 
 
-def _print(args: argparse.Namespace, profiles: Sequence[Profile]) -> None:
-    if args.json:
-        print(to_json(profiles))
-    else:
-        print_profiles(profiles)
-    print_notes(profiles)
-    if args.json or not (args.by or args.depth is not None):
-        return
-    for p in {p.model: p for p in profiles}.values():  # a count does not depend on the conditions
-        if args.by == "op":
-            print_operators(p, args.top)
-        else:
-            print_modules(p, 1 if args.depth is None else args.depth, args.sort, args.top)
+def _details(args: argparse.Namespace, profiles: Sequence[Profile]) -> list[Table]:
+    """Where the cost of each model sits, if that is asked for."""
+    if not args.by and args.depth is None:
+        return []
+    models = {p.model: p for p in profiles}.values()  # a count does not depend on the conditions
+    if args.by == "op":
+        return [operators_table(p, args.top) for p in models]
+    return [modules_table(p, 1 if args.depth is None else args.depth, args.sort, args.top) for p in models]
 
 
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
     profiles = with_threads(args.threads or [default_threads()], _profile_all, args)
-    _print(args, profiles)
-    if args.out:
-        write_results(profiles, Path(args.out), Path(args.out).suffix[1:])
+    result, details = [p.to_dict() for p in profiles], _details(args, profiles)
+    if args.json:
+        print_json(result)
+    else:
+        print_tables(table(profiles), *details)
+    print_notes(profiles)
+    write_result(args.out, result, [table(profiles, noted=True), *details], to_record(profiles))
     if args.plot:
         plot(profiles, Path(args.plot))
     partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]

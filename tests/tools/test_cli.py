@@ -68,13 +68,13 @@ def test_unknown_command(capsys):
         (["bench", "test_litv2", "--size", "1", "2", "3"], "--size 1 2 3: give one side"),
         (["bench", "hilo", "--size", "4", "5", "--threads", "1"], "'hilo' takes the tokens of a square map"),
         (["bench", "litv2_s", "--official", ".", "--size", "64", "96", "--threads", "1"], "for square images"),
-        (["bench", "--sass", "--json"], "got --json"),
+        (["bench", "--suite", "gpu", "--json"], "got --json"),
         (["bench", "--sass", "--dtype", "tf32"], "--dtype: --sass takes fp32, bf16 and fp16, got tf32"),
         (["bench", "test_litv2", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu"),
         (["bench", "test_litv2", "--device", "cuda:77"], "device 'cuda:77' is not on this machine"),
         (["bench", "test_litv2", "--official", "/nowhere"], "--official '/nowhere': no such folder"),
         (["bench", "litv2_s", "--official", "."], "give a checkout of the official code"),
-        (["bench", "test_litv2", "--out", "x.txt"], "--out 'x.txt': the ending must be .csv"),
+        (["bench", "test_litv2", "--out", "x.txt"], "--out 'x.txt': the ending must be .json or .csv or .md"),
         (["bench", "hf-hub:a/b"], "'hf-hub:a/b' is not one model of the zoo"),
         (["bench", "hilo", "--window-size", "0"], "--window-size: got 0, must be a whole number of at least 1"),
         (["bench", "hilo", "--alpha", "2"], "--alpha: got 2, must be a finite number between 0 and 1"),
@@ -89,7 +89,14 @@ def test_unknown_command(capsys):
         (["models", "--yaml"], "unrecognized arguments: --yaml"),
         (["models", "--json", "--csv"], "--csv: not allowed with argument --json"),
         (["env", "now"], "unrecognized arguments: now"),
-        (["models", "nothing*"], "no model of the zoo matches 'nothing*'"),
+        (["models", "nothing*"], "no model of the zoo matches 'nothing*'; 'vizoo models' lists all"),
+        (["models", "litv2", "litv3_s"], "no model of the zoo matches 'litv3_s'; did you mean litv2_s"),
+        (["models", "nat", "--max-params", "1M"], "no model of the zoo is left by 'nat' --max-params 1e+06"),
+        (["models", "--max-params", "x"], "argument --max-params: got 'x', must be a number above 0, perhaps with K"),
+        (["models", "--max-macs", "-1G"], "argument --max-macs: expected one argument"),
+        (["models", "--max-macs", "0"], "argument --max-macs: got '0', must be"),
+        (["models", "--sort", "size"], "argument --sort: invalid choice: 'size' (choose from name, params, macs,"),
+        (["profile", "test_litv2", "--sort", "size"], "argument --sort: invalid choice: 'size' (choose from "),
         (["profile", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["profile", "test_litv2", "--size", "0"], "--size 0"),
         (["profile", "test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
@@ -146,12 +153,69 @@ def test_models_lists_what_is_registered(capsys):
         "84.7",
         "official weights",
         "apache-2.0",
+        "litv2",
+        "classification detection segmentation",
+        "",
+        "",
+        "r384_in1k=https://github.com/ziplab/LITv2/releases/download/v1.0/litv2_b_384.pth",
     ]
     status, out, _ = run(capsys, "models", "litv2_s", "test_*")
     assert "litv2_s " in out
     assert "test_litv2" in out
     assert "litv2_m" not in out
     assert "…" not in out  # never squeezed
+
+
+def names(capsys, *words):
+    """What ``vizoo models`` lists."""
+    status, out, err = run(capsys, "models", *words, "--json")
+    assert (status, err) == (0, "")
+    return [entry["name"] for entry in json.loads(out)]
+
+
+def test_words_globs_and_families(capsys):
+    everything = names(capsys)
+    assert names(capsys, "litv2_b") == ["litv2_b", "litv2_b.r384_in1k"]
+    assert names(capsys, "overlock", "alpha1") == [
+        "litv2_s_alpha10",
+        *("overlock_b", "overlock_s", "overlock_t", "overlock_xt"),
+    ]
+    assert names(capsys, "halonet") == [n for n in everything if n.startswith("halo_")]  # the family's name
+    assert {"nat_tiny", "dinat_tiny", "vitrpb_base"} <= set(names(capsys, "nat"))
+    assert names(capsys, "litv2_?") == ["litv2_b", "litv2_m", "litv2_s"]
+    assert names(capsys, "test_nat") == ["test_nat", "test_nat_isotropic"]
+    assert not [n for n in names(capsys, "oat") if n.startswith("test_")]
+    assert names(capsys, "t*_oat") == ["test_oat"]
+
+
+def test_order_and_limits(capsys):
+    by_top1 = names(capsys, "halonet", "--sort", "top1", "--reverse")
+    assert (by_top1[0], by_top1[-1]) == ("halo_h7", "halo_resnet50_det")  # the last has none
+    assert names(capsys, "halonet", "--sort", "top1")[-1] == "halo_resnet50_det"
+    assert names(capsys, "litv2_?", "--sort", "params") == ["litv2_s", "litv2_m", "litv2_b"]
+    assert names(capsys, "litv2_?", "--sort", "macs", "--reverse") == ["litv2_b", "litv2_m", "litv2_s"]
+    assert names(capsys, "halonet", "--sort", "input")[-1] == "halo_resnet50_det"
+    assert names(capsys, "litv2_?", "--max-params", "48830368") == ["litv2_m", "litv2_s"]
+    assert names(capsys, "litv2_?", "--max-params", "4.8e7") == ["litv2_s"]
+    assert names(capsys, "litv2_?", "--max-params", "30M", "--max-macs", "3.8G") == ["litv2_s"]
+    assert names(capsys, "--task", "scanpath") == ["oat_base", "oat_resnet18", "oat_small"]
+    detectors = set(names(capsys, "--task", "detection"))
+    assert detectors == set(names(capsys, "--task", "segmentation"))
+    assert {"litv2_s", "overlock_t"} <= detectors
+    assert not detectors & {"nat_isotropic_small", "vit_base_patch16_224_tcpa", "oat_base"}
+    assert set(names(capsys)) - set(names(capsys, "--task", "classification")) == set(names(capsys, "oat"))
+
+
+def test_merged_forms_and_weights_are_told(capsys):
+    out = run(capsys, "models", "overlock_xt", "litv2_s_alpha00", "--weights")[1]
+    assert "overlock_xt is the training form; with its branches merged (--reparam): 16.45 M, 2.701 GMACs." in out
+    assert "litv2_s_alpha00 is" not in out
+    assert [line.split()[:2] for line in out.splitlines() if "https://" in line] == [
+        ["litv2_s_alpha00", "in1k"],
+        ["overlock_xt", "in1k"],
+        ["overlock_xt", "reparam_in1k"],
+    ]
+    assert run(capsys, "models", "test_nat", "--weights")[1].split()[-1] == "none"
 
 
 def test_models_as_json(capsys):
@@ -220,7 +284,7 @@ def test_a_reader_that_goes_away_ends_the_printing_only(tmp_path):
     code = (
         "import pathlib, sys\nfrom vizoo.tools import common\n"
         "def tool(argv):\n    for _ in range(9000):\n        print('x' * 99)\n"
-        "    common.print_table(['a'], [['b']])\n    pathlib.Path('done').touch()\n    return 0\n"
+        "    common.print_tables(common.Table(['a'], [['b']]))\n    pathlib.Path('done').touch()\n    return 0\n"
         "sys.exit(common.run_tool(tool, [], 'x'))"
     )
     with subprocess.Popen(

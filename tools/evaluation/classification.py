@@ -14,10 +14,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from vizoo.tools.common import (
+    Table,
     UserError,
     build_model,
     compute_device,
-    print_table,
     progress,
     read_yaml,
     resolve_model,
@@ -129,7 +129,7 @@ def evaluate_classifier(argv: list[str]) -> dict[str, Any]:
         found = figures(model, shared_loader(options, dataset, data, world), world.device, classes, world)
     about = {"model": name, "checkpoint": checkpoint, "data": options.data}
     size = "x".join(map(str, data["input_size"]))
-    return write_results(args, {**about, "input": size, "skipped": dataset.skipped, **found}, _report, draw_confusion)
+    return write_results(args, {**about, "input": size, "skipped": dataset.skipped, **found}, _tables, draw_confusion)
 
 
 def _open(options: argparse.Namespace) -> tuple[Any, list[str]]:
@@ -237,24 +237,29 @@ def figures(
     return {"images": int(matrix.sum()), **totals, "classes": rows, "confusion": matrix.tolist()}
 
 
-def _report(result: dict[str, Any]) -> None:
+def _tables(result: dict[str, Any]) -> list[Table]:
+    """The classes, and the confusion matrix if it is small, for people."""
     images = f"{result['images']:,} images{skipped_text(result['skipped'])}"
-    print(f"{result['model']} on {result['data']}, input {result['input']}, {images}")
     top5 = f"top-5 {result['top5']:.2f} %, " if len(result["confusion"]) > 5 else ""
-    print(f"accuracy {result['top1']:.2f} %, {top5}loss {result['loss']:.4f}\n")
+    above = [
+        f"{result['model']} on {result['data']}, input {result['input']}, {images}",
+        f"accuracy {result['top1']:.2f} %, {top5}loss {result['loss']:.4f}",
+        "",
+    ]
 
     def per_cent(x: float | None) -> str:
         return "" if x is None else f"{x:.1f}"
 
     rows = [[c["name"], f"{c['images']:,}", per_cent(c["sensitivity"]), per_cent(c["ppv"])] for c in result["classes"]]
-    print_table(["class", "images", "sensitivity %", "PPV %"], rows, numeric=(1, 2, 3))
-    print("sensitivity: share of a class that is found (recall); PPV: share of the calls that are right (precision)")
+    below = "sensitivity: share of a class that is found (recall); PPV: share of the calls that are right (precision)"
+    tables = [Table(["class", "images", "sensitivity %", "PPV %"], rows, (1, 2, 3), above, [below])]
     if len(result["confusion"]) <= LARGEST_MATRIX:
         names = [c["name"] for c in result["classes"]]
         names += [str(i) for i in range(len(names), len(result["confusion"]))]
-        cells = [[name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)]
-        print("\nconfusion: a row for each true class, a column for each prediction")
-        print_table(["", *names], cells, numeric=range(1, len(names) + 1))
+        counts = [[name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)]
+        head = ["confusion: a row for each true class, a column for each prediction"]
+        tables.append(Table(["", *names], counts, range(1, len(names) + 1), head))
+    return tables
 
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:

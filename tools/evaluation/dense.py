@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vizoo.backbones.layers.checkpoint import unwrap
-from vizoo.tools.common import (
-    UserError,
-    check_weights,
-    compute_device,
-    one_line,
-    print_table,
-    save_figure,
-)
+from vizoo.tools.common import Table, UserError, check_weights, compute_device, one_line, save_figure
 from vizoo.tools.data.dense import IGNORED, Boxes, Masks
 from vizoo.tools.evaluation.results import add_results, check_results, write_results
 from vizoo.tools.options import Parser, add
@@ -103,22 +96,23 @@ def evaluate_dense(task: str, argv: list[str]) -> dict[str, Any]:
             found = figures(model, parts.val, parts.classes, *place)
     result = {k: options[k] for k in ("task", "arch", "model", "data")}
     result |= {"images": len(parts.val), "skipped": parts.val.skipped, **found}
-    return write_results(args, result, _report, functools.partial(_draw, model, parts, world.device))
+    return write_results(args, result, _tables, functools.partial(_draw, model, parts, world.device))
 
 
 def _draw(model: nn.Module, parts: Any, device: torch.device, result: dict[str, Any], path: Path) -> None:
     draw_predictions(model, parts.val, parts.classes, device, path)
 
 
-def _report(result: dict[str, Any]) -> None:
+def _tables(result: dict[str, Any]) -> list[Table]:
+    """The classes for people."""
     head = f"{result['arch']} on {result['model']}, {result['images']:,} images"
     head += f"{skipped_text(result['skipped'])} of {result['data']}"
     about = ("task", "arch", "model", "data", "images", "skipped", "classes")
     figures = {k: v for k, v in result.items() if k not in about}
-    print(f"{head}: " + ", ".join(f"{k} {'-' if v is None else f'{v:.2f}'}" for k, v in figures.items()))
+    head += ": " + ", ".join(f"{k} {'-' if v is None else f'{v:.2f}'}" for k, v in figures.items())
     columns = [k for k in result["classes"][0] if k != "name"]
     rows = [[row["name"], *("" if row[k] is None else f"{row[k]:.2f}" for k in columns)] for row in result["classes"]]
-    print_table(["class", *(f"{k} (%)" for k in columns)], rows, numeric=range(1, len(columns) + 1))
+    return [Table(["class", *(f"{k} (%)" for k in columns)], rows, range(1, len(columns) + 1), [head])]
 
 
 def draw_predictions(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import check_output, is_first_process, write_json
-from vizoo.tools.options import add
+from vizoo.tools.common import Table, check_output, check_result, is_first_process, print_tables, write_result
+from vizoo.tools.options import add, add_result
 
 
 def add_results(parser: argparse.ArgumentParser, task: str, picture: str, required: bool = True) -> None:
@@ -26,9 +26,8 @@ def add_results(parser: argparse.ArgumentParser, task: str, picture: str, requir
     add(parser, "--task", f"{task}, as RUN says")
     add(parser, "--checkpoint", "the best of the run")
     add(parser, "--device", "cuda if there is one")
-    add(parser, "--out", ".json")
+    add_result(parser, ".json; .csv or .md: the table")
     add(parser, "--plot", f".png: {picture}")
-    add(parser, "--json")
 
 
 def check_results(args: argparse.Namespace) -> None:
@@ -40,14 +39,14 @@ def check_results(args: argparse.Namespace) -> None:
     Raises:
         UserError: As :func:`vizoo.tools.common.check_output`.
     """
-    check_output(args.out, "--out", ".json")
+    check_result(args.out)
     check_output(args.plot, "--plot", ".png")
 
 
 def write_results(
     args: argparse.Namespace,
     result: dict[str, Any],
-    report: Callable[[dict[str, Any]], None],
+    tables: Callable[[dict[str, Any]], list[Table]],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> dict[str, Any]:
     """Print a result for people and write what was asked for, in the first of several processes.
@@ -55,7 +54,7 @@ def write_results(
     Args:
         args: ``out``, ``plot`` and ``json``.
         result: Figures, JSON-ready.
-        report: Prints them for people.
+        tables: Makes of them what people read.
         draw: Draws them into a file.
 
     Returns:
@@ -63,10 +62,10 @@ def write_results(
     """
     if not is_first_process():
         return result
+    shown = tables(result)
     if not args.json:  # which the command prints
-        report(result)
-    if args.out:
-        write_json(args.out, result)
+        print_tables(*shown)
+    write_result(args.out, result, shown)
     if args.plot:
         draw(result, Path(args.plot))
     return result

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vizoo.backbones.oat import spread_fixations
-from vizoo.tools.common import UserError, compute_device, print_table, save_figure, short
+from vizoo.tools.common import Table, UserError, compute_device, save_figure, short
 from vizoo.tools.data.images import read_image
 from vizoo.tools.data.scanpaths import PARTS, Trial, split
 from vizoo.tools.evaluation.results import add_results, check_results, write_results
@@ -80,7 +80,7 @@ def evaluate_scanpaths(argv: list[str]) -> dict[str, Any]:
         {"layout": t.scene.name, "viewer": t.viewer, "target": t.target, "human": t.sequence, "greedy": path}
         for t, path in zip(trials, columns["greedy"], strict=True)
     ]
-    return write_results(args, result, _report, functools.partial(_draw, trials, columns))
+    return write_results(args, result, _tables, functools.partial(_draw, trials, columns))
 
 
 def _draw(trials: Sequence[Trial], columns: dict[str, list[list[int]]], result: dict[str, Any], path: Path) -> None:
@@ -100,8 +100,9 @@ def human_agreement(trials: Sequence[Trial], everyone: Sequence[Trial]) -> dict[
     return path_metrics(*zip(*pairs, strict=True)) if pairs else None  # type: ignore[arg-type]
 
 
-def _report(result: dict[str, Any]) -> None:
-    print(
+def _tables(result: dict[str, Any]) -> list[Table]:
+    """Predicted scanpaths beside people's, for people."""
+    head = (
         f"{result['model']} on {result['trials']:,} trials ({result['split']}) of {result['data']}: "
         f"loss {result['loss']:.4f}, SIM {result['sim']:.4f}"
     )
@@ -117,8 +118,8 @@ def _report(result: dict[str, Any]) -> None:
     for key in Behaviour._fields:
         model = [f"{found[f'model_{key}']:.3f}" for found in kinds.values()]
         rows.append([key, *model, f"{result['greedy'][f'human_{key}']:.3f}"])
-    print_table(["", *kinds, "people"], rows, numeric=range(1, len(kinds) + 2))
-    print("people: sequence score to NSS between viewers of a scene, the rest of these trials themselves.")
+    below = "people: sequence score to NSS between viewers of a scene, the rest of these trials themselves."
+    return [Table(["", *kinds, "people"], rows, range(1, len(kinds) + 2), [head], [below])]
 
 
 def draw_scanpaths(trials: Sequence[Trial], predicted: dict[str, list[list[int]]], path: Path) -> None:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import Failure, UserError, build_model, print_table
+from vizoo.tools.common import Failure, Table, UserError, build_model
 
 # an H100, for the estimates: instructions that all schedulers issue in a second, bytes/s and FLOP/s that are reached
 ISSUE_RATE, BYTES_RATE, FLOP_RATES = 132 * 4 * 1.755e9, 3.0e12, {"float32": 5.0e13}
@@ -624,6 +624,7 @@ COLUMNS = [
     "capability",
     "torch",
     "triton",
+    "vizoo",
     "commit",
 ]
 
@@ -634,13 +635,13 @@ def row(code: Code) -> dict[str, Any]:
         **{name: getattr(code, name) for name in COLUMNS if name in Code._fields},
         "shape": "x".join(map(str, code.shape)),
         "constants": " ".join(f"{k}={v}".replace(" ", "") for k, v in code.constants.items()),
-        "occupancy": f"{code.occupancy:.3f}",
+        "occupancy": code.occupancy,
         "loop": code.longest.length,
         **code.longest.mix,
         "half_products": sum(n for kind, n in code.products.items() if kind in ("bf16", "f16")),
         "float_products": sum(n for kind, n in code.products.items() if kind == "f32"),
-        "issue_ms": "" if code.issue_ms is None else f"{code.issue_ms:.4f}",
-        "floor_ms": f"{code.floor_ms:.4f}",
+        "issue_ms": code.issue_ms,
+        "floor_ms": code.floor_ms,
     }
 
 
@@ -649,11 +650,13 @@ def versions() -> dict[str, str]:
     import torch
     import triton
 
-    return {"torch": torch.__version__, "triton": triton.__version__}
+    import vizoo
+
+    return {"torch": torch.__version__, "triton": triton.__version__, "vizoo": vizoo.__version__}
 
 
-def print_report(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows of a report, a line a kernel."""
+def report_table(rows: Sequence[dict[str, str]]) -> Table:
+    """The rows of a report for people, a line a kernel; ``rows`` as they are written in files."""
     shown = {
         "model": "model",
         "kernel": "kernel",
@@ -674,7 +677,10 @@ def print_report(rows: Sequence[dict[str, Any]]) -> None:
     }
     tiles = re.compile(r"(?:BLOCK_\w+|T[HW]|BLOCK|num_\w+)=\d+")
     cells = [{**r, "tiles": " ".join(tiles.findall(r["constants"])).replace("num_", "")} for r in rows]
-    print_table(list(shown.values()), [[str(r[k]) for k in shown] for r in cells], numeric=range(5, len(shown)))
+    return Table(list(shown.values()), [[r[k] for k in shown] for r in cells], range(5, len(shown)))
+
+
+WARM_COLUMNS = ["model", "dtype", "kernels", "compiled", "capability", "torch", "triton", "vizoo", "commit"]
 
 
 def warm(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vizoo.tools.common import console, print_table, save_figure
-from vizoo.tools.profiling.result import Profile, cells, footnotes, what_differs, where
+from vizoo.tools.common import Table, console, save_figure
+from vizoo.tools.profiling.result import Profile, what_differs, where
 
 MARKERS = "osD^vP*X"
 
@@ -21,14 +21,6 @@ def _names(profiles: Sequence[Profile]) -> list[str]:
     ]
 
 
-def print_profiles(profiles: Sequence[Profile]) -> None:
-    """Print the table with its conventions."""
-    columns, rows = cells(profiles)
-    print_table(columns, rows, numeric=range(1, len(columns)))
-    for line in footnotes(profiles):
-        print(line)
-
-
 def print_notes(profiles: Sequence[Profile]) -> None:
     """Print what is doubtful on standard error."""
     for name, p in zip(_names(profiles), profiles, strict=True):
@@ -36,18 +28,18 @@ def print_notes(profiles: Sequence[Profile]) -> None:
             console(stderr=True).print(f"{name}: {note}", style="yellow", soft_wrap=True)
 
 
-def print_operators(p: Profile, top: int = 0) -> None:
-    """Print what each operator of a model costs; ``top`` limits the rows."""
+def operators_table(p: Profile, top: int = 0) -> Table:
+    """What each operator of a model costs; ``top`` limits the rows."""
     rows = [
         [r["op"], f"{r['calls']:,}", f"{r['macs'] / 1e9:.4f}", f"{r['share']:.1%}", f"{r['other'] / 1e9:.4f}"]
         for r in p.by_op(top)
     ]
-    print(f"\noperators of {p.model}")
-    print_table(["operator", "calls", "GMACs", "share", "other GFLOPs"], rows, numeric=(1, 2, 3, 4))
+    columns = ["operator", "calls", "GMACs", "share", "other GFLOPs"]
+    return Table(columns, rows, (1, 2, 3, 4), above=[f"operators of {p.model}"])
 
 
-def print_modules(p: Profile, depth: int = 1, sort: str = "", top: int = 0) -> None:
-    """Print what each module of a model costs; arguments as of :meth:`Profile.by_module`."""
+def modules_table(p: Profile, depth: int = 1, sort: str = "", top: int = 0) -> Table:
+    """What each module of a model costs; arguments as of :meth:`Profile.by_module`."""
     rows = [
         [
             r["module"],
@@ -60,9 +52,8 @@ def print_modules(p: Profile, depth: int = 1, sort: str = "", top: int = 0) -> N
         ]
         for r in p.by_module(depth, sort, top)
     ]
-    print(f"\nmodules of {p.model}")
     columns = ["module", "params M", "GMACs", "share", "acts M", "other GFLOPs", "output"]
-    print_table(columns, rows, numeric=range(1, 6))
+    return Table(columns, rows, range(1, 6), above=[f"modules of {p.model}"])
 
 
 def _heights(profiles: Sequence[Profile]) -> tuple[str, list[float]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import append_table, atomic_write, markdown
+from vizoo.tools.common import Record, Table, append_table, markdown_text, write_json
 from vizoo.tools.profiling.counting import Count
 from vizoo.tools.profiling.timing import Memory, Stats
 
@@ -179,15 +178,15 @@ class Profile:
 
     def to_markdown(self) -> str:
         """The row of this model as a Markdown table with its conventions."""
-        return markdown_table([self])
+        return markdown_text([table([self], noted=True)])
 
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file, in one step."""
-        write_results([self], Path(path), "json")
+        write_json(path, [self.to_dict()])
 
     def to_csv(self, path: str | Path) -> None:
         """Append the flat row to a CSV file, in one step."""
-        write_results([self], Path(path), "csv")
+        append_table(path, *to_record([self]))
 
 
 def what_differs(profiles: Sequence[Profile]) -> list[dict[str, str]]:
@@ -282,35 +281,24 @@ def footnotes(profiles: Sequence[Profile]) -> list[str]:
     return list(filter(None, [*dict.fromkeys(partial), _conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
 
 
-def markdown_table(profiles: Sequence[Profile]) -> str:
-    """Profiles as a Markdown table with its conventions."""
-    columns, rows = cells(profiles)
-    notes = ["; ".join(p.notes) for p in profiles]
-    numeric = range(1, len(columns))
-    if any(notes):
-        columns, rows = [*columns, "note"], [[*row, note] for row, note in zip(rows, notes, strict=True)]
-    return "\n".join([markdown(columns, rows, numeric), *footnotes(profiles), ""])
-
-
-def to_json(profiles: Sequence[Profile]) -> str:
-    """Profiles as a list in JSON."""
-    return json.dumps([p.to_dict() for p in profiles], indent=1)
-
-
-def write_results(profiles: Sequence[Profile], path: Path, kind: str) -> None:
-    """Write profiles to a file in one step: JSON and Markdown anew, CSV appended with one row each.
+def table(profiles: Sequence[Profile], noted: bool = False) -> Table:
+    """Profiles for people.
 
     Args:
         profiles: At least one result.
-        path: File to write.
-        kind: ``csv``, ``json`` or ``md``.
+        noted: With a column of what was doubtful, which the command prints on standard error.
 
-    Raises:
-        UserError: If an existing CSV file has other columns.
-        Failure: If the file cannot be written.
+    Returns:
+        The table with its conventions.
     """
-    if kind == "csv":
-        append_table(path, COLUMNS, [p.to_row() for p in profiles])
-        return
-    with atomic_write(path) as f:
-        f.write(to_json(profiles) if kind == "json" else markdown_table(profiles))
+    columns, rows = cells(profiles)
+    numeric = range(1, len(columns))
+    notes = ["; ".join(p.notes) for p in profiles]
+    if noted and any(notes):
+        columns, rows = [*columns, "note"], [[*row, note] for row, note in zip(rows, notes, strict=True)]
+    return Table(columns, rows, numeric, below=footnotes(profiles))
+
+
+def to_record(profiles: Sequence[Profile]) -> Record:
+    """A flat row of each profile for CSV files."""
+    return Record(COLUMNS, [p.to_row() for p in profiles])
