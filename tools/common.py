@@ -598,8 +598,8 @@ def markdown_text(tables: Sequence[Table]) -> str:
     """Tables as Markdown, with what stands above and below them."""
     parts = []
     for table in tables:
-        texts = ["\n".join(table.above), markdown(*table[:3]).rstrip("\n"), "\n".join(table.below)]
-        parts += [text for text in texts if text]
+        texts = ["\n".join(table.above), markdown(*table[:3]), "\n".join(table.below)]
+        parts += [text.strip("\n") for text in texts if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -776,14 +776,11 @@ def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], 
         write_json(path, result)
     elif kind == ".csv" and record is not None:
         append_table(path, *record)
-    elif kind == ".csv":
-        columns, rows, *_ = tables[0]
-        table = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
-        with atomic_write(path) as f:
-            f.write(csv_text(table))
     else:
+        columns, rows, *_ = tables[0]
+        marked = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
         with atomic_write(path) as f:
-            f.write(f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
+            f.write(csv_text(marked) if kind == ".csv" else f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
 
 
 def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:

@@ -116,6 +116,7 @@ def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
     Raises:
         UserError: If it stands for none.
     """
+    word = word.lower()  # as names are
     shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
     if any(c in word for c in "*?["):
         found = match_names([e.name for e in entries], [word])
@@ -213,7 +214,9 @@ def _whole_table(entries: Sequence[Entry]) -> Table:
         for e in entries
     ]
     heads = ["family", "tasks", "merged params M", "merged GMACs", "weights"]
-    return Table([*columns, *heads], [a + b for a, b in zip(rows, more, strict=True)], (*numeric, 9, 10), below=NOTES)
+    return Table(
+        [*columns, *heads], [[*a, *b] for a, b in zip(rows, more, strict=True)], (*numeric, 9, 10), below=NOTES
+    )
 
 
 def _weights(entries: Sequence[Entry]) -> Table:

@@ -191,9 +191,9 @@ def test_warm_fills_the_cache(tmp_path, monkeypatch):
         (["--sass", "resnet50"], "'resnet50' is not one model of the zoo"),
         (
             ["--sass", "--pass", "train"],
-            "goes with names of models, --batch, --dtype, --channels-last, --capability, --out; got --pass",
+            "goes with names of models, --batch, --dtype, --channels-last, --capability, --out, --json; got --pass",
         ),
-        (["--warm", "--out", "x.csv"], "got --out"),
+        (["--warm", "--out", "x.txt"], "--out 'x.txt': the ending must be .json or .csv or .md"),
         (["--sass", "--batch", "1", "2"], "--batch: --sass takes one number, got 1 2"),
         (["--sass", "--capability", "70"], "--capability"),
         (["litv2_s", "--capability", "90"], "--capability: needs --sass or --warm"),
