@@ -34,7 +34,7 @@ SPEEDS = 5  # rows of the short table
 
 
 def listed(zoo: Sequence[Any]) -> list[Any]:
-    """The models that users see: all but those for tests, of a family that has nothing else those."""
+    """The models that users see; of a family without any, those for tests."""
     seen = {e.family for e in zoo if e.source != "for tests"}
     return [e for e in zoo if e.source != "for tests" or e.family not in seen]
 
