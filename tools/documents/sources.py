@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import inspect
 import json
@@ -22,6 +21,7 @@ CHOICES = ("Deviations", "Our choices")  # begin the paragraphs of a family's do
 NAMES = "Names"  # begins those about the names of models
 OFFICIAL = ("constructor", "create_model", "call", "cls", "model", "role")  # what ran: the first of these in metadata
 ADDRESS = re.compile(r"(?<![\w/])(?:https?://)?(github\.com/[\w./-]*\w)")
+LIMIT = re.compile(r"^([A-Z]\w*) = ([\d.e-]+)\b", re.MULTILINE)
 CODE = re.compile(r"(?<!`)`(?!`)[^`]+`(?!`)")  # in a line of text
 TRAIN = re.compile(r"(?:`|^|^# Command: +)(?:OMP_NUM_THREADS=\d+ )?(vizoo train [^`\n]+)", re.MULTILINE)
 
@@ -129,13 +129,7 @@ def tolerances(path: Path) -> dict[str, float]:
     Raises:
         UserError: If the file cannot be read.
     """
-    assignments = [node for node in ast.parse(read_text(path, "--root")).body if isinstance(node, ast.Assign)]
-    named = [(a.targets[0].id, a.value.value) for a in assignments if _is_number(a)]  # type: ignore[attr-defined]
-    return dict(named)
-
-
-def _is_number(node: ast.Assign) -> bool:
-    return isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+    return {name: float(number) for name, number in LIMIT.findall(read_text(path, "--root"))}
 
 
 def benchmarks(folder: Path) -> list[tuple[str, dict[str, str]]]:
@@ -178,7 +172,7 @@ def training_commands(root: Path, family: str, names: Collection[str]) -> dict[P
         default = re.search(r"^model: (\w+)", text, re.MULTILINE)
         for command in (" ".join(m[1].split()) for m in TRAIN.finditer(text)):
             model = re.search(r"--model ([\w-]+)", command) or default
-            uses = (model and model[1] in names) or re.search(rf"(?<!-){family}\b", command)
+            uses = (model and model[1] in names) or re.search(rf"(?<![\w-]){family}\b", command)
             if uses and command not in seen:
                 seen.add(command)
                 found.setdefault(path, []).append(command)

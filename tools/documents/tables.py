@@ -34,7 +34,7 @@ SPEEDS = 5  # rows of the short table
 
 
 def listed(zoo: Sequence[Any]) -> list[Any]:
-    """The models that users see: all but those for tests, of a family that has nothing else those."""
+    """The models that users see; of a family without any, those for tests."""
     seen = {e.family for e in zoo if e.source != "for tests"}
     return [e for e in zoo if e.source != "for tests" or e.family not in seen]
 
@@ -108,18 +108,18 @@ def _weights(models: Sequence[Any]) -> str:
     kinds = {"official weights": "official", "timm weights": "timm's"}
     found = Counter(
         (kinds.get(e.source, "timm's of the backbone") if e.weights else "none")
-        + (", reconstruction" if e.source == "reconstruction" else "")
+        + (" (reconstruction)" if e.source == "reconstruction" else "")
         for e in models
     )
-    return "; ".join(kind if len(found) == 1 else f"{kind} ({count})" for kind, count in found.items())
+    return ", ".join(kind if len(found) == 1 else f"{count} {kind}" for kind, count in found.items())
 
 
 def records_table(records: Sequence[dict[str, str]]) -> str:
     """Recorded benchmarks as a Markdown table, one row for each record."""
-    names = ("peer", "device", "mode", "threads", "batch", "dtype", "median_ms", "peer_median_ms")
-    rows = [[f"`{r['name']}`", *(r[name] for name in names), f"**{r['ratio']}x**"] for r in records]
-    columns = ["what", "against", "device", "mode", "threads", "batch", "dtype", "ms", "theirs, ms", "speed-up"]
-    return markdown(columns, rows, (4, 5, 7, 8, 9))
+    names = ("peer", "mode", "shape", "batch", "dtype", "threads", "device", "torch", "median_ms", "peer_median_ms")
+    rows = [[f"`{r['name']}`", *(r[name].partition("+")[0] for name in names), f"**{r['ratio']}x**"] for r in records]
+    conditions = ["against", "mode", "input", "batch", "dtype", "threads", "device", "torch"]
+    return markdown(["what", *conditions, "ms", "theirs, ms", "speed-up"], rows, (4, 6, 9, 10, 11))
 
 
 def speed_table(folder: Path) -> str:

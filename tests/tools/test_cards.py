@@ -26,7 +26,7 @@ Deviations: ``drop_rate`` of :func:`toy` is left out.
 ABOUT = About("Toy net", "github.com/a/toy, MIT.", (('A. Nobody, "A Toy", 2026', "0000.00000"),), limits=("Small.",))
 TOY = sources.Family("toy", ABOUT, TEXT)
 RECORD = {"peer": "official", "device": "CPU", "mode": "infer", "threads": "1", "batch": "1", "dtype": "float32"}
-RECORD |= {"median_ms": "1.00", "peer_median_ms": "2.00", "ratio": "2.00"}
+RECORD |= {"shape": "3x8x8", "torch": "2.15.0+cu132", "median_ms": "1.00", "peer_median_ms": "2.00", "ratio": "2.00"}
 
 
 def write_record(folder: Path, name: str, *rows: dict[str, str]) -> None:
@@ -81,7 +81,7 @@ def test_card(root: Path) -> None:
         "What stood in for what no longer runs: a stub.",
         "Deviations: `drop_rate` of `toy` is left out.",
         "vizoo train --model test_nat --epochs 1\nvizoo train --tune toy --lr 1\n```",
-        "| `test_nat` | official | CPU | infer | 1 | 1 | float32 | 1.00 | 2.00 | **2.00x** |",
+        "| `test_nat` | official | infer | 3x8x8 | 1 | float32 | 1 | CPU | 2.15.0 | 1.00 | 2.00 | **2.00x** |",
         "## Limits\n\n- Small.\n",
     ]
     assert [part for part in expected if part not in card] == []
@@ -134,7 +134,7 @@ def test_families_table() -> None:
     litv2 = "| `litv2_s` to `litv2_b.r384_in1k`, 10 models | 27.6 to 86.5 | 84.7 (`litv2_b.r384_in1k`) | official |"
     assert any(line.startswith("| [LITv2 (HiLo attention)](docs/models/litv2.md) |") for line in lines)
     assert any(line.endswith(litv2) for line in lines)
-    assert any(line.endswith("| 84.9 (`halo_h7`) | timm's (5); none, reconstruction (9) |") for line in lines)
+    assert any(line.endswith("| 84.9 (`halo_h7`) | 5 timm's, 9 none (reconstruction) |") for line in lines)
     assert len(lines) == 2 + len(sources.families())
 
 
