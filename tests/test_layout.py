@@ -445,22 +445,41 @@ def test_folder_is_not_a_package_of_its_own(folder: str) -> None:
 
 
 MEASURE = """
-import json, sys, time
-import timm
-before, start = set(sys.modules), time.process_time()
+import importlib, importlib.resources, json, sys, time
 import vizoo
+alone = sorted({m.split(".")[0] for m in sys.modules})
+sys.modules["vizoo.backbones"] = None
+failed = []
+for _ in range(2):
+    try:
+        import timm
+    except ModuleNotFoundError as e:
+        failed.append([e.name, "timm" in sys.modules])
+del sys.modules["vizoo.backbones"]
+before, start = set(sys.modules), time.process_time()
+import timm
 seconds = time.process_time() - start
 new = set(sys.modules) - before
 kernels = sorted(m for m in new if m.startswith("vizoo.") and m.endswith("_kernels"))
-print(json.dumps({"seconds": seconds, "new": sorted({m.split(".")[0] for m in new}), "kernels": kernels}))
+registered = timm.is_model("test_litv2") and vizoo.backbones.litv2.__name__ == "vizoo.backbones.litv2"
+own = timm.__loader__ is timm.__spec__.loader and not type(timm.__loader__).__module__.startswith("vizoo")
+importlib.resources.files("timm").joinpath("version.py").read_text()
+importlib.reload(timm)
+print(json.dumps({"alone": alone, "failed": failed, "seconds": seconds, "registered": registered, "own": own,
+                  "new": sorted({m.split(".")[0] for m in new}), "kernels": kernels}))
 """
 
 
 def test_importing_is_light(tmp_path: Path) -> None:
-    """``import vizoo`` adds to timm no plotting, progress or mm* package, no operator's kernels and little time."""
+    """``import vizoo`` registers the models with timm, to which it adds no plotting, progress or mm* package,
+    no operator's kernels and little time; by itself it imports neither torch nor timm."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
+    assert not {"numpy", "timm", "torch", *NEVER_ON_IMPORT} & set(measured["alone"])
+    assert measured["failed"] == [["vizoo.backbones", False]] * 2  # an import that failed is never half there
+    assert measured["registered"]
+    assert measured["own"]
     assert not NEVER_ON_IMPORT & set(measured["new"])
     assert measured["kernels"] == [f"{OPS}._kernels"]  # what all share
     assert measured["seconds"] < IMPORT_SECONDS

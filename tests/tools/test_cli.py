@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +296,84 @@ def test_a_reader_that_goes_away_ends_the_printing_only(tmp_path):
         assert process.wait() == 0
         assert process.stderr.read() == ""
     assert (tmp_path / "done").exists()
+
+
+HEAVY = {"PIL", "matplotlib", "mmengine", "numpy", "psutil", "rich", "timm", "torch", "torchvision", "yaml"}
+HELP = """
+import contextlib, io, itertools, json, sys
+from vizoo.tools import cli
+from vizoo.tools.options import TASKS
+
+words = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
+words += [[name, "--task", task, "--help"] for name in ("train", "evaluate") for task in TASKS]
+for asked in words:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main(asked)
+    assert out.getvalue(), asked
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_help_imports_nothing_heavy():
+    """Help of every command and task is there at once: the packages that take seconds are not imported for it."""
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not HEAVY & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [[], ["profile", "--help"]], ids=str)
+def test_nobody_reads_what_is_printed(words, unbuffered):
+    """``vizoo | head -1``: no traceback, whenever the reader goes away."""
+    read, write = os.pipe()
+    os.close(read)
+    argv, environment = [sys.executable, "-m", "vizoo", *words], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+COMPLETE = """
+import contextlib, functools, io, json, os, sys
+import argcomplete
+from vizoo.tools import cli
+
+answers = {}
+for line in sys.argv[1:]:
+    out = io.StringIO()
+    finder = functools.partial(argcomplete.CompletionFinder(), exit_method=sys.exit, output_stream=out)
+    argcomplete.autocomplete = finder
+    os.environ.update(_ARGCOMPLETE="1", _ARGCOMPLETE_IFS=" ", COMP_LINE=line, COMP_POINT=str(len(line)))
+    with contextlib.suppress(SystemExit):
+        cli.main([])
+    answers[line] = out.getvalue().split()
+print(json.dumps([answers, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+COMPLETED = {
+    "vizoo ": list(cli.COMMANDS),
+    "vizoo pro": ["profile"],
+    "vizoo --v": ["--version"],
+    "vizoo nothing --v": ["--version"],
+    "vizoo profile --stri": ["--strict"],
+    "vizoo profile  litv2_s --mode lat": ["latency"],
+    "vizoo profile test_lit": ["test_litv2"],
+    "vizoo show --model test_lit": ["test_litv2"],
+    "vizoo bench test_lit": ["test_litv2"],
+    "vizoo train --task segmentation --frozen": ["--frozen-stages"],
+    "vizoo train --frozen": [],
+    "vizoo evaluate --task scanpath --sampl": ["--samples"],
+    "vizoo mm conv": ["convert"],
+}
+
+
+def test_completion():
+    """A shell is offered commands, options of the task that is named, choices and models, at once."""
+    argv = [sys.executable, "-c", COMPLETE, *COMPLETED, "vizoo train --model "]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    answers, imported = json.loads(done.stdout)
+    names = answers.pop("vizoo train --model ")
+    assert answers == COMPLETED
+    assert {"litv2_s", "overlock_t"} <= set(names)
+    assert not [name for name in names if name.startswith(("test_", "-"))]
+    assert not HEAVY & set(imported)

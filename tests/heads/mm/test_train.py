@@ -255,6 +255,8 @@ def test_killed_with_spawned_workers(trained, train, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (stopped / "iter_2.pth").is_file(), log.read_text()[-3000:]
+    foreign = ("pkg_resources is deprecated", "is an Enum subclass", "``build_loss`` would be deprecated")
+    assert not [text for text in foreign if text in log.read_text()]  # in this process and in the worker
     runner = train(whole.config, stopped, "--resume", str(stopped / "iter_2.pth"))
     assert runner.iter == 6
     assert_equal(stopped / "iter_6.pth", whole.work_dir / "iter_6.pth")
