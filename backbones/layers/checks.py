@@ -171,13 +171,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     hints, found = get_type_hints(made), {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, Any)
-        plain = not isinstance(hint, type) or hint in (
-            bool,
-            int,
-            float,
-            str,
-            dict,
-        )  # a model is checked by who takes it
+        # a model is checked by who takes it; Python 3.10 takes tuple[int, int] for a class
+        plain = get_origin(hint) is not None or not isinstance(hint, type) or hint in (bool, int, float, str, dict)
         named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if plain and named and hint is not Any and name not in ("device", "dtype"):
             found[name] = (hint, parameter.default)
@@ -214,6 +209,8 @@ def _fits(value: Any, hint: Any, name: str, bounds: Bounds | None, empty: bool =
         return any(_fits(value, part, name, bounds, empty) for part in parts)
     if origin is Literal:
         return any(type(value) is not bool and value == part for part in parts if type(part) is not bool)
+    if hint is Any:
+        return True
     if hint is type(None):
         return value is None
     if hint is bool:
@@ -231,10 +228,10 @@ def _fits(value: Any, hint: Any, name: str, bounds: Bounds | None, empty: bool =
         return fixed and all(_fits(v, part, name, bounds) for v, part in zip(value, parts, strict=True))
     if isinstance(origin, type) and issubclass(origin, (Sequence, tuple)):
         return is_sequence(value) and (empty or len(value) > 0) and all(_fits(v, parts[0], name, bounds) for v in value)
-    kind = hint if isinstance(hint, type) else origin
+    kind = origin or hint
     if isinstance(kind, type) and kind not in (type, Callable):
         return isinstance(value, kind)
-    return callable(value) or hint is Any
+    return callable(value)
 
 
 def _words(hint: Any, name: str, bounds: Bounds | None, many: bool = False) -> str:
@@ -260,7 +257,7 @@ def _words(hint: Any, name: str, bounds: Bounds | None, many: bool = False) -> s
         return f"{len(parts)} {_words(parts[0], name, bounds, many=True)}"
     if isinstance(origin, type) and issubclass(origin, (Sequence, tuple)):
         return f"{'lists' if many else 'a list'} of {_words(parts[0], name, bounds, many=True)}"
-    kind = hint if isinstance(hint, type) else origin
+    kind = origin or hint
     return f"a {kind.__name__}" if isinstance(kind, type) and kind not in (type, Callable) else "a callable"
 
 

@@ -54,7 +54,7 @@ def meaning(kind: object) -> object:
 def described(action: argparse.Action) -> dict[str, object]:
     """All of an option but its default, whether it must be given, and the note in parentheses at its end."""
     names = ("option_strings", "dest", "nargs", "const", "choices", "metavar")
-    text = str(action.help)
+    text = str(action.help).removesuffix(" (default: %(default)s)")  # which Python 3.10 adds to switches
     text = text.rpartition(" (")[0] if text.endswith(")") and " (" in text else text
     kinds = {"type": meaning(action.type), "action": type(action)}
     return {**{name: getattr(action, name) for name in names}, **kinds, "help": text}
