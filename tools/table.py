@@ -126,11 +126,10 @@ def _costs(name: str, model: Any, size: Sequence[int]) -> tuple[str, str]:
 
 
 def _tasks(model: Any) -> list[str]:
-    """What ``vizoo train`` can train a model for: detectors and segmentors take maps of four strides, of any image."""
+    """What ``vizoo train`` can train a model for; detectors and segmentors stand on maps of four strides."""
     from vizoo.backbones.oat import OAT
 
-    fixed = model.pretrained_cfg.get("fixed_input_size")
-    pyramid = {4, 8, 16, 32} <= {level["reduction"] for level in getattr(model, "feature_info", ())} and not fixed
+    pyramid = {4, 8, 16, 32} <= {level["reduction"] for level in getattr(model, "feature_info", ())}
     scanpath = isinstance(model, OAT)
     able = {"classification": not scanpath, "detection": pyramid, "segmentation": pyramid, "scanpath": scanpath}
     return [task for task in TASKS if able[task]]

@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 
+from vizoo.heads.features import feature_levels
 from vizoo.tools import common, table
 from vizoo.tools.documents.sources import families
 from vizoo.tools.documents.tables import MARKED
+from vizoo.tools.models import list_zoo
+from vizoo.tools.training import scanpath
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ",".join([*table.BY_HAND, *table.COUNTED])
@@ -68,6 +72,23 @@ def test_only_named_rows_are_counted():
     assert lines[2] == other
     with pytest.raises(common.UserError, match="resnet18"):
         table.recount(COLUMNS, ["resnet18"])
+
+
+def test_tasks_are_what_the_code_can_do():
+    """Of every kind of model: the heads find the maps that they stand on, ``vizoo train`` its scanpaths, or not."""
+    for entry in list_zoo(["test_*"]):
+        able = set(entry.tasks)
+        for task, attempt in (
+            ("detection", feature_levels),
+            ("segmentation", feature_levels),
+            ("scanpath", lambda name: scanpath.build(name, {})),
+            ("classification", lambda name: timm.create_model(name, num_classes=3, device="meta")),
+        ):
+            if task in able:
+                attempt(entry.name)
+            else:
+                with pytest.raises((ValueError, RuntimeError)):
+                    attempt(entry.name)
 
 
 def test_every_family_says_where_it_is_from():
