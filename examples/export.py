@@ -30,15 +30,13 @@ def main(argv=None):
     model = timm.create_model(args.model, num_classes=args.num_classes, exportable=True, **how).eval()
     channels, height, width = resolve_model_data_config(model)["input_size"]
     images = torch.randn(5, channels, args.size or height, args.size or width)
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = model(images)
-    batch = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(model, (images[:2],), dynamic_shapes=batch)
-    torch.export.save(program, f"{args.out}.pt2")
-    onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True)
-    onnx.save(f"{args.out}.onnx")
-    with torch.inference_mode():
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(program, f"{args.out}.pt2")
         loaded = torch.export.load(f"{args.out}.pt2").module()(images)
+        onnx = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
+    onnx.save(f"{args.out}.onnx")
     session = onnxruntime.InferenceSession(f"{args.out}.onnx", providers=["CPUExecutionProvider"])
     logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
     for file, got in ((f"{args.out}.pt2", loaded), (f"{args.out}.onnx", logits)):

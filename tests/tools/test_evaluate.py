@@ -121,6 +121,20 @@ def test_digits(tmp_path, capsys):
     assert sum(sum(row) for row in found["confusion"]) == 360
 
 
+def test_some_digits(tmp_path, capsys):
+    """A run on some classes is measured on these; so is a checkpoint, where they are named."""
+    words = ["train", "--data", "digits", "--only-classes", "3", "8", "--model", "test_resnet", "--epochs", "1"]
+    assert cli.main([*words, "--output", str(tmp_path), "--experiment", "run"]) == 0
+    found = evaluate(tmp_path / "run", out=tmp_path / "a.json")
+    assert [c["name"] for c in found["classes"]] == ["3", "8"]
+    words = ["--model", "test_resnet", "--checkpoint", tmp_path / "run" / "model_best.pth.tar", "--data", "digits"]
+    same = evaluate(*words, "--only-classes", "8", "3", out=tmp_path / "b.json")
+    assert same["confusion"] == found["confusion"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", *map(str, words)]) == 2
+    assert "was trained on 3, 8" in capsys.readouterr().err
+
+
 def test_picture_of_many_classes(tmp_path):
     n = LARGEST_MATRIX + 5
     result = {"model": "m", "data": "d", "top1": 1.0, "classes": [{"name": f"class {i}"} for i in range(n)]}

@@ -197,6 +197,8 @@ ERRORS = {
     "smoothing": (["--smoothing", "1.5"], ["--smoothing", "between 0 and 1"]),
     "augmentation": (["--aa", "nonsense"], ["--aa nonsense", "rand-m9-mstd0.5-inc1"]),
     "classes": (["--num-classes", "9"], ["--num-classes 9", "10 classes"]),
+    "only classes": (["--only-classes", "1", "10"], ["'10' is no class of --data 'digits'", "has 0, 1, 2, 3, 4, ..."]),
+    "one class": (["--only-classes", "1", "1"], ["--only-classes names one class, '1'"]),
     "channels": (["--input-size", "2", "32", "32"], ["--input-size 2", "1 or 3"]),
     "mean": (["--mean", "0.1", "0.2"], ["--mean has 2 values"]),
     "interpolation": (["--interpolation", "cubic"], ["'cubic'", "bicubic"]),
@@ -302,6 +304,31 @@ def test_data_without_classes_or_with_one(tmp_path, capsys) -> None:
             (data / split).mkdir(parents=True, exist_ok=True)
         assert tool.main([*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]) == 2
         assert word in capsys.readouterr().err
+
+
+def test_only_some_classes(tmp_path, capsys) -> None:
+    """Those of a run are kept in its options; what is wrong with the others is of no interest."""
+    data = image_folder(tmp_path / "data", classes="abcd")
+    (data / "train" / "a" / "0.png").write_bytes(b"no image")
+    _drop(data / "val" / "c")
+    words = [*FOLDER, "--data", str(data), "--output", str(tmp_path), "--experiment", "run"]
+    assert tool.main([*words, "--only-classes", "d", "b"]) == 0
+    assert "2 classes, 12 training and 12 held-out images" in capsys.readouterr().out
+    stored = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert (stored["classes"], stored["only_classes"]) == (["b", "d"], ["d", "b"])
+    assert parse_options(["-c", str(tmp_path / "run" / "args.yaml")]).only_classes == ["d", "b"]
+    for more, message in (
+        (["--resume", "--only-classes", "b", "d", "e"], "'e' is no class of "),
+        (["--resume", "--only-classes", "a", "b"], "train/a/0.png"),
+        (["--resume", "--only-classes", "b", "c"], "val/c' holds no image"),
+    ):
+        assert tool.main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+    (data / "train" / "a" / "0.png").unlink()
+    assert tool.main([*words, "--resume", "--only-classes", "a", "b"]) == 2
+    assert "has classes a, b; --resume" in (err := capsys.readouterr().err)
+    assert "was trained on b, d" in err
+    assert tool.main([*words, "--resume", "--only-classes", "b", "d", "--epochs", "2"]) == 0
 
 
 def test_check_images_can_be_limited(tmp_path, capsys) -> None:
@@ -431,6 +458,16 @@ def test_digits_split_is_fixed_and_stratified() -> None:
     assert not both
     assert a.train[0][0].mode == "L"
     assert b.train[0][0].getextrema()[0][1] == 255
+
+
+def test_some_digits() -> None:
+    """The images of a digit are the same ones in every choice, its number is its place among the chosen."""
+    whole, some = digits_splits("L"), digits_splits("L", ["9", "5", "7"])
+    assert some.classes == ["5", "7", "9"]
+    for part, chosen in zip(whole[:2], some[:2], strict=True):
+        for number, digit in enumerate((5, 7, 9)):
+            assert np.array_equal(chosen.images[chosen.targets == number], part.images[part.targets == digit])
+        assert set(chosen.targets) == {0, 1, 2}
 
 
 def test_accuracies_by_hand() -> None:
