@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import vizoo  # noqa: F401 - registers the zoo
 
@@ -30,9 +31,19 @@ def _registered() -> list[str]:
     return [n for n in timm.list_models() if module_of(n).__name__.startswith("vizoo.")]
 
 
+class NoValues(TorchFunctionMode):
+    """Leaves out what makes normal values truncated ones on the meta device, most of the time of a model there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.erfinv_, Tensor.clamp_) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def build(name: str, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` in evaluation mode."""
-    return timm.create_model(name, **kwargs).eval()
+    with NoValues():
+        return timm.create_model(name, **kwargs).eval()
 
 
 def _one_of_each_kind(names: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,26 @@ from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample
 
 # timm still promises TorchScript, which torch announces to retire
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
+
+SHALLOW = {  # each kind of block and what lies between blocks once, as a second one only costs time
+    "test_dependencyvit": {"depth": 2},
+    "test_dependencyvit_lite": {"depth": 3, "prune_blocks": (1, 2)},
+    "test_dinat_s": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (2, 1)},
+    "test_halonet": {"depths": (1, 1, 1, 1)},
+    "test_litv2": {"depths": (1, 1, 1), "num_heads": (1, 4, 8), "window_size": (0, 2, 1)},
+    "test_nat": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (1, 2)},
+    "test_nat_isotropic": {"depths": (1, 1), "dilations": (1, 2)},
+    "test_ninformer": {"depth": 2},
+    "test_overlock": {"depths": (1, 1, 1, 1), "sub_depths": (1, 1)},
+    "test_vit_gap_tcpa": {"depth": 2},
+    "test_vit_tcpa": {"depth": 2},
+}
+
+
+def shallow(name: str, **kwargs: Any) -> torch.nn.Module:
+    """The model without repetitions."""
+    return build(name, **{**SHALLOW.get(name, {}), **kwargs})
 
 
 @pytest.fixture
@@ -84,7 +105,7 @@ def test_fx_gradients(name: str) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compile(name: str, training: bool) -> None:
     """One graph without a break, forward and backward."""
-    model = build(name, drop_path_rate=0.0).train(training)
+    model = shallow(name, drop_path_rate=0.0).train(training)
     x = sample(model, batch=2)
     expected = model(x)
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -96,7 +117,7 @@ def test_compile(name: str, training: bool) -> None:
 @each_kind
 def test_export(name: str) -> None:
     """A program with a dynamic batch, before and after saving."""
-    model = build(name)
+    model = shallow(name)
     x, larger = sample(model, batch=2), sample(model, batch=3)
     batch = torch.export.Dim("batch", min=2, max=16)
     stored = io.BytesIO()
@@ -109,12 +130,6 @@ def test_export(name: str) -> None:
             close(exported(larger), model(larger), "graph")
 
 
-SHALLOW = {  # each kind of block once, as a second one only costs time
-    "test_nat": {"depths": (1, 1, 1, 1), "dilations": (1, 4, 2, 1)},
-    "test_dinat_s": {"depths": (1, 1, 1, 1), "dilations": (4, 1, 2, 1)},
-}
-
-
 @pytest.mark.slow
 @each_kind
 def test_any_size(name: str, tmp_path: Path) -> None:
@@ -125,7 +140,7 @@ def test_any_size(name: str, tmp_path: Path) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     fixed, path = is_fixed(build(name, device="meta")), tmp_path / "model.onnx"
-    model = build(name, exportable=True, **({"dynamic_img_size": True} if fixed else {}), **SHALLOW.get(name, {}))
+    model = shallow(name, exportable=True, **({"dynamic_img_size": True} if fixed else {}))
     sizes = [(2, 224, 256), (3, 288, 224), (1, 231, 299)] if "overlock" in name else [(2, 96, 96), (3, 64, 128)]
     images = [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
     free = ({0: "batch", 2: "height", 3: "width"},)

@@ -6,6 +6,7 @@ import torch
 from golden import image, load, weights
 from panels import check_family_explains, explained
 from tolerance import close, golden_close
+from zoo import build
 
 import vizoo  # noqa: F401
 from vizoo.backbones import halonet
@@ -75,7 +76,7 @@ def test_features_of_odd_size():
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_family_table(name):
-    model = timm.create_model(name, device="meta")
+    model = build(name, device="meta")
     assert (sum(p.numel() for p in model.parameters()), gmacs(model, (224, 224))) == FAMILY[name]
 
 
@@ -195,7 +196,7 @@ def test_detection_backbone(block_size):
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_are_timms(name):
     theirs, params, macs = HYBRIDS[name]
-    model, peer = (timm.create_model(n, device="meta") for n in (name, theirs))
+    model, peer = (build(n, device="meta") for n in (name, theirs))
     state, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, peer))
     assert list(state.items()) == list(expected.items())
     cfg, peer_cfg = model.pretrained_cfg, peer.pretrained_cfg

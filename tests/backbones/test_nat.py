@@ -11,7 +11,7 @@ from golden import image, load, weights
 from panels import check_family_explains, explained
 from timm.models import get_arch_pretrained_cfgs
 from tolerance import close, golden_close
-from zoo import gradients, overlay
+from zoo import build, gradients, overlay
 
 import vizoo  # noqa: F401
 from vizoo.backbones import nat
@@ -280,7 +280,7 @@ def dilations_of(model):
     ],
 )
 def test_dilations(name, expected):
-    model = timm.create_model(name, device="meta")
+    model = build(name, device="meta")
     assert dilations_of(model) == expected
     dense = "." in name
     assert [bool(list(norm.parameters())) for norm in model.feature_norms] == [dense] * len(model.stages)

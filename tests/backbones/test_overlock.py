@@ -10,6 +10,7 @@ from golden import image, load, weights
 from panels import check_family_explains, explained
 from timm.utils.model import reparameterize_model
 from tolerance import close, golden_close, golden_gradients
+from zoo import build
 
 import vizoo  # noqa: F401
 from vizoo.backbones import overlock
@@ -212,7 +213,7 @@ def test_any_size(size):
 def test_size_of_every_form(name, merged):
     with_aux, without, gmacs = OFFICIAL[name][merged]
     for aux, expected in ((True, with_aux), (False, without)):
-        model = timm.create_model(name, device="meta", deploy=merged, aux_head=aux).eval()
+        model = build(name, device="meta", deploy=merged, aux_head=aux)
         assert sum(p.numel() for p in model.parameters()) == expected
     assert round(count(model, torch.empty(1, 3, 224, 224, device="meta")).macs / 1e9, 3) == gmacs
 

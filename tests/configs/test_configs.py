@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from zoo import NoValues
 
 pytestmark = pytest.mark.mm
 
@@ -158,10 +159,8 @@ def built(name: str) -> nn.Module:
     wanted = {**cfg.model, "backbone": {**cfg.model.backbone, "pretrained": False}}
     key = repr(wanted)
     if key not in BUILT:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "clamp_", lambda self, *args, **kwargs: self)  # initialises nothing, slowly
-            with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device("meta"):
-                BUILT[key] = MODELS.build(ConfigDict(wanted))
+        with NoValues(), DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device("meta"):
+            BUILT[key] = MODELS.build(ConfigDict(wanted))
     return BUILT[key]
 
 

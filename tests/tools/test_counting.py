@@ -476,7 +476,7 @@ def hilo_macs(C, N, Np, s, low, high):
 @pytest.mark.parametrize("name", ["test_litv2", "litv2_s", "litv2_s_alpha00", "litv2_m", "litv2_b"])
 def test_litv2_formula(name, size):
     """Closed formula of the paper's parts, at sizes that need padding too."""
-    model = timm.create_model(name, device="meta")
+    model = build(name, "meta")
     H, W = (-(-n // 4) for n in size)
     expected = 48 * model.patch_embed.proj.out_channels * H * W
     for stage in model.stages:
