@@ -316,7 +316,7 @@ def test_only_some_classes(tmp_path, capsys) -> None:
     assert "2 classes, 12 training and 12 held-out images" in capsys.readouterr().out
     stored = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert (stored["classes"], stored["only_classes"]) == (["b", "d"], ["d", "b"])
-    assert parse_options(["-c", str(tmp_path / "run" / "args.yaml")]).only_classes == ["d", "b"]
+    assert parse_classifier(["-c", str(tmp_path / "run" / "args.yaml")]).only_classes == ["d", "b"]
     for more, message in (
         (["--resume", "--only-classes", "b", "d", "e"], "'e' is no class of "),
         (["--resume", "--only-classes", "a", "b"], "train/a/0.png"),
