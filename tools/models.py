@@ -77,7 +77,7 @@ def list_zoo(words: Sequence[str] = ()) -> list[Entry]:
     """The recorded table of the zoo, ordered by name; tests recompute every number in it.
 
     Args:
-        words: Parts of names or families, or globs on names; none means everything but the ``test_*`` models.
+        words: Names, parts of names or families, or globs on names; none means everything but the ``test_*`` models.
 
     Returns:
         The rows that match any of them.
@@ -112,7 +112,9 @@ def _entry(row: dict[str, str]) -> Entry:
 
 
 def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
-    """Names that a word stands for; models for tests only where it begins as their names do.
+    """Names that a word stands for: a model with its tags, or all that contain the word.
+
+    Models for tests are meant only where it begins as their names do.
 
     Raises:
         UserError: If it stands for none.
@@ -122,7 +124,8 @@ def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
     if any(c in word for c in "*?["):
         found = match_names([e.name for e in entries], [word])
     else:
-        found = [e.name for e in shown if word in e.name or word in e.family]
+        found = [e.name for e in shown if word in (e.name, e.name.partition(".")[0])]
+        found = found or [e.name for e in shown if word in e.name or word in e.family]
     if found:
         return found
     near = difflib.get_close_matches(word, {e.family for e in shown} | {e.name for e in shown}, n=3)
@@ -142,7 +145,7 @@ KEYS: dict[str, Callable[[Entry], Any]] = {  # of --sort
 def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = Parser(prog="vizoo models", description="List the models of the zoo.", epilog=EXAMPLES)
-    p.add_argument("words", nargs="*", metavar="WORD", help="part of a name or family, or a glob (every model)")
+    p.add_argument("words", nargs="*", metavar="WORD", help="name, part of names or of a family, glob (every model)")
     add(p, "--task", "any")
     p.add_argument("--max-params", type=quantity, metavar="N", help="most parameters, such as 30M")
     p.add_argument("--max-macs", type=quantity, metavar="N", help="most multiply-accumulates, such as 4.5G")

@@ -184,7 +184,9 @@ def test_words_globs_and_families(capsys):
     assert names(capsys, "halonet") == [n for n in everything if n.startswith("halo_")]  # the family's name
     assert {"nat_tiny", "dinat_tiny", "vitrpb_base"} <= set(names(capsys, "nat"))
     assert names(capsys, "litv2_?") == ["litv2_b", "litv2_m", "litv2_s"]
-    assert names(capsys, "test_nat") == ["test_nat", "test_nat_isotropic"]
+    assert names(capsys, "nat_mini") == ["nat_mini"]  # a name itself, not also dinat_mini
+    assert names(capsys, "test_nat") == ["test_nat"]
+    assert names(capsys, "test_na") == ["test_nat", "test_nat_isotropic"]
     assert not [n for n in names(capsys, "oat") if n.startswith("test_")]
     assert names(capsys, "t*_oat") == ["test_oat"]
 
