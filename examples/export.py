@@ -2,8 +2,8 @@
 
     python examples/export.py --model litv2_s --size 224 --out litv2_s
 
-Writes litv2_s.pt2 and litv2_s.onnx, which run without vizoo.  The side of the images is fixed; OverLoCK needs at least
-193 pixels.  Needs pip install onnx onnxscript onnxruntime, and the internet for published weights.
+Writes litv2_s.pt2 and litv2_s.onnx, which run without vizoo on images of this size.  Needs pip install onnx onnxscript
+onnxruntime, and the internet for published weights.
 """
 
 import argparse

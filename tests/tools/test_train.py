@@ -502,6 +502,21 @@ def test_learns_the_digits(tmp_path) -> None:
     assert (used["epochs"], used["sched_on_updates"], used["rotate"]) == (12, True, 10.0)  # option, recipe, recipe
 
 
+def test_prompts_learn_the_other_digits(tmp_path) -> None:
+    """A transformer that knows the digits 0 to 4 stays as it is, and learns 5 to 9 by prompts and head."""
+    size = ["embed_dim=128", "num_heads=4", "depth=2", "patch_size=4", "global_pool=avg"]
+    words = ["--data", "digits", "--only-classes", *"01234", "--model", "test_vit", "--model-kwargs", *size]
+    words += ["--img-size", "16", "-b", "16", "--lr", "2e-3", "--epochs", "4", "--warmup-epochs", "1"]
+    assert tool.main([*words, "--drop-path", "0", "--output", str(tmp_path), "--experiment", "half"]) == 0
+    half = tmp_path / "half"
+    words = ["-c", str(half / "args.yaml"), "--only-classes", *"56789", "--tune", "tcpa", "--experiment", "tuned"]
+    words += ["--pretrained-path", str(half / "model_best.pth.tar"), "--tune-kwargs", "random_epochs=1"]
+    assert tool.main([*words, "--lr", "0.05", "-b", "32", "--epochs", "3"]) == 0
+    known, tuned = (read(folder / "model_best.pth.tar")["state_dict"] for folder in (half, tmp_path / "tuned"))
+    assert {k for k in known if not torch.equal(known[k], tuned[k])} == {"head.weight", "head.bias"}
+    assert max(float(row["eval_top1"]) for row in rows(tmp_path / "tuned")) > 35  # chance is 20
+
+
 MEDUSA = ["--model", "test_medusa", "--epochs", "3", "--warmup-epochs", "0", "--lr-scale", "body.*=0.5"]
 
 

@@ -60,6 +60,9 @@ examples:
       fine-tune on your own images: flowers/train/<class>/*.jpg and flowers/val/<class>/*.jpg
   vizoo train --data flowers --model vit_base_patch16_224.augreg_in21k --pretrained --tune tcpa --lr 0.014
       train prompts and head of a frozen transformer, by the recipe of TCPA's paper
+  vizoo train -c output/train/half/args.yaml --only-classes 5 6 7 8 9 --tune tcpa \\
+      --pretrained-path output/train/half/model_best.pth.tar
+      the same on five digits, from a run on the others (--data digits --only-classes 0 1 2 3 4 --experiment half)
   vizoo train -c output/train/first/args.yaml --seed 1
       repeat a run with another seed
   torchrun --nproc_per_node=8 -m vizoo.tools.train --data imagenet --model litv2_s --opt adamw --lr-base 5e-4 \\
