@@ -19,7 +19,7 @@ from vizoo.heads.checkpoints import convert_checkpoint
 from vizoo.tools import cli
 from vizoo.tools import mm as launcher
 
-pytestmark = pytest.mark.mm
+pytestmark = [pytest.mark.mm, pytest.mark.usefixtures("fast_parsing")]
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
 mm = importlib.import_module("vizoo.heads.mm")
 
