@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -55,6 +56,19 @@ def _no_scope() -> Iterator[None]:
     registry = sys.modules.get("mmengine.registry")
     if registry is not None:
         registry.DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(scope="module")
+def fast_parsing() -> Iterator[None]:
+    """mmengine reads a hundred metafiles and reloads a package for every ``mmdet::`` base: once is enough here."""
+    from mmengine.config import config, utils
+
+    import vizoo.heads.mm  # noqa: F401 - before anything of mmengine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load", functools.cache(utils.load))
+        patch.setattr(config, "is_installed", functools.cache(config.is_installed))
+        yield
 
 
 def _called_by_us(depth: int) -> bool:

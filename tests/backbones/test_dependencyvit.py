@@ -4,9 +4,6 @@ import collections
 import copy
 import inspect
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -19,8 +16,6 @@ from tolerance import close, op_close
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from zoo import build, spread
 
@@ -268,52 +263,6 @@ def test_each_block_compiles(name, grad):
             close(q.grad, p.grad, "gradient")
 
 
-def sharded(rank, rendezvous):
-    """One of two processes: every block is sharded, and the gradients are those of the whole batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = spread(build("test_dependencyvit_lite", num_classes=5, gate_init=0.0)).train()
-        twin = copy.deepcopy(model)
-        model.set_grad_checkpointing(checkpointing)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        x = image((4, 3, 96, 64))
-        out, expected = model(x[2 * rank : 2 * rank + 2]), twin(x)
-        close(out, expected[2 * rank : 2 * rank + 2], "rerun")
-        out.square().sum().backward()
-        (expected.square().sum() / 2).backward()  # sharding averages over the processes
-        for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            close(p.grad.full_tensor(), q.grad, "gradient", key)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_sharded_blocks(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    code = "import sys; from test_dependencyvit import sharded; sharded(int(sys.argv[1]), sys.argv[2])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), tmp_path / "rendezvous"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            printed, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, printed
-    finally:
-        for process in processes:
-            process.kill()
-
-
 # layers that people change
 
 
@@ -462,30 +411,6 @@ def test_half_precision_chooses_the_same_tokens(dtype, mixed):
 # programs and transforms
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize("name", KINDS)
-def test_trace_runs_without_the_package(name, tmp_path):
-    """As everybody traces: outside of ``no_grad``, with the default check."""
-    model, x = build(name), image((2, 3, 96, 64))
-    traced = torch.jit.trace(model, x)
-    assert {node.kind().partition("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
-    with torch.no_grad():
-        close(traced(x), model(x), "same")
-        torch.jit.save(traced, tmp_path / "model.pt")
-        torch.save((x, model(x)), tmp_path / "run.pt")
-    code = (
-        "import sys, torch\n"
-        "x, expected = torch.load('run.pt')\n"
-        "assert torch.equal(torch.jit.load('model.pt')(x), expected)\n"
-        "assert 'vizoo' not in sys.modules and 'timm' not in sys.modules\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-
-
 SIZES = [(2, 3, 96, 128), (1, 3, 96, 96), (3, 3, 64, 160), (2, 3, 101, 135), (2, 3, 224, 224), (1, 3, 32, 32)]
 
 
@@ -504,22 +429,6 @@ def test_exports_any_size(name):
         # at a fixed size nothing is resampled
         fixed = torch.export.export(model, (image((1, 3, 96, 96)),), strict=False)
         assert "bicubic" not in str(fixed.graph)
-
-
-@pytest.mark.slow
-def test_onnx_of_any_size(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = spread(build("test_dependencyvit_lite", num_classes=5, gate_init=0.0, exportable=True))
-    path = tmp_path / "model.onnx"
-    nn.init.normal_(model.pos_embed)
-    sizes = ({0: "batch", 2: "height", 3: "width"},)
-    with torch.no_grad():
-        torch.onnx.export(model, (image(SIZES[0]),), path, dynamo=True, input_names=["x"], dynamic_shapes=sizes)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for size in SIZES:
-            (got,) = session.run(None, {"x": image(size).numpy()})
-            close(torch.from_numpy(got), model(image(size)), "graph", str(size))
 
 
 def test_counts_are_those_of_the_decimal_shares():

@@ -6,7 +6,6 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from zoo import NoValues
 
-pytestmark = pytest.mark.mm
+pytestmark = [pytest.mark.mm, pytest.mark.usefixtures("fast_parsing")]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs"
@@ -121,19 +120,6 @@ HEADS = {
 # box heads of 80 classes on 7x7 maps of 256 channels; boxes of one class for all (cascade's own) or for each class
 SHARED_2FC = (256 * 49 * 1024 + 1024) + (1024 * 1024 + 1024) + (1024 * 81 + 81) + (1024 * 4 + 4)
 FOUR_CONVS_ONE_FC = 4 * (256 * 256 * 9 + 2 * 256) + (256 * 49 * 1024 + 1024) + (1024 * 81 + 81) + (1024 * 320 + 320)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_parsing() -> Iterator[None]:
-    """mmengine reads a hundred metafiles and reloads a package for every ``mmdet::`` base: once is enough here."""
-    from mmengine.config import config, utils
-
-    import vizoo.heads.mm  # noqa: F401
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "load", functools.cache(utils.load))
-        patch.setattr(config, "is_installed", functools.cache(config.is_installed))
-        yield
 
 
 BUILT: dict[str, nn.Module] = {}  # 1x and 3x train the same model

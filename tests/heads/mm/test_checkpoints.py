@@ -19,7 +19,7 @@ from pickles import CORRUPT, RUNS, WRITERS, text
 import vizoo
 from vizoo.heads.checkpoints import NUMPY_GLOBALS, mmengine_checkpoints, read_checkpoint
 
-pytestmark = pytest.mark.mm
+pytestmark = [pytest.mark.mm, pytest.mark.usefixtures("fast_parsing")]
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
 
 SOURCE = str(Path(vizoo.__file__).parents[1])
@@ -49,11 +49,13 @@ READERS = """
 import contextlib, functools, http.server, io, json, os, pathlib, sys, threading
 import timm, torch
 import vizoo.heads.mm as mm
+from mmengine.config import config as parser, utils
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from vizoo.heads.checkpoints import mmengine_checkpoints, read_checkpoint
 from vizoo.heads.segmentation import load_segmentor, segmentor
 from vizoo.tools import cli
 
+utils.load, parser.is_installed = functools.cache(utils.load), functools.cache(parser.is_installed)  # once is enough
 config = sys.argv[1]
 model = segmentor("semantic_fpn", "test_nat", 3)
 

@@ -20,7 +20,7 @@ from vizoo.tools import cli
 from vizoo.tools.mm import build_parser
 from vizoo.tools.training import mm as launcher
 
-pytestmark = pytest.mark.mm
+pytestmark = [pytest.mark.mm, pytest.mark.usefixtures("fast_parsing")]
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
 mm = importlib.import_module("vizoo.heads.mm")
 

@@ -22,7 +22,7 @@ import vizoo
 from vizoo.heads.checkpoints import read_checkpoint
 from vizoo.tools import cli
 
-pytestmark = pytest.mark.mm
+pytestmark = [pytest.mark.mm, pytest.mark.usefixtures("fast_parsing")]
 pytest.importorskip("mmengine", reason="needs mmengine (extra mm), not installed")
 importlib.import_module("vizoo.heads.mm")  # before anything of mmdet and mmseg
 
