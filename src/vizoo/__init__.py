@@ -1,7 +1,8 @@
 """Vision backbones on the timm interface: with this package imported, timm knows every model.
 
 The models are registered at the end of ``import timm``, at once where timm is there already.  So ``import vizoo`` by
-itself imports neither torch nor timm, which take seconds.
+itself imports neither torch nor timm, which take seconds.  The hook is our own because that of wrapt forgets a
+registration that failed, so that a second ``import timm`` goes without the models, and takes as long as a help text.
 """
 
 import importlib
