@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import re
 import signal
 from pathlib import Path
 
@@ -303,6 +304,15 @@ def test_data_without_classes_or_with_one(tmp_path, capsys) -> None:
             (data / split).mkdir(parents=True, exist_ok=True)
         assert tool.main([*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]) == 2
         assert word in capsys.readouterr().err
+
+
+def test_help_says_what_the_recipe_sets() -> None:
+    recipe = importlib.resources.files("vizoo.configs") / "classification" / "digits_litv2_s.yaml"
+    stored = yaml.safe_load(recipe.read_text())
+    notes = {a.dest: re.search(r"digits:? (\S+)\)", a.help or "") for a in classification.build_parser()._actions}
+    said = {dest: found[1] for dest, found in notes.items() if found}
+    assert said == {dest: v if isinstance(v := stored[dest], str) else f"{v:g}" for dest in said}
+    assert {"epochs", "opt", "img_size", "workers"} <= said.keys()
 
 
 def test_only_some_classes(tmp_path, capsys) -> None:
