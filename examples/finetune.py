@@ -44,7 +44,7 @@ def main(argv=None):
     optimizer = create_optimizer_v2(model, "adamw", lr=5e-4, weight_decay=0.05, layer_decay=0.8)  # earlier layers: less
     schedule = CosineLRScheduler(optimizer, t_initial=args.epochs * len(batches), t_in_epochs=False)
     for epoch in range(args.epochs):
-        model.requires_grad_(epoch > 0).train(epoch > 0).get_classifier().requires_grad_(True)
+        model.train(epoch > 0).requires_grad_(epoch > 0).get_classifier().requires_grad_(True)  # first the head alone
         for step, (images, target) in enumerate(batches, epoch * len(batches)):
             schedule.step_update(step)
             loss = torch.nn.functional.cross_entropy(model(images), target, label_smoothing=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import re
 import signal
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from vizoo.tools.data.folders import digits_splits, held_out_loader, seeded_batc
 from vizoo.tools.training import classification
 from vizoo.tools.training.classification import Classification, accuracies
 from vizoo.tools.training.loop import Loop
-from vizoo.tools.training.parsers import TUNES, parse_classifier
+from vizoo.tools.training.parsers import TUNES, classifier_parser, parse_classifier
 from vizoo.tools.training.run import Saver, draw_curves
 from vizoo.tools.training.task import World
 
@@ -304,6 +305,15 @@ def test_data_without_classes_or_with_one(tmp_path, capsys) -> None:
             (data / split).mkdir(parents=True, exist_ok=True)
         assert tool.main([*FOLDER, "--data", str(data), "--output", str(tmp_path / "out")]) == 2
         assert word in capsys.readouterr().err
+
+
+def test_help_says_what_the_recipe_sets() -> None:
+    recipe = importlib.resources.files("vizoo.configs") / "classification" / "digits_litv2_s.yaml"
+    stored = yaml.safe_load(recipe.read_text())
+    notes = {a.dest: re.search(r"digits:? (\S+)\)", a.help or "") for a in classifier_parser()._actions}
+    said = {dest: found[1] for dest, found in notes.items() if found}
+    assert said == {dest: v if isinstance(v := stored[dest], str) else f"{v:g}" for dest in said}
+    assert {"epochs", "opt", "img_size", "workers"} <= said.keys()
 
 
 def test_only_some_classes(tmp_path, capsys) -> None:

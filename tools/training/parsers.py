@@ -162,7 +162,7 @@ def classifier_parser() -> Parser:
 
     add_optimizer(p, "sgd", 2e-5, notes=("sgd; digits adamw", "2e-5; digits 0.05"))
 
-    g = add_schedule(p, 300, None, note="300; digits 12")
+    g = add_schedule(p, 300, None, note="300; digits 8")
     add_warmup(g, 5)
     g.add_argument("--lr-base", type=real, default=0.1, metavar="LR", help="at a total batch of --lr-base-size (0.1)")
     g.add_argument("--lr-base-size", type=positive, default=256, metavar="N", help="(256)")
