@@ -1,6 +1,7 @@
 """Maps the top-level folders to the package ``vizoo`` and makes the long description; the rest is in pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
@@ -19,6 +20,7 @@ def named(link: re.Match[str]) -> str:
     return text if path in text else f"{text} ({path})"
 
 
+shutil.rmtree(ROOT / "build/lib", ignore_errors=True)  # setuptools would pack what an earlier build left there
 setup(
     packages=[NAME, *(f"{NAME}.{p}" for p in (*FOLDERS, *SUBPACKAGES))],
     package_dir={NAME: f"src/{NAME}", **{f"{NAME}.{d}": d for d in FOLDERS}},

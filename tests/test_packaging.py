@@ -59,6 +59,9 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (source,) = (p for p in folder.iterdir() if p.is_dir())
+    left = source / "build/lib/vizoo/backbones/removed.py"  # as of an earlier build in the same checkout
+    left.parent.mkdir(parents=True)
+    left.touch()
     return run_backend("build_wheel", source, folder)
 
 
