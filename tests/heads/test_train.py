@@ -67,7 +67,7 @@ def test_segmentor_learns(segmentor_run: Path) -> None:
 
 @pytest.mark.slow
 def test_semantic_fpn_learns(shapes: Path, tmp_path: Path) -> None:
-    words = ["--model", "test_nat", "--arch", "semantic_fpn", "--epochs", "8"]
+    words = ["--model", "test_nat", "--arch", "semantic_fpn", "--epochs", "5"]
     assert train(shapes, tmp_path / "run", SEGMENTATION, *words) == 0
     assert max(float(r["mIoU"]) for r in rows(tmp_path / "run")) >= 40
 

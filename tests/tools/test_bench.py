@@ -93,7 +93,7 @@ def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
             self.module = module
 
         def forward(self, x):
-            time.sleep(0.06)
+            time.sleep(0.02)
             return self.module(x)
 
     def slow(*args):
@@ -109,7 +109,7 @@ def test_cpu_time_does_not_count_waiting(tmp_path, capsys, monkeypatch):
     assert "machine busy" in capsys.readouterr().err
     rows = rows_of(out)
     assert [row["mode"] for row in rows] == ["infer cpu_time", "infer"]
-    assert float(rows[0]["peer_median_ms"]) < 60 <= float(rows[1]["peer_median_ms"])
+    assert float(rows[0]["peer_median_ms"]) < 20 <= float(rows[1]["peer_median_ms"])
     assert float(rows[0]["cpu_use"]) < 0.8
     assert bench.main([*words, "--threads", "2", "--cpu-time"]) == 2
     assert "needs --threads 1" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def trained(tmp_path_factory, write_config, train):
 
 @pytest.fixture(scope="module")
 def mask_rcnn(trained) -> Run:
-    return trained("mask_rcnn", "mask_rcnn", "test_litv2", epochs=15, options="feature_norms=(0, 1, 2, 3)")
+    return trained("mask_rcnn", "mask_rcnn", "test_litv2", epochs=10, options="feature_norms=(0, 1, 2, 3)")
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ def retinanet(trained) -> Run:
 
 @pytest.fixture(scope="module")
 def upernet(trained) -> Run:
-    return trained("upernet", "upernet", "test_nat", steps=50, options="feature_norms=(0, 1, 2, 3)")
+    return trained("upernet", "upernet", "test_nat", steps=36, options="feature_norms=(0, 1, 2, 3)")
 
 
 @pytest.fixture(scope="module")
 def semantic_fpn(trained) -> Run:
-    return trained("semantic_fpn", "semantic_fpn", "test_litv2", steps=60, options="feature_norms=(0, 1, 2, 3)")
+    return trained("semantic_fpn", "semantic_fpn", "test_litv2", steps=40, options="feature_norms=(0, 1, 2, 3)")
 
 
 @pytest.fixture(scope="module")
