@@ -23,7 +23,6 @@ OPS, LAYERS, BACKBONES = "vizoo.backbones.ops", "vizoo.backbones.layers", "vizoo
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 NEVER_ON_IMPORT = {"fvcore", "matplotlib", "mmcv", "mmdet", "mmengine", "mmseg", "psutil", "pydicom", "rich", "sklearn"}
 NEVER_ON_IMPORT |= {"torchmetrics", "yaml"}
-IMPORT_SECONDS = 0.3  # CPU time of ``import vizoo`` once timm is imported
 
 
 class Import(NamedTuple):
@@ -445,7 +444,7 @@ def test_folder_is_not_a_package_of_its_own(folder: str) -> None:
 
 
 MEASURE = """
-import importlib, importlib.resources, json, sys, time
+import importlib, importlib.resources, json, sys
 import vizoo
 alone = sorted({m.split(".")[0] for m in sys.modules})
 sys.modules["vizoo.backbones"] = None
@@ -456,23 +455,22 @@ for _ in range(2):
     except ModuleNotFoundError as e:
         failed.append([e.name, "timm" in sys.modules])
 del sys.modules["vizoo.backbones"]
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import timm
-seconds = time.process_time() - start
 new = set(sys.modules) - before
 kernels = sorted(m for m in new if m.startswith("vizoo.") and m.endswith("_kernels"))
 registered = timm.is_model("test_litv2") and vizoo.backbones.litv2.__name__ == "vizoo.backbones.litv2"
 own = timm.__loader__ is timm.__spec__.loader and not type(timm.__loader__).__module__.startswith("vizoo")
 importlib.resources.files("timm").joinpath("version.py").read_text()
 importlib.reload(timm)
-print(json.dumps({"alone": alone, "failed": failed, "seconds": seconds, "registered": registered, "own": own,
+print(json.dumps({"alone": alone, "failed": failed, "registered": registered, "own": own,
                   "new": sorted({m.split(".")[0] for m in new}), "kernels": kernels}))
 """
 
 
 def test_importing_is_light(tmp_path: Path) -> None:
     """``import vizoo`` registers the models with timm, to which it adds no plotting, progress or mm* package,
-    no operator's kernels and little time; by itself it imports neither torch nor timm."""
+    and no operator's kernels; by itself it imports neither torch nor timm."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
@@ -482,7 +480,6 @@ def test_importing_is_light(tmp_path: Path) -> None:
     assert measured["own"]
     assert not NEVER_ON_IMPORT & set(measured["new"])
     assert measured["kernels"] == [f"{OPS}._kernels"]  # what all share
-    assert measured["seconds"] < IMPORT_SECONDS
 
 
 # tracked files
