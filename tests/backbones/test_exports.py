@@ -35,8 +35,8 @@ SHALLOW: dict[str, dict[str, Any]] = {
 
 
 def shallow(name: str, **kwargs: Any) -> torch.nn.Module:
-    """The model without repetitions."""
-    return build(name, **{**SHALLOW.get(name, {}), **kwargs})
+    """The model without repetitions, with weights that make what it attends to count."""
+    return spread(build(name, **{**SHALLOW.get(name, {}), **kwargs}))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_any_size(name: str, tmp_path: Path) -> None:
         sizes = [(2, 224, 256), (3, 288, 224), (1, 231, 299)]
     if "dependencyvit" in name:  # messages and positions that count, resampled up and down and not at all
         sizes = [(2, 96, 128), (1, 96, 96), (3, 64, 160), (2, 101, 135), (2, 224, 224), (1, 32, 32)]
-        torch.nn.init.normal_(spread(model).pos_embed)
+        torch.nn.init.normal_(model.pos_embed)
     images = [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
     free = ({0: "batch", 2: "height", 3: "width"},)
     with torch.no_grad():
