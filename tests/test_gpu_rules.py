@@ -91,8 +91,8 @@ def moved(name: str, monkeypatch: pytest.MonkeyPatch, half: bool = False, fast_n
 
 
 def test_what_casts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of README.md on autocast, norms in half precision, and weights in half precision."""
-    text = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    """Figures of docs/kernels.md on autocast, norms in half precision, and weights in half precision."""
+    text = " ".join((Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8").split())
     told = re.search(
         r"`nat_tiny` reads and writes (\d+) GB .*? (\d+) GB .*? (\d+) GB .*?`overlock_t` (\d+), (\d+) and (\d+)", text
     )

@@ -132,7 +132,7 @@ def missing(name: str) -> Callable[..., Any]:
     def unavailable(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             f"operator {name!r} of mmcv has no equivalent in torchvision or PyTorch, and the compiled extension "
-            "mmcv._ext is missing: build mmcv from source as vizoo's README says in its section on mmdet and mmseg, "
+            "mmcv._ext is missing: build mmcv from source as vizoo's docs/mm.md says, "
             "or take a model without this operator"
         )
 

@@ -435,7 +435,7 @@ MORE: list[tuple[str, int, str]] = [
     ("bench test_litv2 --size 9999999999999999999999", 2, "--size 99999"),
     ("bench test_litv2 --batch 99999999999", 2, "--batch"),
     ("models nothing*", 2, "no model of the zoo matches 'nothing*'"),
-    ("models resnet18", 2, "no model of the zoo matches 'resnet18'"),
+    ("models resnet26", 2, "no model of the zoo matches 'resnet26'"),
     ("models --jsonl", 2, "--jsonl"),
     (f"models {LONG}", 2, "no model of the zoo matches"),
     ("env now", 2, "now"),

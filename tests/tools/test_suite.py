@@ -226,7 +226,7 @@ def test_a_second_run_adds_rows(tmp_path):
         ("litv2_s --dry", "--dry: needs --suite gpu"),
         ("litv2_s --only nat", "--only: needs --suite gpu"),
         ("litv2_s --budget 3", "--budget: needs --suite gpu"),
-        ("litv2_s --out x.jsonl", "must be .csv"),
+        ("litv2_s --out x.jsonl", "must be .json or .csv or .md"),
     ],
 )
 def test_bad_options(words, message, tmp_path, capsys, monkeypatch):
