@@ -111,14 +111,8 @@ SHOWN = {
     "error": "error",
     "cpu_use": "cpu use",
 }
-COMMON = (
-    "name",
-    "batch",
-    "dtype",
-    "channels_last",
-    "out",
-    "json",
-)  # options that timings of one model or layer have too
+# options that timings of one model or layer have too
+COMMON = ("name", "batch", "dtype", "channels_last", "out", "json")
 KINDS = {  # other kinds of benchmark, with the options that go with each
     "suite": ("out", "budget", "sections", "only", "dry"),
     "sass": ("name", "batch", "dtype", "channels_last", "capability", "out", "json"),

@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -613,6 +614,17 @@ def csv_text(table: Table) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([table.columns, *table.rows])
     return out.getvalue()
+
+
+def model_rows() -> list[dict[str, str]]:
+    """The rows of ``backbones/models.csv``, read without importing the zoo."""
+    text = resources.files("vizoo").joinpath("backbones", "models.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def is_shown(name: str, word: str) -> bool:
+    """Whether a word of a user can mean a model: one for tests only where the word begins as their names do."""
+    return word.startswith("test") or not name.startswith("test_")
 
 
 def match_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

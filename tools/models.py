@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any, NamedTuple
 
 from vizoo.tools.common import (
@@ -15,7 +13,9 @@ from vizoo.tools.common import (
     UserError,
     check_result,
     csv_text,
+    is_shown,
     match_names,
+    model_rows,
     print_json,
     print_tables,
     run_tool,
@@ -85,11 +85,9 @@ def list_zoo(words: Sequence[str] = ()) -> list[Entry]:
     Raises:
         UserError: If one matches nothing; near names are suggested.
     """
-    text = resources.files("vizoo").joinpath("backbones/models.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
-    entries = [_entry(row) for row in rows if row["params"]]  # a new row is counted by vizoo.tools.table
+    entries = [_entry(row) for row in model_rows() if row["params"]]  # a new row is counted by vizoo.tools.table
     if not words:
-        return [e for e in entries if not e.name.startswith("test_")]
+        return [e for e in entries if is_shown(e.name, "")]
     chosen = {name for word in words for name in _matching(word, entries)}
     return [e for e in entries if e.name in chosen]
 
@@ -120,7 +118,7 @@ def _matching(word: str, entries: Sequence[Entry]) -> list[str]:
         UserError: If it stands for none.
     """
     word = word.lower()  # as names are
-    shown = [e for e in entries if word.startswith("test") or not e.name.startswith("test_")]
+    shown = [e for e in entries if is_shown(e.name, word)]
     if any(c in word for c in "*?["):
         found = match_names([e.name for e in entries], [word])
     else:

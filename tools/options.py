@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any, NoReturn
 
-from vizoo.tools.common import UserError, short
+from vizoo.tools.common import UserError, is_shown, model_rows, short
 
 MOST = 2**31 - 1  # of images, channels, classes: the largest number of a 32-bit index
 MOST_THREADS = max(64, os.cpu_count() or 1)  # far more than help; OpenMP ends the process where the system has no more
@@ -92,9 +90,7 @@ class Parser(argparse.ArgumentParser):
 
 def _models(prefix: str, **kwargs: Any) -> list[str]:
     """Names of the zoo; those of models for tests where they are begun."""
-    text = resources.files("vizoo").joinpath("backbones", "models.csv").read_text(encoding="utf-8")
-    names = [row["name"] for row in csv.DictReader(text.splitlines())]
-    return [name for name in names if prefix.startswith("test") or not name.startswith("test_")]
+    return [row["name"] for row in model_rows() if is_shown(row["name"], prefix)]
 
 
 def _takes(option: argparse.Action, word: str) -> bool:

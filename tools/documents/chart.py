@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vizoo.tools.common import UserError, read_text, save_figure
+from vizoo.tools.options import DTYPES
 
 RECORDS = "throughput-*.csv"  # written by ``vizoo profile --mode throughput --out``
 PUBLISHED = "timm-top1.csv"  # top-1 of timm's models and where it is published
@@ -43,7 +44,7 @@ class Point(NamedTuple):
 
 
 def read_points(folder: Path, zoo: Sequence[Any]) -> list[Point]:
-    """Join the newest record of throughput with published accuracies.
+    """Join the last record of throughput, by its name, with published accuracies.
 
     Args:
         folder: Holds ``throughput-*.csv`` and ``timm-top1.csv``.
@@ -84,8 +85,7 @@ def conditions(points: Sequence[Point]) -> str:
     if len(seen) != 1:
         raise UserError(f"the records of throughput differ in {', '.join(keys)}: {len(seen)} kinds")
     machine, threads, dtype, batch, torch = seen.pop()
-    form = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
-    return f"{machine}, {threads} threads, {form}, batches of {batch}, PyTorch {torch.partition('+')[0]}"
+    return f"{machine}, {threads} threads, {DTYPES[dtype]}, batches of {batch}, PyTorch {torch.partition('+')[0]}"
 
 
 def draw_chart(folder: Path, zoo: Sequence[Any], path: Path) -> None:
