@@ -36,6 +36,9 @@ from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.prices import PRICES, price_of
 
 
+CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
+
+
 class ModuleCost(NamedTuple):
     """Cost of one module with everything inside it; ``out`` is the shape of its (last) first output."""
 
@@ -66,6 +69,7 @@ class Count(NamedTuple):
         engine: ``meta``, ``fake`` or the device the model was run on.
         reasons: Why the count does not hold for every input of these shapes or misses a part, one line each; empty
             for a complete count.
+        doubts: The reasons by figure, for each of :data:`CELLS`; a figure without any is complete.
     """
 
     params: int
@@ -83,11 +87,17 @@ class Count(NamedTuple):
     ops: dict[str, tuple[int, int, int]]
     engine: str
     reasons: list[str]
+    doubts: dict[str, list[str]]
 
     @property
     def status(self) -> str:
         """``complete``, or ``partial`` when there are ``reasons``."""
         return "partial" if self.reasons else "complete"
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """``complete`` or ``partial`` by figure: ``params`` and each of :data:`CELLS`."""
+        return {"params": "complete", **{cell: "partial" if self.doubts[cell] else "complete" for cell in CELLS}}
 
     @property
     def flops(self) -> int:
@@ -295,6 +305,7 @@ class _Recorder(TorchDispatchMode):
         self.bytes = self.kernels = self.largest = 0
         self.told: defaultdict[str, Counter[str]] = defaultdict(Counter)  # calls by module, by what is said of them
         self.doubts: set[str] = set()  # those of them that another engine may settle
+        self.cells: dict[str, tuple[str, ...]] = {}  # the figures that each concerns
         self.unseen: dict[int, tuple[Any, str]] = {}  # storages that no operator wrote, and who read them where
 
     def here(self) -> str:
@@ -302,19 +313,26 @@ class _Recorder(TorchDispatchMode):
         names = self.counter.mod_tracker.parents - {"Global"}
         return max(names, key=len, default="").partition(".")[2] or "the model"
 
-    def tell(self, text: str, doubt: bool = False) -> None:
-        """Note something that happened in the module that runs now; ``{calls}`` and ``{where}`` are filled in."""
+    def tell(self, text: str, doubt: bool = False, cells: tuple[str, ...] = CELLS) -> None:
+        """Note something that happened in the module that runs now, and the figures that it makes partial.
+
+        Args:
+            text: What is said; ``{calls}`` and ``{where}`` are filled in.
+            doubt: Whether another engine may settle it.
+            cells: Some of :data:`CELLS`.
+        """
         self.told[text][self.here()] += 1
+        self.cells[text] = cells
         if doubt:
             self.doubts.add(text)
 
-    def reasons(self) -> list[str]:
-        """What was told, one line each."""
-        found = []
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """What was told, one line each, with the figures that it concerns."""
+        found = {}
         for text, calls in self.told.items():
             n, places = calls.total(), list(calls)
             where = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-            found.append(text.replace("{calls}", f"{n} call{'s' * (n > 1)}").replace("{where}", where))
+            found[text.replace("{calls}", f"{n} call{'s' * (n > 1)}").replace("{where}", where)] = self.cells[text]
         return found
 
     def look(self, values: Any, reader: str) -> None:
@@ -370,7 +388,8 @@ class _Recorder(TorchDispatchMode):
 
     def _unpriced(self, name: str) -> None:
         self.uncounted[name] += 1
-        self.tell(f"operator {name} has no cost formula: {{calls}} in {{where}}")
+        text = f"operator {name} has no cost formula: {{calls}} in {{where}}"
+        self.tell(text, cells=("macs", "flops_other", "acts"))  # its bytes are those of its tensors
 
 
 class _Watch(TorchFunctionMode):
@@ -628,7 +647,7 @@ def _of_modules(model: nn.Module, run: _Run) -> dict[str, ModuleCost]:
     return dict(reversed(found.items()))
 
 
-def _summed(model: nn.Module, run: _Run, engine: str, reasons: list[str]) -> Count:
+def _summed(model: nn.Module, run: _Run, engine: str, reasons: dict[str, tuple[str, ...]]) -> Count:
     counter, recorder, _ = run
     params, buffers = list(model.parameters()), list(model.buffers())
     flops_of_op = counter.get_flop_counts().get("Global", {})
@@ -651,7 +670,8 @@ def _summed(model: nn.Module, run: _Run, engine: str, reasons: list[str]) -> Cou
         modules=_of_modules(model, run),
         ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
         engine=engine if engine != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
-        reasons=reasons,
+        reasons=list(reasons),
+        doubts={cell: [text for text, cells in reasons.items() if cell in cells] for cell in CELLS},
     )
 
 
@@ -688,7 +708,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
     if run.recorder.unseen:  # constants outside the model are no news: in a second run they are the same ones
         again = run_on(used).recorder.unseen
         unseen = [text for key, (_, text) in again.items() if key not in run.recorder.unseen]
-        reasons += dict.fromkeys(f"{text}: {_ELSEWHERE}" for text in unseen)
+        reasons |= dict.fromkeys((f"{text}: {_ELSEWHERE}" for text in unseen), CELLS)
     return _summed(model, run, used, reasons)
 
 
