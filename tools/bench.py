@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vizoo.tools.common import (
     Failure,
     Record,
+    Results,
     Table,
     UserError,
     check_result,
@@ -27,6 +29,7 @@ from vizoo.tools.common import (
     give,
     one_line,
     progress,
+    refuse_failures,
     resolve_models,
     run_tool,
     short,
@@ -432,16 +435,35 @@ def _check(args: argparse.Namespace) -> None:
     compute_device(args.device)
 
 
-def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every dtype and batch, with the current number of threads."""
+def _row(case: tuple[str, int], args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one dtype and batch; one that cannot be timed says why."""
     import torch
 
-    rows = []
-    for dtype in args.dtype:
-        for batch in args.batch:
-            torch._dynamo.reset()
-            rows.append(one_case(args, batch, dtype))
-    return rows
+    torch._dynamo.reset()
+    try:
+        return one_case(args, batch=case[1], dtype=case[0])
+    except Failure as e:
+        return _failed(case, args, torch.get_num_threads(), e)
+
+
+def _failed(case: tuple[str, int], args: argparse.Namespace, threads: int, why: Failure) -> dict[str, Any]:
+    dtype, batch = case
+    about = {"name": args.name, "mode": _mode(args), "dtype": _written(dtype), "batch": batch, "threads": threads}
+    return {**about, "failure": str(why)}
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = []
+    for row in map(_texts, rows):
+        cells.append([row.get(key, "") for key in SHOWN])
+        if "failure" in row:  # in place of the times
+            cells[-1] = [*cells[-1][: list(SHOWN).index("batch") + 1], row["failure"]]
+    return Table(list(SHOWN.values()), cells, range(5, 12))
+
+
+def _record(rows: Sequence[dict[str, Any]]) -> Record:
+    """What is recorded: nothing of two sides that do not give the same."""
+    return Record(COLUMNS, [_texts(row) for row in rows if "failure" not in row])
 
 
 def _bench(argv: list[str]) -> int:
@@ -449,7 +471,7 @@ def _bench(argv: list[str]) -> int:
     args = p.parse_args(argv)
     import torch
 
-    from vizoo.tools.profiling.machine import with_threads
+    from vizoo.tools.profiling.machine import run_cases
     from vizoo.tools.profiling.timing import BUSY
 
     kind = _check_kind(args, p)
@@ -460,12 +482,15 @@ def _bench(argv: list[str]) -> int:
         return 0
     args.name, args.batch, args.dtype = args.name[0], args.batch or [1], args.dtype or ["fp32"]
     _check(args)
-    rows = with_threads(args.threads or [torch.get_num_threads()], _rows, args)
-    texts = [_texts(row) for row in rows]
-    table = Table(list(SHOWN.values()), [[row[k] for k in SHOWN] for row in texts], range(5, 12))
-    give(args, rows, [table], Record(COLUMNS, texts))
-    if not args.cpu_time and any(row["cpu_use"] is not None and row["cpu_use"] < BUSY for row in rows):
+    cases = list(itertools.product(args.dtype, args.batch))
+    with Results(args, [args.name], _table, _record, dict) as results:
+        for case, threads, found in run_cases(args.threads or [torch.get_num_threads()], cases, _row, args):
+            results.add(_failed(case, args, threads, found) if isinstance(found, Failure) else found)
+        results.end()
+    rows = results.found
+    if not args.cpu_time and any(row.get("cpu_use") is not None and row["cpu_use"] < BUSY for row in rows):
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
+    refuse_failures([row["failure"] for row in rows if "failure" in row], len(rows))
     return 0
 
 

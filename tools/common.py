@@ -558,7 +558,7 @@ class Table(NamedTuple):
 
     Attributes:
         columns: Heads, with the units of what stands below them.
-        rows: Cells as text.
+        rows: Cells as text; the last cell of a row with fewer cells than columns may take the rest of the line.
         numeric: Columns that are aligned right.
         above: Lines before it.
         below: Lines after it, such as what its columns mean.
@@ -571,26 +571,49 @@ class Table(NamedTuple):
     below: Sequence[str] = ()
 
 
-def print_tables(*tables: Table) -> None:
-    """Print tables with an empty line between them; they are never squeezed: cells do not wrap, heads do at spaces."""
-    from rich import box
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.table import Table as Grid
+class _Grid:
+    """Lines of a table whose rows may come one by one, for which rich needs all of them at once.
 
-    for i, (columns, rows, numeric, above, below) in enumerate(tables):
+    Cells are never squeezed: they do not wrap, heads do at spaces.
+
+    Args:
+        table: Its columns, and rows that are known.
+    """
+
+    def __init__(self, table: Table) -> None:
+        from rich.cells import cell_len
+
+        self.length, self.numeric, count = cell_len, table.numeric, len(table.columns)
+        self.heads = [column.split(" ") for column in table.columns]
+        whole = [row for row in table.rows if len(row) == count] or [[""] * count]
+        self.widths = [
+            max(map(cell_len, [*head, *cells]))
+            for head, cells in zip(self.heads, zip(*whole, strict=True), strict=True)
+        ]
+
+    def row(self, cells: Sequence[str]) -> str:
+        """One line."""
+        parts = []
+        for k, (cell, width) in enumerate(zip(cells, self.widths, strict=False)):
+            space = " " * (width - self.length(cell))
+            parts.append(space + cell if k in self.numeric else cell + space)
+        return f" {'  '.join(parts)}".rstrip()
+
+    def head(self) -> str:
+        """The heads and the line below them, after an empty one."""
+        high = max(map(len, self.heads))
+        lines = [self.row(words) for words in zip(*([""] * (high - len(h)) + h for h in self.heads), strict=True)]
+        return "\n".join(["", *lines, f" {'─' * (sum(self.widths) + 2 * len(self.widths) - 2)}"])
+
+
+def print_tables(*tables: Table) -> None:
+    """Print tables with an empty line between them."""
+    for i, table in enumerate(tables):
         apart = bool(i and tables[i - 1].below)  # a grid ends with an empty line
-        print("\n" * apart, *(f"{line}\n" for line in above), sep="", end="")
-        grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for k, column in enumerate(columns):
-            grid.add_column(column.replace(" ", "\n"), justify="right" if k in numeric else "left", no_wrap=True)
-        for row in rows:
-            grid.add_row(*row)
-        width = max(
-            console().width, 2 + sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True))
-        )
-        Console(highlight=False, markup=False, emoji=False, width=width).print(grid)
-        print(*(f"{line}\n" for line in below), sep="", end="")
+        grid = _Grid(table)
+        rows = map(grid.row, table.rows)
+        print("\n" * apart, *(f"{line}\n" for line in table.above), sep="", end="")
+        print(grid.head(), *rows, "", *table.below, sep="\n")
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
@@ -743,6 +766,19 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
 
+@contextlib.contextmanager
+def without(bar: Progress | None) -> Iterator[None]:
+    """Take a progress bar away while something is printed."""
+    if bar is None:
+        yield
+        return
+    bar.stop()
+    try:
+        yield
+    finally:
+        bar.start()
+
+
 class Record(NamedTuple):
     """Rows for a CSV file that keeps what it holds.
 
@@ -792,7 +828,8 @@ def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], 
     if kind == ".json":
         write_json(path, result)
     elif kind == ".csv" and record is not None:
-        append_table(path, *record)
+        if record.rows:
+            append_table(path, *record)
     else:
         columns, rows, *_ = tables[0]
         marked = Table([*columns, "vizoo"], [[*row, vizoo.__version__] for row in rows])
@@ -814,6 +851,104 @@ def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None 
     else:
         print_tables(*tables)
     write_result(args.out, result, tables, record)
+
+
+NUMBER_WIDTH = 7  # of a column of numbers, most of which come later
+
+
+class Results:
+    """Prints what a command finds, and writes it to ``--out``, as soon as it is known: a killed run keeps its rows.
+
+    It is entered, so that JSON is whole however the command ends.
+
+    Args:
+        args: ``json`` and ``out``, as :func:`vizoo.tools.options.add_result` adds them.
+        names: Cells of the first column that are to come.
+        table: The table of some finds; its columns are the same for any of them.
+        record: Their rows for a CSV file.
+        plain: One of them in plain values, for JSON.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        names: Sequence[str],
+        table: Callable[[Sequence[Any]], Table],
+        record: Callable[[Sequence[Any]], Record],
+        plain: Callable[[Any], dict[str, Any]],
+    ) -> None:
+        self.args, self.names, self.table, self.record, self.plain = args, names, table, record, plain
+        self.found: list[Any] = []
+        self.grid: _Grid | None = None
+
+    def add(self, one: Any, bar: Progress | None = None) -> None:
+        """Print and write one find.
+
+        Args:
+            one: The find.
+            bar: A progress bar that is shown meanwhile.
+
+        Raises:
+            UserError: As :func:`write_result`.
+            Failure: As :func:`write_result`.
+        """
+        self.found.append(one)
+        with without(bar):
+            self._print_json(one) if self.args.json else self._print_row(one)
+        self._write([one])
+
+    def _print_json(self, one: Any) -> None:
+        text = json.dumps([self.plain(one)], indent=2)
+        print(("[" if len(self.found) == 1 else ",") + text[1:-2], end="", flush=True)
+
+    def _print_row(self, one: Any) -> None:
+        table = self.table([one])
+        if self.grid is None:
+            filled = ["0" * NUMBER_WIDTH if k in table.numeric else "" for k in range(1, len(table.columns))]
+            awaited = [[name, *filled] for name in self.names]
+            self.grid = _Grid(table._replace(rows=[*table.rows, *awaited]))
+            print(self.grid.head())
+        print(self.grid.row(table.rows[0]), flush=True)
+
+    def _write(self, new: Sequence[Any], *more: Table) -> None:
+        if self.args.out is not None:
+            result, tables = [self.plain(one) for one in self.found], [self.table(self.found), *more]
+            write_result(self.args.out, result, tables, self.record(new))
+
+    def end(self, *more: Table) -> None:
+        """Print what stands below the table, and further tables, which go to Markdown files too.
+
+        Args:
+            *more: Further tables.
+        """
+        if self.found and not self.args.json:
+            print("", *self.table(self.found).below, sep="\n")
+            print("\n" * bool(more), end="")
+            print_tables(*more)
+        if more:
+            self._write([], *more)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if self.args.json and (self.found or kind is None):
+            print("\n]" if self.found else "[]")
+
+
+def refuse_failures(failures: Sequence[str], rows: int) -> None:
+    """End a command whose rows are all given.
+
+    Args:
+        failures: Why some of them failed.
+        rows: How many there are.
+
+    Raises:
+        Failure: If there are any.
+    """
+    if failures:
+        which = f"{len(failures)} of {rows} rows failed: " if rows > 1 else ""
+        raise Failure(which + "; ".join(dict.fromkeys(failures)))
 
 
 def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vizoo.tools.common import (
     Failure,
+    Results,
     Table,
     UserError,
-    build_model,
     check_file,
     check_output,
     check_result,
     one_line,
-    print_json,
-    print_tables,
     progress,
+    refuse_failures,
     resolve_device,
     resolve_models,
     run_tool,
     short,
-    write_result,
 )
 from vizoo.tools.options import MODES, Parser, add, add_result, number, read_size
 from vizoo.tools.training.options import check_choice
 
 if TYPE_CHECKING:
     from vizoo.backbones.ops.cost import Cost, register_cost
-    from vizoo.tools.profiling.counting import count
-    from vizoo.tools.profiling.profile import profile
+    from vizoo.tools.profiling.profile import compare, count, profile
     from vizoo.tools.profiling.result import Profile
-    from vizoo.tools.profiling.timing import compare, measure
+    from vizoo.tools.profiling.timing import measure
 
 __all__ = ["Cost", "Profile", "compare", "count", "measure", "profile", "register_cost"]
 _HOMES = {  # of the Python interface, which is imported when it is asked for
     "Cost": "vizoo.backbones.ops.cost",
     "Profile": "vizoo.tools.profiling.result",
-    "compare": "vizoo.tools.profiling.timing",
-    "count": "vizoo.tools.profiling.counting",
+    "compare": "vizoo.tools.profiling.profile",
+    "count": "vizoo.tools.profiling.profile",
     "measure": "vizoo.tools.profiling.timing",
     "profile": "vizoo.tools.profiling.profile",
     "register_cost": "vizoo.backbones.ops.cost",
@@ -111,17 +109,23 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of :func:`vizoo.tools.profiling.profile.profile` that all cases share."""
+    names = ("size", "mode", "amp", "channels_last", "fused", "reparam", "features", "fvcore", "check")
     given = {key: getattr(args, key) for key in ("in_chans", "num_classes") if getattr(args, key) is not None}
     if args.checkpoint:
         given["checkpoint_path"] = args.checkpoint
-    if args.features:
-        given["features_only"] = True
-    return {**args.model_kwargs, **given}
+    return {
+        **{name: getattr(args, name) for name in (*names, "min_time", "max_time")},
+        "device": args.device or "cpu",
+        "compile": args.compile or False,
+        "model_kwargs": {**args.model_kwargs, **given},
+    }
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse bad input before anything runs; names and modes become those that are meant."""
+    from vizoo.tools.profiling.profile import check_conditions
     from vizoo.tools.profiling.result import COLUMNS
 
     check_result(args.out, COLUMNS)
@@ -137,6 +141,8 @@ def _check(args: argparse.Namespace) -> None:
     resolve_device(args.device or "cpu")
     args.models = resolve_models(args.models)
     args.mode = args.mode or (["all"] if args.device not in (None, "meta") else ["count"])
+    for case in _cases(args):
+        check_conditions(dtype=case.dtype, batch=case.batch, **_options(args))
 
 
 def _import(packages: Sequence[str]) -> None:
@@ -147,54 +153,52 @@ def _import(packages: Sequence[str]) -> None:
             raise UserError(f"--import {short(package)}: cannot be imported: {one_line(e)}") from e
 
 
-def _one(args: argparse.Namespace, name: str, dtype: str, batch: int | None, tell: Any) -> Profile:
-    from vizoo.tools.profiling.profile import profile
-    from vizoo.tools.profiling.timing import fused
+class _Case(NamedTuple):
+    """What is one row of the table."""
 
-    kwargs = _model_kwargs(args)
-    model: Any = name
-    with fused(args.fused):
-        if args.reparam:
-            from timm.utils.model import reparameterize_model
-
-            model = reparameterize_model(build_model(name, **kwargs).eval())
-        result = profile(
-            model,
-            size=args.size,
-            mode=args.mode,
-            device=args.device or "cpu",
-            dtype=dtype,
-            amp=args.amp,
-            channels_last=args.channels_last,
-            compile=args.compile or False,
-            batch=batch,
-            fvcore=args.fvcore,
-            check=args.check,
-            min_time=args.min_time,
-            max_time=args.max_time,
-            model_kwargs=kwargs,
-            step=tell,
-        )
-    result.model = name
-    result.config.update(fused=args.fused, reparam=args.reparam, features=args.features)
-    return result
+    name: str
+    dtype: str
+    batch: int | None
 
 
-def _profile_all(args: argparse.Namespace) -> list[Profile]:
-    """Profile every model with every dtype and batch."""
+def _cases(args: argparse.Namespace) -> list[_Case]:
+    return [_Case(*one) for one in itertools.product(args.models, args.dtype, args.batch or [None])]
+
+
+def _one(case: _Case, args: argparse.Namespace, step: Callable[[str], None] | None = None) -> Profile:
+    """Profile one model under one set of conditions; a process of its own first imports what registers models."""
+    from vizoo.tools.profiling.profile import attempt
+
     _import(args.packages)
-    cases = list(itertools.product(args.models, args.dtype, args.batch or [None]))
-    profiles = []
+    return attempt(case.name, dtype=case.dtype, batch=case.batch, step=step, **_options(args))
+
+
+def _dead(case: _Case, args: argparse.Namespace, threads: int, why: Failure) -> Profile:
+    """The result of a case whose process died."""
+
+    def refuse(step: str) -> None:
+        raise why
+
+    found = _one(case, args, refuse)
+    found.config["threads"] = threads
+    return found
+
+
+def _profile_all(args: argparse.Namespace, results: Results) -> None:
+    """Profile every model with every dtype, batch and number of threads, and give each result as it is known."""
+    from vizoo.tools.profiling.machine import default_threads, run_cases
+
+    cases, threads = _cases(args), args.threads or [default_threads()]
     with progress() as bar:
-        task = bar.add_task("starting", total=len(cases))
-        for name, dtype, batch in cases:
+        task = bar.add_task("starting", total=len(cases) * len(threads))
 
-            def tell(text: str, name: str = name) -> None:
-                bar.update(task, description=f"{name}: {text}")
+        def tell(text: str) -> None:
+            bar.update(task, description=f"{cases[len(results.found)].name}: {text}")
 
-            profiles.append(_one(args, name, dtype, batch, tell))
+        here = [tell] if len(threads) == 1 else []  # a process of its own cannot call back
+        for case, n, found in run_cases(threads, cases, _one, args, *here):
+            results.add(_dead(case, args, n, found) if isinstance(found, Failure) else found, bar)
             bar.advance(task)
-    return profiles
 
 
 def _details(args: argparse.Namespace, profiles: Sequence[Profile]) -> list[Table]:
@@ -216,24 +220,26 @@ def _differs(p: Profile) -> bool:
 
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from vizoo.tools.profiling.machine import default_threads, with_threads
     from vizoo.tools.profiling.picture import plot, print_notes
-    from vizoo.tools.profiling.result import table, to_record
+    from vizoo.tools.profiling.result import Profile, headers, table, to_record
 
     _check(args)
-    profiles = with_threads(args.threads or [default_threads()], _profile_all, args)
-    result, details = [p.to_dict() for p in profiles], _details(args, profiles)
-    if args.json:
-        print_json(result)
-    else:
-        print_tables(table(profiles), *details)
-    print_notes(profiles)
-    agreed = dict.fromkeys(p.model for p in profiles if args.check and not _differs(p))
+    modes = MODES if "all" in args.mode else args.mode
+    several = [key for key in ("dtype", "batch") if len(getattr(args, key) or ()) > 1]
+    heads = headers(modes, args.fvcore, not (args.device or "").startswith("cuda"), several)
+    shown = functools.partial(table, heads=heads)
+    with Results(args, args.models, shown, to_record, Profile.to_dict) as results:
+        _profile_all(args, results)
+        profiles: list[Profile] = results.found
+        results.end(*_details(args, [p for p in profiles if p.counts]))
+    whole = [p for p in profiles if not p.failure]
+    print_notes(whole)
+    agreed = dict.fromkeys(p.model for p in whole if args.check and not _differs(p))
     if agreed and not args.json:
         print(f"both engines agree, and the cost is linear in the batch: {', '.join(agreed)}")
-    write_result(args.out, result, [table(profiles, noted=True), *details], to_record(profiles))
-    if args.plot:
-        plot(profiles, Path(args.plot))
+    if args.plot and whole:
+        plot(whole, Path(args.plot))
+    refuse_failures([p.failure for p in profiles if p.failure], len(profiles))
     partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]
     if args.strict and partial:
         raise Failure(f"--strict: partial counts: {'; '.join(dict.fromkeys(partial))}")

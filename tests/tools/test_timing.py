@@ -1,7 +1,6 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, memory."""
 
 import gc
-import os
 import threading
 from types import SimpleNamespace
 
@@ -224,13 +223,27 @@ def test_default_threads_know_the_quota(quota, threads, monkeypatch):
     assert machine.default_threads() == threads
 
 
-def test_every_number_of_threads_gets_a_process_and_one_gets_none():
+def threads_and(word):
+    return word, torch.get_num_threads()
+
+
+def test_one_number_of_threads_is_set_here():
     before = torch.get_num_threads()
-    assert machine.with_threads([before + 1], lambda: [torch.get_num_threads()]) == [before + 1]
+    found = []
+    for case, n, result in machine.run_cases([before + 1], ["a", "b"], threads_and):
+        found.append((case, n, result))
+        assert torch.get_num_threads() == before + 1
+    assert found == [(word, before + 1, (word, before + 1)) for word in "ab"]
     assert torch.get_num_threads() == before
-    assert machine.with_threads([2, 3], eval, "[__import__('torch').get_num_threads()]") == [2, 3]
-    with pytest.raises(Failure, match="the process with 1 threads died"):
-        machine.with_threads([1, 2], os._exit, 1)
+
+
+def test_every_number_of_threads_gets_a_process_and_a_dead_one_is_a_failure():
+    """The case that killed it is a failure; those after it run all the same."""
+    code = "__import__('os')._exit(1) if {} == 1 else __import__('torch').get_num_threads()"
+    found = list(machine.run_cases([2, 3], [code.format(n) for n in range(3)], eval))
+    assert [(n, type(result)) for _, n, result in found] == [(n, kind) for n in (2, 3) for kind in (int, Failure, int)]
+    assert [result for _, n, result in found if isinstance(result, int)] == [2, 2, 3, 3]
+    assert "the process with 3 threads died" in str(found[-2][2])
 
 
 def test_inputs_grow_with_the_batch():

@@ -35,7 +35,6 @@ from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.prices import PRICES, price_of
 
-
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
 
 

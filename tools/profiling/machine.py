@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,6 +21,7 @@ from vizoo.tools.common import Failure
 
 PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
 PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
+Case = TypeVar("Case")
 Result = TypeVar("Result")
 
 
@@ -135,34 +136,42 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def with_threads(threads: list[int], work: Callable[..., list[Result]], *args: Any) -> list[Result]:
-    """Results of some work with every number of CPU threads.
+def run_cases(
+    threads: Sequence[int], cases: Sequence[Case], work: Callable[..., Result], *args: Any
+) -> Iterator[tuple[Case, int, Result | Failure]]:
+    """Results of some work for every case with every number of CPU threads, as soon as each is known.
 
     Args:
         threads: Numbers of threads: one is set here for the time of the work; several get a fresh process each, for
             OpenMP keeps the pool of its first size.
-        work: Function of a module, called once for each number.
-        *args: Its arguments, which can be sent to a process.
+        cases: First argument of the work, one after the other.
+        work: Function of a module.
+        *args: Its further arguments; with several numbers they and the cases can be sent to a process.
 
-    Returns:
-        What the calls return, one after the other.
-
-    Raises:
-        Failure: If a process dies.
+    Yields:
+        The case, the number of threads, and what the work returned; a failure if its process died, after which the
+        next case has a new one.
     """
     if len(threads) == 1:
         before = torch.get_num_threads()
         torch.set_num_threads(threads[0])
         try:
-            return work(*args)
+            for case in cases:
+                yield case, threads[0], work(case, *args)
         finally:
             torch.set_num_threads(before)
-    found: list[Result] = []
+        return
+    spawn = multiprocessing.get_context("spawn")
     for n in threads:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_set_threads, initargs=(n,)) as pool:
-            try:
-                found += pool.submit(work, *args).result()
-            except BrokenProcessPool:
-                raise Failure(f"the process with {n} threads died, killed perhaps because memory ran out") from None
-    return found
+        left = list(cases)
+        while left:
+            with ProcessPoolExecutor(1, mp_context=spawn, initializer=_set_threads, initargs=(n,)) as pool:
+                alive = True
+                while left and alive:
+                    case = left.pop(0)
+                    try:
+                        found: Result | Failure = pool.submit(work, case, *args).result()
+                    except BrokenProcessPool:
+                        why = f"the process with {n} threads died, killed perhaps because memory ran out"
+                        found, alive = Failure(why), False
+                    yield case, n, found

@@ -1,26 +1,28 @@
-"""Counts and measures one model, or says in one line why it cannot."""
+"""Counts and measures one model, or says in one line why it cannot; compares several."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from timm.models import get_model_input_config
 
-from vizoo.tools.common import Failure, UserError, build_model, explain, one_line, resolve_device, resolve_models
+from vizoo.tools.common import Failure, UserError, explain, one_line, resolve_device, short
 from vizoo.tools.options import DTYPES, MODES, read_size
-from vizoo.tools.profiling.counting import Count, count, differences, fvcore_counts, unwrap
+from vizoo.tools.profiling import counting, timing
+from vizoo.tools.profiling.counting import Count, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
 from vizoo.tools.profiling.result import Profile
-from vizoo.tools.profiling.timing import Conditions, measure_model, random_like
+from vizoo.tools.profiling.target import Target, evaluating, find_target
+from vizoo.tools.profiling.timing import Comparison, Conditions, measure_model, random_like
 
 
 def profile(
     model: Any,
-    inputs: Sequence[Any] | None = None,
+    inputs: Any = None,
     *,
     size: int | Sequence[int] | None = None,
     mode: str | Sequence[str] = "count",
@@ -30,18 +32,22 @@ def profile(
     channels_last: bool = False,
     compile: bool | str = False,
     batch: int | None = None,
+    fused: bool = True,
+    reparam: bool = False,
+    features: bool = False,
     fvcore: bool = False,
     check: bool = False,
     min_time: float = 2.0,
     max_time: float = 10.0,
     model_kwargs: dict[str, Any] | None = None,
-    step: Any = None,
+    step: Callable[[str], None] | None = None,
+    result: Profile | None = None,
 ) -> Profile:
     """Count and measure one model.
 
     Args:
         model: A timm name, or any ``nn.Module``.
-        inputs: Positional inputs of a module at batch 1; None draws one image.
+        inputs: Positional inputs of a module at batch 1, or the only one; None draws one image.
         size: Side, or height and width, in pixels; None is the model's own.
         mode: Any of ``count``, ``memory``, ``latency``, ``throughput``, or ``all``.  Counts are always made.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -50,12 +56,16 @@ def profile(
         channels_last: Model and image in channels_last memory.
         compile: ``torch.compile``; a string is its mode.
         batch: Images at once for latency and throughput; None is 1, and 8 on a CPU or 64 on a GPU.
+        fused: Build a named model with fused attention and kernels, or in plain PyTorch.
+        reparam: Merge branches for inference where the model can.
+        features: The backbone of a named model, as ``features_only``.
         fvcore: Also fvcore's own total.
         check: Compare both engines and check that the cost is linear in the batch; differences become notes.
         min_time: Least seconds of sampling.
         max_time: Most seconds of sampling.
         model_kwargs: Arguments of ``timm.create_model``.
         step: Called with a text when a new part begins, for a progress bar.
+        result: Where the result goes; what is known stays there if the rest fails.
 
     Returns:
         The result.
@@ -64,166 +74,179 @@ def profile(
         UserError: For an unknown name, device, dtype or mode, a size the model cannot take, or a bad combination.
         Failure: If it cannot be run on the device: a kernel or memory is missing.
     """
-    how = Conditions(resolve_device(device), dtype, amp, channels_last, compile, batch, min_time, max_time)
-    timed = _timed([mode] if isinstance(mode, str) else mode, how)
+    how, timed = check_conditions(device, mode, dtype, amp, channels_last, compile, batch, min_time, max_time)
     tell = step or (lambda text: None)
+    result = result or Profile()
+    result.model = model if isinstance(model, str) else type(model).__name__
+    result.size = read_size(size, "size") if size is not None else None
+    result.config = {
+        "device": str(how.device),
+        "dtype": dtype,
+        "amp": amp,
+        "channels_last": channels_last,
+        "compile": compile,
+        "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
+        "fused": fused,
+        "reparam": reparam,
+        "features": features,
+    }
+    result.environment = environment(how.device)
     tell("building")
-    kwargs = dict(model_kwargs or {})
+    kwargs = {**(model_kwargs or {}), **({"features_only": True} if features else {})}
     real = bool(timed or check or fvcore or kwargs.get("checkpoint_path"))
-    return _profiled(_build(model, inputs, size, kwargs, real), how, timed, check, fvcore, tell)
-
-
-def _timed(asked: Sequence[str], how: Conditions) -> list[str]:
-    """Check the modes and conditions that were asked for; the modes in which the model is run."""
-    modes = list(MODES) if "all" in asked else list(asked)
-    for name in modes:
-        if name not in MODES:
-            raise UserError(f"mode {name!r}: allowed are {', '.join(MODES)} and all")
-    if how.dtype not in DTYPES:
-        raise UserError(f"dtype {how.dtype!r}: allowed are {', '.join(DTYPES)}")
-    if how.batch is not None and how.batch < 1:
-        raise UserError(f"batch {how.batch}: at least 1")
-    timed = [m for m in modes if m != "count"]
-    if timed and how.device.type == "meta":
-        raise UserError(f"mode {timed[0]}: the meta device computes nothing; give cpu or cuda")
-    if how.amp and how.dtype not in ("bf16", "fp16"):
-        raise UserError(f"amp with dtype {how.dtype}: give dtype bf16 or fp16")
-    return timed
-
-
-class _Subject(NamedTuple):
-    """What is profiled.
-
-    Attributes:
-        net: The module; without real weights on the meta device.
-        name: Of the model, or of the module's class.
-        size: Height and width of the image; None for inputs that the caller gave.
-        inputs: Positional inputs at batch 1.
-        own: Whether it was built here; a module of the caller is neither moved nor converted.
-        anew: Builds it with real weights; None for inputs that the caller gave.
-    """
-
-    net: torch.nn.Module
-    name: str
-    size: tuple[int, int] | None
-    inputs: Sequence[Any]
-    own: bool
-    anew: Callable[[], torch.nn.Module] | None
-
-
-def _build(model: Any, inputs: Sequence[Any] | None, size: Any, kwargs: dict[str, Any], real: bool) -> _Subject:
-    """Build a named model, or take a module; without ``real`` the weights are on the meta device."""
-    place: dict[str, Any] = {} if real else {"device": "meta"}
-    own = isinstance(model, str)
-    name = resolve_models([model])[0] if own else ""
-    net = build_model(name, **kwargs, **place) if own else unwrap(model)
-    name = name or type(net).__name__
-    if inputs is not None:
-        return _Subject(net, name, None, inputs, own, None)
-    config = get_model_input_config(net)
-    chans, *given = config["input_size"]
-    side = (given[0], given[1]) if size is None else read_size(size, "size")
-    if own and config["fixed_input_size"] and side != tuple(given):
-        net = build_model(name, **{**kwargs, "img_size": side}, **place)
-
-    def anew() -> torch.nn.Module:
-        return _build(model, None, size, kwargs, real=True).net.eval()
-
-    return _Subject(net, name, side, (torch.empty(1, chans, *side, device="meta"),), own, anew)
-
-
-@contextlib.contextmanager
-def _evaluating(net: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in."""
-    before = {m: m.training for m in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-def _profiled(
-    subject: _Subject, how: Conditions, timed: Sequence[str], check: bool, fvcore: bool, tell: Callable[[str], None]
-) -> Profile:
-    with _evaluating(subject.net):
+    with timing.fused(fused):
+        target = find_target(model, inputs, size, kwargs, real, reparam)
+    result.model, result.size = target.name, target.size
+    with evaluating(target.net):
         tell("counting")
-        counts = _counted(subject)
-        config = {
-            "device": str(how.device),
-            "dtype": how.dtype,
-            "amp": how.amp,
-            "channels_last": how.channels_last,
-            "compile": how.compile,
-            "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
-        }
-        result = Profile(subject.name, subject.size, config, {}, counts)
+        result.counts = _counted(target)
         if check or fvcore:
-            _second_engine(result, subject, check, fvcore)
-        result.environment = environment(how.device)
+            _second_engine(result, target, check, fvcore)
         if timed:
-            _measure(result, subject, how, timed, tell)
+            _measure(result, target, how, timed, tell)
     return result
 
 
-def _counted(subject: _Subject) -> Count:
+def attempt(model: Any, **options: Any) -> Profile:
+    """As :func:`profile`, but a model that cannot be built, counted or measured is a result that says why.
+
+    Args:
+        model: A timm name, or any ``nn.Module``.
+        **options: As of :func:`profile`.
+
+    Returns:
+        The result, perhaps with ``failure``.
+    """
+    result = Profile()
+    try:
+        return profile(model, **options, result=result)
+    except Exception as e:
+        known = explain(e)
+        if known is None:
+            raise
+        result.failure = known[1]
+        return result
+
+
+def check_conditions(
+    device: str = "cpu",
+    mode: str | Sequence[str] = "count",
+    dtype: str = "fp32",
+    amp: bool = False,
+    channels_last: bool = False,
+    compile: bool | str = False,
+    batch: int | None = None,
+    min_time: float = 2.0,
+    max_time: float = 10.0,
+    **others: Any,
+) -> tuple[Conditions, list[str]]:
+    """Check how a model is to be measured; the arguments are those of :func:`profile`, of which others do not matter.
+
+    Returns:
+        The conditions, and the modes in which the model is run.
+
+    Raises:
+        UserError: For what is unknown or does not go together.
+    """
+    modes = [mode] if isinstance(mode, str) else list(mode)
+    modes = list(MODES) if "all" in modes else modes
+    for name in modes:
+        if name not in MODES:
+            raise UserError(f"mode {name!r}: allowed are {', '.join(MODES)} and all")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    if batch is not None and batch < 1:
+        raise UserError(f"batch {batch}: at least 1")
+    how = Conditions(resolve_device(device), dtype, amp, channels_last, compile, batch, min_time, max_time)
+    timed = [m for m in modes if m != "count"]
+    if timed and how.device.type == "meta":
+        raise UserError(f"mode {timed[0]}: the meta device computes nothing; give cpu or cuda")
+    if amp and dtype not in ("bf16", "fp16"):
+        raise UserError(f"amp with dtype {dtype}: give dtype bf16 or fp16")
+    return how, timed
+
+
+def _counted(target: Target, **how: Any) -> Count:
     """Counts on the meta device, or where that cannot settle them of real weights and random inputs."""
     found: Count | None = None
     try:
         try:
-            found = count(subject.net, *subject.inputs)
+            found = counting.count(target.net, *target.inputs, **how)
             settled = found.engine not in ("meta", "fake") or len(found.reasons) <= len(found.uncounted)
-            if settled or subject.anew is None:
+            if settled or target.anew is None or "engine" in how:
                 return found
         except (AssertionError, ValueError):  # what the model itself checks
             raise
         except Exception:
-            if subject.anew is None:
+            if target.anew is None or "engine" in how:
                 raise
-        net = subject.anew()
-        return count(net, *(random_like(x, 1, "cpu", _dtype(net)) for x in subject.inputs), engine="real")
+        net = target.anew()
+        inputs = [random_like(x, 1, "cpu", _dtype(net)) for x in target.inputs]
+        return counting.count(net, *inputs, **{**how, "engine": "real"})
     except Exception as e:
         if found is not None:
             return found
         if explain(e) is not None:
             raise
-        at = f" at size {subject.size[0]}x{subject.size[1]}" if subject.size else ""
-        raise UserError(f"{subject.name!r} cannot run{at}: {one_line(e)}") from e
+        at = f" at size {target.size[0]}x{target.size[1]}" if target.size else ""
+        raise UserError(f"{target.name!r} cannot run{at}: {one_line(e)}") from e
+
+
+def count(model: Any, *args: Any, **kwargs: Any) -> Count:
+    """Count what one call of a model costs, named as in the command, or of any module.
+
+    Args:
+        model: A timm name, or any module, as of :func:`vizoo.tools.profiling.counting.count`.
+        *args: Inputs of the call; none with a name: one image of the model's own size.
+        **kwargs: ``backward`` and ``engine`` as of that function; the others are keyword inputs of the call.
+
+    Returns:
+        The counts for exactly these inputs.
+
+    Raises:
+        UserError: For an unknown name, what is neither name nor module, or a named model that cannot run.
+        ValueError: If ``engine`` is unknown.
+        Exception: What a module raises, if it cannot be run on these inputs at all.
+    """
+    if isinstance(model, torch.nn.Module):
+        return counting.count(model, *args, **kwargs)
+    target = find_target(model, args or None)
+    with evaluating(target.net):
+        return _counted(target, **kwargs)
 
 
 def _dtype(net: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _second_engine(result: Profile, subject: _Subject, check: bool, fvcore: bool) -> None:
-    net, dtype = subject.net, _dtype(subject.net)
+def _second_engine(result: Profile, target: Target, check: bool, fvcore: bool) -> None:
+    net, dtype = target.net, _dtype(target.net)
     try:
-        one = [random_like(x, 1, "cpu", dtype) for x in subject.inputs]
+        one = [random_like(x, 1, "cpu", dtype) for x in target.inputs]
         total = fvcore_counts(net, *one, contractions=False).get("", 0) if fvcore else None
         second = fvcore_counts(net, *one) if check else {}
     except Exception as e:  # whatever a trace raises
         raise Failure(f"{result.model!r}: the second engine cannot trace it: {one_line(e)}") from e
     result.fvcore_total = total
     if check:
-        wrong = differences(result.counts, second)
+        wrong = differences(result.counted, second)
         result.notes += [f"engines differ: multiply-accumulates of {text}" for text in wrong]
-        where = "meta" if result.counts.engine in ("meta", "fake") else "cpu"
-        three = count(net, *(random_like(x, 3, where, dtype) for x in subject.inputs)).macs
+        where = "meta" if result.counted.engine in ("meta", "fake") else "cpu"
+        three = counting.count(net, *(random_like(x, 3, where, dtype) for x in target.inputs)).macs
         if three != 3 * result.macs:
             result.notes.append(f"not linear in the batch: {three:,} multiply-accumulates for 3 images")
 
 
 def _measure(
-    result: Profile, subject: _Subject, how: Conditions, modes: Sequence[str], tell: Callable[[str], None]
+    result: Profile, target: Target, how: Conditions, modes: Sequence[str], tell: Callable[[str], None]
 ) -> None:
     try:
-        net = subject.net if subject.own else copy.deepcopy(subject.net)
+        net = target.net if target.own else copy.deepcopy(target.net)
         net = net.to(how.device, how.weights)
         if how.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with how.entered():
-            found = measure_model(net, subject.inputs, modes, how, tell)
+            found = measure_model(net, target.inputs, modes, how, tell)
     except torch.cuda.OutOfMemoryError:
         raise Failure(f"{result.model!r}: one image does not fit into the memory of {how.device}") from None
     except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
@@ -235,3 +258,62 @@ def _measure(
     result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
     result.memory = found.memory
     result.notes += found.notes
+
+
+def compare(*targets: Any, inputs: Any = None, device: str = "cpu", batch: int = 1, **how: Any) -> Comparison:
+    """Time models or functions in turn, A, B, A, B ..., so that a drift of the machine meets all of them.
+
+    Args:
+        *targets: Names of timm, or modules, at least two; or one mapping of names to these or to functions, perhaps
+            with the inputs behind it.
+        inputs: Positional inputs of modules and functions, or the only one; None draws images for models.
+        device: Where models of a name are run; modules and functions run where they are.
+        batch: Images at once for models of a name.
+        **how: ``rounds``, ``warmup``, ``tick``, ``clock``, ``least``: of :func:`vizoo.tools.profiling.timing.compare`.
+
+    Returns:
+        The samples by name, and how far the outputs are apart.
+
+    Raises:
+        UserError: As :func:`profile`.
+        ValueError: If there are fewer than two.
+    """
+    if targets and isinstance(targets[0], Mapping):
+        named, inputs = dict(targets[0]), targets[1] if len(targets) > 1 else inputs
+    else:
+        named = _by_name(targets)
+    place = resolve_device(device)
+    with contextlib.ExitStack() as stack:
+        calls = {name: _call(target, inputs, place, batch, stack) for name, target in named.items()}
+        return timing.compare(calls, device=place, **how)
+
+
+def _by_name(targets: Sequence[Any]) -> dict[str, Any]:
+    """Targets by their names; a second one of a name says so."""
+    found: dict[str, Any] = {}
+    for target in targets:
+        name = target if isinstance(target, str) else type(target).__name__
+        n = sum(key.partition(" ")[0] == name for key in found)
+        found[f"{name} {n + 1}" if n else name] = target
+    return found
+
+
+def _call(target: Any, inputs: Any, device: torch.device, batch: int, stack: contextlib.ExitStack) -> Callable[[], Any]:
+    """The call of one side of a comparison; models are in evaluation mode until the stack is left."""
+    given: Any = () if inputs is None else inputs if isinstance(inputs, Sequence) else (inputs,)
+    if not isinstance(target, str | torch.nn.Module):
+        if not callable(target):
+            raise UserError(f"target {short(target)}: give a name of timm or vizoo, an nn.Module or a function")
+        return functools.partial(target, *given)
+    found = find_target(target, inputs, real=True)
+    net = found.net.to(device) if found.own else found.net
+    if inputs is None:
+        where = next((p.device for p in net.parameters()), device)
+        given = [random_like(x, batch, where, _dtype(net)) for x in found.inputs]
+    stack.enter_context(evaluating(net))
+
+    @torch.inference_mode()
+    def call() -> Any:
+        return net(*given)
+
+    return call

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import Record, Table, append_table, markdown_text, write_json
-from vizoo.tools.profiling.counting import Count
+from vizoo.tools.common import Failure, Record, Table, append_table, markdown_text, write_json
+from vizoo.tools.profiling.counting import CELLS, Count
 from vizoo.tools.profiling.timing import Memory, Stats
 
 FOOTNOTE = """\
@@ -18,11 +18,14 @@ acts: elements written by those contractions, attention scores included.  Counte
 FVCORE = "fvcore G: fvcore's total in 1e9: a multiply-accumulate counts one, and norms and pooling are in it."
 COLUMNS = [
     "model", "height", "width", "params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total", "status",
-    "reasons", "latency_batch", "latency_median_ms", "latency_p10_ms", "latency_p90_ms", "latency_iqr_ms",
+    "partial", "reasons", "latency_batch", "latency_median_ms", "latency_p10_ms", "latency_p90_ms", "latency_iqr_ms",
     "latency_n", "latency_first_ms", "throughput_batch", "throughput", "peak_bytes", "cpu_use", "device", "dtype",
     "amp", "channels_last", "compile", "threads", "fused", "reparam", "features", "vizoo", "commit", "python",
     "torch", "timm", "cuda", "machine", "instructions", "cores", "load", "date", "notes",
 ]  # fmt: skip
+
+
+_KEYS = {"largest": "largest_tensor"}  # of the count's figures in JSON, where they differ
 
 
 @dataclasses.dataclass
@@ -34,19 +37,20 @@ class Profile:
         size: Height and width in pixels; None for inputs that are no image.
         config: Device, dtype and the other conditions of the measurement.
         environment: Versions and machine.
-        counts: Counts of one image.
+        counts: Counts of one image; None if it could not be counted.
         latency: Seconds of one call at ``latency_batch``.
         throughput: Images a second at ``throughput_batch``.
         memory: Peak memory at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
         fvcore_total: Total as fvcore counts, with its norms and pooling.
         notes: What was doubtful or changed while measuring.
+        failure: Why it could not be counted or measured as asked for; empty if it could.
     """
 
-    model: str
-    size: tuple[int, int] | None
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    counts: Count
+    model: str = ""
+    size: tuple[int, int] | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    counts: Count | None = None
     latency: Stats | None = None
     latency_batch: int | None = None
     throughput: float | None = None
@@ -54,46 +58,63 @@ class Profile:
     memory: Memory | None = None
     fvcore_total: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def counted(self) -> Count:
+        """The counts.
+
+        Raises:
+            Failure: If there are none.
+        """
+        if self.counts is None:
+            raise Failure(f"{self.model!r} was not counted: {self.failure}")
+        return self.counts
 
     @property
     def params(self) -> int:
         """Parameters, shared ones once."""
-        return self.counts.params
+        return self.counted.params
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of contractions."""
-        return self.counts.macs
+        return self.counted.macs
 
     @property
     def flops_other(self) -> int:
         """FLOPs of everything that is no contraction."""
-        return self.counts.flops_other
+        return self.counted.flops_other
 
     @property
     def acts(self) -> int:
         """Elements written by contractions."""
-        return self.counts.acts
+        return self.counted.acts
 
     @property
     def bytes(self) -> int:
         """Bytes moved by all operators, a lower bound of memory traffic."""
-        return self.counts.bytes
+        return self.counted.bytes
 
     @property
     def uncounted(self) -> dict[str, int]:
         """Operators nobody could price, with their calls."""
-        return self.counts.uncounted
+        return self.counted.uncounted
 
     @property
     def status(self) -> str:
-        """``complete``, or ``partial`` when the counts miss something or hold for some inputs only."""
-        return self.counts.status
+        """``complete``, ``partial`` when the counts miss something or hold for some inputs only, or ``failed``."""
+        return "failed" if self.failure else self.counted.status
 
     @property
     def reasons(self) -> list[str]:
-        """Why the counts are partial, one line each."""
-        return self.counts.reasons
+        """Why the counts are partial and the rest failed, one line each."""
+        return [*(self.counts.reasons if self.counts else ()), *[self.failure] * bool(self.failure)]
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """``complete``, ``partial`` or ``failed`` by figure: ``params, macs, flops_other, acts, bytes``."""
+        return self.counts.statuses if self.counts else dict.fromkeys(("params", *CELLS), "failed")
 
     @property
     def measured(self) -> bool:
@@ -111,35 +132,27 @@ class Profile:
         Returns:
             Rows with ``module, params, macs, share, acts, other, out``, the last the shape of the output.
         """
-        rows = self.counts.by_module(depth, sort, top)
+        rows = self.counted.by_module(depth, sort, top)
         return [{**row, "module": row["module"] or self.model} for row in rows]
 
     def by_op(self, top: int = 0) -> list[dict[str, Any]]:
         """Rows with ``op, calls, macs, share, other``, the most expensive first; ``top`` limits them."""
-        return self.counts.by_op(top)
+        return self.counted.by_op(top)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-ready; times in milliseconds, memory in bytes."""
+        """Everything, JSON-ready; times in milliseconds, memory in bytes; None where something failed."""
         c = self.counts
+        names = ("params", "trainable", "buffers", "state_bytes", *CELLS, "kernels", "largest", "uncounted")
         return {
             "model": self.model,
             "environment": self.environment,  # near the beginning, where a file of ours is told by
             "size": list(self.size) if self.size else None,
-            "status": c.status,
-            "reasons": c.reasons,
-            "params": c.params,
-            "trainable": c.trainable,
-            "buffers": c.buffers,
-            "state_bytes": c.state_bytes,
-            "macs": c.macs,
-            "flops_other": c.flops_other,
-            "acts": c.acts,
-            "bytes": c.bytes,
-            "kernels": c.kernels,
-            "largest_tensor": c.largest,
-            "uncounted": c.uncounted,
-            "modules": {path: m._asdict() for path, m in c.modules.items()},
-            "ops": self.by_op(),
+            "status": self.status,
+            "statuses": self.statuses,
+            "reasons": self.reasons,
+            **{_KEYS.get(name, name): getattr(c, name) if c else None for name in names},
+            "modules": {path: m._asdict() for path, m in c.modules.items()} if c else None,
+            "ops": c.by_op() if c else None,
             "fvcore_total": self.fvcore_total,
             "latency_batch": self.latency_batch,
             "latency": self.latency.to_dict() if self.latency else None,
@@ -160,6 +173,7 @@ class Profile:
             "width": self.size[1] if self.size else "",
             **{k: d[k] for k in ("params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total")},
             "status": self.status,
+            "partial": " ".join(k for k, status in self.statuses.items() if status == "partial"),
             "reasons": "; ".join(self.reasons),
             "latency_batch": d["latency_batch"],
             **{f"latency_{k}": latency.get(k) for k in ("median_ms", "p10_ms", "p90_ms", "iqr_ms", "n", "first_ms")},
@@ -201,12 +215,13 @@ def what_differs(profiles: Sequence[Profile]) -> list[dict[str, str]]:
     found = [
         {
             "dtype": p.config["dtype"],
-            "batch": "/".join(dict.fromkeys(str(n) for n in (p.latency_batch, p.throughput_batch) if n)),
+            "batch": _TABLE["batch"](p),
             "threads": str(p.config.get("threads") or ""),
         }
         for p in profiles
     ]
-    keys = [k for k in ("dtype", "batch", "threads") if len({d[k] for d in found}) > 1]
+    whole = [d for d, p in zip(found, profiles, strict=True) if not p.failure]
+    keys = [k for k in ("dtype", "batch", "threads") if len({d[k] for d in whole}) > 1]
     return [{k: d[k] for k in keys} for d in found]
 
 
@@ -214,33 +229,49 @@ def _scaled(value: float | None, scale: float, digits: int) -> str:
     return "" if value is None else f"{value / scale:.{digits}f}"
 
 
-def _counted(value: float, scale: float, digits: int, p: Profile) -> str:
-    return _scaled(value, scale, digits) + ("*" if p.reasons else "")
+def _counted(p: Profile, cell: str, scale: float, digits: int) -> str:
+    if p.counts is None:
+        return ""
+    return _scaled(getattr(p.counts, cell), scale, digits) + "*" * bool(p.counts.doubts.get(cell))
 
 
-_TABLE: dict[str, Callable[[Profile], str]] = {  # text by header; a star tells a partial count
+_HEADS = {"macs": "GMACs", "flops_other": "other GFLOPs", "acts": "acts M"}  # of figures that may be partial
+_TABLE: dict[str, Callable[[Profile], str]] = {  # text by header; a star tells a partial figure
     "model": lambda p: p.model,
     "size": lambda p: f"{p.size[0]}x{p.size[1]}" if p.size else "",
-    "params M": lambda p: _scaled(p.params, 1e6, 2),
-    "GMACs": lambda p: _counted(p.macs, 1e9, 3, p),
-    "other GFLOPs": lambda p: _counted(p.flops_other, 1e9, 3, p),
-    "acts M": lambda p: _counted(p.acts, 1e6, 2, p),
+    "params M": lambda p: _counted(p, "params", 1e6, 2),
+    _HEADS["macs"]: lambda p: _counted(p, "macs", 1e9, 3),
+    _HEADS["flops_other"]: lambda p: _counted(p, "flops_other", 1e9, 3),
+    _HEADS["acts"]: lambda p: _counted(p, "acts", 1e6, 2),
     "fvcore G": lambda p: _scaled(p.fvcore_total, 1e9, 3),
     "peak MB": lambda p: f"{p.memory.peak / 1e6:.0f}" if p.memory else "",
     "ms p50": lambda p: f"{1e3 * p.latency.median:.1f}" if p.latency else "",
     "± IQR": lambda p: f"{1e3 * p.latency.iqr:.1f}" if p.latency else "",
     "img/s": lambda p: f"{p.throughput:.1f}" if p.throughput else "",
-    "threads": lambda p: str(p.config.get("threads") or "") if p.latency or p.throughput else "",
+    "threads": lambda p: str(p.config.get("threads") or "") if p.measured else "",
+    "dtype": lambda p: p.config["dtype"],
+    "batch": lambda p: "/".join(dict.fromkeys(str(n) for n in (p.latency_batch, p.throughput_batch) if n)),
 }
+_OF_MODES = {"memory": ["peak MB"], "latency": ["ms p50", "± IQR"], "throughput": ["img/s"]}
 
 
-def cells(profiles: Sequence[Profile]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the table; columns that no profile fills are left out, but for the model."""
-    table = {header: [text(p) for p in profiles] for header, text in _TABLE.items()}
-    differing = what_differs(profiles)
-    table.update({k: [d[k] for d in differing] for k in ("dtype", "batch") if k in differing[0]})
-    table = {header: column for header, column in table.items() if any(column)}
-    return list(table), [list(row) for row in zip(*table.values(), strict=True)]
+def headers(
+    modes: Sequence[str], fvcore: bool = False, threads: bool = False, several: Sequence[str] = ()
+) -> list[str]:
+    """Columns of a table that is begun before its last row is known.
+
+    Args:
+        modes: What is counted or measured.
+        fvcore: Whether fvcore's total is asked for.
+        threads: Whether threads matter where it is measured.
+        several: Conditions that there are several of: ``dtype``, ``batch``.
+
+    Returns:
+        Their heads.
+    """
+    timed = [head for mode, heads in _OF_MODES.items() if mode in modes for head in heads]
+    wanted = ["model", "size", "params M", *_HEADS.values(), *["fvcore G"] * fvcore, *timed]
+    return [*wanted, *["threads"] * bool(timed and threads), *several]
 
 
 def where(profiles: Sequence[Profile]) -> list[str]:
@@ -274,28 +305,54 @@ def _conditions(profiles: Sequence[Profile]) -> str:
     return "; ".join(parts) + "."
 
 
+def _partial(p: Profile) -> list[str]:
+    """Why figures of the table are partial, and which of them if not all."""
+    found = []
+    for reason in p.counts.reasons if p.counts else ():
+        touched = [head for cell, head in _HEADS.items() if p.counts and reason in p.counts.doubts[cell]]
+        of = "" if len(touched) in (0, len(_HEADS)) else f" of {' and '.join(touched)}"
+        found.append(f"* {p.model}: partial count{of}: {reason}.")
+    return found
+
+
 def footnotes(profiles: Sequence[Profile]) -> list[str]:
     """Why counts are partial, and the conventions of the columns that are shown."""
-    partial = [f"* {p.model}: partial count: {reason}." for p in profiles for reason in p.reasons]
+    partial = [text for p in profiles for text in _partial(p)]
     total = any(p.fvcore_total is not None for p in profiles)
     return list(filter(None, [*dict.fromkeys(partial), _conditions(profiles), FOOTNOTE, FVCORE if total else ""]))
 
 
-def table(profiles: Sequence[Profile], noted: bool = False) -> Table:
+def _row(p: Profile, heads: Sequence[str]) -> list[str]:
+    """Cells of a table for a terminal: a reason takes the place of the figures that are missing."""
+    cells = [_TABLE[head](p) for head in heads]
+    while p.failure and cells and not cells[-1]:
+        cells.pop()
+    return [*cells, *[p.failure] * bool(p.failure)]
+
+
+def table(profiles: Sequence[Profile], heads: Sequence[str] = (), noted: bool = False) -> Table:
     """Profiles for people.
 
     Args:
         profiles: At least one result.
-        noted: With a column of what was doubtful, which the command prints on standard error.
+        heads: Columns as of :func:`headers`; none for all that a profile fills.
+        noted: With a column of what was doubtful or failed, which a terminal shows elsewhere.
 
     Returns:
         The table with its conventions.
     """
-    columns, rows = cells(profiles)
-    numeric = range(1, len(columns))
-    notes = ["; ".join(p.notes) for p in profiles]
-    if noted and any(notes):
-        columns, rows = [*columns, "note"], [[*row, note] for row, note in zip(rows, notes, strict=True)]
+    differing = what_differs(profiles)[0]
+    rest = [h for h in _TABLE if (h in differing or h not in ("dtype", "batch")) and any(map(_TABLE[h], profiles))]
+    columns = list(heads or rest)
+    numeric = [i for i, head in enumerate(columns) if head not in ("model", "size", "dtype")]
+    notes = ["; ".join([*p.notes, *[p.failure] * bool(p.failure)]) for p in profiles]
+    if not noted:
+        rows = [_row(p, columns) for p in profiles]
+    elif any(notes):
+        rows = [[*(_TABLE[head](p) for head in columns), note] for p, note in zip(profiles, notes, strict=True)]
+        columns = [*columns, "note"]
+    else:
+        rows = [[_TABLE[head](p) for head in columns] for p in profiles]
     return Table(columns, rows, numeric, below=footnotes(profiles))
 
 

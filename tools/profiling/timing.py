@@ -229,7 +229,7 @@ class Comparison(NamedTuple):
     Attributes:
         seconds: Samples by name.
         cpu_use: Processor time over wall time and threads; None on a GPU.
-        difference: Largest absolute difference of each output from the first function's.
+        difference: Largest absolute difference of each output from the first function's; infinite for other shapes.
     """
 
     seconds: dict[str, list[float]]
@@ -338,13 +338,14 @@ def _difference(outputs: dict[str, Any]) -> dict[str, float]:
         return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor)]
 
     reference = tensors(next(iter(outputs.values())))
-    return {
-        name: max(
-            [float((a - b).abs().max()) for a, b in zip(tensors(out), reference, strict=True) if a.numel()],
-            default=0.0,
-        )
-        for name, out in outputs.items()
-    }
+    return {name: _distance(tensors(out), reference) for name, out in outputs.items()}
+
+
+def _distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Largest absolute difference; infinite where the shapes are not the same."""
+    if [t.shape for t in some] != [t.shape for t in others]:
+        return math.inf
+    return max([float((a - b).abs().max()) for a, b in zip(some, others, strict=True) if a.numel()], default=0.0)
 
 
 def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> float:
