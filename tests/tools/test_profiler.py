@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from vizoo.tools import profiler
-from vizoo.tools.common import UserError
+from vizoo.tools.common import Failure, UserError
 from vizoo.tools.profiling.result import COLUMNS
 
 FAST = ["--min-time", "0", "--max-time", "0"]
@@ -184,7 +185,8 @@ def test_second_engine_that_cannot_trace(capsys, monkeypatch):
 
     monkeypatch.setattr("vizoo.tools.profiling.profile.fvcore_counts", broken)
     status, out, err = run(capsys, "resnet18", "--size", "64", "--check")
-    assert (status, out) == (1, "")
+    assert status == 1
+    assert "resnet18  64x64" in out
     assert err == "vizoo profile: error: 'resnet18': the second engine cannot trace it: no trace\n"
 
 
@@ -272,7 +274,6 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["nothing*"], "no model matches 'nothing*'"),
         (["test_litv2", "--size", "0"], "--size 0: give one side"),
-        (["test_litv2", "--size", "20"], "'test_litv2' cannot run at size 20x20: got a"),
         (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
         (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
         (["test_litv2", "--device", "cuda:63"], "not on this machine"),
@@ -285,8 +286,6 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--out", "/nowhere/x.csv"], "no such folder"),
         (["test_litv2", "--plot", "x.gif"], "the ending must be .png"),
         (["test_litv2", "--model-kwargs", "alpha"], "--model-kwargs: got 'alpha', must be KEY=VALUE"),
-        (["test_litv2", "--model-kwargs", "alpha=3"], "got alpha=3"),
-        (["test_litv2", "--model-kwargs", "no_such=3"], "no_such"),
         (["test_litv2", "--num-classes", "-1"], "--num-classes: got -1"),
         (["test_litv2", "--checkpoint", "/nowhere.pth"], "--checkpoint '/nowhere.pth' does not exist"),
         (["test_litv2", "--amp"], "give dtype bf16 or fp16"),
@@ -302,6 +301,175 @@ def test_errors_are_one_line(words, message, capsys):
     assert (status, out) == (2, "")
     assert err.count("\n") == 1, err
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--size", "20"], "'test_litv2' cannot run at size 20x20: got a"),
+        (["--model-kwargs", "alpha=3"], "got alpha=3"),
+        (["--model-kwargs", "no_such=3"], "no_such"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_run_is_a_row_with_its_reason(words, reason, capsys, tmp_path):
+    for ending in ("csv", "json", "md"):
+        path = tmp_path / f"x.{ending}"
+        status, out, err = run(capsys, "test_litv2", *words, "--out", str(path))
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.startswith("vizoo profile: error: ")
+        for text in (err, path.read_text(encoding="utf-8"), "".join(out.splitlines()[3:])):
+            assert reason in text
+    found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))[0]
+    assert (found["status"], found["macs"], found["statuses"]["macs"]) == ("failed", None, "failed")
+    assert (found["model"], found["config"]["dtype"]) == ("test_litv2", "fp32")
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert (row["status"], row["macs"]) == ("failed", "")
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_model_that_fails_takes_no_other_with_it(capsys, tmp_path):
+    out = tmp_path / "x.csv"
+    words = ("resnet18", "levit_128s", "test_litv2", "--size", "200", "--mode", "count", "--strict", "--depth", "0")
+    status, shown, err = run(capsys, *words, "--out", str(out))
+    assert status == 1
+    assert err.startswith("vizoo profile: error: 1 of 3 rows failed: 'levit_128s' cannot run at size 200x200: ")
+    rows = rows_of(out)
+    assert [(r["model"], r["status"]) for r in rows] == [
+        ("resnet18", "complete"), ("levit_128s", "failed"), ("test_litv2", "complete"),
+    ]  # fmt: skip
+    assert [r["macs"] != "" for r in rows] == [True, False, True]
+    assert shown.count("modules of") == 2
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches a signal that kills."""
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "md", "stdout"])
+def test_a_killed_run_keeps_what_it_measured(ending, capsys, monkeypatch, tmp_path):
+    """Each row is printed and on the disk before the next model is begun."""
+    from vizoo.tools.profiling import profile
+
+    path, build = tmp_path / f"x.{ending}", profile.find_target
+
+    def killed(name, *args):
+        if name == "resnet18":
+            raise Killed
+        return build(name, *args)
+
+    monkeypatch.setattr(profile, "find_target", killed)
+    words = ["test_litv2", "resnet18", *(["--out", str(path)] if ending != "stdout" else [])]
+    with pytest.raises(Killed):
+        profiler.main(words)
+    out = capsys.readouterr().out
+    assert "test_litv2  96x96" in (out if ending == "stdout" else out)
+    if ending != "stdout":
+        assert "test_litv2" in path.read_text(encoding="utf-8")
+    if ending == "json":
+        assert [d["macs"] > 0 for d in json.loads(path.read_text(encoding="utf-8"))] == [True]
+
+
+def test_a_process_that_dies_is_a_row(capsys, monkeypatch, tmp_path):
+    """The rows of other models and numbers of threads are there all the same."""
+    from vizoo.tools.profiling import machine
+
+    def cases(threads, cases, work, *args):
+        for n in threads:
+            for case in cases:
+                dead = case.name == "resnet18" and n == 2
+                yield case, n, Failure("the process died") if dead else work(case, *args)
+
+    monkeypatch.setattr(machine, "run_cases", cases)
+    out = tmp_path / "x.csv"
+    words = ("resnet18", "test_litv2", "--size", "64", "--threads", "1", "2", "--out", str(out))
+    assert run(capsys, *words)[0] == 1
+    found = [(r["model"], r["status"], r["reasons"]) for r in rows_of(out)]
+    dead = ("resnet18", "failed", "the process died")
+    assert found == [("resnet18", "complete", ""), ("test_litv2", "complete", ""), dead, ("test_litv2", "complete", "")]
+    assert rows_of(out)[2]["threads"] == "2"
+
+
+def test_json_is_whole_when_interrupted(capsys, monkeypatch):
+    from vizoo.tools.profiling import profile
+
+    build = profile.find_target
+
+    def interrupted(name, *args):
+        if name == "resnet18":
+            raise KeyboardInterrupt
+        return build(name, *args)
+
+    monkeypatch.setattr(profile, "find_target", interrupted)
+    status, out, err = run(capsys, "test_litv2", "test_vit", "resnet18", "--json")
+    assert (status, err) == (130, "vizoo profile: interrupted\n")
+    assert [d["model"] for d in json.loads(out)] == ["test_litv2", "test_vit"]
+
+
+def test_a_figure_may_be_partial_alone(capsys, monkeypatch):
+    """The star stands at the figures that a reason concerns, and the footnote names them."""
+    from vizoo.tools.profiling import counting
+
+    record = counting._Recorder._record
+
+    def told(self, func, args, kwargs):
+        if func is torch.ops.aten.relu_.default:
+            self.tell("guessed in {where}", cells=("flops_other",))
+        return record(self, func, args, kwargs)
+
+    monkeypatch.setattr(counting._Recorder, "_record", told)
+    found = json_of(capsys, "resnet18", "--size", "64")
+    assert found["statuses"] == {
+        "params": "complete", "macs": "complete", "flops_other": "partial", "acts": "complete", "bytes": "complete",
+    }  # fmt: skip
+    out = run(capsys, "resnet18", "--size", "64")[1]
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["resnet18"])
+    assert [cell.endswith("*") for cell in row] == [False, False, False, False, True, False]
+    assert "* resnet18: partial count of other GFLOPs: guessed in act1, layer1.0.act1" in out
+
+
+@pytest.mark.parametrize("engine", ["auto", "meta", "fake"])
+def test_count_by_name(engine):
+    """As the command counts; a module with its input as before."""
+    found = profiler.count("vit_tiny_patch16_224", engine=engine)
+    assert (found.params, found.macs, found.status) == (5_717_416, 1_253_683_200, "complete")
+    assert profiler.count("resnet18", torch.empty(2, 3, 64, 64, device="meta")).macs == 2 * 148_063_232
+    assert profiler.count(nn.Linear(4, 3), torch.zeros(2, 4)).macs == 24
+    assert profiler.count("test_vit", backward=True, engine="fake").macs > 2 * profiler.count("test_vit").macs
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("resnet19", "unknown model 'resnet19'"), (5, "model 5: give a name"), ("litv2*", "name one")],
+)
+def test_wrong_targets(target, message):
+    for function in (profiler.count, profiler.profile, lambda wrong: profiler.compare("test_vit", wrong)):
+        if target == 5 and function not in (profiler.count, profiler.profile):
+            message = "target 5: give a name"
+        with pytest.raises(UserError, match=re.escape(message)):
+            function(target)
+
+
+def test_compare_takes_names_modules_and_functions():
+    how = {"rounds": 2, "warmup": 1}
+    found = profiler.compare("test_vit", "test_resnet", "test_vit", **how)
+    assert list(found.seconds) == ["test_vit", "test_resnet", "test_vit 2"]
+    assert all(len(samples) == 2 for samples in found.seconds.values())
+    x, layer = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9)).train()
+    same = profiler.compare({"layer": layer, "by hand": lambda x: layer[0](x)}, [x], **how)
+    assert same.difference == {"layer": 0.0, "by hand": 0.0}  # without dropout
+    assert layer.training
+    other = profiler.compare(layer, nn.Linear(4, 5), inputs=x, **how)
+    assert other.difference == {"Sequential": 0.0, "Linear": float("inf")}
+
+
+def test_one_input_needs_no_list():
+    x = torch.zeros(2, 4)
+    assert profiler.profile(nn.Linear(4, 3), x).macs == profiler.profile(nn.Linear(4, 3), [x]).macs == 24
 
 
 def test_python_interface():
@@ -392,14 +560,17 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("vizoo.tools.profiling.timing.measure", broken)
     status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--mode", "latency")
-    assert (status, out) == (1, "")
+    assert status == 1
     assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["test_litv2"])
+    assert row[2:4] == ["0.49", "0.010"]  # it was counted
+    assert " ".join(row[-8:]) == "with --dtype fp16: no kernel for this dtype"
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
 def test_out_is_checked_before_anything_is_built(ending, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "vizoo.tools.profiling.profile.build_model", lambda *args, **kwargs: pytest.fail("a model was built")
+        "vizoo.tools.profiling.target.build_model", lambda *args, **kwargs: pytest.fail("a model was built")
     )
     folder, readonly, foreign = (tmp_path / f"{name}.{ending}" for name in ("folder", "readonly", "foreign"))
     folder.mkdir()

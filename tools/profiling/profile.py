@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,7 +43,6 @@ def profile(
     max_time: float = 10.0,
     model_kwargs: dict[str, Any] | None = None,
     step: Callable[[str], None] | None = None,
-    result: Profile | None = None,
 ) -> Profile:
     """Count and measure one model.
 
@@ -65,7 +66,6 @@ def profile(
         max_time: Most seconds of sampling.
         model_kwargs: Arguments of ``timm.create_model``.
         step: Called with a text when a new part begins, for a progress bar.
-        result: Where the result goes; what is known stays there if the rest fails.
 
     Returns:
         The result.
@@ -74,37 +74,7 @@ def profile(
         UserError: For an unknown name, device, dtype or mode, a size the model cannot take, or a bad combination.
         Failure: If it cannot be run on the device: a kernel or memory is missing.
     """
-    how, timed = check_conditions(device, mode, dtype, amp, channels_last, compile, batch, min_time, max_time)
-    tell = step or (lambda text: None)
-    result = result or Profile()
-    result.model = model if isinstance(model, str) else type(model).__name__
-    result.size = read_size(size, "size") if size is not None else None
-    result.config = {
-        "device": str(how.device),
-        "dtype": dtype,
-        "amp": amp,
-        "channels_last": channels_last,
-        "compile": compile,
-        "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
-        "fused": fused,
-        "reparam": reparam,
-        "features": features,
-    }
-    result.environment = environment(how.device)
-    tell("building")
-    kwargs = {**(model_kwargs or {}), **({"features_only": True} if features else {})}
-    real = bool(timed or check or fvcore or kwargs.get("checkpoint_path"))
-    with timing.fused(fused):
-        target = find_target(model, inputs, size, kwargs, real, reparam)
-    result.model, result.size = target.name, target.size
-    with evaluating(target.net):
-        tell("counting")
-        result.counts = _counted(target)
-        if check or fvcore:
-            _second_engine(result, target, check, fvcore)
-        if timed:
-            _measure(result, target, how, timed, tell)
-    return result
+    return _fill(Profile(), SimpleNamespace(**locals()))
 
 
 def attempt(model: Any, **options: Any) -> Profile:
@@ -117,15 +87,47 @@ def attempt(model: Any, **options: Any) -> Profile:
     Returns:
         The result, perhaps with ``failure``.
     """
+    asked = inspect.signature(profile).bind(model, **options)
+    asked.apply_defaults()
     result = Profile()
     try:
-        return profile(model, **options, result=result)
+        return _fill(result, SimpleNamespace(**asked.arguments))
     except Exception as e:
         known = explain(e)
         if known is None:
             raise
         result.failure = known[1]
         return result
+
+
+def _fill(result: Profile, asked: SimpleNamespace) -> Profile:
+    """Do what the arguments of :func:`profile` ask; what is known stays in the result if the rest fails."""
+    model, tell = asked.model, asked.step or (lambda text: None)
+    how, timed = check_conditions(**vars(asked))
+    result.model = model if isinstance(model, str) else type(model).__name__
+    result.size = read_size(asked.size, "size") if asked.size is not None else None
+    names = ("dtype", "amp", "channels_last", "compile")
+    result.config = {
+        "device": str(how.device),
+        **{name: getattr(asked, name) for name in names},
+        "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
+        **{name: getattr(asked, name) for name in ("fused", "reparam", "features")},
+    }
+    result.environment = environment(how.device)
+    tell("building")
+    kwargs = {**(asked.model_kwargs or {}), **({"features_only": True} if asked.features else {})}
+    real = bool(timed or asked.check or asked.fvcore or kwargs.get("checkpoint_path"))
+    with timing.fused(asked.fused):
+        target = find_target(model, asked.inputs, asked.size, kwargs, real, asked.reparam)
+    result.model, result.size = target.name, target.size
+    with evaluating(target.net):
+        tell("counting")
+        result.counts = _counted(target)
+        if asked.check or asked.fvcore:
+            _second_engine(result, target, asked.check, asked.fvcore)
+        if timed:
+            _measure(result, target, how, timed, tell)
+    return result
 
 
 def check_conditions(
@@ -210,7 +212,10 @@ def count(model: Any, *args: Any, **kwargs: Any) -> Count:
     """
     if isinstance(model, torch.nn.Module):
         return counting.count(model, *args, **kwargs)
-    target = find_target(model, args or None)
+    real = kwargs.get("engine") == "real"
+    target = find_target(model, args or None, real=real)
+    if real and not args:
+        target = target._replace(inputs=[random_like(x, 1, "cpu", _dtype(target.net)) for x in target.inputs])
     with evaluating(target.net):
         return _counted(target, **kwargs)
 
