@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
 from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, add_result, number, read_size
-from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides
+from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides, find_case, same_parameters
 
 if TYPE_CHECKING:
     from vizoo.tools.profiling.timing import Comparison
@@ -80,7 +80,10 @@ COLUMNS = [
     "peer_p20_ms",
     "peer_p80_ms",
     "ratio",
+    "ratio_low",
+    "ratio_high",
     "error",
+    "grad_error",
     "cpu_use",
     "device",
     "torch",
@@ -95,7 +98,8 @@ QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
 FORMATS = {  # of figures in files and in the table
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms"), ".2f"),
     "ratio": ".2f",
-    "error": ".1e",
+    **dict.fromkeys(("ratio_low", "ratio_high"), ".3f"),
+    **dict.fromkeys(("error", "grad_error"), ".1e"),
     "cpu_use": ".2f",
     "occupancy": ".3f",
     **dict.fromkeys(("issue_ms", "floor_ms"), ".4f"),
@@ -111,7 +115,10 @@ SHOWN = {
     "median_ms": "ms",
     "peer_median_ms": "theirs ms",
     "ratio": "speed-up",
+    "ratio_low": "from",
+    "ratio_high": "to",
     "error": "error",
+    "grad_error": "of gradients",
     "cpu_use": "cpu use",
 }
 # options that timings of one model or layer have too
@@ -206,29 +213,31 @@ def _layer_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {k: getattr(args, k) for k in LAYER_OPTIONS if getattr(args, k) is not None}
 
 
-def _call(
-    args: argparse.Namespace, module: Any, shape: Sequence[int], more: Sequence[Any], dtype: str
-) -> Callable[[], Any]:
-    """One call of a side, ready on the device: inference, or a forward and a backward pass."""
-    import torch
+class _Side:
+    """A side, ready on the device; a call is what is timed: inference, or a forward and a backward pass."""
 
-    device, kind = compute_device(args.device), getattr(torch, dtype)
-    train = args.pass_ == "train"
-    module = module.to(device, kind).train(train)
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
-    if args.channels_last:
-        module, x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    run: Any = torch.compile(module, mode=args.compile) if args.compile else module
+    def __init__(self, args: argparse.Namespace, module: Any, shape: Sequence[int], more: Sequence[Any], dtype: str):
+        import torch
 
-    def call() -> Any:
-        out = run(x, *more)
-        out = out[0] if isinstance(out, tuple) else out  # reversed attention also returns its messages
-        if train:
-            module.zero_grad(set_to_none=True)
-            out.square().mean().backward()
-        return out
+        device, kind = compute_device(args.device), getattr(torch, dtype)
+        self.train, self.more = args.pass_ == "train", more
+        self.module = module.to(device, kind).train(self.train)
+        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
+        if args.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        self.run: Any = torch.compile(self.module, mode=args.compile) if args.compile else self.module
 
-    return call
+    def __call__(self) -> list[Any]:
+        """The outputs as tensors: the first of a tuple (reversed attention also returns its messages), else all."""
+        from torch.utils._pytree import tree_leaves
+
+        out = self.run(self.x, *self.more)
+        found = tree_leaves(out[0] if isinstance(out, tuple) else out)
+        if self.train:
+            self.module.zero_grad(set_to_none=True)
+            sum(t.square().mean() for t in found).backward()
+        return found
 
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
@@ -236,27 +245,62 @@ def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
     return "fp32" if sides.against == "official" and compute_device(args.device).type == "cpu" else dtype
 
 
-def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, float]:
-    """Check and time both sides; the timings, and how far their outputs are apart."""
+def _apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """Norm of the difference of two lists of tensors over the norm of the second."""
+    import torch
+
+    a, b = (torch.cat([t.detach().float().flatten() for t in tensors]) for tensors in (ours, theirs))
+    return float((a - b).norm() / b.norm())
+
+
+def _check_equal(args: argparse.Namespace, sides: Sides, ours: _Side, theirs: _Side, dtype: str) -> dict[str, Any]:
+    """How far outputs, and in training gradients, of both sides are apart, by column.
+
+    Raises:
+        UserError: If a side cannot take the size that was given.
+        Failure: If it cannot run otherwise, or they are too far apart.
+    """
+    import torch
+
+    pairs, found = same_parameters(sides), {}
+    device = compute_device(args.device)
+    with _explained(args, f"cannot run in {dtype} on {device}", UserError if args.size else Failure):
+        outputs = []
+        for side in (ours, theirs):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)  # what chance there is without any rate
+                outputs.append(side())
+        found["error"] = _apart(*outputs)
+        if ours.train and pairs:
+            gradients = [
+                [torch.zeros_like(p) if p.grad is None else p.grad for p in side] for side in zip(*pairs, strict=True)
+            ]
+            found["grad_error"] = _apart(*gradients)
+    for column, error in found.items():
+        what = {"error": "outputs", "grad_error": "gradients"}[column]
+        if not error <= TOLERANCE[dtype]:
+            raise Failure(
+                f"{args.name}, {dtype}: {what} differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
+            )
+    return found
+
+
+def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, Any]]:
+    """Check and time both sides; the timings, and how far the sides are apart."""
     import torch
 
     from vizoo.tools.profiling.timing import compare, float32_products
 
-    device, train = compute_device(args.device), args.pass_ == "train"
+    device, train, name = compute_device(args.device), args.pass_ == "train", _written(dtype)
     kinds = [DTYPES[d] for d in (dtype, _peer_dtype(args, sides, dtype))]
     shape = (batch, *sides.shape)
     with _explained(args, "cannot be built", UserError):
-        ours = _call(args, sides.ours, shape, (), kinds[0])
-        theirs = _call(args, sides.peer, shape, sides.more, kinds[1])
-    name = _written(dtype)
+        ours = _Side(args, sides.ours, shape, (), kinds[0])
+        theirs = _Side(args, sides.peer, shape, sides.more, kinds[1])
     # fp32 is what the process makes of it, as before any measurement
     products = float32_products(tf32=True) if dtype == "tf32" else contextlib.nullcontext()
     with torch.set_grad_enabled(train), torch.inference_mode(not train), products:
-        with _explained(args, f"cannot run in {name} on {device}", UserError if args.size else Failure):
-            a, b = (f().detach().float() for f in (ours, theirs))
-            error = float((a - b).norm() / b.norm())
-        if not error <= TOLERANCE[name]:
-            raise Failure(f"{args.name}, {name}: outputs differ by {error:.1e}, allowed {TOLERANCE[name]:g}; not timed")
+        errors = _check_equal(args, sides, ours, theirs, name)
         with _explained(args, f"fails in {name} on {device}", Failure), progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
             timed = compare(
@@ -267,7 +311,7 @@ def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tu
                 clock=time.process_time if args.cpu_time else time.perf_counter,
                 least=LEAST,
             )
-    return timed, error
+    return timed, errors
 
 
 def _written(dtype: str) -> str:
@@ -296,7 +340,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
 
     Raises:
         UserError: If a side cannot be built or run as the options say.
-        Failure: If the outputs of the two sides differ, or it fails while being timed.
+        Failure: If outputs or gradients of the two sides differ, or one fails while being timed.
     """
     import torch
 
@@ -306,7 +350,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     size = None if args.size is None else read_size(args.size)
     with _explained(args, "cannot be built", UserError):
         sides = build_sides(args.name, size, args.official, args.reparam, _layer_arguments(args))
-    timed, error = _timed(args, sides, batch, dtype)
+    timed, errors = _timed(args, sides, batch, dtype)
     row: dict[str, Any] = {
         "name": sides.label,
         "peer": sides.against,
@@ -321,7 +365,8 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     for side, seconds in (("", timed.seconds["ours"]), ("peer_", timed.seconds["theirs"])):
         row.update({f"{side}{k}_ms": 1e3 * quantile(seconds, q) for k, q in QUANTILES.items()})
     about = {k: v for k, v in versions().items() if k in COLUMNS}
-    row.update(ratio=timed.ratio("theirs")[0], error=error, cpu_use=timed.cpu_use, **about)
+    row.update(zip(("ratio", "ratio_low", "ratio_high"), timed.ratio("theirs"), strict=True))
+    row.update({"grad_error": None, **errors}, cpu_use=timed.cpu_use, **about)
     return {**row, "device": device_name(compute_device(args.device)), "date": datetime.date.today().isoformat()}
 
 
@@ -412,7 +457,8 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    layer = LAYERS.get(args.name)
+    case = find_case(args.name)
+    layer = case.layer
     check_result(args.out, COLUMNS)
     if args.size is not None:
         read_size(args.size)
@@ -420,8 +466,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--official {short(str(args.official))}: no such folder")
     if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
         raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
-    if args.official and layer and isinstance(layer.official, str):
-        raise UserError(f"--official: {layer.official}")
     for key in _layer_arguments(args):
         if layer is None or key not in layer.arguments:
             able = " or ".join(repr(name) for name, known in LAYERS.items() if key in known.arguments)
@@ -432,6 +476,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--channels-last: {args.name!r} takes tokens, not a map")
     if not layer:
         _check_of_zoo(args.name)
+    if args.official and isinstance(case.official, str):
+        raise UserError(f"--official: {case.official}")
     compute_device(args.device)
 
 
@@ -458,7 +504,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         cells.append([row.get(key, "") for key in SHOWN])
         if "failure" in row:  # in place of the times
             cells[-1] = [*cells[-1][: list(SHOWN).index("batch") + 1], row["failure"]]
-    return Table(list(SHOWN.values()), cells, range(5, 12))
+    return Table(list(SHOWN.values()), cells, range(5, len(SHOWN)))
 
 
 def _record(rows: Sequence[dict[str, Any]]) -> Record:

@@ -1,48 +1,174 @@
-"""Official code of the families, or timm's models of the same definition, as the other side of a benchmark.
+"""Adapters of official code, and stand-ins for what it needs: the other sides of :mod:`vizoo.tools.profiling.sides`.
 
-Nothing of the official code is part of this package.  An adapter puts the folder on the import path for the time of
-the import and replaces compiled extensions that no longer build by the torchvision operator of the same definition.
+Nothing of the official code is part of this package.  An adapter imports it from a checkout, which leaves no trace in
+the process, and replaces compiled extensions that no longer build by a plain form of the same definition.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import importlib
 import io
+import operator
+import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.tools.common import UserError
+from vizoo.tools.common import Failure, UserError, is_exhausted, named
+
+# what an import may set for the whole process: how to read it, and how to set it
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _attribute(path: str) -> Setting:
+    owner, _, name = path.rpartition(".")
+    found = operator.attrgetter(owner)(torch)
+    return functools.partial(getattr, found, name), functools.partial(setattr, found, name)
+
+
+_SETTINGS: tuple[Setting, ...] = (
+    (os.getcwd, os.chdir),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    # for "cpu" torch would enter a mode that slows every call down
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *(_attribute(f"backends.cudnn.{name}") for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    # after the older names of the same settings, which would write "ieee" for "none"
+    *(
+        _attribute(f"backends.{name}fp32_precision")
+        for name in (
+            "",
+            "cuda.matmul.",
+            "cudnn.",
+            "cudnn.conv.",
+            "cudnn.rnn.",
+            "mkldnn.",
+            "mkldnn.matmul.",
+            "mkldnn.conv.",
+        )
+    ),
+)
+
+
+def _read(get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except RuntimeError:  # of an older name, where the process uses the newer one
+        return None
+
+
+def _register_nothing(function: Any) -> Any:
+    """In place of timm's decorator: the official names are ours too."""
+    return function
 
 
 @contextlib.contextmanager
-def _importing(folder: Path, stubs: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Make the modules of ``folder`` importable; forget them afterwards, so that two checkouts never mix."""
-    before = dict(sys.modules)
-    for name, members in stubs.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(members)
-    sys.path.insert(0, str(folder))
+def leaving_no_trace(folder: Path) -> Iterator[None]:
+    """Undo what foreign code does to paths, modules, timm's registry and settings; what it prints is lost.
+
+    Args:
+        folder: All modules from there are forgotten, so that two checkouts never mix.
+
+    Yields:
+        Nothing.
+    """
+    path, modules = sys.path[:], dict(sys.modules)
+    before = [_read(get) for get, _ in _SETTINGS]
+    registry = {"timm.models.registry": types.ModuleType("timm.models.registry")}
+    vars(registry["timm.models.registry"])["register_model"] = _register_nothing
     try:
-        with warnings.catch_warnings():
+        with (
+            mock.patch.dict(os.environ),
+            mock.patch.dict(sys.modules, registry),
+            mock.patch.object(timm.models, "register_model", _register_nothing),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")  # old import paths of timm
             yield
     finally:
-        sys.path.remove(str(folder))
-        sys.modules.update({name: before[name] for name in stubs if name in before})
-        for name in list(sys.modules):
-            origin = getattr(sys.modules[name], "__file__", None) or ""
-            if name not in before and (name in stubs or origin.startswith(str(folder))):
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            if name not in modules and _is_of(module, folder):
                 del sys.modules[name]
+        sys.modules.update(modules)
+        for (get, put), value in zip(_SETTINGS, before, strict=True):
+            if value is not None and _read(get) != value:
+                put(value)
+
+
+def _is_of(module: types.ModuleType, folder: Path) -> bool:
+    """Whether a module is from a folder, or was made by hand."""
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    own = any(Path(place).is_relative_to(folder) for place in places if place)
+    return own or getattr(module, "__spec__", None) is None
+
+
+def official_side(adapter: str, checkout: Path, file: str, **arguments: Any) -> nn.Module:
+    """A module of official code, with weights as its constructor draws them.
+
+    Args:
+        adapter: Function of this module that imports and builds it.
+        checkout: Folder of the official repository.
+        file: In that folder, by which it is known.
+        **arguments: Of the adapter: those of a layer, or ``name``, ``size`` and ``reparam`` of a model.
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: If the folder is not that repository, or its code fails, or needs a package that is not there.
+    """
+    if not (checkout / file).is_file():
+        raise UserError(f"--official {str(checkout)!r}: no {file} there; give a checkout of the official code")
+    checkout = checkout.resolve()
+    try:
+        with leaving_no_trace(checkout):
+            built: nn.Module = globals()[adapter](checkout, **arguments)
+        return built
+    except (Exception, SystemExit) as e:
+        if isinstance(e, UserError | Failure) or is_exhausted(e):
+            raise
+        raise UserError(f"--official {str(checkout)!r}: its code {_reason(e, checkout)}") from e
+
+
+def _reason(error: BaseException, checkout: Path) -> str:
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not missing or missing in sys.modules or list(checkout.rglob(f"{missing}*")):
+        return f"fails: {named(error)}"
+    return f"needs the package {missing}, which is not installed: pip install {missing}"
+
+
+def _import(folder: Path, name: str, stubs: dict[str, dict[str, Any]]) -> Any:
+    """A module of official code, where others are replaced by stand-ins with these members."""
+    sys.path.insert(0, str(folder))
+    own = {entry.stem for entry in folder.iterdir()}
+    for loaded in list(sys.modules):
+        if loaded.partition(".")[0] in own:  # of another project, which has the same name
+            del sys.modules[loaded]
+    for stub, members in stubs.items():
+        sys.modules[stub] = types.ModuleType(stub)
+        vars(sys.modules[stub]).update(members)
+    return importlib.import_module(name)
 
 
 class _DeformConv2dPack(nn.Module):
@@ -60,16 +186,15 @@ class _DeformConv2dPack(nn.Module):
         return deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, stride=self.stride)
 
 
-def _litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+def litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official LITv2 of one of our names."""
     stub = "mm_modules.DCN.modules.deform_conv2d"
     parents: dict[str, dict[str, Any]] = {"mm_modules": {}, "mm_modules.DCN": {}, "mm_modules.DCN.modules": {}}
-    with _importing(checkout / "classification", {**parents, stub: {"DeformConv2dPack": _DeformConv2dPack}}):
-        from models.litv2 import LITv2  # type: ignore[import-not-found]
-    if reparam:
-        raise UserError(f"--reparam: {name!r} has no branches to merge")
+    stubs = {**parents, stub: {"DeformConv2dPack": _DeformConv2dPack}}
+    code = _import(checkout / "classification", "models.litv2", stubs)
     base = name.startswith("litv2_b")
     alphas = {"00": 0.0, "02": 0.2, "04": 0.4, "05": 0.5, "07": 0.7, "10": 1.0}
-    return LITv2(
+    model: nn.Module = code.LITv2(
         img_size=size,
         embed_dim=128 if base else 96,
         depths=[2, 2, 6, 2] if name.startswith("litv2_s") else [2, 2, 18, 2],
@@ -77,12 +202,17 @@ def _litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
         alpha=alphas[name[-2:]] if "alpha" in name else 0.9,
         local_ws=[0, 0, 2, 1],
     )
+    return model
+
+
+def hilo(checkout: Path, **arguments: Any) -> nn.Module:
+    """The official stand-alone HiLo layer, called as ``layer(tokens, H, W)``."""
+    layer: nn.Module = _import(checkout, "hilo", {}).HiLo(**arguments)
+    return layer
 
 
 def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     """The operator of NATTEN 0.17 that later releases dropped, by one gather, as the official code runs without it."""
-    import torch
-
     B, G, H, W, _ = attn.shape
     rows, cols = (
         (torch.arange(n, device=value.device) - kernel_size // 2).clamp(0, n - kernel_size)[:, None]
@@ -93,21 +223,16 @@ def _na2d_av(attn: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     return (attn.unsqueeze(-2).to(value.dtype) @ windows.flatten(4, 5)).squeeze(-2)
 
 
-def _overlock(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
-    def untouched(function: Any) -> Any:
-        return function
-
+def overlock(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official OverLoCK of one of our names."""
     stubs: dict[str, dict[str, Any]] = {
         "natten": {},
         "natten.functional": {"na2d_av": _na2d_av},
         "mmengine": {},
         "mmengine.runner": {"load_checkpoint": None},
-        "timm.models.registry": {"register_model": untouched},
     }
-    with _importing(checkout, stubs), contextlib.redirect_stdout(io.StringIO()):
-        from models import overlock  # type: ignore[import-not-found]
-
-        return getattr(overlock, name)(deploy=reparam, use_ds=False)
+    model: nn.Module = getattr(_import(checkout, "models.overlock", stubs), name)(deploy=reparam, use_ds=False)
+    return model
 
 
 class _NeighborhoodAttention2D(nn.Module):
@@ -143,80 +268,13 @@ class _NeighborhoodAttention2D(nn.Module):
         return self.proj(out[:, :H0, :W0])
 
 
-def _nat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
-    if reparam:
-        raise UserError(f"--reparam: {name!r} has no branches to merge")
-
-    def untouched(function: Any) -> Any:
-        return function
-
-    stubs: dict[str, dict[str, Any]] = {
-        "natten": {"NeighborhoodAttention2D": _NeighborhoodAttention2D},
-        "timm.models.registry": {"register_model": untouched},
-    }
+def nat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official NAT, DiNAT or ViT with relative position biases of one of our names."""
     flat = "isotropic" in name or name.startswith("vitrpb")
     file = "isotropic" if flat else "dinats" if name.startswith("dinat_s_") else name.split("_")[0]
-    with _importing(checkout / "classification", stubs):
-        model = getattr(importlib.import_module(file), name)()
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0  # the constructor sets the rate of the recipe, ours is 0
+    stubs = {"natten": {"NeighborhoodAttention2D": _NeighborhoodAttention2D}}
+    model: nn.Module = getattr(_import(checkout / "classification", file, stubs), name)()
     return model
-
-
-_MODELS = {
-    "litv2": ("classification/models/litv2.py", _litv2),
-    "overlock": ("models/overlock.py", _overlock),
-    **dict.fromkeys(("nat", "dinat", "vitrpb"), ("classification/nat.py", _nat)),
-}
-
-
-def _require(checkout: Path, file: str) -> None:
-    if not (checkout / file).is_file():
-        raise UserError(f"--official {str(checkout)!r}: no {file} there; give a checkout of the official code")
-
-
-def official_model(checkout: Path, name: str, size: int, reparam: bool = False) -> nn.Module:
-    """The official model of one of our names, with weights as its constructor draws them.
-
-    Args:
-        checkout: Folder of the official repository.
-        name: Our name without tag.
-        size: Side of the square input in pixels.
-        reparam: Its merged form.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: If the folder is not that repository, or the family has no official code.
-    """
-    family = name.split("_")[0]
-    if family not in _MODELS or name.startswith("test_"):
-        raise UserError(f"--official: no official code is known for {name!r}; known families: {', '.join(_MODELS)}")
-    file, build = _MODELS[family]
-    _require(checkout, file)
-    return build(checkout, name, size, reparam)
-
-
-def official_hilo(checkout: Path, **arguments: Any) -> nn.Module:
-    """The official stand-alone HiLo layer, called as ``layer(tokens, H, W)``.
-
-    Args:
-        checkout: Folder of the official repository.
-        **arguments: ``dim, num_heads, qkv_bias, window_size, alpha``.
-
-    Returns:
-        The layer.
-
-    Raises:
-        UserError: If the folder is not that repository.
-    """
-    _require(checkout, "hilo.py")
-    with _importing(checkout, {}):
-        from hilo import HiLo  # type: ignore[import-not-found]
-    layer: nn.Module = HiLo(**arguments)
-    return layer
 
 
 class _Subspace(nn.Module):
@@ -262,35 +320,3 @@ class ULSAMLoop(nn.Module):
         """Map ``[B, dim, H, W]`` to the same shape."""
         parts = x.chunk(len(self.subspaces), dim=1)
         return torch.cat([s(p) for s, p in zip(self.subspaces, parts, strict=True)], dim=1)
-
-
-TIMM = {
-    "halo_26t": "halonet26t",
-    "halo_se33ts": "sehalonet33ts",
-    "halo_50ts": "halonet50ts",
-    "halo_eca26ts": "eca_halonext26ts",
-    "halo_regnetz_b": "haloregnetz_b",
-    "halo_h1": "halonet_h1",
-}
-
-
-def timm_model(name: str) -> nn.Module | None:
-    """The model of timm with the state dict of one of ours.
-
-    Args:
-        name: Our name without tag.
-
-    Returns:
-        The model; None if timm has none.
-    """
-    import timm
-    from timm.models.byoanet import model_cfgs
-
-    if name not in TIMM:
-        return None
-    if name != "halo_h1":
-        return timm.create_model(TIMM[name])
-    cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
-    attention = {**cfg.self_attn_kwargs, "num_heads": 4}
-    first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
-    return timm.create_model(TIMM[name], blocks=(first, *cfg.blocks[1:]))

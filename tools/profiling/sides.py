@@ -1,11 +1,13 @@
 """Both sides of a benchmark, with equal weights: ours, and official code, timm, or the same thing in plain PyTorch.
 
-A layer that can be timed by itself is one entry of :data:`LAYERS`.
+What can be timed, and against what, is one entry of :data:`CASES`.
 """
 
 from __future__ import annotations
 
-import copy
+import fnmatch
+import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,93 +47,144 @@ class Layer(NamedTuple):
 
     Attributes:
         ours: Name of our layer in :mod:`vizoo.backbones.layers`.
-        peer: Builds the other one from our layer, for its weights, and the arguments.
         label: Name in the rows, filled in with the arguments and ``side``.
         side: Of the map, where nothing else is said.
-        against: As of :class:`Sides`.
-        arguments: Of the layer; ``dim`` are the channels of the input.
-        official: Builds the layer of the official code from a checkout and the arguments; or why there is none.
+        arguments: Of both layers; ``dim`` are the channels of the input.
         tokens: Whether it takes tokens in place of a map.
     """
 
     ours: str
-    peer: Callable[[Any, dict[str, Any]], nn.Module]
     label: str
     side: int
-    against: str
     arguments: dict[str, Any]
-    official: Callable[..., nn.Module] | str
     tokens: bool = False
 
 
-def _timm_halo(ours: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+class Official(NamedTuple):
+    """Official code that can be the other side.
+
+    Attributes:
+        adapter: Function of :mod:`vizoo.tools.profiling.official` that imports and builds it.
+        file: In a checkout, by which it is known.
+    """
+
+    adapter: str
+    file: str
+
+
+class Case(NamedTuple):
+    """What a layer or a model is timed against.
+
+    Attributes:
+        official: The official code; or why there is none.
+        against: What the other side is without a checkout of it.
+        peer: Builds that, from the arguments of a layer; None means ours once more, in plain PyTorch.
+        layer: None for models.
+    """
+
+    official: Official | str
+    against: str = "plain"
+    peer: Callable[..., nn.Module] | None = None
+    layer: Layer | None = None
+
+
+def _timm_halo(**arguments: Any) -> nn.Module:
     from timm.layers.halo_attn import HaloAttn
 
-    peer: nn.Module = HaloAttn(**arguments)
-    peer.load_state_dict(ours.state_dict())
-    return peer
+    return HaloAttn(**arguments)
 
 
-def _loop(ours: Any, arguments: dict[str, Any]) -> nn.Module:
+def _loop(**arguments: Any) -> nn.Module:
     from vizoo.tools.profiling.official import ULSAMLoop
 
-    peer = ULSAMLoop(**arguments)
-    peer.load_state_dict(ours.official_state_dict())
-    return peer
+    return ULSAMLoop(**arguments)
 
 
-def _plain(ours: nn.Module, arguments: dict[str, Any]) -> nn.Module:
-    peer: Any = copy.deepcopy(ours)
-    peer.fused_attn = False
-    return peer
+def _timm_model(name: str, **changes: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, **changes)
 
 
-def _official_hilo(*args: Any, **arguments: Any) -> nn.Module:
-    from vizoo.tools.profiling.official import official_hilo
+def _timm_h1() -> nn.Module:
+    import dataclasses
 
-    return official_hilo(*args, **arguments)
+    from timm.models.byoanet import model_cfgs
+
+    cfg: Any = model_cfgs["halonet_h1"]  # 8 heads in every stage; the paper has 4 in the first
+    attention = {**cfg.self_attn_kwargs, "num_heads": 4}
+    first = dataclasses.replace(cfg.blocks[0], self_attn_layer="halo", self_attn_kwargs=attention)
+    return _timm_model("halonet_h1", blocks=(first, *cfg.blocks[1:]))
 
 
-LAYERS = {
-    "hilo": Layer(
-        ours="HiLo",
-        peer=_plain,
-        label="hilo w{window_size} alpha {alpha:g}",
-        side=56,
-        against="plain",
-        arguments={"dim": 384, "num_heads": 12, "qkv_bias": True, "window_size": 2, "alpha": 0.9},
-        official=_official_hilo,
-        tokens=True,
+def _halonet(peer: Callable[[], nn.Module]) -> Case:
+    return Case("there is no official code of HaloNet; this model is timed against timm's", "timm", peer)
+
+
+CASES = {  # by name of a layer, or pattern of names of models; the first that fits is taken
+    "hilo": Case(
+        Official("hilo", "hilo.py"),
+        layer=Layer(
+            ours="HiLo",
+            label="hilo w{window_size} alpha {alpha:g}",
+            side=56,
+            arguments={"dim": 384, "num_heads": 12, "qkv_bias": True, "window_size": 2, "alpha": 0.9},
+            tokens=True,
+        ),
     ),
-    "halo": Layer(
-        ours="HaloAttention",
-        peer=_timm_halo,
-        label="halo {dim}@{side} b{block_size} h{halo_size}",
-        side=64,
+    "halo": Case(
+        "there is no official code of 'halo'; it is timed against timm's layer",
         against="timm",
-        arguments={"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3},
-        official="there is no official code of 'halo'; it is timed against timm's layer",
+        peer=_timm_halo,
+        layer=Layer(
+            ours="HaloAttention",
+            label="halo {dim}@{side} b{block_size} h{halo_size}",
+            side=64,
+            arguments={"dim": 64, "num_heads": 4, "block_size": 8, "halo_size": 3},
+        ),
     ),
-    "ulsam": Layer(
-        ours="ULSAM",
-        peer=_loop,
-        label="ulsam {dim}@{side} g{num_splits}",
-        side=14,
+    "ulsam": Case(
+        "the official code of 'ulsam' has no licence; it is timed against a loop like it",
         against="loop",
-        arguments={"dim": 512, "num_splits": 4},
-        official="the official code of 'ulsam' has no licence; it is timed against a loop like it",
+        peer=_loop,
+        layer=Layer(
+            ours="ULSAM",
+            label="ulsam {dim}@{side} g{num_splits}",
+            side=14,
+            arguments={"dim": 512, "num_splits": 4},
+        ),
     ),
-    "reversed": Layer(
-        ours="ReversedAttention",
-        peer=_plain,
-        label="reversed {num_heads} heads",
-        side=32,
-        against="plain",
-        arguments={"dim": 96, "num_heads": 3},
-        official="there is no official code of 'reversed'; it is timed against its plain form",
-        tokens=True,
+    "reversed": Case(
+        "there is no official code of 'reversed'; it is timed against its plain form",
+        layer=Layer(
+            ours="ReversedAttention",
+            label="reversed {num_heads} heads",
+            side=32,
+            arguments={"dim": 96, "num_heads": 3},
+            tokens=True,
+        ),
     ),
+    "litv2_*": Case(Official("litv2", "classification/models/litv2.py")),
+    "overlock_*": Case(Official("overlock", "models/overlock.py")),
+    "nat_*": Case(Official("nat", "classification/nat.py")),
+    "dinat_*": Case(Official("nat", "classification/nat.py")),
+    "vitrpb_*": Case(Official("nat", "classification/nat.py")),
+    "halo_26t": _halonet(functools.partial(_timm_model, "halonet26t")),
+    "halo_se33ts": _halonet(functools.partial(_timm_model, "sehalonet33ts")),
+    "halo_50ts": _halonet(functools.partial(_timm_model, "halonet50ts")),
+    "halo_eca26ts": _halonet(functools.partial(_timm_model, "eca_halonext26ts")),
+    "halo_regnetz_b": _halonet(functools.partial(_timm_model, "haloregnetz_b")),
+    "halo_h1": _halonet(_timm_h1),
 }
+LAYERS = {name: case.layer for name, case in CASES.items() if case.layer}
+
+
+def find_case(name: str) -> Case:
+    """What a layer or a model, with or without tag, is timed against: any model against its plain form."""
+    base = name.partition(".")[0]
+    known = ", ".join(pattern for pattern, case in CASES.items() if isinstance(case.official, Official))
+    plain = Case(f"no official code is known for {name!r}; it is for {known}")
+    return next((case for pattern, case in CASES.items() if fnmatch.fnmatchcase(base, pattern)), plain)
 
 
 def build_sides(
@@ -141,12 +194,12 @@ def build_sides(
     reparam: bool = False,
     arguments: dict[str, Any] | None = None,
 ) -> Sides:
-    """Both sides with equal weights in float32 on the CPU.
+    """Both sides with equal weights in float32 on the CPU, and without chance in training.
 
     Args:
-        name: Key of :data:`LAYERS`, or a model of the zoo.
+        name: Of a layer in :data:`CASES`, or of a model of the zoo.
         size: Height and width of the image or map; None means its own.
-        official: Checkout of the official code; without one the other side is timm's where it has one, else plain.
+        official: Checkout of the official code; without one the other side is what :data:`CASES` says.
         reparam: Both models in their merged form.
         arguments: Of a layer, in place of those in the table.
 
@@ -156,57 +209,103 @@ def build_sides(
     Raises:
         UserError: If one of them cannot be built, or takes no such size.
     """
-    if name in LAYERS:
-        return _layer_sides(name, size, official, arguments or {})
-    return _model_sides(name, size, official, reparam)
-
-
-def _layer_sides(name: str, size: tuple[int, int] | None, official: Path | None, given: dict[str, Any]) -> Sides:
-    from vizoo.backbones import layers
-
-    layer = LAYERS[name]
-    arguments = {**layer.arguments, **given}
-    height, width = size or (layer.side, layer.side)
-    if layer.tokens and height != width:
-        raise UserError(f"--size {height} {width}: {name!r} takes the tokens of a square map; give one side")
-    ours: nn.Module = getattr(layers, layer.ours)(**arguments)
-    draw_weights(ours)
-    side = f"{height}" if height == width else f"{height}x{width}"
-    label = layer.label.format(**arguments, side=side)
-    dim = arguments["dim"]
-    shape = (height * width, dim) if layer.tokens else (dim, height, width)
-    if official is None or isinstance(layer.official, str):
-        return Sides(ours, layer.peer(ours, arguments), layer.against, label, shape)
-    peer = layer.official(official, **arguments)
-    peer.load_state_dict(ours.state_dict())
-    return Sides(ours, peer, "official", label, shape, (height, width) if layer.tokens else ())
-
-
-def _model_sides(name: str, size: tuple[int, int] | None, official: Path | None, reparam: bool) -> Sides:
-    from vizoo.tools.profiling.official import official_model, timm_model
+    from vizoo.tools.profiling.official import official_side
     from vizoo.tools.profiling.timing import fused
 
-    kwargs: dict[str, Any] = {"deploy": True} if reparam else {}
-    ours = build_model(name, **kwargs)
-    if official is not None and size and size[0] != size[1]:
-        raise UserError(f"--size {size[0]} {size[1]}: official code is built for square images; give one side")
-    size = size or ours.pretrained_cfg["input_size"][-2:]
-    shape = (3, *size)
-    plain_name = name.partition(".")[0]
+    case = find_case(name)
+    layer = case.layer
+    given = {**layer.arguments, **(arguments or {})} if layer else {}
+    build = functools.partial(_layer, layer.ours, given) if layer else functools.partial(_model, name, reparam)
+    ours = build()
+    size = size or ((layer.side, layer.side) if layer else ours.pretrained_cfg["input_size"][-2:])
+    _check_square(name, case, size, official)
+    more: tuple[int, ...] = ()
     if official is not None:
-        peer = official_model(official, plain_name, size[1], reparam)
-        draw_weights(peer)
-        filter_fn = sys.modules[type(ours).__module__].checkpoint_filter_fn
-        ours.load_state_dict(filter_fn(peer.state_dict(), ours))
-        return Sides(ours, peer, "official", name, shape)
-    draw_weights(ours)
-    found = timm_model(plain_name)
-    against = "plain" if found is None else "timm"
-    if found is None:
+        if isinstance(case.official, str):
+            raise UserError(f"--official: {case.official}")
+        model = {"name": name.partition(".")[0], "size": size[0], "reparam": reparam}
+        peer = official_side(case.official.adapter, official, case.official.file, **(given if layer else model))
+        more = size if layer and layer.tokens else ()
+    elif case.peer is not None:
+        peer = case.peer(**given)
+    else:
         with fused(False):
-            found = build_model(name, **kwargs)
-    found.load_state_dict(ours.state_dict())
-    return Sides(ours, found, against, name, shape)
+            peer = build()
+    draw_weights(peer)
+    weights = peer.state_dict()
+    if official is not None and not layer:
+        weights = sys.modules[type(ours).__module__].checkpoint_filter_fn(weights, ours)
+    ours.load_state_dict(weights)
+    for module in (ours, peer):
+        leave_nothing_to_chance(module)
+    against = case.against if official is None else "official"
+    label, shape = _described(layer, given, size) if layer else (name, (3, *size))
+    return Sides(ours, peer, against, label, shape, more)
+
+
+def _layer(ours: str, given: dict[str, Any]) -> Any:
+    from vizoo.backbones import layers
+
+    return getattr(layers, ours)(**given)
+
+
+def _model(name: str, reparam: bool) -> Any:
+    model = build_model(name)
+    if reparam:
+        if not hasattr(model, "reparameterize"):
+            raise UserError(f"--reparam: {name!r} has no branches to merge")
+        model.reparameterize()
+    return model
+
+
+def _check_square(name: str, case: Case, size: tuple[int, int], official: Path | None) -> None:
+    height, width = size
+    if height == width or not (case.layer.tokens if case.layer else official):
+        return
+    what = f"{name!r} takes the tokens of a square map" if case.layer else "official code is built for square images"
+    raise UserError(f"--size {height} {width}: {what}; give one side")
+
+
+def _described(layer: Layer, given: dict[str, Any], size: tuple[int, int]) -> tuple[str, tuple[int, ...]]:
+    """Label of a layer in the rows, and shape of its input without the batch."""
+    height, width = size
+    side = f"{height}" if height == width else f"{height}x{width}"
+    shape = (height * width, given["dim"]) if layer.tokens else (given["dim"], height, width)
+    return layer.label.format(**given, side=side), shape
+
+
+def leave_nothing_to_chance(model: nn.Module) -> None:
+    """Set every rate of dropout, stochastic depth and the like to 0: in training both sides then compute the same.
+
+    Args:
+        model: Of any library.  Its rates are the numbers that its modules keep under a name with "drop" in it, and
+            ``p`` or ``prob`` of modules that are called so; those kept as a share that stays become 1.
+    """
+    for module in model.modules():
+        drops = any(word in type(module).__name__.lower() for word in ("drop", "stochasticdepth"))
+        for name, value in vars(module).items():
+            if type(value) is not float:
+                continue
+            if name in ("keep_prob", "keep_rate", "survival_prob"):
+                setattr(module, name, 1.0)
+            elif "drop" in name or (drops and name in ("p", "prob")):
+                setattr(module, name, 0.0)
+
+
+def same_parameters(sides: Sides) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Pairs of parameters with the same values, whatever their names and shapes: in training their gradients agree.
+
+    Args:
+        sides: As :func:`build_sides` gives them, which draws all values at random.
+
+    Returns:
+        Parameters of ours and of the peer; one that is split, merged or turned in the other is left out.
+    """
+    ours, theirs = (
+        {hashlib.sha256(p.detach().numpy().tobytes()).digest(): p for p in side.parameters()}
+        for side in (sides.ours, sides.peer)
+    )
+    return [(p, theirs[values]) for values, p in ours.items() if values in theirs]
 
 
 def draw_weights(model: nn.Module) -> None:
