@@ -209,13 +209,15 @@ def _call(
     """One call of a side, ready on the device: inference, or a forward and a backward pass."""
     import torch
 
+    from vizoo.tools.profiling.timing import compiled
+
     device, kind = compute_device(args.device), getattr(torch, dtype)
     train = args.pass_ == "train"
     module = module.to(device, kind).train(train)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
     if args.channels_last:
         module, x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    run: Any = torch.compile(module, mode=args.compile) if args.compile else module
+    run: Any = compiled(module, mode=args.compile) if args.compile else module
 
     def call() -> Any:
         out = run(x, *more)
