@@ -219,6 +219,8 @@ class _Side:
     def __init__(self, args: argparse.Namespace, module: Any, shape: Sequence[int], more: Sequence[Any], dtype: str):
         import torch
 
+        from vizoo.tools.profiling.timing import compiled
+
         device, kind = compute_device(args.device), getattr(torch, dtype)
         self.train, self.more = args.pass_ == "train", more
         self.module = module.to(device, kind).train(self.train)
@@ -226,7 +228,7 @@ class _Side:
         if args.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
             self.x = self.x.contiguous(memory_format=torch.channels_last)
-        self.run: Any = torch.compile(self.module, mode=args.compile) if args.compile else self.module
+        self.run: Any = compiled(self.module, mode=args.compile) if args.compile else self.module
 
     def __call__(self) -> list[Any]:
         """The outputs as tensors: the first of a tuple (reversed attention also returns its messages), else all."""

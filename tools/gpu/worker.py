@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from torch import Tensor
 from vizoo.tools.common import build_model, one_line
 from vizoo.tools.gpu.cases import Case, cases
 from vizoo.tools.profiling.machine import device_name
+from vizoo.tools.profiling.memory import Memory, peak_memory
 from vizoo.tools.profiling.sides import TOLERANCE
-from vizoo.tools.profiling.timing import Memory, back_to_back, fused, measure, peak_memory
+from vizoo.tools.profiling.timing import back_to_back, compiled, fused, measure
 
 READY, FATAL = "ready", "fatal"  # keys of what is told beside the results
 SECONDS = 0.06  # of warm-up and of sampling for an operator, each
@@ -52,9 +54,10 @@ class Child:
         return getattr(self, job["section"])(job)
 
     def milliseconds(self, fn: Callable[[], Any]) -> float:
-        """Median time of a call on a GPU; the time of one call in a dry run, which is no measurement."""
+        """Median time that a call keeps a GPU busy; the time of one call in a dry run, which is no measurement."""
         if self.cuda:
-            return 1e3 * measure(fn, self.device, warmup=2, min_time=SECONDS, max_time=SECONDS).median
+            stats = measure(fn, self.device, warmup=2, min_time=SECONDS, max_time=SECONDS)
+            return 1e3 * statistics.median(stats.device or stats.samples)
         start = time.perf_counter()
         fn()
         return 1e3 * (time.perf_counter() - start)
@@ -139,9 +142,7 @@ class Child:
         return inputs, out.detach(), list(grads), whole
 
     def _compile(self, name: str, form: str) -> Callable[..., Tensor]:
-        torch._dynamo.reset()
-        plain = self.cases[name].forms[form]
-        return torch.compile(plain, dynamic=False, backend="inductor" if self.cuda else "eager")
+        return compiled(self.cases[name].forms[form], backend="inductor" if self.cuda else "eager")
 
     def _form(self, case: Case, name: str) -> Callable[..., Tensor]:
         return case.forms[name] if name in case.forms else self.compiled(case.name, name.removesuffix(" compiled"))
@@ -199,9 +200,8 @@ class Child:
         model.train("train" in words)
         call: Any = model
         if "compiled" in words:
-            torch._dynamo.reset()
             mode = "reduce-overhead" if "reduce-overhead" in words and self.cuda else None
-            call = torch.compile(model, backend="inductor" if self.cuda else "eager", mode=mode)
+            call = compiled(model, backend="inductor" if self.cuda else "eager", mode=mode)
         autocast = functools.partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
 
         def infer() -> Any:

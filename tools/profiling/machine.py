@@ -1,9 +1,10 @@
-"""What a figure was measured on: processor, device, versions, commit, threads, and processes for settings of these."""
+"""What a figure was measured on: processor, device, versions, commit, clocks, threads, and processes for these."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import multiprocessing
 import os
@@ -18,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 
 from vizoo.tools.common import Failure
+from vizoo.tools.profiling.state import allowed_cores, state
 
 PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
-PACKAGES += ("mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
+PACKAGES += ("nvidia-ml-py", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
 Case = TypeVar("Case")
 Result = TypeVar("Result")
 
@@ -40,28 +42,38 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
+@functools.cache
 def commit() -> str:
     """Commit of the checkout this package runs from, with ``+`` for uncommitted changes; empty outside one."""
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
+    return _commit(Path(__file__).resolve())
 
 
-def _allowed_cores() -> int | None:
-    """Logical cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _commit(file: Path) -> str:
+    """Commit of the checkout that a file of this folder belongs to.
+
+    A repository around an installed or vendored copy is not ours: ours has this project's metadata and this file at
+    the places where they are here.
+    """
+    root, place = file.parents[2], file.relative_to(file.parents[2]).as_posix()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # hooks say where *their* git is
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return "" if done.returncode else done.stdout.strip()
+
+    with contextlib.suppress(OSError, UnicodeError):
+        ours = '\nname = "vizoo"\n' in (root / "pyproject.toml").read_text(encoding="utf-8")
+        if ours and git("ls-files", "--full-name", "--", place) == place:
+            return git("describe", "--always", "--dirty=+", "--exclude=*")
+    return ""
 
 
 def default_threads() -> int:
     """Physical cores that this process may use: those of the machine, its affinity and its control group's quota."""
     import psutil
 
-    allowed = _allowed_cores() or 1
+    allowed = len(allowed_cores()) or 1
     limits = [psutil.cpu_count(logical=False) or allowed, allowed]
     with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
@@ -85,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine, load and date of a measurement on a device."""
+    """Versions, machine, load, :func:`state` and date of a measurement on a device."""
     import psutil
 
     return {
@@ -95,6 +107,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "load": round(psutil.getloadavg()[0], 2),
+        **state(device),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -123,7 +136,7 @@ def installation() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": _allowed_cores(),
+        "cores": len(allowed_cores()),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

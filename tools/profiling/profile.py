@@ -262,6 +262,7 @@ def _measure(
     result.latency, result.latency_batch = found.latency, found.latency_batch
     result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
     result.memory = found.memory
+    result.environment |= found.state
     result.notes += found.notes
 
 

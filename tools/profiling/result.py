@@ -9,19 +9,22 @@ from typing import Any
 
 from vizoo.tools.common import Failure, Record, Table, append_table, markdown_text, write_json
 from vizoo.tools.profiling.counting import CELLS, Count
-from vizoo.tools.profiling.timing import Memory, Stats
+from vizoo.tools.profiling.memory import Memory
+from vizoo.tools.profiling.state import STATE
+from vizoo.tools.profiling.timing import Stats
 
 FOOTNOTE = """\
 GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
 print them as FLOPs.  GFLOPs = 2 GMACs + other GFLOPs (norms, softmax, activations, biases, by fixed costs per element).
 acts: elements written by those contractions, attention scores included.  Counted by vizoo profile."""
 FVCORE = "fvcore G: fvcore's total in 1e9: a multiply-accumulate counts one, and norms and pooling are in it."
+LATENCY = ("median_ms", "p10_ms", "p90_ms", "iqr_ms", "n", "first_ms", "host_ms", "device_ms")
 COLUMNS = [
     "model", "height", "width", "params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total", "status",
-    "partial", "reasons", "latency_batch", "latency_median_ms", "latency_p10_ms", "latency_p90_ms", "latency_iqr_ms",
-    "latency_n", "latency_first_ms", "throughput_batch", "throughput", "peak_bytes", "cpu_use", "device", "dtype",
-    "amp", "channels_last", "compile", "threads", "fused", "reparam", "features", "vizoo", "commit", "python",
-    "torch", "timm", "cuda", "machine", "instructions", "cores", "load", "date", "notes",
+    "partial", "reasons", "latency_batch", *(f"latency_{k}" for k in LATENCY), "throughput_batch", "throughput",
+    "peak_bytes", "cpu_use", "device", "dtype", "amp", "channels_last", "compile", "threads", "fused", "reparam",
+    "features", "vizoo", "commit", "python", "torch", "timm", "cuda", "machine", "instructions", "cores", "load", *STATE,
+    "date", "notes",
 ]  # fmt: skip
 
 
@@ -176,7 +179,7 @@ class Profile:
             "partial": " ".join(k for k, status in self.statuses.items() if status == "partial"),
             "reasons": "; ".join(self.reasons),
             "latency_batch": d["latency_batch"],
-            **{f"latency_{k}": latency.get(k) for k in ("median_ms", "p10_ms", "p90_ms", "iqr_ms", "n", "first_ms")},
+            **{f"latency_{k}": latency.get(k) for k in LATENCY},
             "throughput_batch": d["throughput_batch"],
             "throughput": d["throughput"],
             "peak_bytes": memory.get("peak"),

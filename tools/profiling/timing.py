@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +14,17 @@ import torch
 from timm.layers import set_fused_attn, use_fused_attn
 
 from vizoo.tools.options import DTYPES
+from vizoo.tools.profiling.memory import Memory, peak_memory
+from vizoo.tools.profiling.precision import float32_products
+from vizoo.tools.profiling.state import Watch, flushes_denormal
 
 WARMUP_CALLS, WARMUP_SECONDS, MIN_RUNS = 10, 1.0, 100
 SETTLED = 0.02  # relative change of the last five medians that ends the warm-up
 SPREAD = 0.05  # interquartile range over median that ends the sampling early
 NOISY, BUSY = 0.10, 0.80
+TRIMMED, CONFIDENCE = 0.1, 0.99  # share of the rounds left out at either end, and level of the interval of a ratio
+EVENTS = 25  # calls whose time on a GPU is taken by events
+SPIN = 2e9  # clocks of a GPU that are a second at least
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -35,16 +40,20 @@ class Stats(NamedTuple):
     """Seconds of repeated calls.
 
     Attributes:
-        samples: Every call, in order.
+        samples: Every call, in order: what a caller waits for it, the end of its work on a GPU included.
         cpu_use: Processor time over wall time and threads; None on a GPU.
         first: Seconds of the very first call, compilation and autotuning included.
         warmup: Number of calls before the samples.
+        host: Seconds until each call returned, which on a GPU is when its work was launched; None on a CPU.
+        device: Seconds that some further calls kept a GPU busy, by events; None on a CPU.
     """
 
     samples: list[float]
     cpu_use: float | None
     first: float
     warmup: int
+    host: list[float] | None = None
+    device: list[float] | None = None
 
     def quantile(self, q: float) -> float:
         """The ``q`` quantile, linear between samples."""
@@ -73,6 +82,8 @@ class Stats(NamedTuple):
             found.append(f"machine busy or too many threads: used {self.cpu_use:.0%} of them, numbers unreliable")
         if self.n > 3 and self.iqr > NOISY * self.median:
             found.append(f"noisy: interquartile range {self.iqr / self.median:.0%} of the median")
+        if self.host and self.device and (host := quantile(self.host, 0.5)) > (device := quantile(self.device, 0.5)):
+            found.append(f"launch-bound: {1e3 * host:.2f} ms to launch, {1e3 * device:.2f} ms of work on the GPU")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,23 +95,31 @@ class Stats(NamedTuple):
             "first_ms": 1e3 * self.first,
             **{f"{name}_ms": 1e3 * self.quantile(q) for name, q in quantiles.items()},
             "iqr_ms": 1e3 * self.iqr,
+            "host_ms": 1e3 * quantile(self.host, 0.5) if self.host else None,
+            "device_ms": 1e3 * quantile(self.device, 0.5) if self.device else None,
             "cpu_use": self.cpu_use,
             "warnings": self.warnings,
-            "samples_ms": [1e3 * s for s in self.samples],
+            "samples_ms": _milliseconds(self.samples),
+            "host_samples_ms": _milliseconds(self.host),
+            "device_samples_ms": _milliseconds(self.device),
         }
+
+
+def _milliseconds(seconds: Sequence[float] | None) -> list[float] | None:
+    return None if seconds is None else [1e3 * s for s in seconds]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No garbage collection and no slow denormal numbers while timing."""
-    enabled = gc.isenabled()
+    enabled, flushed = gc.isenabled(), flushes_denormal()
     gc.collect()
     gc.disable()
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
         if enabled:
             gc.enable()
 
@@ -119,7 +138,8 @@ def measure(
 
     Warm-up runs at least ``warmup`` calls and a second, and until the last five running medians move less than 2 %.
     Sampling stops at 100 calls or ``min_time`` once the interquartile range is below 5 % of the median, and at
-    ``max_time`` in any case.  On CUDA an event pair surrounds each call and one synchronisation ends 25 calls.
+    ``max_time`` in any case.  On CUDA a sample ends when the work of its call has, and up to 25 further calls tell how
+    long the GPU itself was busy.
 
     Args:
         fn: Function without arguments.
@@ -144,16 +164,25 @@ def measure(
     device = torch.device(device)
 
     def call() -> float:
-        start = clock()
-        fn()
-        _wait(device)
-        return clock() - start
+        return _once(fn, device, clock)[0]
 
     first = call()
     calls = _warm_up(call, warmup, max_time, clock, tick)
     with quiet():
-        samples, cpu_use = _sample(fn, device, min_time, max_time, clock, cpu_clock, tick)
-    return Stats(samples, cpu_use, first, calls)
+        samples, host, cpu_use = _sample(fn, device, min_time, max_time, clock, cpu_clock, tick)
+        if device.type != "cuda":
+            return Stats(samples, cpu_use, first, calls)
+        busy = _event_times(fn, device, quantile(host, 0.5), max_time)
+        return Stats(samples, None, first, calls, host, busy)
+
+
+def _once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds until a call's work is done, and until the call returned."""
+    start = clock()
+    fn()
+    returned = clock()
+    _wait(device)
+    return clock() - start, returned - start
 
 
 def _warm_up(
@@ -187,16 +216,16 @@ def _sample(
     clock: Callable[[], float],
     cpu_clock: Callable[[], float],
     tick: Callable[[float], None] | None,
-) -> tuple[list[float], float | None]:
+) -> tuple[list[float], list[float], float]:
+    """Seconds of each call, seconds until each returned, and processor time over wall time and threads of the calls."""
     samples: list[float] = []
-    begin, cpu_begin = clock(), cpu_clock()
+    host: list[float] = []
+    begin, cpu = clock(), 0.0
     while True:
-        if device.type == "cuda":
-            samples += _cuda_samples(fn, device)
-        else:
-            start = clock()
-            fn()
-            samples.append(clock() - start)
+        cpu_begin = cpu_clock()
+        for seconds, new in zip((samples, host), _once(fn, device, clock), strict=True):
+            seconds.append(new)
+        cpu += cpu_clock() - cpu_begin
         elapsed = clock() - begin
         if tick:
             tick(min(1.0, elapsed / max_time) if max_time else 1.0)
@@ -205,22 +234,34 @@ def _sample(
         stats = Stats(samples, None, 0.0, 0)
         enough = len(samples) >= MIN_RUNS or elapsed >= min_time
         if elapsed >= max_time or (enough and stats.iqr <= SPREAD * stats.median):
-            break
-    if device.type == "cuda":
-        return samples, None
-    return samples, (cpu_clock() - cpu_begin) / max(clock() - begin, 1e-9) / torch.get_num_threads()
+            return samples, host, cpu / max(sum(samples), 1e-9) / torch.get_num_threads()
 
 
-def _cuda_samples(fn: Callable[[], Any], device: torch.device, calls: int = 25) -> list[float]:
-    """Seconds of each call by an event pair around it, with one synchronisation after the last."""
+def _event_times(fn: Callable[[], Any], device: torch.device, host: float, most: float) -> list[float]:
+    """Seconds that calls keep a GPU busy, by an event pair around each.
+
+    The GPU first spins for longer than the host needs to launch a call, so that it need not wait for work within one.
+
+    Args:
+        fn: The call.
+        device: A CUDA device.
+        host: Seconds until a call returns.
+        most: Seconds after which no further call is made; there are three at the least.
+
+    Returns:
+        Seconds of at most 25 calls.
+    """
+    found: list[float] = []
     with torch.cuda.device(device):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for before, after in events:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        while len(found) < 3 or (len(found) < EVENTS and sum(found) < most):
+            torch.cuda._sleep(int(SPIN * 1.5 * host))
             before.record()
             fn()
             after.record()
-        torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in events]
+            torch.cuda.synchronize(device)
+            found.append(before.elapsed_time(after) / 1e3)
+    return found
 
 
 class Comparison(NamedTuple):
@@ -240,27 +281,29 @@ class Comparison(NamedTuple):
         """Median seconds of one function."""
         return statistics.median(self.seconds[name])
 
-    def ratio(self, name: str, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-        """Speed of the first function relative to ``name``: median of the other over median of the first.
+    def ratio(self, name: str) -> tuple[float, float, float]:
+        """Speed of the first function relative to ``name``, from the ratio of their times in each round.
+
+        What slows both in a round, as a processor that cools down, leaves its ratio alone.
 
         Args:
             name: The other function.
-            resamples: Bootstrap resamples for the interval.
-            seed: Seed of the resampling.
 
         Returns:
-            The ratio and the 2.5 % and 97.5 % quantiles of its bootstrap; above 1 the first function is faster.
+            Median of the ratios, above 1 where the first function is faster, and a 99 % confidence interval: Student's
+            for the mean of their logarithms without the tenth of them at either end (Tukey and McLaughlin).  A single
+            round says nothing: from 0 to infinity.
         """
         import numpy as np
+        from scipy.stats.mstats import trimmed_mean_ci
 
-        rng = np.random.default_rng(seed)
-        a, b = (np.asarray(self.seconds[k]) for k in (next(iter(self.seconds)), name))
-        draws = [
-            np.median(rng.choice(b, size=(resamples, len(b))), axis=1),
-            np.median(rng.choice(a, size=(resamples, len(a))), axis=1),
-        ]
-        low, high = np.quantile(draws[0] / draws[1], [0.025, 0.975])
-        return float(np.median(b) / np.median(a)), float(low), float(high)
+        first, other = (np.asarray(self.seconds[k]) for k in (next(iter(self.seconds)), name))
+        ratios = other / first
+        ratio = float(np.median(ratios))
+        if len(ratios) < 2:
+            return ratio, 0.0, math.inf
+        low, high = np.exp(trimmed_mean_ci(np.log(ratios), limits=(TRIMMED, TRIMMED), alpha=1 - CONFIDENCE))
+        return ratio, min(ratio, float(low)), max(ratio, float(high))
 
 
 def compare(
@@ -377,83 +420,6 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
     return statistics.median(found)
 
 
-class Memory(NamedTuple):
-    """Peak memory of one call in bytes.
-
-    Attributes:
-        peak: Everything, weights included.
-        activations: Peak without weights and input.
-        how: ``cuda allocator``, ``tracked`` (tensors on the CPU) or ``resident set`` of the process.
-        reserved: Peak that CUDA's allocator had reserved; None elsewhere.
-    """
-
-    peak: int
-    activations: int
-    how: str
-    reserved: int | None = None
-
-
-def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device: Any) -> Memory:
-    """Peak memory of one call.
-
-    Args:
-        fn: The call.
-        model: The module it runs, whose weights are told apart.
-        inputs: Its tensors.
-        device: CPU or CUDA.
-
-    Returns:
-        The peak.  CUDA asks the allocator; on a CPU tensors are tracked by PyTorch's (private) memory tracker, and
-        where that fails the growth of the process is sampled every millisecond.
-    """
-    device = torch.device(device)
-    tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(t.numel() * t.element_size() for t in tensors)
-    given = sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor))
-    if device.type == "cuda":
-        fn()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        fn()
-        torch.cuda.synchronize(device)
-        grown = torch.cuda.max_memory_allocated(device) - before
-        return Memory(weights + given + grown, grown, "cuda allocator", torch.cuda.max_memory_reserved(device))
-    try:
-        from torch.distributed._tools.mem_tracker import MemTracker
-
-        tracker = MemTracker()
-        tracker.track_external(model, *(t for t in inputs if isinstance(t, torch.Tensor)))
-        with tracker:
-            fn()
-        peak = int(tracker.get_tracker_snapshot("peak")[device]["Total"])
-        return Memory(peak, max(0, peak - weights - given), "tracked")
-    except Exception:  # private interface of PyTorch
-        grown = _resident_growth(fn)
-        return Memory(weights + given + grown, grown, "resident set")
-
-
-def _resident_growth(fn: Callable[[], Any]) -> int:
-    import psutil
-
-    process, stop = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not stop.wait(1e-3):
-            seen.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        fn()
-        seen.append(process.memory_info().rss)
-    finally:
-        stop.set()
-        watcher.join()
-    return max(seen) - seen[0]
-
-
 # whole models
 
 
@@ -520,19 +486,6 @@ class Conditions(NamedTuple):
 
 
 @contextlib.contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Products of float32 are in TensorFloat-32, or are not, whatever the process says elsewhere."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before, precision = (matmul.allow_tf32, cudnn.allow_tf32), matmul.fp32_precision
-    matmul.allow_tf32, cudnn.allow_tf32 = tf32, tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-        matmul.fp32_precision = precision  # "none" would come back as "ieee", which kernels take literally
-
-
-@contextlib.contextmanager
 def fused(enable: bool) -> Iterator[None]:
     """Models built inside use fused attention and kernels, or do not."""
     before = use_fused_attn(), use_fused_attn(experimental=True)
@@ -553,6 +506,7 @@ class Measured(NamedTuple):
         throughput_batch: Images.
         memory: Peak at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
         notes: What is doubtful or was changed on the way.
+        state: Of the device and PyTorch's settings while it was timed: :func:`vizoo.tools.profiling.state.state`.
     """
 
     latency: Stats | None
@@ -561,6 +515,23 @@ class Measured(NamedTuple):
     throughput_batch: int | None
     memory: Memory | None
     notes: list[str]
+    state: dict[str, Any]
+
+
+def compiled(module: Any, **options: Any) -> Any:
+    """A module, or a function, compiled for the shapes that it is called with first.
+
+    Whatever was compiled before is forgotten: a second shape is otherwise compiled for any shape.
+
+    Args:
+        module: What is compiled.
+        **options: Further ones of ``torch.compile``.
+
+    Returns:
+        What runs compiled.
+    """
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False, **options)
 
 
 class _Calls:
@@ -574,10 +545,9 @@ class _Calls:
 
     def __init__(self, model: torch.nn.Module, inputs: Sequence[Any], how: Conditions) -> None:
         self.model, self.single, self.how = model, inputs, how
-        self.run: Any = model
-        if how.compile:
-            torch._dynamo.reset()
-            self.run = torch.compile(model, mode=how.compile if isinstance(how.compile, str) else None)
+        self.watch = Watch(how.device)
+        self.breaks = 0  # of the graphs that were compiled
+        self._last: tuple[int, list[Any], Callable[[], Any]] | None = None
 
     def inputs(self, n: int) -> list[Any]:
         """Inputs of ``n`` times the batch."""
@@ -588,14 +558,31 @@ class _Calls:
             tensors = [x.contiguous(memory_format=last) if i else x for x, i in zip(tensors, images, strict=True)]
         return tensors
 
+    def prepared(self, n: int) -> tuple[list[Any], Callable[[], Any]]:
+        """Inputs of ``n`` images and the call with them, compiled for their shapes if that was asked for."""
+        if self._last is None or self._last[0] != n:
+            self._last = None  # before there are new ones: both may not fit into memory
+            tensors, run = self.inputs(n), self.model
+            if self.how.compile:
+                run = compiled(run, mode=self.how.compile if isinstance(self.how.compile, str) else None)
+            self._last = n, tensors, lambda: run(*tensors)
+        return self._last[1:]
+
     def time(self, n: int) -> tuple[Stats, Callable[[], Any]]:
         """Time the call with ``n`` images; also returns it."""
-        tensors = self.inputs(n)
+        with _memory_errors():
+            call, before, how = self.prepared(n)[1], self._graph_breaks(), self.how
+            stats = measure(call, how.device, min_time=how.min_time, max_time=how.max_time, tick=self._tick)
+        self.breaks = max(self.breaks, self._graph_breaks() - before)
+        return stats, call
 
-        def call() -> Any:
-            return self.run(*tensors)
+    def _tick(self, share: float) -> None:
+        if share:  # clocks of the warm-up are not those of the samples
+            self.watch.look()
 
-        return measure(call, self.how.device, min_time=self.how.min_time, max_time=self.how.max_time), call
+    def _graph_breaks(self) -> int:
+        """Graph breaks of whatever was compiled by now."""
+        return sum(torch._dynamo.utils.counters["graph_break"].values()) if self.how.compile else 0
 
     def throughput(self, n: int) -> tuple[float, int, list[str]]:
         """Images a second in calls of ``n`` images, or of half as many and so on where memory is too small.
@@ -611,17 +598,31 @@ class _Calls:
             except torch.cuda.OutOfMemoryError:
                 if batch == 1:
                     raise
+            else:
+                notes = [f"throughput: {w}" for w in stats.warnings]
+                return speed, batch, notes + [f"out of memory: batch reduced to {batch}"] * (batch < n)
+            self._last = None  # here, for the error above kept what it had met
+            if cuda:
                 torch.cuda.empty_cache()
-                batch //= 2
-                continue
-            notes = [f"throughput: {w}" for w in stats.warnings]
-            return speed, batch, notes + [f"out of memory: batch reduced to {batch}"] * (batch < n)
+            batch //= 2
 
     def memory(self, n: int) -> Memory:
         """Peak memory of a call with ``n`` images; on a CPU that of the uncompiled model."""
-        tensors = self.inputs(n)
-        target = self.run if self.how.device.type == "cuda" else self.model
-        return peak_memory(lambda: target(*tensors), self.model, tensors, self.how.device)
+        with _memory_errors():
+            tensors, call = self.prepared(n)
+            eager = self.how.device.type != "cuda"
+            return peak_memory((lambda: self.model(*tensors)) if eager else call, self.model, tensors, self.how.device)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What the allocator of a CPU raises is an error of its own kind, as on a GPU."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" in str(e):
+            raise torch.cuda.OutOfMemoryError(str(e)) from e
+        raise
 
 
 def measure_model(
@@ -644,7 +645,7 @@ def measure_model(
         The measurements.  A batch that does not fit into a GPU's memory is halved, with a note.
 
     Raises:
-        torch.cuda.OutOfMemoryError: If a single image does not fit.
+        torch.cuda.OutOfMemoryError: If a single image does not fit, into the memory of a CPU too.
     """
     cuda = how.device.type == "cuda"
     calls = _Calls(model, inputs, how)
@@ -663,5 +664,7 @@ def measure_model(
         step("memory")
         memory = calls.memory(large if throughput else small)
         notes += ["memory is that of the uncompiled model"] * bool(how.compile and not cuda)
+    notes += [f"compiled in pieces: {calls.breaks} graph breaks"] * bool(calls.breaks) + calls.watch.notes
     uses_small = latency is not None or (memory is not None and throughput is None)
-    return Measured(latency, small if uses_small else None, throughput, large if throughput else None, memory, notes)
+    batches = small if uses_small else None, large if throughput else None
+    return Measured(latency, batches[0], throughput, batches[1], memory, notes, calls.watch.record)
