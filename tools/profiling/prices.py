@@ -129,34 +129,34 @@ _TABLE = {  # FLOPs of one element of the first output
     new_zeros new_ones arange range eye scalar_tensor cat stack _stack _chunk_cat block_diag constant_pad_nd
     reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip
     rot90 index index_put _index_put_impl index_select index_fill index_copy index_reduce _unsafe_index
-    _unsafe_index_put _unsafe_masked_index _unsafe_masked_index_put_accumulate gather scatter scatter_add
-    scatter_reduce index_add put slice slice_scatter select select_scatter as_strided_scatter diagonal_scatter
-    masked_select masked_scatter nonzero nonzero_static embedding embedding_renorm embedding_dense
-    _embedding_bag_dense repeat repeat_interleave take tril triu tril_indices triu_indices diag_embed diagonal complex
-    rand randn randint randint_like rand_like randn_like randperm uniform normal normal_functional random cauchy
-    exponential geometric log_normal _philox_uniform _philox_normal _philox_key_split _philox_key_fold_in
-    resize resize_as _resize_output set _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle
-    im2col col2im unfold _reshape_copy view_copy permute_copy alias_copy split_with_sizes_copy unsafe_split
-    unsafe_split_with_sizes upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d bucketize searchsorted lift lift_fresh_copy _lazy_clone
-    _assert_async _assert_tensor_metadata _functional_assert_async _functional_assert_scalar
-    _functional_sym_constrain_range _functional_sym_constrain_range_for_size _make_dep_token _pin_memory from_file
-    record_stream max_unpool2d max_unpool3d _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive equal
-    hash_tensor fft_fftfreq fft_rfftfreq lu_unpack _copy_from _copy_from_and_resize shallow_copy_data
-    _fill_mem_eff_dropout_mask _efficientzerotensor _new_zeros_with_same_feature_meta batch_norm_gather_stats
-    batch_norm_gather_stats_with_counts batch_norm_update_stats _histogramdd_bin_edges _cudnn_rnn_flatten_weight
-    _cudnn_init_dropout_state to_mkldnn _mkldnn_reshape _mkldnn_transpose mkldnn_reorder_conv2d_weight
-    mkldnn_reorder_conv3d_weight _coalesce _coalesced _to_dense _to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr
-    _to_sparse_bsc sparse_mask _sparse_mask_projection copy_sparse_to_sparse resize_as_sparse sparse_resize
-    sparse_resize_and_clear _spdiags sparse_coo_tensor _sparse_coo_tensor_with_dims
-    _sparse_coo_tensor_with_dims_and_tensors sparse_compressed_tensor _sparse_compressed_tensor_with_dims
-    _convert_indices_from_coo_to_csr _convert_indices_from_csr_to_coo to_padded_tensor _nested_from_padded
-    _nested_from_padded_tensor _nested_from_padded_and_nested_example _nested_tensor_from_mask
-    _nested_tensor_from_tensor_list _nested_tensor_size _nested_tensor_strides _nested_tensor_storage_offsets
-    _nested_compute_contiguous_strides_offsets _nested_get_offsets _nested_get_lengths _nested_get_min_seqlen
-    _nested_get_max_seqlen _nested_get_jagged_dummy _nested_select _jagged_to_padded_dense_forward
-    _padded_dense_to_jagged_forward _pack_padded_sequence int_repr _make_per_tensor_quantized_tensor
-    _make_per_channel_quantized_tensor _empty_affine_quantized _empty_per_channel_affine_quantized q_per_channel_scales q_per_channel_zero_points _convert_weight_to_int4pack
+    _unsafe_index_put _unsafe_masked_index _unsafe_masked_index_put_accumulate gather scatter scatter_add scatter_reduce
+    index_add put slice slice_scatter select select_scatter as_strided_scatter diagonal_scatter masked_select
+    masked_scatter nonzero nonzero_static embedding embedding_renorm embedding_dense _embedding_bag_dense repeat
+    repeat_interleave take tril triu tril_indices triu_indices diag_embed diagonal complex rand randn randint
+    randint_like rand_like randn_like randperm uniform normal normal_functional random cauchy exponential geometric
+    log_normal _philox_uniform _philox_normal _philox_key_split _philox_key_fold_in resize resize_as _resize_output set
+    _local_scalar_dense pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold _reshape_copy view_copy
+    permute_copy alias_copy split_with_sizes_copy unsafe_split unsafe_split_with_sizes upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    bucketize searchsorted lift lift_fresh_copy _lazy_clone _assert_async _assert_tensor_metadata
+    _functional_assert_async _functional_assert_scalar _functional_sym_constrain_range
+    _functional_sym_constrain_range_for_size _make_dep_token _pin_memory from_file record_stream max_unpool2d
+    max_unpool3d _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive equal hash_tensor fft_fftfreq
+    fft_rfftfreq lu_unpack _copy_from _copy_from_and_resize shallow_copy_data _fill_mem_eff_dropout_mask
+    _efficientzerotensor _new_zeros_with_same_feature_meta batch_norm_gather_stats batch_norm_gather_stats_with_counts
+    batch_norm_update_stats _histogramdd_bin_edges _cudnn_rnn_flatten_weight _cudnn_init_dropout_state to_mkldnn
+    _mkldnn_reshape _mkldnn_transpose mkldnn_reorder_conv2d_weight mkldnn_reorder_conv3d_weight _coalesce _coalesced
+    _to_dense _to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr _to_sparse_bsc sparse_mask _sparse_mask_projection
+    copy_sparse_to_sparse resize_as_sparse sparse_resize sparse_resize_and_clear _spdiags sparse_coo_tensor
+    _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors sparse_compressed_tensor
+    _sparse_compressed_tensor_with_dims _convert_indices_from_coo_to_csr _convert_indices_from_csr_to_coo
+    to_padded_tensor _nested_from_padded _nested_from_padded_tensor _nested_from_padded_and_nested_example
+    _nested_tensor_from_mask _nested_tensor_from_tensor_list _nested_tensor_size _nested_tensor_strides
+    _nested_tensor_storage_offsets _nested_compute_contiguous_strides_offsets _nested_get_offsets _nested_get_lengths
+    _nested_get_min_seqlen _nested_get_max_seqlen _nested_get_jagged_dummy _nested_select
+    _jagged_to_padded_dense_forward _padded_dense_to_jagged_forward _pack_padded_sequence int_repr
+    _make_per_tensor_quantized_tensor _make_per_channel_quantized_tensor _empty_affine_quantized
+    _empty_per_channel_affine_quantized q_per_channel_scales q_per_channel_zero_points _convert_weight_to_int4pack
     _convert_weight_to_int4pack_for_cpu _dyn_quant_pack_4bit_weight _cslt_compress _to_sparse_semi_structured
     _sparse_semi_structured_tile _sparse_semi_structured_apply _sparse_semi_structured_apply_dense""",
 }
@@ -164,14 +164,14 @@ _BY_INPUT = {  # FLOPs of one element of the first input
     5: "binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss",
     3: """mse_loss smooth_l1_loss huber_loss multi_margin_loss multilabel_margin_loss_forward batch_norm_stats
     batch_norm_backward_reduce""",
-    1: """sum nansum mean nanmean amax amin aminmax _aminmax max min prod any all _is_all_true _is_any_true argmax argmin var std var_mean
-    std_mean norm native_norm linalg_vector_norm linalg__powsum _powsum dist logsumexp count_nonzero trace avg_pool1d avg_pool2d
-    avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d max_pool2d_with_indices
-    max_pool3d_with_indices mkldnn_max_pool2d mkldnn_max_pool3d quantized_max_pool1d quantized_max_pool2d
-    quantized_max_pool3d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d
-    fractional_max_pool3d topk sort median nanmedian mode kthvalue cummax cummin _cummax_helper _cummin_helper allclose
-    multinomial histc histogram bincount _histogramdd_from_bin_cts _histogramdd_from_bin_tensors segment_reduce
-    _sparse_sum _sparse_csr_sum _sparse_csr_prod _nested_sum""",
+    1: """sum nansum mean nanmean amax amin aminmax _aminmax max min prod any all _is_all_true _is_any_true argmax
+    argmin var std var_mean std_mean norm native_norm linalg_vector_norm linalg__powsum _powsum dist logsumexp
+    count_nonzero trace avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    mkldnn_adaptive_avg_pool2d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d mkldnn_max_pool3d
+    quantized_max_pool1d quantized_max_pool2d quantized_max_pool3d adaptive_max_pool2d adaptive_max_pool3d
+    fractional_max_pool2d fractional_max_pool3d topk sort median nanmedian mode kthvalue cummax cummin _cummax_helper
+    _cummin_helper allclose multinomial histc histogram bincount _histogramdd_from_bin_cts _histogramdd_from_bin_tensors
+    segment_reduce _sparse_sum _sparse_csr_sum _sparse_csr_prod _nested_sum""",
 }
 _SPACES = ("quantized", "_quantized", "onednn")
 _QUANTIZED = {  # of the namespaces of quantised operators
@@ -190,6 +190,7 @@ _FREE = (
     "_unpack",
     "_unpack_fp16",
 )  # data, differently laid out
+_PRODUCTS = {"mul", "div", "square", "reciprocal", "prod", "cumprod"}
 _CONSTANTS = {
     **{f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()},
     **{f"{space}::{name}": n for n, names in _QUANTIZED.items() for name in names.split() for space in _SPACES},
@@ -223,6 +224,7 @@ PRICES: dict[str, Callable[..., Cost]] = {
     "aten::_thnn_fused_gru_cell": _fused_cell(19, 3),
     "aten::_thnn_fused_lstm_cell_backward_impl": _fused_cell_backward(28, 2),
     "aten::_thnn_fused_gru_cell_backward": _fused_cell_backward(19, 0),
+    "flex_lib::zeros_and_scatter": _free,  # gradients of what modifies scores of FlexAttention
     "torchvision::nms": lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2),  # every pair
     **dict.fromkeys(("torchvision::roi_align", "torchvision::qroi_align", "torchvision::ps_roi_align"), _roi_align),
     **dict.fromkeys(("torchvision::roi_pool", "torchvision::ps_roi_pool"), _per_input(1)),
@@ -253,6 +255,23 @@ def price_of(func: Any, name: str) -> Callable[..., Cost] | None:
         return _foreach(one) if one is not None else None
     packet = find_operator(plain) or func._overloadpacket  # some operators in place lack the tag of the plain one
     return _per_output(1) if _is_pointwise(packet) else None
+
+
+def of_complex(name: str, other: int) -> int:
+    """Other FLOPs of an operator on complex numbers, from those that it has on real ones.
+
+    An addition is 2 and so is whatever is no product, a multiplication or division 6, and linear algebra, as many of
+    both, 4; the price of an FFT is one of complex numbers.
+
+    Args:
+        name: Name of the operator in its schema.
+        other: Its other FLOPs on real numbers.
+
+    Returns:
+        Its other FLOPs.
+    """
+    short = name.partition("::")[2].removesuffix("_")
+    return other * (4 if short in SOLVERS else 6 if short in _PRODUCTS else 1 if short.startswith("_fft") else 2)
 
 
 def _asks(schema: Any) -> bool:
