@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -33,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
-from vizoo.tools.profiling.prices import PRICES, price_of
+from vizoo.tools.profiling.flex import flex_as_operator, run_flex_attention
+from vizoo.tools.profiling.prices import PRICES, of_complex, price_of
 
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
 
@@ -177,8 +179,49 @@ def _mapping() -> dict[Any, Callable[..., int]]:
     return {op: f for op, f in {**formulas, **overloads}.items() if f is not _nothing or op not in flop_registry}
 
 
+def _counter(engine: str) -> FlopCounterMode:
+    """A counter whose formulas know more than shapes: numbers that are complex or not stored."""
+    mapping = _mapping()
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    counted = {op: f for op, f in counter.flop_registry.items() if mapping.get(op) is not _nothing}
+    counter.flop_registry.update({op: _of_numbers(f, engine == "real") for op, f in counted.items()})
+    return counter
+
+
+def _of_numbers(formula: Callable[..., int], real: bool) -> Callable[..., int]:
+    """A formula of products of tensors: of complex numbers they are four real ones, of stored zeros none."""
+
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        n = formula(*args, out_val=out_val, **kwargs)
+        given = [t for t in args if isinstance(t, Tensor)]
+        if any(t.is_complex() for t in given):
+            n *= 4
+        sparse = next((t for t in given if t.layout in _SPARSE), None) if real else None
+        if sparse is not None:
+            values = sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()
+            n = n * values.numel() // max(1, sparse.numel())
+        return n
+
+    return flops
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Recurrent layers take their plain operators, the same on every device."""
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
 # what a count must say about itself
 
+_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _ELSEWHERE = "made by another thread, NumPy, an extension or a kernel, and not counted"
 _NO_NUMBERS = "the model goes on in {where} after an error of tensors without numbers: others may take another path"
 _LEAVING = {  # after these calls numbers are where no operator of PyTorch is needed
@@ -293,9 +336,9 @@ class _Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, counter: FlopCounterMode, origins: _Origins) -> None:
+    def __init__(self, counter: FlopCounterMode, origins: _Origins, engine: str) -> None:
         super().__init__()
-        self.counter, self.origins = counter, origins
+        self.counter, self.origins, self.engine = counter, origins, engine
         self.uncounted: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.other_of_op: Counter[str] = Counter()
@@ -373,7 +416,32 @@ class _Recorder(TorchDispatchMode):
         known = func._overloadpacket in flop_registry and name not in COSTS
         if price is None and not known:
             self._unpriced(name)
-        acts = written[0].numel() if (known or cost.macs) and written else 0
+        product = known or bool(cost.macs)
+        if product:
+            self._check_stored(name, given)
+        if any(t.is_complex() for t in (*given, *written)):
+            cost = cost._replace(other=of_complex(name, cost.other))
+        if cost.acts is None:
+            cost = cost._replace(acts=written[0].numel() if product and written else 0)
+        self._add(name, cost, given, written)
+        return out
+
+    def _check_stored(self, name: str, given: list[Tensor]) -> None:
+        """Say where a product is counted for numbers that it may not have."""
+        sparse = sum(t.layout in _SPARSE for t in given)
+        if sparse and self.engine != "real":
+            self.tell(f"{name} in {{where}} reads sparse tensors: counted as dense", doubt=True, cells=("macs",))
+        elif sparse > 1:
+            self.tell(f"{name} in {{where}} multiplies sparse tensors: one is counted as dense", cells=("macs",))
+
+    def charge(self, name: str, cost: Cost, given: list[Tensor], written: list[Tensor]) -> None:
+        """Add a call of an operator that no mode sees, with its multiply-accumulates."""
+        for path in set(self.counter.mod_tracker.parents):
+            self.counter.flop_counts[path][name] += 2 * cost.macs
+        self.origins.write(written, True)
+        self._add(name, cost, given, written)
+
+    def _add(self, name: str, cost: Cost, given: list[Tensor], written: list[Tensor]) -> None:
         moved = sum(t.numel() * t.element_size() for t in (*given, *written))
         self.calls[name] += 1
         self.other_of_op[name] += cost.other
@@ -382,8 +450,7 @@ class _Recorder(TorchDispatchMode):
         self.largest = max([self.largest, *(t.numel() for t in written)])
         for path in set(self.counter.mod_tracker.parents):
             self.other[path] += cost.other
-            self.acts[path] += acts if cost.acts is None else cost.acts
-        return out
+            self.acts[path] += cost.acts or 0
 
     def _unpriced(self, name: str) -> None:
         self.uncounted[name] += 1
@@ -419,7 +486,7 @@ class _Watch(TorchFunctionMode):
                 tell(_NO_NUMBERS, doubt=True)
                 raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
         try:
-            out = func(*args, **kwargs or {})
+            out = self._run(func, args, kwargs or {})
             if func in _FROM_PYTHON and not (args and out is args[0]):
                 self.recorder.origins.write([out], self.recorder.origins.left)
             return out
@@ -427,6 +494,14 @@ class _Watch(TorchFunctionMode):
             if self.engine != "real":
                 tell(_NO_NUMBERS, doubt=True)
             raise
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _RECURRENT:
+            with _unfused():
+                return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention":
+            return run_flex_attention(self.recorder, func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -522,8 +597,8 @@ class _Run(NamedTuple):
 
 def _run(call: _Call, mode: Any, engine: str) -> _Run:
     model, args, kwargs, constants = call
-    counter = FlopCounterMode(display=False, custom_mapping=_mapping())
-    recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))))
+    counter = _counter(engine)
+    recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))), engine)
     paths = {id(m): path for path, m in model.named_modules()}
     shapes: dict[str, tuple[int, ...] | None] = {}
     counting = threading.get_ident()
@@ -544,7 +619,10 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
             p.requires_grad_(False) if p.is_leaf else p.detach_()
     hook = register_module_forward_hook(note)  # scripted modules take none of their own
     try:
-        with _same_afterwards(constants), _watch_threads(recorder), mode(), _Watch(recorder, engine), recorder, counter:
+        around = _same_afterwards(constants), _watch_threads(recorder), flex_as_operator(), mode()
+        with contextlib.ExitStack() as stack:
+            for context in (*around, _Watch(recorder, engine), recorder, counter):
+                stack.enter_context(context)
             out = model(*args, **kwargs)
             if backward:
                 parts = [t for t in _tensors(out) if t.requires_grad]

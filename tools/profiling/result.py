@@ -23,8 +23,8 @@ COLUMNS = [
     "model", "height", "width", "params", "macs", "flops_other", "acts", "bytes", "kernels", "fvcore_total", "status",
     "partial", "reasons", "latency_batch", *(f"latency_{k}" for k in LATENCY), "throughput_batch", "throughput",
     "peak_bytes", "cpu_use", "device", "dtype", "amp", "channels_last", "compile", "threads", "fused", "reparam",
-    "features", "vizoo", "commit", "python", "torch", "timm", "cuda", "machine", "instructions", "cores", "load", *STATE,
-    "date", "notes",
+    "features", "vizoo", "commit", "python", "torch", "timm", "cuda", "machine", "instructions", "cores", "load",
+    *STATE, "date", "notes",
 ]  # fmt: skip
 
 
