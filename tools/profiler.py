@@ -17,6 +17,7 @@ from vizoo.tools.common import (
     check_file,
     check_output,
     check_result,
+    imports,
     one_line,
     print_json,
     print_tables,
@@ -216,9 +217,10 @@ def _differs(p: Profile) -> bool:
 
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from vizoo.tools.profiling.machine import default_threads, with_threads
-    from vizoo.tools.profiling.picture import plot, print_notes
-    from vizoo.tools.profiling.result import table, to_record
+    with imports():
+        from vizoo.tools.profiling.machine import default_threads, with_threads
+        from vizoo.tools.profiling.picture import plot, print_notes
+        from vizoo.tools.profiling.result import table, to_record
 
     _check(args)
     profiles = with_threads(args.threads or [default_threads()], _profile_all, args)
