@@ -36,7 +36,6 @@ from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, price_of
 
-
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
 
 
@@ -311,7 +310,7 @@ class _Recorder(TorchDispatchMode):
         self.doubts: set[str] = set()  # those of them that another engine may settle
         self.cells: dict[str, tuple[str, ...]] = {}  # the figures that each concerns
         self.unseen: dict[int, tuple[Any, str]] = {}  # storages that no operator wrote, and who read them where
-        self.run = Kernels()
+        self.operators = Kernels()
 
     def here(self) -> str:
         """The module that runs now."""
@@ -352,7 +351,7 @@ class _Recorder(TorchDispatchMode):
             return self._record(func, args, kwargs or {})
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = self.run(func, args, kwargs)
+        out = self.operators.run(func, args, kwargs)
         if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator
             self.calls[str(func)] += 1
             if func not in flop_registry:

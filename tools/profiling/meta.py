@@ -24,7 +24,8 @@ class Kernels:
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}  # metadata of what an operator returned
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator returns for its arguments."""
         try:
             key = func, _metadata(args), tuple((name, _metadata(value)) for name, value in kwargs.items())
             found = self.known.get(key)
@@ -39,7 +40,7 @@ class Kernels:
 
 
 def _metadata(value: Any) -> Any:
-    """All that a kernel of the meta device sees of an argument; a TypeError for tensors that are no plain ones there."""
+    """All that a kernel sees of an argument on the meta device; a TypeError for a tensor that is no plain one there."""
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter) or not value.is_meta or value.layout is not torch.strided:
             raise TypeError(f"got a {type(value).__name__} on {value.device}, need a plain one on meta")
