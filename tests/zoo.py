@@ -14,9 +14,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import vizoo  # noqa: F401 - registers the zoo
+from vizoo.tools.profiling.meta import NoValues
 
 FORWARD, BACKWARD, SMALL = 384, 128, 96  # sides in pixels: one pass, training step, everything else
 LARGE = 70_000_000  # parameters from which a model takes seconds to build
@@ -29,15 +29,6 @@ def module_of(name: str) -> ModuleType:
 
 def _registered() -> list[str]:
     return [n for n in timm.list_models() if module_of(n).__name__.startswith("vizoo.")]
-
-
-class NoValues(TorchFunctionMode):
-    """Leaves out what makes normal values truncated ones on the meta device, most of the time of a model there."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.erfinv_, Tensor.clamp_) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:

@@ -8,6 +8,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import io
 import json
 import os
@@ -82,6 +83,20 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
         status, text = known
         print(f"{who}: error: {text}", file=sys.stderr)
         return status
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """Around the first heavy imports of a process, whose million objects are then never looked through for garbage."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class _UnreadOutput:
@@ -255,6 +270,8 @@ def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwarg
     """
     import timm
 
+    from vizoo.tools.profiling.meta import NoValues
+
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     for path in (kwargs.get("checkpoint_path"), overlay.get("file")):
         if path:
@@ -262,7 +279,8 @@ def build_model(name: str, prepare: Callable[[Any], None] | None = None, **kwarg
     given = kwargs.get("checkpoint_path") or overlay.get("file")
     try:
         if prepare is None:
-            model = timm.create_model(name, **kwargs)
+            with NoValues():
+                model = timm.create_model(name, **kwargs)
         else:
             checkpoint = kwargs.pop("checkpoint_path", "")
             model = timm.create_model(name, **kwargs)

@@ -18,6 +18,7 @@ from vizoo.tools.common import (
     check_file,
     check_output,
     check_result,
+    imports,
     one_line,
     progress,
     refuse_failures,
@@ -220,8 +221,9 @@ def _differs(p: Profile) -> bool:
 
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from vizoo.tools.profiling.picture import plot, print_notes
-    from vizoo.tools.profiling.result import Profile, headers, table, to_record
+    with imports():
+        from vizoo.tools.profiling.picture import plot, print_notes
+        from vizoo.tools.profiling.result import Profile, headers, table, to_record
 
     _check(args)
     modes = MODES if "all" in args.mode else args.mode

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.flex import flex_as_operator, run_flex_attention
+from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, of_complex, price_of
 
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
@@ -168,6 +169,9 @@ def _is_view(func: Any) -> bool:
 
 def _nothing(*args: Any, **kwargs: Any) -> int:
     return 0
+
+
+_nothing._get_raw = True  # type: ignore[attr-defined] # else the counter makes shapes of all arguments first
 
 
 def _mapping() -> dict[Any, Callable[..., int]]:
@@ -349,6 +353,7 @@ class _Recorder(TorchDispatchMode):
         self.doubts: set[str] = set()  # those of them that another engine may settle
         self.cells: dict[str, tuple[str, ...]] = {}  # the figures that each concerns
         self.unseen: dict[int, tuple[Any, str]] = {}  # storages that no operator wrote, and who read them where
+        self.operators = Kernels()
 
     def here(self) -> str:
         """The module that runs now."""
@@ -389,7 +394,7 @@ class _Recorder(TorchDispatchMode):
             return self._record(func, args, kwargs or {})
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = func(*args, **kwargs)
+        out = self.operators.run(func, args, kwargs)
         if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator
             self.calls[str(func)] += 1
             if func not in flop_registry:
