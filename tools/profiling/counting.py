@@ -21,6 +21,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -209,17 +210,20 @@ def _of_numbers(formula: Callable[..., int], real: bool) -> Callable[..., int]:
     return flops
 
 
-@contextlib.contextmanager
-def _unfused() -> Iterator[None]:
-    """Recurrent layers take their plain operators, the same on every device."""
-    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+def _recurrent(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a recurrent layer without oneDNN; where autograd follows it, step by step, the same on every device."""
+    onednn = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
     try:
-        yield
+        if torch.is_inference_mode_enabled():  # there it is one operator
+            return func(*args, **kwargs)
+        from torch._decomp import decompositions  # noqa: F401  (slow; it registers the steps)
+
+        packet = find_operator(f"aten::{func.__name__}")
+        overload = packet.data if isinstance(args[3], (list, tuple)) else packet.input  # of packed sequences
+        return overload.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd](*args, **kwargs)
     finally:
         torch._C._set_mkldnn_enabled(onednn)
-        torch._C._set_cudnn_enabled(cudnn)
 
 
 # what a count must say about itself
@@ -318,6 +322,8 @@ class _Origins:
         read = [t for t in given if id(t) not in unread] if unread else given
         data = any(self.data(t) is not False for t in read) or any(self.data(t) is True for t in written)
         self.write((*_tensors(out), *written), data)
+        if short == "_pack_padded_sequence":  # its sizes of batches come from the lengths alone
+            self.write([out[1]], self.data(args[1]))
         return read, data
 
 
@@ -481,7 +487,7 @@ class _Watch(TorchFunctionMode):
             asking = str(sys._getframe(1).f_globals.get("__name__"))
             if asking.partition(".")[0] not in _SAME_EVERYWHERE:
                 tell("the model asks in {where} where its tensors are: counted for the meta device", doubt=True)
-        if func is torch.ops.higher_order.cond:
+        if func is torch.ops.higher_order.cond and not torch.is_grad_enabled():
             tell("numbers decide a branch in {where}: the dearer one is counted")
         if func in _LEAVING and self.recorder.origins.data(args[0]) is not False:
             text = f"numbers leave torch in {{where}} ({resolve_name(func)}): what is computed with them is not counted"
@@ -502,11 +508,29 @@ class _Watch(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _RECURRENT:
-            with _unfused():
-                return func(*args, **kwargs)
-        if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention":
+            return _recurrent(func, args, kwargs)
+        if not isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
+        if func.name() == "flex_attention":
             return run_flex_attention(self.recorder, func, *args, **kwargs)
-        return func(*args, **kwargs)
+        if func is torch.ops.higher_order.cond and not torch.is_grad_enabled():  # the counter runs both branches
+            return func(*args, **kwargs)
+        return _inside(func)(*args, **kwargs)
+
+
+def _inside(func: HigherOrderOperator) -> Callable[..., Any]:
+    """What a higher-order operator does, in plain operators, which are counted; itself where PyTorch has nothing."""
+    plain = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd, func)
+    asked = "_get_current_dispatch_mode"  # some refuse to run while anything watches
+    module = sys.modules[plain.__module__]
+    if not hasattr(module, asked):
+        return plain
+
+    def unwatched(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(module, asked, lambda: None):
+            return plain(*args, **kwargs)
+
+    return unwatched
 
 
 @contextlib.contextmanager
