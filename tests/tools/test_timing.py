@@ -1,7 +1,9 @@
-"""Timing: stopping rules and statistics under fake clocks, alternation, memory."""
+"""Timing: stopping rules and statistics under fake clocks, alternation, compiled models, a fake GPU."""
 
+import contextlib
+import functools
 import gc
-import threading
+import statistics
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 
 from vizoo.tools.common import Failure
 from vizoo.tools.profiler import compare, measure
-from vizoo.tools.profiling import machine, timing
+from vizoo.tools.profiling import machine, state, timing
 
 
 class Clock:
@@ -140,14 +142,37 @@ def test_short_calls_are_repeated():
     assert timed.seconds["long"] == pytest.approx([0.03] * 5)
 
 
-def test_ratio_has_an_interval():
-    rng = np.random.default_rng(0)
-    fast = (0.1 + 0.01 * rng.random(50)).tolist()
-    slow = (0.2 + 0.02 * rng.random(50)).tolist()
-    ratio, low, high = timing.Comparison({"fast": fast, "slow": slow}, 1.0, {}).ratio("slow")
-    assert ratio == pytest.approx(np.median(slow) / np.median(fast))
-    assert low <= ratio <= high
-    assert high - low < 0.2
+def rounds(rng, n, noise, truth=1.02):
+    """Two functions on a machine whose speed drifts by tens of percent, one of which is 2 % slower."""
+    drift = 1 + 0.15 * np.sin(np.linspace(0, 3, n)) + 0.2 * rng.random(n)
+    return timing.Comparison({"a": drift * noise(rng, n), "b": truth * drift * noise(rng, n)}, 1.0, {})
+
+
+NOISE = {
+    "normal": lambda rng, n: 1 + 0.003 * rng.standard_normal(n),
+    "heavy": lambda rng, n: 1 + 0.002 * rng.standard_t(3, n),
+    "outliers": lambda rng, n: 1 + 0.003 * rng.random(n) + 0.2 * rng.random(n) * (rng.random(n) < 0.1),
+}
+
+
+@pytest.mark.parametrize("n", [8, 20, 50])
+@pytest.mark.parametrize("noise", NOISE)
+def test_a_drift_of_both_leaves_the_ratio_alone(noise, n):
+    """The interval holds the truth as often as it says, and with 20 rounds it is narrower than 1 %."""
+    found = [rounds(np.random.default_rng(seed), n, NOISE[noise]).ratio("b") for seed in range(400)]
+    assert sum(low <= 1.02 <= high for _, low, high in found) >= 0.975 * len(found)
+    assert all(low <= ratio <= high for ratio, low, high in found)
+    if noise == "normal" and n >= 20:
+        assert max(high - low for _, low, high in found[:100]) < 0.01
+
+
+def test_ratios_are_of_rounds():
+    """The median of the ratios of rounds; equal ratios leave no doubt, one round leaves all."""
+    found = timing.Comparison({"a": [1.0, 2.0, 4.0, 8.0], "b": [1.5, 3.0, 6.0, 80.0]}, 1.0, {})
+    assert found.ratio("b")[0] == pytest.approx(1.5)
+    assert found.ratio("b") == found.ratio("b")
+    assert timing.Comparison({"a": [1.0, 2.0], "b": [1.5, 3.0]}, 1.0, {}).ratio("b") == pytest.approx((1.5, 1.5, 1.5))
+    assert timing.Comparison({"a": [1.0], "b": [1.5]}, 1.0, {}).ratio("b") == (1.5, 0.0, float("inf"))
 
 
 @pytest.mark.parametrize("functions", [{}, {"a": lambda: None}])
@@ -156,53 +181,6 @@ def test_compare_needs_two(functions):
         compare(functions)
     with pytest.raises(ValueError, match="rounds=0"):
         compare({"a": lambda: None, "b": lambda: None}, rounds=0)
-
-
-def test_memory_is_tracked():
-    """Two maps of 1 MB are alive at the peak: the first layer's output and the second's."""
-    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 256)).eval()
-    x = torch.randn(1024, 64)
-    with torch.inference_mode():
-        found = timing.peak_memory(lambda: model(x), model, [x], "cpu")
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    assert found.how == "tracked"
-    assert found.activations == pytest.approx(2 * 1024 * 256 * 4, rel=0.01)
-    assert found.peak == pytest.approx(weights + x.numel() * 4 + 2 * 1024 * 256 * 4, rel=0.01)
-
-
-def test_memory_falls_back_to_the_resident_set(monkeypatch):
-    from torch.distributed._tools import mem_tracker
-
-    def broken():
-        raise AttributeError("gone")
-
-    monkeypatch.setattr(mem_tracker, "MemTracker", broken)
-    model, x = nn.Linear(4, 4), torch.zeros(1, 4)
-    found = timing.peak_memory(lambda: model(x), model, [x], "cpu")
-    assert found.how == "resident set"
-    assert found.peak >= 4 * 20 + 16
-
-
-def test_resident_set_sees_the_peak_and_not_the_end(monkeypatch):
-    """The process stands still at 10, 70 and 20 MB: what machines report of real allocations differs."""
-    import psutil
-
-    size, seen = 10 << 20, threading.Event()
-
-    class Process:
-        def memory_info(self):
-            if size == 70 << 20:
-                seen.set()
-            return SimpleNamespace(rss=size)
-
-    def allocate():
-        nonlocal size
-        size = 70 << 20
-        assert seen.wait(60), "the watcher stopped"
-        size = 20 << 20
-
-    monkeypatch.setattr(psutil, "Process", Process)
-    assert timing._resident_growth(allocate) == 60 << 20
 
 
 @pytest.mark.parametrize(
@@ -259,15 +237,25 @@ def test_inputs_grow_with_the_batch():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_batch_is_halved_until_it_fits(monkeypatch):
-    """As on a GPU whose memory holds 10 images; the clock is faked."""
+NO_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu"])
+def test_batch_is_halved_until_it_fits(error, monkeypatch):
+    """As on a device whose memory holds 10 images; the clock is faked."""
     tried = []
 
     def fake(fn, device, **kwargs):
         tried.append(fn().shape[0])
         if tried[-1] > 10:
-            raise torch.cuda.OutOfMemoryError
+            raise error
         return timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
+
+    def full(*args, **kwargs):
+        raise error
 
     monkeypatch.setattr(timing, "measure", fake)
     how = timing.Conditions(batch=64)
@@ -275,9 +263,193 @@ def test_batch_is_halved_until_it_fits(monkeypatch):
     assert tried == [64, 32, 16, 8]
     assert (found.throughput, found.throughput_batch) == (pytest.approx(10), 8)
     assert found.notes == ["out of memory: batch reduced to 8"]
-    monkeypatch.setattr(timing, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), how)
+    monkeypatch.setattr(timing, "measure", full)
+    for mode in ("throughput", "latency"):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), (mode,), how)
+
+
+def test_other_errors_are_not_of_memory(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a kernel is missing")
+
+    monkeypatch.setattr(timing, "measure", broken)
+    with pytest.raises(RuntimeError, match="a kernel is missing") as caught:
+        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), timing.Conditions())
+    assert not isinstance(caught.value, torch.cuda.OutOfMemoryError)
+
+
+class Graphs:
+    """A backend that runs what it is given as it is, and keeps the shapes and numbers it was given."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def __call__(self, graph, inputs):
+        nodes = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        self.inputs.append([tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in nodes])
+        return graph.forward
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, and how."""
+    found = Graphs()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
+    return found
+
+
+def test_every_batch_is_compiled_for_itself(graphs):
+    """Latency at batch 1, then throughput at batch 8: dynamo would take the second as a hint to compile for any."""
+    how = timing.Conditions(compile=True, min_time=0, max_time=0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    with how.entered():
+        found = timing.measure_model(model, (torch.zeros(1, 3, 8, 8),), ("latency", "throughput", "memory"), how)
+    shapes = [[s for s in given if s[1:] == (3, 8, 8)] for given in graphs.inputs]
+    assert shapes == [[(1, 3, 8, 8)], [(8, 3, 8, 8)]]
+    assert all(type(n) is int for given in graphs.inputs for shape in given for n in shape)
+    assert "graph breaks" not in str(found.notes)
+
+
+def test_models_of_one_class_are_compiled_for_themselves(graphs):
+    """As in a benchmark, where each batch size has models of its own that share their code."""
+    for n in (1, 8, 3):
+        sides = [timing.compiled(nn.Linear(4, 4)) for _ in range(2)]
+        for side in sides:
+            side(torch.zeros(n, 4))
+    shapes = [next(s for s in given if s[1:] == (4,) and s != (4, 4)) for given in graphs.inputs]
+    assert shapes == [(1, 4), (8, 4), (3, 4)]  # both sides share one graph
+    assert all(type(n) is int for shape in shapes for n in shape)
+
+
+def test_graph_breaks_are_told(graphs):
+    class Broken(nn.Module):
+        def forward(self, x):
+            x = x + 1
+            torch._dynamo.graph_break()
+            return x * 2
+
+    how = timing.Conditions(compile=True, min_time=0, max_time=0)
+    found = timing.measure_model(Broken(), (torch.zeros(1, 2),), ("latency",), how)
+    assert "compiled in pieces: 1 graph breaks" in found.notes
+
+
+@pytest.mark.parametrize("way", ["matmul", "everything", "old"])
+def test_compiled_models_run_whatever_the_settings_are(way, graphs):
+    """Of the settings that PyTorch refuses to see mixed; they are tried out in test_precision.py."""
+    how, before = timing.Conditions(compile=True, min_time=0, max_time=0), torch.backends.cuda.matmul.fp32_precision
+    try:
+        if way == "everything":
+            torch.backends.fp32_precision = "tf32"
+        elif way == "matmul":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with how.entered():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            timing.measure_model(nn.Linear(2, 2), (torch.zeros(1, 2),), ("latency", "throughput"), how)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class Card:
+    """A GPU that works through its queue, and a host that launches five kernels a call; times in seconds."""
+
+    def __init__(self, launch, busy):
+        self.launch, self.busy = launch, busy
+        self.now = self.free = 0.0
+
+    def call(self):
+        for _ in range(5):
+            self.now += self.launch / 5
+            self.free = max(self.free, self.now) + self.busy / 5
+
+    def synchronize(self, device=None):
+        self.now = max(self.now, self.free)
+
+    def spin(self, clocks):
+        self.free = max(self.free, self.now) + clocks / timing.SPIN
+
+    def event(self, enable_timing):
+        event = SimpleNamespace(at=None)
+        event.record = lambda: setattr(event, "at", max(self.free, self.now))
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+
+@pytest.fixture
+def card(monkeypatch):
+    def make(launch, busy):
+        card = Card(launch, busy)
+        for name, fake in {"synchronize": card.synchronize, "Event": card.event, "_sleep": card.spin}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        return card
+
+    return make
+
+
+def test_latency_on_a_gpu_is_what_a_caller_waits(card):
+    """Work of 10 ms that is launched in 1 ms: the caller waits for the first launch and all of the work."""
+    gpu = card(0.001, 0.010)
+    stats = measure(gpu.call, "cuda", clock=lambda: gpu.now, min_time=0.1, max_time=5)
+    assert stats.median == pytest.approx(0.0102)
+    assert stats.quantile(1.0) == pytest.approx(stats.first)
+    assert stats.host == pytest.approx([0.001] * stats.n)
+    assert stats.device == pytest.approx([0.010] * 25)
+    assert (stats.cpu_use, stats.warnings) == (None, [])
+    d = stats.to_dict()
+    assert (d["host_ms"], d["device_ms"]) == (pytest.approx(1), pytest.approx(10))
+    assert (len(d["host_samples_ms"]), len(d["device_samples_ms"])) == (stats.n, 25)
+
+
+def test_launches_that_take_longer_than_their_work_are_named(card):
+    """The work of 1 ms fits between the launches: their 10 ms are all that a caller waits for."""
+    gpu = card(0.010, 0.001)
+    stats = measure(gpu.call, "cuda", clock=lambda: gpu.now, min_time=0.1, max_time=5)
+    assert stats.median == pytest.approx(0.0102)
+    assert stats.device == pytest.approx([0.001] * 25)
+    assert stats.warnings == ["launch-bound: 10.00 ms to launch, 1.00 ms of work on the GPU"]
+
+
+def test_slow_calls_on_a_gpu_are_few(card):
+    gpu = card(0.001, 1.0)
+    assert len(measure(gpu.call, "cuda", clock=lambda: gpu.now, min_time=1, max_time=2).device) == 3
+
+
+def test_a_cpu_has_no_launches():
+    stats = Clock(0.01).measure(min_time=0, max_time=1)
+    assert stats.host is stats.device is None
+    assert stats.to_dict()["host_ms"] is None
+
+
+def test_processor_time_is_that_of_the_calls():
+    """What is done between calls, as drawing a bar, says nothing about the machine."""
+    clock = Clock(0.1)
+
+    def tick(share):
+        clock.wall += 1.0
+        clock.cpu += 0.5
+
+    assert clock.measure(min_time=0.5, max_time=5, tick=tick).cpu_use == pytest.approx(1)
+
+
+def test_flushing_of_denormal_numbers_comes_back():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    try:
+        with timing.quiet():
+            assert state.flushes_denormal()
+        assert state.flushes_denormal()
+    finally:
+        torch.set_flush_denormal(False)
+    with timing.quiet():
+        assert state.flushes_denormal()
+    assert not state.flushes_denormal()
 
 
 def test_conditions_come_back():
@@ -308,6 +480,8 @@ def test_on_a_gpu():
     with torch.inference_mode():
         stats = measure(lambda: model(x), "cuda", min_time=0.2, max_time=1)
         assert stats.cpu_use is None
+        assert min(stats.device) > 0 < min(stats.host)
+        assert statistics.median(stats.host) <= stats.median
         assert 0 < timing.back_to_back(lambda: model(x), "cuda", 0.02) <= 2 * stats.median
         found = timing.peak_memory(lambda: model(x), model, [x], "cuda")
     assert found.activations >= 4096 * 1024 * 4
