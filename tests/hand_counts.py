@@ -22,46 +22,42 @@ def _out(out: Any) -> int:
     return next(t for t in tree_leaves(out) if isinstance(t, Tensor)).numel()
 
 
-def _linear(out: Any, input: Tensor, weight: Tensor, bias: Any = None) -> int:
+def _linear(out: Any, /, input: Tensor, weight: Tensor, bias: Any = None) -> int:
     return input.numel() * (weight.numel() // input.shape[-1])
 
 
-def _conv(out: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+def _conv(out: Any, /, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     """Each output element is a sum over the input channels of its group and the taps: the weight but for its rows."""
     return _out(out) * weight[0].numel()
 
 
-def _conv_transpose(out: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+def _conv_transpose(out: Any, /, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     """Each input element goes, multiplied, to every tap of the output channels of its group."""
     return input.numel() * weight[0].numel()
 
 
-def _matmul(out: Any, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+def _matmul(out: Any, /, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
     return _out(out) * a.shape[-1]
 
 
-def _rmatmul(out: Any, b: Tensor, a: Tensor) -> int:
+def _rmatmul(out: Any, /, b: Tensor, a: Tensor) -> int:
     return _out(out) * a.shape[-1]
 
 
-def _add_matmul(out: Any, x: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+def _add_matmul(out: Any, /, x: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
     return _out(out) * a.shape[-1]
 
 
-def _addbmm(out: Any, x: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> int:
-    return a.numel() * b.shape[-1]
-
-
-def _inner(out: Any, a: Tensor, b: Tensor) -> int:
+def _inner(out: Any, /, a: Tensor, b: Tensor) -> int:
     return _out(out) * a.shape[-1]
 
 
-def _tensordot(out: Any, a: Tensor, b: Tensor, dims: Any = 2) -> int:
+def _tensordot(out: Any, /, a: Tensor, b: Tensor, dims: Any = 2, **kwargs: Any) -> int:
     summed = a.shape[a.dim() - dims :] if isinstance(dims, int) else [a.shape[d] for d in dims[0]]
     return _out(out) * math.prod(summed)
 
 
-def _einsum(out: Any, equation: Any, *operands: Any) -> int:
+def _einsum(out: Any, /, equation: Any, *operands: Any) -> int:
     """Products of two operands: each number of all labels' ranges, where a label of both is summed over.
 
     A label of one operand alone that is summed over is summed before anything is multiplied, and without a label to
@@ -97,13 +93,13 @@ def _labels(term: str, dims: int) -> list[str]:
     return [*before, *(f".{n}" for n in range(rest, 0, -1)), *after]
 
 
-def _attention(out: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+def _attention(out: Any, /, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _multi_head(out: Any, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, *args: Any, **kw: Any):
+def _multi_head(out: Any, /, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, *args: Any, **kw: Any) -> int:
     """Four projections, then all scores and the weighted sums of ``embed_dim`` channels over all heads."""
-    bias_k, added_zeros = kw.get("bias_k", args[2]), kw.get("add_zero_attn", args[4])
+    bias_k, added_zeros = args[3], args[5]  # after heads and the input projection
     batch = query.shape[1] if query.dim() == 3 else 1
     queries, keys = query.shape[0], key.shape[0]
     seen = keys + (bias_k is not None) + bool(added_zeros)
@@ -111,7 +107,7 @@ def _multi_head(out: Any, query: Tensor, key: Tensor, value: Tensor, embed_dim: 
     return batch * embed_dim * (projected + 2 * queries * seen)
 
 
-def _recurrent(out: Any, input: Tensor, *args: Any, **kwargs: Any) -> int:
+def _recurrent(out: Any, /, input: Tensor, *args: Any, **kwargs: Any) -> int:
     """Each step of each sequence goes through every matrix once; a packed sequence has its steps in one dimension."""
     packed = isinstance(args[0], Tensor) and args[0].dim() == 1
     weights = next(a for a in args if isinstance(a, (list, tuple)) and a[0].dim() == 2)
@@ -119,33 +115,34 @@ def _recurrent(out: Any, input: Tensor, *args: Any, **kwargs: Any) -> int:
     return steps * sum(w.numel() for w in weights if w.dim() == 2)
 
 
-def _cell(out: Any, input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, *args: Any) -> int:
+def _cell(out: Any, /, input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, *args: Any) -> int:
     return (input.numel() // input.shape[-1]) * (w_ih.numel() + w_hh.numel())
 
 
-def _cdist(out: Any, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> int:
+def _cdist(out: Any, /, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> int:
     return _out(out) * x1.shape[-1]
 
 
-def _deformable(out: Any, input: Tensor, weight: Tensor, *args: Any) -> int:
+def _deformable(out: Any, /, input: Tensor, weight: Tensor, *args: Any) -> int:
     return _out(out) * weight[0].numel()
 
 
-def _neighborhood(out: Any, q: Tensor, k: Tensor, v: Tensor, rpb: Any, add_k: Any, *args: Any) -> int:
+def _neighborhood(out: Any, /, q: Tensor, k: Tensor, v: Tensor, rpb: Any, add_k: Any, *args: Any) -> int:
     """Each query of each head has the keys of one window, at borders too, and those that are added for all."""
     window = math.prod(args[2])
     return q[..., 0].numel() * (window + (0 if add_k is None else add_k.shape[1])) * (q.shape[-1] + v.shape[-1])
 
 
-def _halo(out: Any, q: Tensor, k: Tensor, v: Tensor, up: Any, left: Any, block: int, halo: int, stride: int, *a: Any):
+def _halo(out: Any, /, q: Tensor, k: Tensor, v: Tensor, up: Any, left: Any, *args: Any) -> int:
     """Each query of each padded block has ``w * w`` keys and one product with each row of two tables of ``2 w - 1``."""
     B, H, W, heads, d = k.shape
+    block, halo, stride = args[:3]
     w, side = block + 2 * halo, block // stride
     queries = B * heads * math.ceil(H / block) * math.ceil(W / block) * side**2
     return queries * (w**2 * (d + v.shape[-1]) + 2 * (2 * w - 1) * d)
 
 
-def _weighted_sum(out: Any, attn: Tensor, value: Tensor, kernel_size: int, *args: Any) -> int:
+def _weighted_sum(out: Any, /, attn: Tensor, value: Tensor, kernel_size: int, *args: Any) -> int:
     return value.numel() * kernel_size**2
 
 
@@ -157,7 +154,6 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot), _matmul),
     Tensor.__rmatmul__: _rmatmul,
     **dict.fromkeys((torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm), _add_matmul),
-    **dict.fromkeys((torch.addbmm, Tensor.addbmm), _addbmm),
     **dict.fromkeys((torch.inner, Tensor.inner), _inner),
     torch.tensordot: _tensordot,
     torch.einsum: _einsum,
