@@ -65,11 +65,16 @@ def test_a_training_step():
     assert found.activations == pytest.approx(gradients + 4 * 64 * 512, abs=256)
 
 
-def test_the_profiler_is_silent(capfd):
-    x = torch.randn(8)
-    peak_memory(lambda: x + 1, nn.Module(), [x], "cpu")
-    assert capfd.readouterr() == ("", "")
-    assert "KINETO_LOG_LEVEL" not in os.environ
+@pytest.mark.parametrize("before", [None, "1"])
+def test_the_profiler_is_told_to_be_silent(before, monkeypatch):
+    """It reads the variable once in a process, when it first starts, and writes its first lines then."""
+    name, seen = "KINETO_LOG_LEVEL", []
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    peak_memory(lambda: seen.append(os.environ.get(name)), nn.Module(), [], "cpu")
+    assert seen == [before, "99"]
+    assert os.environ.get(name) == before
 
 
 def test_errors_of_the_call_are_its_own():

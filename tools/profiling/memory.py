@@ -29,10 +29,10 @@ class Memory(NamedTuple):
 
 
 def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device: Any) -> Memory:
-    """Peak memory of one call, which was called once before.
+    """Peak memory of one call.
 
     Args:
-        fn: The call.
+        fn: The call, which is made once before that one.
         model: The module it runs, whose weights are told apart.
         inputs: Its tensors.
         device: CPU or CUDA.
@@ -66,7 +66,7 @@ def _highest(steps: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """PyTorch's profiler writes to standard error when it starts and stops, unless it is told not to."""
+    """Before PyTorch's profiler runs for the first time: it writes to standard error, unless it is told not to."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
     os.environ[name] = "99"

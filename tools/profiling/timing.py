@@ -223,9 +223,10 @@ def _sample(
     begin, cpu = clock(), 0.0
     while True:
         cpu_begin = cpu_clock()
-        for seconds, new in zip((samples, host), _once(fn, device, clock), strict=True):
-            seconds.append(new)
+        done, returned = _once(fn, device, clock)
         cpu += cpu_clock() - cpu_begin
+        samples.append(done)
+        host.append(returned)
         elapsed = clock() - begin
         if tick:
             tick(min(1.0, elapsed / max_time) if max_time else 1.0)
