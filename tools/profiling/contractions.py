@@ -11,6 +11,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import torch
+
 from vizoo.backbones.ops.cost import COSTS, Cost
 
 
@@ -119,12 +121,18 @@ def _quantized_cell(kind: tuple[int, int]) -> Callable[..., Cost]:
 # quantised layers
 
 
+def _packed_shape(packed: Any) -> Any:
+    """Shape of the weight of a packed convolution; unpacking copies it, which is no part of the model."""
+    with torch._C._DisableTorchDispatch():
+        return packed.unpack()[0].shape
+
+
 def _packed_conv(x: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(out) * prod(packed.unpack()[0].shape[1:]), other=2 * prod(out))
+    return Cost(macs=prod(out) * prod(_packed_shape(packed)[1:]), other=2 * prod(out))
 
 
 def _packed_transposed(x: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(x) * prod(packed.unpack()[0].shape[1:]), other=2 * prod(out))
+    return Cost(macs=prod(x) * prod(_packed_shape(packed)[1:]), other=2 * prod(out))
 
 
 def _packed_accumulated(x: Any, accumulated: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:

@@ -425,7 +425,7 @@ class _Recorder(TorchDispatchMode):
         product = known or bool(cost.macs)
         if product:
             self._check_stored(name, given)
-        if any(t.is_complex() for t in (*given, *written)):
+        if any(t.is_complex() for t in given):
             cost = cost._replace(other=of_complex(name, cost.other))
         if cost.acts is None:
             cost = cost._replace(acts=written[0].numel() if product and written else 0)
@@ -508,7 +508,8 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func.name() == "flex_attention":
             return run_flex_attention(self.recorder, func, *args, **kwargs)
-        if func is torch.ops.higher_order.cond and not torch.is_grad_enabled():  # the counter runs both branches
+        branches = func is torch.ops.higher_order.cond and not torch.is_grad_enabled()
+        if branches or func.name().startswith("triton_kernel_wrapper"):  # the counter knows them
             return func(*args, **kwargs)
         return _inside(func)(*args, **kwargs)
 

@@ -125,7 +125,9 @@ SOLVERS: dict[str, Callable[..., Cost]] = {
     "linalg_polar": _polar,
     "_linalg_eigh": _eigh,
     "linalg_eig": _square(25),
-    "_linalg_eigvals": _square(10),
+    **dict.fromkeys(("_linalg_eigvals", "linalg_eigvals"), _square(10)),
+    "linalg_eigvalsh": _square(4 / 3),  # inside, it asks for vectors while anything watches
+    "linalg_svdvals": lambda a, *args, **kwargs: _svd(a, vectors=False),
     "linalg_matrix_sqrth": _square(11),
     "linalg_matrix_exp": _square(10),
 }
