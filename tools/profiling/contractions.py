@@ -66,6 +66,40 @@ def _rnn(kind: tuple[int, int]) -> Callable[..., Cost]:
     return cost
 
 
+def recurrent_backward(
+    forward: Cost, x: Any, h: Any, weights: Any, layers: int, directions: int, needs_x: bool, needs_h: bool, needs: Any
+) -> Cost:
+    """Cost of the backward pass of a recurrent layer, by PyTorch's steps.
+
+    Args:
+        forward: Cost of the forward pass.
+        x: Shape of the input.
+        h: Shape of the first states.
+        weights: Shapes of the weights and biases, layer after layer.
+        layers: Number of layers.
+        directions: 1 or 2.
+        needs_x: Whether the input needs a gradient.
+        needs_h: Whether the first states need one.
+        needs: Whether each of the weights needs one.
+
+    Returns:
+        The cost.
+    """
+    tokens, each, macs, flows = prod(x[:-1]), len(weights) // (layers * directions), 0, needs_x
+    later = tokens if needs_h else tokens - h[1]  # steps that have one before them
+    for at in range(0, len(weights), each * directions):
+        layer = range(at, at + each * directions)
+        if not (flows or needs_h or any(needs[i] for i in layer)):
+            continue
+        macs += sum(tokens * prod(weights[i]) for i in layer if needs[i] and len(weights[i]) == 2)
+        for i in range(at, at + each * directions, each):
+            into, states, *others = weights[i : i + each]
+            macs += (tokens * prod(into) if flows else 0) + later * prod(states)
+            macs += sum(tokens * prod(w) for w in others if len(w) == 2)  # projections
+        flows = True
+    return Cost(macs=macs, other=2 * forward.other, acts=2 * (forward.acts or 0))
+
+
 def _rnn_cell(kind: tuple[int, int]) -> Callable[..., Cost]:
     def cost(x: Any, hx: Any, *weights: Any, out: Any = None, **kwargs: Any) -> Cost:
         return _steps(kind, prod(x[:-1]), [w for w in (*weights, *kwargs.values()) if w is not None])
