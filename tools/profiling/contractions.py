@@ -250,6 +250,16 @@ def _mkldnn_input_gradient(size: Any, grad: Any, w: Any, *args: Any, out: Any = 
     return Cost(macs=prod(grad) * w[-1])
 
 
+def _sparse_reduced_backward(
+    x: Any, grad: Any, w: Any, reduce: str, places: Any, mask: Any, *args: Any, out: Any = None, **kwargs: Any
+) -> Cost:
+    return _backward(prod(x) * w[-1], mask)
+
+
+def _linear_combination(x: Any, coefficients: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(out) * coefficients[-1])
+
+
 def _mkldnn_weight_gradient(grad: Any, x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(x) * grad[-1])
 
@@ -337,7 +347,10 @@ _NAMES: list[tuple[Callable[..., Cost], str]] = [
     ),
     (_grouped_mm, "aten::_grouped_mm aten::_scaled_grouped_mm aten::_scaled_grouped_mm_v2"),
     (_addbmm, "aten::addbmm aten::addmm_ aten::_sparse_addmm"),
-    (COSTS["aten::scaled_dot_product_attention"], f"{_OVERRIDDEN} aten::_scaled_dot_product_attention_math_for_mps"),
+    (
+        COSTS["aten::scaled_dot_product_attention"],
+        f"{_OVERRIDDEN} aten::_scaled_dot_product_attention_math_for_mps aten::_triton_scaled_dot_attention",
+    ),
 ]
 CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     **{f"aten::{name}": _rnn(kind) for name, kind in _KINDS.items()},
@@ -358,6 +371,10 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::_addmm_activation": _addmm_activation,
     "aten::_foreach_mm": _foreach_mm,
     "aten::_trilinear": _trilinear,
+    "aten::_compute_linear_combination": _linear_combination,
+    "aten::_sparse_mm_reduce_impl": _mm,
+    "aten::_sparse_mm_reduce_impl_backward": _sparse_reduced_backward,
+    "aten::_triton_multi_head_attention": COSTS["aten::_native_multi_head_attention"],
     "aten::_pdist_forward": _pdist,
     "aten::_pdist_backward": _pdist_backward,
     "aten::_cdist_backward": _cdist_backward,

@@ -37,7 +37,7 @@ def flex_as_operator() -> Iterator[None]:
         with _disable_current_modes(), getattr(q, "fake_mode", contextlib.nullcontext()):
             return make_mask(q, k)
 
-    others = {
+    others: dict[str, Any] = {
         "_create_empty_block_mask": unseen_mask,
         "_validate_device": lambda *args: None,
         "_warn_once": lambda *args, **kwargs: None,
