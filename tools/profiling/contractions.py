@@ -212,6 +212,11 @@ def _trilinear(
     return Cost(macs=prod(space) + prod(max(n) for n in zip(left, third, strict=True)))
 
 
+def _bilinear(a: Any, b: Any, w: Any, bias: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    rows = prod(a[:-1])
+    return Cost(macs=rows * (prod(w) + w[0] * w[2]), other=rows * w[0] if bias is not None else 0)
+
+
 def _with_axes(shape: Any, axes: Any) -> list[int]:
     """A shape with axes of size 1 put in where they are in the result."""
     given = iter(shape)
@@ -370,12 +375,13 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::addr": _addr,
     "aten::_addmm_activation": _addmm_activation,
     "aten::_foreach_mm": _foreach_mm,
+    "aten::bilinear": _bilinear,
     "aten::_trilinear": _trilinear,
     "aten::_compute_linear_combination": _linear_combination,
     "aten::_sparse_mm_reduce_impl": _mm,
     "aten::_sparse_mm_reduce_impl_backward": _sparse_reduced_backward,
     "aten::_triton_multi_head_attention": COSTS["aten::_native_multi_head_attention"],
-    "aten::_pdist_forward": _pdist,
+    **dict.fromkeys(("aten::pdist", "aten::_pdist_forward"), _pdist),
     "aten::_pdist_backward": _pdist_backward,
     "aten::_cdist_backward": _cdist_backward,
     "aten::conv_tbc": _conv_tbc,
