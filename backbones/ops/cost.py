@@ -199,16 +199,21 @@ def _deform_conv2d(x: Any, weight: Any, offset: Any, *args: Any, out: Any = None
 
 
 def _epilogue(n: int, bias: Any, activation: str) -> int:
-    return n * ((bias is not None) + {"none": 0, "gelu": 8, "relu": 1}.get(activation, 5))
+    return n * ((bias is not None) + {"none": 0, "gelu": 8, "relu": 1, "add": 1, "sum": 1, "mul": 1}.get(activation, 5))
 
 
 def _linear_pointwise(
-    x: Any, w: Any, bias: Any, attr: str = "none", *args: Any, out: Any = None, **kwargs: Any
+    x: Any, w: Any, bias: Any, attr: Any = "none", *args: Any, out: Any = None, **kwargs: Any
 ) -> Cost:
-    return Cost(macs=prod(x) * w[0], other=_epilogue(prod(out), bias, attr))
+    if bias is not None and len(bias) > 1:  # what is added stands before the weight
+        bias, attr = attr, args[0]
+    return Cost(macs=prod(x) * out[-1], other=_epilogue(prod(out), bias, attr))
 
 
 def _conv_pointwise(x: Any, w: Any, bias: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    binary = bias is not None and len(bias) > 1  # then these are the input, or what is added to it, and the weight
+    if binary:
+        w, bias, args = bias, args[0], args[1:]
     attr = args[4] if len(args) > 4 else "none"  # after padding, stride, dilation and groups
     return Cost(macs=prod(out) * prod(w[1:]), other=_epilogue(prod(out), bias, attr))
 
@@ -268,6 +273,7 @@ COSTS.update(
         **{f"natten::{arch}fmha_backward": _natten_dense_backward for arch in ("", "hopper_", "blackwell_")},
         "mkldnn::_linear_pointwise": _linear_pointwise,
         "mkldnn::_convolution_pointwise": _conv_pointwise,
+        "mkldnn::_convolution_pointwise_": _conv_pointwise,
     }
 )
 for _name in COSTS:

@@ -807,14 +807,6 @@ def test_torchscript(kind):
         assert (found.modules["0"].macs, found.modules["1"].macs) == (512, 1024)
 
 
-def test_quantized_operators_are_named():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {nn.Linear})
-    found = count(model, X)
-    assert found.reasons == ["operator quantized::linear_dynamic has no cost formula: 1 call in 0"]
-
-
 # a model is left as it was
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import torch
+
 from vizoo.backbones.ops.cost import COSTS, Cost
 
 
@@ -62,6 +64,40 @@ def _rnn(kind: tuple[int, int]) -> Callable[..., Cost]:
         return _steps(kind, prod(x[:-1]), weights)
 
     return cost
+
+
+def recurrent_backward(
+    forward: Cost, x: Any, h: Any, weights: Any, layers: int, directions: int, needs_x: bool, needs_h: bool, needs: Any
+) -> Cost:
+    """Cost of the backward pass of a recurrent layer, by PyTorch's steps.
+
+    Args:
+        forward: Cost of the forward pass.
+        x: Shape of the input.
+        h: Shape of the first states.
+        weights: Shapes of the weights and biases, layer after layer.
+        layers: Number of layers.
+        directions: 1 or 2.
+        needs_x: Whether the input needs a gradient.
+        needs_h: Whether the first states need one.
+        needs: Whether each of the weights needs one.
+
+    Returns:
+        The cost.
+    """
+    tokens, each, macs, flows = prod(x[:-1]), len(weights) // (layers * directions), 0, needs_x
+    later = tokens if needs_h else tokens - h[1]  # steps that have one before them
+    for at in range(0, len(weights), each * directions):
+        layer = range(at, at + each * directions)
+        if not (flows or needs_h or any(needs[i] for i in layer)):
+            continue
+        macs += sum(tokens * prod(weights[i]) for i in layer if needs[i] and len(weights[i]) == 2)
+        for i in range(at, at + each * directions, each):
+            into, states, *others = weights[i : i + each]
+            macs += (tokens * prod(into) if flows else 0) + later * prod(states)
+            macs += sum(tokens * prod(w) for w in others if len(w) == 2)  # projections
+        flows = True
+    return Cost(macs=macs, other=2 * forward.other, acts=2 * (forward.acts or 0))
 
 
 def _rnn_cell(kind: tuple[int, int]) -> Callable[..., Cost]:
@@ -119,12 +155,18 @@ def _quantized_cell(kind: tuple[int, int]) -> Callable[..., Cost]:
 # quantised layers
 
 
+def _packed_shape(packed: Any) -> Any:
+    """Shape of the weight of a packed convolution; unpacking copies it, which is no part of the model."""
+    with torch._C._DisableTorchDispatch():
+        return packed.unpack()[0].shape
+
+
 def _packed_conv(x: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(out) * prod(packed.unpack()[0].shape[1:]), other=2 * prod(out))
+    return Cost(macs=prod(out) * prod(_packed_shape(packed)[1:]), other=2 * prod(out))
 
 
 def _packed_transposed(x: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(x) * prod(packed.unpack()[0].shape[1:]), other=2 * prod(out))
+    return Cost(macs=prod(x) * prod(_packed_shape(packed)[1:]), other=2 * prod(out))
 
 
 def _packed_accumulated(x: Any, accumulated: Any, packed: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
@@ -170,6 +212,11 @@ def _trilinear(
     return Cost(macs=prod(space) + prod(max(n) for n in zip(left, third, strict=True)))
 
 
+def _bilinear(a: Any, b: Any, w: Any, bias: Any = None, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    rows = prod(a[:-1])
+    return Cost(macs=rows * (prod(w) + w[0] * w[2]), other=rows * w[0] if bias is not None else 0)
+
+
 def _with_axes(shape: Any, axes: Any) -> list[int]:
     """A shape with axes of size 1 put in where they are in the result."""
     given = iter(shape)
@@ -206,6 +253,16 @@ def _matmul_backward(grad: Any, a: Any, b: Any, mask: Any, *args: Any, out: Any 
 
 def _mkldnn_input_gradient(size: Any, grad: Any, w: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(grad) * w[-1])
+
+
+def _sparse_reduced_backward(
+    x: Any, grad: Any, w: Any, reduce: str, places: Any, mask: Any, *args: Any, out: Any = None, **kwargs: Any
+) -> Cost:
+    return _backward(prod(x) * w[-1], mask)
+
+
+def _linear_combination(x: Any, coefficients: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(out) * coefficients[-1])
 
 
 def _mkldnn_weight_gradient(grad: Any, x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
@@ -295,7 +352,10 @@ _NAMES: list[tuple[Callable[..., Cost], str]] = [
     ),
     (_grouped_mm, "aten::_grouped_mm aten::_scaled_grouped_mm aten::_scaled_grouped_mm_v2"),
     (_addbmm, "aten::addbmm aten::addmm_ aten::_sparse_addmm"),
-    (COSTS["aten::scaled_dot_product_attention"], f"{_OVERRIDDEN} aten::_scaled_dot_product_attention_math_for_mps"),
+    (
+        COSTS["aten::scaled_dot_product_attention"],
+        f"{_OVERRIDDEN} aten::_scaled_dot_product_attention_math_for_mps aten::_triton_scaled_dot_attention",
+    ),
 ]
 CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     **{f"aten::{name}": _rnn(kind) for name, kind in _KINDS.items()},
@@ -315,8 +375,13 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::addr": _addr,
     "aten::_addmm_activation": _addmm_activation,
     "aten::_foreach_mm": _foreach_mm,
+    "aten::bilinear": _bilinear,
     "aten::_trilinear": _trilinear,
-    "aten::_pdist_forward": _pdist,
+    "aten::_compute_linear_combination": _linear_combination,
+    "aten::_sparse_mm_reduce_impl": _mm,
+    "aten::_sparse_mm_reduce_impl_backward": _sparse_reduced_backward,
+    "aten::_triton_multi_head_attention": COSTS["aten::_native_multi_head_attention"],
+    **dict.fromkeys(("aten::pdist", "aten::_pdist_forward"), _pdist),
     "aten::_pdist_backward": _pdist_backward,
     "aten::_cdist_backward": _cdist_backward,
     "aten::conv_tbc": _conv_tbc,

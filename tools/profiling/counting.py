@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
-from vizoo.tools.profiling.flex import flex_as_operator, run_flex_attention
+from vizoo.tools.profiling.fused import flex_as_operator, run_flex_attention, run_recurrent
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, of_complex, price_of
 
@@ -208,22 +208,6 @@ def _of_numbers(formula: Callable[..., int], real: bool) -> Callable[..., int]:
         return n
 
     return flops
-
-
-def _recurrent(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a recurrent layer without oneDNN; where autograd follows it, step by step, the same on every device."""
-    onednn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        if torch.is_inference_mode_enabled():  # there it is one operator
-            return func(*args, **kwargs)
-        from torch._decomp import decompositions  # noqa: F401  (slow; it registers the steps)
-
-        packet = find_operator(f"aten::{func.__name__}")
-        overload = packet.data if isinstance(args[3], (list, tuple)) else packet.input  # of packed sequences
-        return overload.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd](*args, **kwargs)
-    finally:
-        torch._C._set_mkldnn_enabled(onednn)
 
 
 # what a count must say about itself
@@ -430,7 +414,7 @@ class _Recorder(TorchDispatchMode):
         product = known or bool(cost.macs)
         if product:
             self._check_stored(name, given)
-        if any(t.is_complex() for t in (*given, *written)):
+        if any(t.is_complex() for t in given):
             cost = cost._replace(other=of_complex(name, cost.other))
         if cost.acts is None:
             cost = cost._replace(acts=written[0].numel() if product and written else 0)
@@ -508,12 +492,13 @@ class _Watch(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _RECURRENT:
-            return _recurrent(func, args, kwargs)
+            return run_recurrent(self.recorder, func, *args, **kwargs)
         if not isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         if func.name() == "flex_attention":
             return run_flex_attention(self.recorder, func, *args, **kwargs)
-        if func is torch.ops.higher_order.cond and not torch.is_grad_enabled():  # the counter runs both branches
+        branches = func is torch.ops.higher_order.cond and not torch.is_grad_enabled()
+        if branches or func.name().startswith("triton_kernel_wrapper"):  # the counter knows them
             return func(*args, **kwargs)
         return _inside(func)(*args, **kwargs)
 
@@ -527,7 +512,7 @@ def _inside(func: HigherOrderOperator) -> Callable[..., Any]:
         return plain
 
     def unwatched(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(module, asked, lambda: None):
+        with mock.patch.object(module, asked, return_value=None):
             return plain(*args, **kwargs)
 
     return unwatched

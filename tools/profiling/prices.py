@@ -67,6 +67,14 @@ def _roi_align(x: Any, rois: Any, scale: Any, h: int, w: int, ratio: int = -1, *
     return Cost(other=8 * _numel(out) * max(ratio, 2) ** 2)  # an adaptive ratio is taken for 2
 
 
+def _nms(boxes: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(other=16 * boxes[0] ** 2)  # every pair
+
+
+def _quantized_bag(weight: Any, indices: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(other=3 * _numel(indices) * out[-1])  # scale, offset and sum
+
+
 def _nll_loss(x: Any, target: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(other=2 * _numel(target))
 
@@ -182,14 +190,11 @@ _QUANTIZED = {  # of the namespaces of quantised operators
     1: "add mul add_scalar mul_scalar clamp dropout leaky_relu prelu relu6 threshold qadd qmul max_pool1d max_pool2d",
     0: "cat cat_relu embedding_byte embedding_4bit linear_prepack_fp16_legacy",
 }
-_FREE = (
-    "_copy",
-    "_prepack",
-    "_prepack_fp16",
-    "_prepack_legacy",
-    "_unpack",
-    "_unpack_fp16",
-)  # data, differently laid out
+_FREE = (  # ends of names of what only lays data out anew
+    "_copy", "_prepack", "_prepack_fp16", "_prepack_legacy", "_unpack", "_unpack_fp16", "_prepack_with_rowwise_min_max",
+    "_reorder_linear_weight", "_reorder_convolution_weight", "_reorder_convolution_transpose_weight",
+    "_reorder_mkldnn_rnn_layer_weight", "_pack_gemm_matrix_fp16",
+)  # fmt: skip
 _PRODUCTS = {"mul", "div", "square", "reciprocal", "prod", "cumprod"}
 _CONSTANTS = {
     **{f"aten::{name}": n for n, names in _TABLE.items() for name in names.split()},
@@ -225,7 +230,10 @@ PRICES: dict[str, Callable[..., Cost]] = {
     "aten::_thnn_fused_lstm_cell_backward_impl": _fused_cell_backward(28, 2),
     "aten::_thnn_fused_gru_cell_backward": _fused_cell_backward(19, 0),
     "flex_lib::zeros_and_scatter": _free,  # gradients of what modifies scores of FlexAttention
-    "torchvision::nms": lambda boxes, *args, out=None, **kwargs: Cost(other=16 * boxes[0] ** 2),  # every pair
+    "aten::_foreach_powsum": _foreach(_per_input(1)),
+    **dict.fromkeys(("torchvision::nms", "torchvision::qnms"), _nms),
+    **{f"quantized::embedding_bag_{kind}": _quantized_bag for kind in ("byte", "4bit")},
+    **{f"quantized::embedding_bag_{bits}_rowwise_offsets": _quantized_bag for bits in ("byte", "4bit", "2bit")},
     **dict.fromkeys(("torchvision::roi_align", "torchvision::qroi_align", "torchvision::ps_roi_align"), _roi_align),
     **dict.fromkeys(("torchvision::roi_pool", "torchvision::ps_roi_pool"), _per_input(1)),
 }

@@ -65,7 +65,8 @@ def _geqrf(a: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
 
 
 def _householder(a: Any, tau: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return _all(a, _householder_flops(*a[-2:], tau[-1]))
+    m, n = a[-2:]
+    return _all(a, _householder_flops(m, n, tau[-1]))
 
 
 def _ormqr(a: Any, tau: Any, b: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
@@ -87,7 +88,8 @@ def _svd_flops(m: int, n: int, full: bool = False, vectors: bool = True) -> floa
 
 
 def _svd(a: Any, full: bool = False, vectors: bool = True, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return _all(a, _svd_flops(*a[-2:], full, vectors))
+    m, n = a[-2:]
+    return _all(a, _svd_flops(m, n, full, vectors))
 
 
 def _pinv(a: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
@@ -125,7 +127,9 @@ SOLVERS: dict[str, Callable[..., Cost]] = {
     "linalg_polar": _polar,
     "_linalg_eigh": _eigh,
     "linalg_eig": _square(25),
-    "_linalg_eigvals": _square(10),
+    **dict.fromkeys(("_linalg_eigvals", "linalg_eigvals"), _square(10)),
+    "linalg_eigvalsh": _square(4 / 3),  # inside, it asks for vectors while anything watches
+    "linalg_svdvals": lambda a, *args, **kwargs: _svd(a, vectors=False),
     "linalg_matrix_sqrth": _square(11),
     "linalg_matrix_exp": _square(10),
 }

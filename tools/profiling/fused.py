@@ -1,7 +1,8 @@
-"""FlexAttention while a model is counted: one operator on every device, forward and backward, whatever its mask.
+"""Layers that count as one operator on every device, forward and backward: FlexAttention and recurrent layers.
 
-The full matrix of scores is counted, as of any attention: blocks that a mask skips on a GPU are not taken off.  What
-modifies a score is run once, on a score without axes, and costs that for every score; so does the mask, and 1 more.
+Of attention the full matrix of scores is counted: blocks that a mask skips on a GPU are not taken off.  What modifies
+a score is run once, on a score without axes, and costs that for every score; so does the mask, and 1 more.  The
+backward pass of a recurrent layer goes through all steps, for the gradients that are needed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vizoo.backbones.ops.cost import COSTS, Cost
+from vizoo.tools.profiling.contractions import recurrent_backward
 from vizoo.tools.profiling.prices import price_of
 
 _MODULE = "torch.nn.attention.flex_attention"
@@ -35,7 +37,7 @@ def flex_as_operator() -> Iterator[None]:
         with _disable_current_modes(), getattr(q, "fake_mode", contextlib.nullcontext()):
             return make_mask(q, k)
 
-    others = {
+    others: dict[str, Any] = {
         "_create_empty_block_mask": unseen_mask,
         "_validate_device": lambda *args: None,
         "_warn_once": lambda *args, **kwargs: None,
@@ -63,26 +65,25 @@ class _Prices(TorchDispatchMode):
         return out
 
 
-class _Attention(torch.autograd.Function):
-    """Attention at a given cost; the one modified score leads gradients to what modifies it."""
+class _Fused(torch.autograd.Function):
+    """Results of ``run``, whose backward pass is charged as one operator; its gradients hold no numbers."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: Any, cost: Cost, run: Callable[[], Any], modified: Any, *qkv: Tensor) -> Any:
-        ctx.recorder, ctx.cost, ctx.modified = recorder, cost, modified
-        ctx.save_for_backward(*qkv)
-        out, sums, largest = run()
-        ctx.mark_non_differentiable(largest)
-        return out, sums, largest
+    def forward(ctx: Any, recorder: Any, name: str, back: Callable[..., Cost], run: Any, *inputs: Tensor) -> Any:
+        ctx.recorder, ctx.name, ctx.back = recorder, name, back
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with _disable_current_modes():
+            return run()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        given = [*ctx.saved_tensors, grads[0]]
+        needed = ctx.needs_input_grad[4:]
         with _disable_current_modes():  # nobody asks for numbers of gradients
-            found = [torch.zeros_like(t) for t in ctx.saved_tensors]
-            modified = torch.zeros_like(ctx.modified)
-        ctx.recorder.origins.write([modified], True)
-        ctx.recorder.charge("higher_order::flex_attention_backward", ctx.cost, given, found)
-        return None, None, None, modified, *found
+            found = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+        given = [*ctx.saved_tensors, *(g for g in grads if g is not None)]
+        ctx.recorder.charge(f"{ctx.name}_backward", ctx.back(*needed), given, [t for t in found if t is not None])
+        return None, None, None, None, *found
 
 
 def run_flex_attention(recorder: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
@@ -102,23 +103,20 @@ def run_flex_attention(recorder: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, 
     """
 
     def run() -> Any:
-        with _disable_current_modes():
-            if recorder.engine == "real":
-                return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](q, k, v, *args)
-            rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
-            return _laid_out_as(q, v.shape[-1]), rows, torch.empty_like(rows)
+        if recorder.engine == "real":
+            return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](q, k, v, *args)
+        rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        return _laid_out_as(q, v.shape[-1]), rows, torch.empty_like(rows)
 
-    score_mod, block_mask, buffers = args[0], args[1], [t for a in args[4:] for t in a if isinstance(t, Tensor)]
-    modified, flops = _modified_once(recorder, q, score_mod, block_mask[-1], *args[4:])
-    scores = q.shape[:-1].numel() * k.shape[-2]
+    modified, flops = _modified_once(recorder, q, args[0], args[1][-1], *args[4:])
+    flops *= q.shape[:-1].numel() * k.shape[-2]
     cost = COSTS["aten::scaled_dot_product_attention"](q.shape, k.shape, v.shape)
     back = COSTS["aten::_scaled_dot_product_flash_attention_backward"](None, q.shape, k.shape, v.shape)
-    back = back._replace(other=back.other + 2 * flops * scores)
-    out = _Attention.apply(recorder, back, run, modified, q, k, v)
+    cost, back = cost._replace(other=cost.other + flops), back._replace(other=back.other + 2 * flops)
+    name, buffers = "higher_order::flex_attention", [t for found in args[4:] for t in found if isinstance(t, Tensor)]
+    out = _Fused.apply(recorder, name, lambda *needed: back, run, q, k, v, modified)
     recorder.origins.write(out, True)
-    recorder.charge(
-        "higher_order::flex_attention", cost._replace(other=cost.other + flops * scores), [q, k, v, *buffers], [out[0]]
-    )
+    recorder.charge(name, cost, [q, k, v, *buffers], [out[0]])
     return out
 
 
@@ -141,3 +139,47 @@ def _modified_once(
         mask(*places, *mask_buffers)
     recorder.origins.write(prices.made, True)
     return modified, prices.other + (mask is not noop_mask)
+
+
+def run_recurrent(recorder: Any, func: Any, x: Tensor, *args: Any) -> Any:
+    """Run a recurrent layer and charge its cost, by :mod:`vizoo.tools.profiling.contractions`.
+
+    Args:
+        recorder: What records the count.
+        func: ``torch.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
+        x: The input, or the data of packed sequences.
+        *args: Its other arguments.
+
+    Returns:
+        What the function returns: output and states; empty where there are no numbers.
+    """
+    at = next(i for i, value in enumerate(args) if isinstance(value, bool))  # where it says whether there are biases
+    weights, layers, directions = args[at - 1], args[at + 1], 1 + args[at + 4]
+    states = [args[at - 2]] if isinstance(args[at - 2], Tensor) else args[at - 2]
+    name, shapes = f"aten::{func.__name__}", [w.shape for w in weights]
+
+    def run() -> Any:
+        if recorder.engine == "real":
+            return func(x, *args)
+        return x.new_empty(*x.shape[:-1], directions * states[0].shape[-1]), *(x.new_empty(h.shape) for h in states)
+
+    def back(needs_x: bool, *needs: bool) -> Cost:
+        needed = needs_x, needs[0], needs[len(states) :]
+        return recurrent_backward(cost, x.shape, states[0].shape, shapes, layers, directions, *needed)
+
+    cost = COSTS[name](x.shape, shapes, *args[at:])
+    with _without_onednn():
+        out = _Fused.apply(recorder, name, back, run, x, *states, *weights)
+    recorder.charge(name, cost, [x, *states, *weights], list(out))
+    return out
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Without its warnings of what it does not support."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
