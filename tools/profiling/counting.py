@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
+from vizoo.tools.profiling.handlers import handlers
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, price_of
 
@@ -718,47 +719,6 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
 
 # the second engine
 
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "aten::add": lambda a, b, *rest: a + b,
-    "aten::sub": lambda a, b, *rest: a - b,
-    "aten::mul": lambda a, b: a * b,
-    "aten::floor_divide": lambda a, b: a // b,
-    "aten::remainder": lambda a, b: a % b,
-    "aten::neg": lambda a: -a,
-}
-
-
-def _traced(value: Any) -> Any:
-    """Shape of a traced tensor, or the value of a traced constant or of arithmetic on sizes."""
-    node = value.node()
-    kind, inputs = node.kind(), list(node.inputs())
-    if kind == "aten::size" and len(inputs) == 2:
-        return _traced(inputs[0])[_traced(inputs[1])]
-    if kind in ("prim::NumToTensor", "aten::Int", "aten::ScalarImplicit", "aten::IntImplicit"):
-        return _traced(inputs[0])
-    if kind in _ARITHMETIC and value.isCompleteTensor() and not value.type().sizes():
-        return _ARITHMETIC[kind](*map(_traced, inputs))
-    if value.isCompleteTensor():
-        return tuple(value.type().sizes())
-    if kind in ("prim::ListConstruct", "prim::TupleConstruct"):
-        return [_traced(v) for v in inputs]
-    return value.toIValue()
-
-
-def _registry_handler(name: str) -> Callable[[Any, Any], int]:
-    def handler(inputs: Any, outputs: Any) -> int:
-        schema = torch._C.parse_schema(outputs[0].node().schema())
-        named = list(zip(schema.arguments, map(_traced, inputs), strict=False))
-        args = [value for argument, value in named if not argument.kwarg_only]
-        kwargs = {argument.name: value for argument, value in named if argument.kwarg_only}
-        return COSTS[name](*args, out=_traced(outputs[0]), **kwargs).macs
-
-    return handler
-
-
-_NO_CONTRACTION = """batch_norm layer_norm group_norm instance_norm rms_norm adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d upsample_nearest2d upsample_bilinear2d grid_sampler"""
-
 
 def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> dict[str, int]:
     """Multiply-accumulates of one call by the second engine, with complete handlers; the model is left as it was.
@@ -785,11 +745,8 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
         warnings.simplefilter("ignore", FutureWarning)  # it traces, which is deprecated too
         analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, call.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        for name in COSTS:
-            analysis.set_op_handle(name, _registry_handler(name))
-        # fvcore ignores a handler of None where it has a default
-        for name in _NO_CONTRACTION.split() if contractions else ():
-            analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
+        for name, handler in handlers(contractions).items():
+            analysis.set_op_handle(name, handler)
         with whole_operators():
             return {path: int(n) for path, n in analysis.by_module().items()}
 
