@@ -33,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
-from vizoo.tools.profiling.handlers import handlers
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, price_of
 
@@ -735,6 +734,8 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it scripts functions, which is deprecated
         from fvcore.nn import FlopCountAnalysis
+
+        from vizoo.tools.profiling.handlers import handlers
     call = _copy(unwrap(model), inputs, {}, torch.clone)
     model = call.model.cpu().eval()
     for parent in list(model.modules()):
