@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -475,7 +476,7 @@ def _same_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(list(cuda)), eager:
+        with torch.random.fork_rng(list(cuda)), eager, torch.jit.optimized_execution(False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -512,9 +513,38 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
                 except Exception:
                     memo[id(value)] = value
         copied = copy.deepcopy(model, made := dict(memo))
+    _move_scripted(copied, move)
     args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
     constants = [t for t in made.values() if isinstance(t, Tensor)]
     return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+
+
+def _move_scripted(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Move the weights of TorchScript to the meta device, which a copy of it takes along as they are."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, p in list(module.named_parameters(recurse=False)):
+                if (new := move(p.detach())).is_meta:
+                    setattr(module, name, nn.Parameter(new, p.requires_grad))
+            for name, b in list(module.named_buffers(recurse=False)):
+                if (new := move(b.detach())).is_meta:
+                    setattr(module, name, new)
+
+
+def _initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    """A model without lazy modules, or a copy whose lazy modules one call has initialised."""
+    if not any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params() for m in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+    if any(t.is_meta for t in _tensors((args, kwargs))):
+        model = model.to("meta")
+    training = {m: m.training for m in model.modules()}
+    with _same_afterwards(_tensors((args, kwargs))), torch.no_grad():
+        model.eval()(*args, **kwargs)  # as batch norm takes one image
+    for module, mode in training.items():
+        module.training = mode
+    return model
 
 
 class _Run(NamedTuple):
@@ -571,6 +601,8 @@ def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
     home = _device(model)
 
     def move(t: Tensor) -> Tensor:
+        if t.is_inference():
+            return FakeTensor(tensors, t.to("meta"), t.device)
         return FakeTensor(tensors, t, home) if t.device.type == "meta" else tensors.from_tensor(t)
 
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
@@ -704,7 +736,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
     """
     if engine not in ("auto", *_ENGINES):
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
-    model = unwrap(model)
+    model = _initialized(unwrap(model), args, kwargs)
     order = _order(model, backward) if engine == "auto" else [engine]
     run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)
     used, run = _first_settled(order, run_on)
@@ -730,13 +762,19 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
 
     Returns:
         Counts by module path, the total at ``""``.
+
+    Raises:
+        ValueError: If it holds or calls TorchScript.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it scripts functions, which is deprecated
         from fvcore.nn import FlopCountAnalysis
 
         from vizoo.tools.profiling.handlers import handlers
-    call = _copy(unwrap(model), inputs, {}, torch.clone)
+    scripted = [path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(f"{scripted[0] or 'the model'} is TorchScript, which fvcore does not see into")
+    call = _copy(_initialized(unwrap(model), inputs, {}), inputs, {}, torch.clone)
     model = call.model.cpu().eval()
     for parent in list(model.modules()):
         for name, child in parent.named_children():

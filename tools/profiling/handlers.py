@@ -78,6 +78,10 @@ def _counted(macs: Callable[..., int]) -> Handler:
     return handler
 
 
+def _refused(inputs: Any, outputs: Any) -> int:
+    raise ValueError("it calls a function of TorchScript, which fvcore does not see into")
+
+
 def _apart(inputs: Any, outputs: Any) -> int:
     """Count an operator by what PyTorch makes of it."""
     schema = torch._C.parse_schema(outputs[0].node().schema())
@@ -152,7 +156,7 @@ def handlers(contractions: bool) -> dict[str, Handler]:
     Returns:
         Functions of the inputs and outputs of a traced operator.
     """
-    found = {name: _counted(_macs_of(name)) for name in COSTS}
+    found = {"prim::CallFunction": _refused, **{name: _counted(_macs_of(name)) for name in COSTS}}
     found |= {f"aten::{name}": _apart for name in _APART.split()}
     found |= {f"aten::{name}": _counted(_rows) for name in _ROWS.split()}
     own: dict[str, Callable[..., int]] = {"addmm": _addmm, "einsum": _einsum}
