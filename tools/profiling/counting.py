@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import random
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -503,8 +505,17 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
     for module in model.modules():  # results of an earlier call cannot be copied as they are
         memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
+    copied, made = _deepcopy(model, memo)
+    _move_scripted(copied, move)
+    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+    constants = [t for t in made.values() if isinstance(t, Tensor)]
+    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy with what ``memo`` holds instead of the objects with these addresses, and all that was copied."""
     try:
-        copied = copy.deepcopy(model, made := dict(memo))
+        return copy.deepcopy(model, made := dict(memo)), made
     except Exception:  # locks, pools, handles of other libraries: they are shared
         for module in model.modules():
             for value in vars(module).values():
@@ -512,11 +523,7 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
                     copy.deepcopy(value, dict(memo))
                 except Exception:
                     memo[id(value)] = value
-        copied = copy.deepcopy(model, made := dict(memo))
-    _move_scripted(copied, move)
-    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
-    constants = [t for t in made.values() if isinstance(t, Tensor)]
-    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+        return copy.deepcopy(model, made := dict(memo)), made
 
 
 def _move_scripted(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
@@ -531,20 +538,36 @@ def _move_scripted(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
                     setattr(module, name, new)
 
 
-def _initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
-    """A model without lazy modules, or a copy whose lazy modules one call has initialised."""
+def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    """A model without lazy modules, or a copy whose lazy modules one call has initialised.
+
+    Args:
+        model: Any module.
+        args: Inputs of the call; with one on the meta device the copy is there too.
+        kwargs: Its keyword inputs.
+
+    Returns:
+        The model itself if none of its modules is lazy.
+    """
     if not any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params() for m in model.modules()):
         return model
-    model = copy.deepcopy(model)
     args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-    if any(t.is_meta for t in _tensors((args, kwargs))):
-        model = model.to("meta")
-    training = {m: m.training for m in model.modules()}
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    meta = any(t.is_meta for t in (*_tensors((args, kwargs)), *tensors))
+    memo: dict[int, Any] = {}
+    for t in tensors:
+        if is_lazy(t):  # its buffers cannot be copied
+            memo[id(t)] = type(t)(t.requires_grad, "meta" if meta else t.device, t.dtype)
+        elif meta:
+            moved = t.detach().to("meta")
+            memo[id(t)] = nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved
+    copied, _ = _deepcopy(model, memo)
+    training = {m: m.training for m in copied.modules()}
     with _same_afterwards(_tensors((args, kwargs))), torch.no_grad():
-        model.eval()(*args, **kwargs)  # as batch norm takes one image
+        copied.eval()(*args, **kwargs)  # which changes no statistics
     for module, mode in training.items():
         module.training = mode
-    return model
+    return copied
 
 
 class _Run(NamedTuple):
@@ -736,7 +759,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
     """
     if engine not in ("auto", *_ENGINES):
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
-    model = _initialized(unwrap(model), args, kwargs)
+    model = initialized(unwrap(model), args, kwargs)
     order = _order(model, backward) if engine == "auto" else [engine]
     run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)
     used, run = _first_settled(order, run_on)
@@ -774,7 +797,7 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
     scripted = [path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise ValueError(f"{scripted[0] or 'the model'} is TorchScript, which fvcore does not see into")
-    call = _copy(_initialized(unwrap(model), inputs, {}), inputs, {}, torch.clone)
+    call = _copy(initialized(unwrap(model), inputs, {}), inputs, {}, torch.clone)
     model = call.model.cpu().eval()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
