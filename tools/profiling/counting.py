@@ -33,8 +33,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
-from vizoo.backbones.ops.backend import whole_operators
+from vizoo.backbones.ops.backend import is_transforming, whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.prices import PRICES, price_of
@@ -557,7 +558,8 @@ def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
     memo: dict[int, Any] = {}
     for t in tensors:
         if is_lazy(t):  # its buffers cannot be copied
-            memo[id(t)] = type(t)(t.requires_grad, "meta" if meta else t.device, t.dtype)
+            lazy: Any = type(t)
+            memo[id(t)] = lazy(t.requires_grad, "meta" if meta else t.device, t.dtype)
         elif meta:
             moved = t.detach().to("meta")
             memo[id(t)] = nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved
@@ -568,6 +570,16 @@ def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
     for module, mode in training.items():
         module.training = mode
     return copied
+
+
+class _Modules(ModuleTracker):
+    """Follows modules also in transforms of ``torch.func``, where hooks on gradients raise."""
+
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        super()._fw_pre_hook(mod, None if is_transforming() else input)
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        super()._fw_post_hook(mod, input, None if is_transforming() else output)
 
 
 class _Run(NamedTuple):
@@ -581,6 +593,7 @@ class _Run(NamedTuple):
 def _run(call: _Call, mode: Any, engine: str) -> _Run:
     model, args, kwargs, constants = call
     counter = FlopCounterMode(display=False, custom_mapping=_mapping())
+    counter.mod_tracker = _Modules()
     recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))))
     paths = {id(m): path for path, m in model.named_modules()}
     shapes: dict[str, tuple[int, ...] | None] = {}
