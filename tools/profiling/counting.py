@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import random
 import sys
@@ -27,13 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
-from vizoo.backbones.ops.backend import whole_operators
+from vizoo.backbones.ops.backend import is_transforming, whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.fused import flex_as_operator, run_flex_attention, run_recurrent
 from vizoo.tools.profiling.meta import Kernels
@@ -559,7 +563,7 @@ def _same_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(list(cuda)), eager:
+        with torch.random.fork_rng(list(cuda)), eager, torch.jit.optimized_execution(False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -586,8 +590,17 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
     for module in model.modules():  # results of an earlier call cannot be copied as they are
         memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
+    copied, made = _deepcopy(model, memo)
+    _move_scripted(copied, move)
+    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+    constants = [t for t in made.values() if isinstance(t, Tensor)]
+    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy with what ``memo`` holds instead of the objects with these addresses, and all that was copied."""
     try:
-        copied = copy.deepcopy(model, made := dict(memo))
+        return copy.deepcopy(model, made := dict(memo)), made
     except Exception:  # locks, pools, handles of other libraries: they are shared
         for module in model.modules():
             for value in vars(module).values():
@@ -595,10 +608,62 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
                     copy.deepcopy(value, dict(memo))
                 except Exception:
                     memo[id(value)] = value
-        copied = copy.deepcopy(model, made := dict(memo))
-    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
-    constants = [t for t in made.values() if isinstance(t, Tensor)]
-    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+        return copy.deepcopy(model, made := dict(memo)), made
+
+
+def _move_scripted(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Move the weights of TorchScript to the meta device, which a copy of it takes along as they are."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, p in list(module.named_parameters(recurse=False)):
+                if (new := move(p.detach())).is_meta:
+                    setattr(module, name, nn.Parameter(new, p.requires_grad))
+            for name, b in list(module.named_buffers(recurse=False)):
+                if (new := move(b.detach())).is_meta:
+                    setattr(module, name, new)
+
+
+def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    """A model without lazy modules, or a copy whose lazy modules one call has initialised.
+
+    Args:
+        model: Any module.
+        args: Inputs of the call; with one on the meta device the copy is there too.
+        kwargs: Its keyword inputs.
+
+    Returns:
+        The model itself if none of its modules is lazy.
+    """
+    if not any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params() for m in model.modules()):
+        return model
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    meta = any(t.is_meta for t in (*_tensors((args, kwargs)), *tensors))
+    memo: dict[int, Any] = {}
+    for t in tensors:
+        if is_lazy(t):  # its buffers cannot be copied
+            lazy: Any = type(t)
+            memo[id(t)] = lazy(t.requires_grad, "meta" if meta else t.device, t.dtype)
+        elif meta:
+            moved = t.detach().to("meta")
+            memo[id(t)] = nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved
+    copied, _ = _deepcopy(model, memo)
+    training = {m: m.training for m in copied.modules()}
+    with _same_afterwards(_tensors((args, kwargs))), torch.no_grad():
+        copied.eval()(*args, **kwargs)  # which changes no statistics
+    for module, mode in training.items():
+        module.training = mode
+    return copied
+
+
+class _Modules(ModuleTracker):
+    """Follows modules also in transforms of ``torch.func``, where hooks on gradients raise."""
+
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        super()._fw_pre_hook(mod, None if is_transforming() else input)
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        super()._fw_post_hook(mod, input, None if is_transforming() else output)
 
 
 class _Run(NamedTuple):
@@ -612,6 +677,7 @@ class _Run(NamedTuple):
 def _run(call: _Call, mode: Any, engine: str) -> _Run:
     model, args, kwargs, constants = call
     counter = _counter(engine)
+    counter.mod_tracker = _Modules()
     recorder = _Recorder(counter, _Origins(constants, _tensors((args, kwargs))), engine)
     paths = {id(m): path for path, m in model.named_modules()}
     shapes: dict[str, tuple[int, ...] | None] = {}
@@ -658,6 +724,8 @@ def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
     home = _device(model)
 
     def move(t: Tensor) -> Tensor:
+        if t.is_inference():
+            return FakeTensor(tensors, t.to("meta"), t.device)
         return FakeTensor(tensors, t, home) if t.device.type == "meta" else tensors.from_tensor(t)
 
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
@@ -791,7 +859,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
     """
     if engine not in ("auto", *_ENGINES):
         raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
-    model = unwrap(model)
+    model = initialized(unwrap(model), args, kwargs)
     order = _order(model, backward) if engine == "auto" else [engine]
     run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)
     used, run = _first_settled(order, run_on)
@@ -805,47 +873,6 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
 
 # the second engine
 
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "aten::add": lambda a, b, *rest: a + b,
-    "aten::sub": lambda a, b, *rest: a - b,
-    "aten::mul": lambda a, b: a * b,
-    "aten::floor_divide": lambda a, b: a // b,
-    "aten::remainder": lambda a, b: a % b,
-    "aten::neg": lambda a: -a,
-}
-
-
-def _traced(value: Any) -> Any:
-    """Shape of a traced tensor, or the value of a traced constant or of arithmetic on sizes."""
-    node = value.node()
-    kind, inputs = node.kind(), list(node.inputs())
-    if kind == "aten::size" and len(inputs) == 2:
-        return _traced(inputs[0])[_traced(inputs[1])]
-    if kind in ("prim::NumToTensor", "aten::Int", "aten::ScalarImplicit", "aten::IntImplicit"):
-        return _traced(inputs[0])
-    if kind in _ARITHMETIC and value.isCompleteTensor() and not value.type().sizes():
-        return _ARITHMETIC[kind](*map(_traced, inputs))
-    if value.isCompleteTensor():
-        return tuple(value.type().sizes())
-    if kind in ("prim::ListConstruct", "prim::TupleConstruct"):
-        return [_traced(v) for v in inputs]
-    return value.toIValue()
-
-
-def _registry_handler(name: str) -> Callable[[Any, Any], int]:
-    def handler(inputs: Any, outputs: Any) -> int:
-        schema = torch._C.parse_schema(outputs[0].node().schema())
-        named = list(zip(schema.arguments, map(_traced, inputs), strict=False))
-        args = [value for argument, value in named if not argument.kwarg_only]
-        kwargs = {argument.name: value for argument, value in named if argument.kwarg_only}
-        return COSTS[name](*args, out=_traced(outputs[0]), **kwargs).macs
-
-    return handler
-
-
-_NO_CONTRACTION = """batch_norm layer_norm group_norm instance_norm rms_norm adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d upsample_nearest2d upsample_bilinear2d grid_sampler"""
-
 
 def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> dict[str, int]:
     """Multiply-accumulates of one call by the second engine, with complete handlers; the model is left as it was.
@@ -858,11 +885,19 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
 
     Returns:
         Counts by module path, the total at ``""``.
+
+    Raises:
+        ValueError: If it holds or calls TorchScript.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it scripts functions, which is deprecated
         from fvcore.nn import FlopCountAnalysis
-    call = _copy(unwrap(model), inputs, {}, torch.clone)
+
+        from vizoo.tools.profiling.handlers import handlers
+    scripted = [path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(f"{scripted[0] or 'the model'} is TorchScript, which fvcore does not see into")
+    call = _copy(initialized(unwrap(model), inputs, {}), inputs, {}, torch.clone)
     model = call.model.cpu().eval()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -872,11 +907,8 @@ def fvcore_counts(model: nn.Module, *inputs: Any, contractions: bool = True) -> 
         warnings.simplefilter("ignore", FutureWarning)  # it traces, which is deprecated too
         analysis = FlopCountAnalysis(model, tree_map_only(Tensor, Tensor.cpu, call.args))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        for name in COSTS:
-            analysis.set_op_handle(name, _registry_handler(name))
-        # fvcore ignores a handler of None where it has a default
-        for name in _NO_CONTRACTION.split() if contractions else ():
-            analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
+        for name, handler in handlers(contractions).items():
+            analysis.set_op_handle(name, handler)
         with whole_operators():
             return {path: int(n) for path, n in analysis.by_module().items()}
 
