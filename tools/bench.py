@@ -35,7 +35,18 @@ from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
 from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, add_result, number, read_size
-from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides, find_case, same_parameters
+from vizoo.tools.profiling.sides import (
+    LAYERS,
+    TOLERANCE,
+    TRAINING_TOLERANCE,
+    Sides,
+    build_sides,
+    distance,
+    find_case,
+    run_pass,
+    seeded,
+    training_distances,
+)
 
 if TYPE_CHECKING:
     from vizoo.tools.profiling.timing import Comparison
@@ -217,24 +228,19 @@ class _Side:
         import torch
 
         device, kind = compute_device(args.device), getattr(torch, dtype)
-        self.train, self.more = args.pass_ == "train", more
+        self.train = args.pass_ == "train"
         self.module = module.to(device, kind).train(self.train)
-        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
         if args.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
-            self.x = self.x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.inputs = (x, *more)
         self.run: Any = torch.compile(self.module, mode=args.compile) if args.compile else self.module
 
     def __call__(self) -> list[Any]:
-        """The outputs as tensors: the first of a tuple (reversed attention also returns its messages), else all."""
-        from torch.utils._pytree import tree_leaves
-
-        out = self.run(self.x, *self.more)
-        found = tree_leaves(out[0] if isinstance(out, tuple) else out)
         if self.train:
             self.module.zero_grad(set_to_none=True)
-            sum(t.square().mean() for t in found).backward()
-        return found
+        return run_pass(self.run, self.inputs, self.train)
 
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
@@ -242,47 +248,33 @@ def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
     return "fp32" if sides.against == "official" and compute_device(args.device).type == "cpu" else dtype
 
 
-def _apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """Norm of the difference of two lists of tensors over the norm of the second."""
-    import torch
+def _check_training(args: argparse.Namespace, sides: Sides) -> dict[str, float]:
+    """Refuse sides that do not train alike; how far their gradients are apart, by column."""
+    with _explained(args, "cannot train", UserError if args.size else Failure):
+        found = training_distances(sides)
+    for what, error in found.items():
+        _refuse(args, "training in float64", what, error, TRAINING_TOLERANCE["float64"])
+    return {"grad_error": found["gradients"]} if "gradients" in found else {}
 
-    a, b = (torch.cat([t.detach().float().flatten() for t in tensors]) for tensors in (ours, theirs))
-    return float((a - b).norm() / b.norm())
 
-
-def _check_equal(args: argparse.Namespace, sides: Sides, ours: _Side, theirs: _Side, dtype: str) -> dict[str, Any]:
-    """How far outputs, and in training gradients, of both sides are apart, by column.
-
-    Raises:
-        UserError: If a side cannot take the size that was given.
-        Failure: If it cannot run otherwise, or they are too far apart.
-    """
-    import torch
-
-    pairs, found = same_parameters(sides), {}
-    device = compute_device(args.device)
+def _check_outputs(args: argparse.Namespace, ours: _Side, theirs: _Side, dtype: str) -> dict[str, float]:
+    """Refuse sides whose outputs differ as they are timed; how far they are apart, by column."""
+    device, outputs = compute_device(args.device), []
     with _explained(args, f"cannot run in {dtype} on {device}", UserError if args.size else Failure):
-        outputs = []
         for side in (ours, theirs):
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(0)  # what chance there is without any rate
+            with seeded(device):
                 outputs.append(side())
-        found["error"] = _apart(*outputs)
-        if ours.train and pairs:
-            gradients = [
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in side] for side in zip(*pairs, strict=True)
-            ]
-            found["grad_error"] = _apart(*gradients)
-    for column, error in found.items():
-        what = {"error": "outputs", "grad_error": "gradients"}[column]
-        if not error <= TOLERANCE[dtype]:
-            raise Failure(
-                f"{args.name}, {dtype}: {what} differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
-            )
-    return found
+        error = distance(*outputs)
+    _refuse(args, dtype, "outputs", error, (TRAINING_TOLERANCE if ours.train else TOLERANCE)[dtype])
+    return {"error": error}
 
 
-def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, Any]]:
+def _refuse(args: argparse.Namespace, where: str, what: str, error: float, allowed: float) -> None:
+    if not error <= allowed:
+        raise Failure(f"{args.name}, {where}: {what} differ by {error:.1e}, allowed {allowed:g}; not timed")
+
+
+def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, float]]:
     """Check and time both sides; the timings, and how far the sides are apart."""
     import torch
 
@@ -291,13 +283,14 @@ def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tu
     device, train, name = compute_device(args.device), args.pass_ == "train", _written(dtype)
     kinds = [DTYPES[d] for d in (dtype, _peer_dtype(args, sides, dtype))]
     shape = (batch, *sides.shape)
+    errors = _check_training(args, sides) if train else {}
     with _explained(args, "cannot be built", UserError):
         ours = _Side(args, sides.ours, shape, (), kinds[0])
         theirs = _Side(args, sides.peer, shape, sides.more, kinds[1])
     # fp32 is what the process makes of it, as before any measurement
     products = float32_products(tf32=True) if dtype == "tf32" else contextlib.nullcontext()
     with torch.set_grad_enabled(train), torch.inference_mode(not train), products:
-        errors = _check_equal(args, sides, ours, theirs, name)
+        errors |= _check_outputs(args, ours, theirs, name)
         with _explained(args, f"fails in {name} on {device}", Failure), progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
             timed = compare(
