@@ -42,7 +42,8 @@ from vizoo.tools.profiling.sides import (
     Sides,
     build_sides,
     distance,
-    find_case,
+    find_official,
+    official_names,
     run_pass,
     seeded,
     training_distances,
@@ -68,8 +69,9 @@ examples:
   vizoo bench --suite gpu --out gpu.jsonl               tests, operators and models on a GPU, in eight minutes
   vizoo bench --suite gpu --out gpu.jsonl --sections ops --only halo
 
-Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bf16 the official side
-stays in float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
+Outputs are compared before anything is timed, and nothing is recorded when they differ; for --pass train gradients too,
+in float64, with every rate of dropout and stochastic depth 0 on both sides.  In bf16 the official side stays in
+float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
 nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
 COLUMNS = [
     "name",
@@ -156,20 +158,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the Triton kernels of a training step cost in machine code, by model (default: one of each family)",
     )
     kind.add_argument("--warm", action="store_true", help="compile these kernels into Triton's cache, run nothing")
+    default = "timm's model if it has one, else plain PyTorch"
     p.add_argument(
         "--official",
         type=Path,
         metavar="DIR",
-        help="checkout of the official code (default: timm's model if it has one, else plain PyTorch)",
+        help=f"checkout of the official code of {official_names()} (default: {default})",
     )
     add(p, "--batch", "1; with --sass and --warm one, 128")
     add(p, "--threads", "torch's")
     add(p, "--dtype", "of our side; fp32, with --sass and --warm of the model, bf16")
     sides = ", ".join(f"{name} {layer.side}" for name, layer in LAYERS.items())
     add(p, "--size", f"the model's; of the map of a layer: {sides}")
-    p.add_argument("--window-size", type=number(int, 1), metavar="N", help="window of hilo (2)")
+    p.add_argument("--window-size", type=number(int, 1), metavar="N", help=f"window of {_defaults('window_size')}")
     add_alias(p, "--window", "window_size")
-    p.add_argument("--alpha", type=number(float, 0, 1), metavar="X", help="share of low-frequency heads of hilo (0.9)")
+    share = f"share of low-frequency heads of {_defaults('alpha')}"
+    p.add_argument("--alpha", type=number(float, 0, 1), metavar="X", help=share)
     p.add_argument(
         "--pass",
         dest="pass_",
@@ -202,6 +206,11 @@ def build_parser() -> argparse.ArgumentParser:
     suite.add_argument("--only", default="", metavar="TEXT", help="operators and models with this in their name")
     suite.add_argument("--dry", action="store_true", help="try it on a CPU with tiny shapes")
     return p
+
+
+def _defaults(key: str) -> str:
+    """Layers that have an argument, and what it is where nothing is said."""
+    return ", ".join(f"{name} ({layer.arguments[key]:g})" for name, layer in LAYERS.items() if key in layer.arguments)
 
 
 @contextlib.contextmanager
@@ -254,7 +263,7 @@ def _check_training(args: argparse.Namespace, sides: Sides) -> dict[str, float]:
         found = training_distances(sides)
     for what, error in found.items():
         _refuse(args, "training in float64", what, error, TRAINING_TOLERANCE["float64"])
-    return {"grad_error": found["gradients"]} if "gradients" in found else {}
+    return {"grad_error": found["gradients"]}
 
 
 def _check_outputs(args: argparse.Namespace, ours: _Side, theirs: _Side, dtype: str) -> dict[str, float]:
@@ -447,8 +456,7 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    case = find_case(args.name)
-    layer = case.layer
+    layer = LAYERS.get(args.name)
     check_result(args.out, COLUMNS)
     if args.size is not None:
         read_size(args.size)
@@ -466,8 +474,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--channels-last: {args.name!r} takes tokens, not a map")
     if not layer:
         _check_of_zoo(args.name)
-    if args.official and isinstance(case.official, str):
-        raise UserError(f"--official: {case.official}")
+    if args.official:
+        find_official(args.name)
     compute_device(args.device)
 
 

@@ -11,7 +11,7 @@ import fnmatch
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,12 +184,34 @@ CASES = {  # by name of a layer, or pattern of names of models; the first that f
 LAYERS = {name: case.layer for name, case in CASES.items() if case.layer}
 
 
+def official_names() -> str:
+    """Layers, and patterns of names of models, that can be timed against official code."""
+    return ", ".join(name for name, case in CASES.items() if isinstance(case.official, Official))
+
+
 def find_case(name: str) -> Case:
     """What a layer or a model, with or without tag, is timed against: any model against its plain form."""
     base = name.partition(".")[0]
-    known = ", ".join(pattern for pattern, case in CASES.items() if isinstance(case.official, Official))
-    plain = Case(f"no official code is known for {name!r}; it is for {known}")
+    plain = Case(f"no official code is known for {name!r}; it is known for {official_names()}")
     return next((case for pattern, case in CASES.items() if fnmatch.fnmatchcase(base, pattern)), plain)
+
+
+def find_official(name: str) -> Official:
+    """The official code of a layer or a model.
+
+    Args:
+        name: As for :func:`find_case`.
+
+    Returns:
+        Its adapter, and its file in a checkout.
+
+    Raises:
+        UserError: If there is none.
+    """
+    code = find_case(name).official
+    if isinstance(code, str):
+        raise UserError(f"--official: {code}")
+    return code
 
 
 def build_sides(
@@ -226,10 +248,9 @@ def build_sides(
     _check_square(name, case, size, official)
     more: tuple[int, ...] = ()
     if official is not None:
-        if isinstance(case.official, str):
-            raise UserError(f"--official: {case.official}")
+        code = find_official(name)
         model = {"name": name.partition(".")[0], "size": size[0], "reparam": reparam}
-        peer = official_side(case.official.adapter, official, case.official.file, **(given if layer else model))
+        peer = official_side(code.adapter, official, code.file, **(given if layer else model))
         more = size if layer and layer.tokens else ()
     elif case.peer is not None:
         peer = case.peer(**given)
@@ -338,14 +359,12 @@ def seeded(device: torch.device) -> Iterator[None]:
 def training_distances(sides: Sides) -> dict[str, float]:
     """How far both sides are apart in training, in float64 on the CPU, where rounding explains nothing.
 
-    Gradients are those of the parameters that have the same values on both sides, whatever their names and shapes: all
-    but those that the other side splits, merges or turns.
-
     Args:
         sides: As :func:`build_sides` gives them, which draws all values at random.
 
     Returns:
-        Distance of ``outputs``, and of ``gradients`` where there are such parameters.
+        Distance of ``outputs``; and of ``gradients``: of the input and of all parameters that have the same values on
+        both sides, whatever their names, which are all but those that one side splits, merges or turns.
     """
     import torch
 
@@ -353,24 +372,24 @@ def training_distances(sides: Sides) -> dict[str, float]:
     x = torch.randn(2, *sides.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     outputs, gradients = [], []
     for module, more in ((sides.ours, ()), (sides.peer, sides.more)):
-        side = copy.deepcopy(module).double().train()
+        side, image = copy.deepcopy(module).double().train(), x.clone().requires_grad_()
         with seeded(x.device), torch.enable_grad():
-            outputs.append(run_pass(side, (x, *more), train=True))
-        gradients.append(_by_value(side))
+            outputs.append(run_pass(side, (image, *more), train=True))
+        gradients.append(_gradients((image, *side.parameters())))
     same = [values for values in gradients[0] if values in gradients[1]]
-    found = {"outputs": distance(*outputs)}
-    if same:
-        found["gradients"] = distance(*([side[values] for values in same] for side in gradients))
-    return found
+    return {
+        "outputs": distance(*outputs),
+        "gradients": distance(*([side[values] for values in same] for side in gradients)),
+    }
 
 
-def _by_value(module: nn.Module) -> dict[bytes, Tensor]:
-    """Gradients of a module by what is in their parameters."""
+def _gradients(leaves: Iterable[Tensor]) -> dict[bytes, Tensor]:
+    """Gradients by what is in the tensors."""
     import torch
 
     return {
-        hashlib.sha256(p.detach().numpy().tobytes()).digest(): torch.zeros_like(p) if p.grad is None else p.grad
-        for p in module.parameters()
+        hashlib.sha256(t.detach().numpy().tobytes()).digest(): torch.zeros_like(t) if t.grad is None else t.grad
+        for t in leaves
     }
 
 
