@@ -67,7 +67,7 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
         Nothing.
     """
     path, modules, before = sys.path[:], dict(sys.modules), [get() for get, _ in _SETTINGS]
-    _stand_in("timm.models.registry", {"register_model": _register_nothing})
+    _StandIn("timm.models.registry", {"register_model": _register_nothing})
     try:
         with (
             float32_products(tf32=False),
@@ -90,18 +90,21 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
                 put(value)
 
 
+class _StandIn(types.ModuleType):
+    """A module with some members in place of one that does not build or must not run."""
+
+    def __init__(self, name: str, members: dict[str, Any]):
+        super().__init__(name)
+        vars(self).update(members)
+        sys.modules[name] = self
+
+
 def _is_of(name: str, folder: Path) -> bool:
-    """Whether a module is from a folder, or in a package that is a stand-in."""
+    """Whether a module is from a folder, or a stand-in, or of a package that the code made by hand."""
     module, package = sys.modules[name], sys.modules.get(name.partition(".")[0])
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-    if any(Path(place).is_relative_to(folder) for place in places if place):
-        return True
-    return package is None or getattr(package, "__spec__", None) is None
-
-
-def _stand_in(name: str, members: dict[str, Any]) -> None:
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(members)
+    places = [getattr(module, "__file__", None), *(getattr(module, "__path__", None) or ())]
+    own = any(Path(place).is_relative_to(folder) for place in places if place)
+    return own or isinstance(module, _StandIn) or getattr(package, "__spec__", None) is None
 
 
 def official_side(adapter: str, checkout: Path, file: str, **arguments: Any) -> nn.Module:
@@ -146,7 +149,7 @@ def _import(folder: Path, name: str, stand_ins: dict[str, dict[str, Any]]) -> An
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] in own]:
         del sys.modules[loaded]  # of another project that has the same names
     for stand_in, members in stand_ins.items():
-        _stand_in(stand_in, members)
+        _StandIn(stand_in, members)
     return importlib.import_module(name)
 
 
