@@ -237,19 +237,18 @@ class _Side:
         import torch
 
         device, kind = compute_device(args.device), getattr(torch, dtype)
-        self.train = args.pass_ == "train"
+        self.train, self.more = args.pass_ == "train", more
         self.module = module.to(device, kind).train(self.train)
-        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
+        self.x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, kind)
         if args.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
-            x = x.contiguous(memory_format=torch.channels_last)
-        self.inputs = (x, *more)
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
         self.run: Any = torch.compile(self.module, mode=args.compile) if args.compile else self.module
 
     def __call__(self) -> list[Any]:
         if self.train:
             self.module.zero_grad(set_to_none=True)
-        return run_pass(self.run, self.inputs, self.train)
+        return run_pass(self.run, (self.x, *self.more), self.train)
 
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
