@@ -46,9 +46,14 @@ _SETTINGS: tuple[Setting, ...] = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
     _attribute(torch.backends.mkldnn, "enabled"),
 )
+
+
+def _read(get: Callable[[], Any]) -> Any:
+    with contextlib.suppress(RuntimeError):  # older names of what the process sets by newer ones
+        return get()
 
 
 def _register_nothing(function: Any) -> Any:
@@ -66,7 +71,7 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    path, modules, before = sys.path[:], dict(sys.modules), [get() for get, _ in _SETTINGS]
+    path, modules, before = sys.path[:], dict(sys.modules), [_read(get) for get, _ in _SETTINGS]
     _StandIn("timm.models.registry", {"register_model": _register_nothing})
     try:
         with (
@@ -86,7 +91,7 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
             del sys.modules[name]
         sys.modules.update(modules)
         for (get, put), value in zip(_SETTINGS, before, strict=True):
-            if get() != value:
+            if value is not None and _read(get) != value:
                 put(value)
 
 
