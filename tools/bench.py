@@ -38,7 +38,19 @@ from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
 from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, add_result, number, read_size
-from vizoo.tools.profiling.sides import LAYERS, TOLERANCE, Sides, build_sides, find_case, same_parameters
+from vizoo.tools.profiling.sides import (
+    LAYERS,
+    TOLERANCE,
+    TRAINING_TOLERANCE,
+    Sides,
+    build_sides,
+    distance,
+    find_official,
+    official_names,
+    run_pass,
+    seeded,
+    training_distances,
+)
 
 if TYPE_CHECKING:
     from vizoo.tools.profiling.timing import Comparison
@@ -60,8 +72,9 @@ examples:
   vizoo bench --suite gpu --out gpu.jsonl               tests, operators and models on a GPU, in eight minutes
   vizoo bench --suite gpu --out gpu.jsonl --sections ops --only halo
 
-Outputs are compared before anything is timed, and nothing is recorded when they differ.  In bf16 the official side
-stays in float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
+Outputs are compared before anything is timed, and nothing is recorded when they differ; for --pass train gradients too,
+in float64, with every rate of dropout and stochastic depth 0 on both sides.  In bf16 the official side stays in
+float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
 nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
 COLUMNS = [
     "name",
@@ -148,20 +161,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the Triton kernels of a training step cost in machine code, by model (default: one of each family)",
     )
     kind.add_argument("--warm", action="store_true", help="compile these kernels into Triton's cache, run nothing")
+    default = "timm's model if it has one, else plain PyTorch"
     p.add_argument(
         "--official",
         type=Path,
         metavar="DIR",
-        help="checkout of the official code (default: timm's model if it has one, else plain PyTorch)",
+        help=f"checkout of the official code of {official_names()} (default: {default})",
     )
     add(p, "--batch", "1; with --sass and --warm one, 128")
     add(p, "--threads", "torch's")
     add(p, "--dtype", "of our side; fp32, with --sass and --warm of the model, bf16")
     sides = ", ".join(f"{name} {layer.side}" for name, layer in LAYERS.items())
     add(p, "--size", f"the model's; of the map of a layer: {sides}")
-    p.add_argument("--window-size", type=number(int, 1), metavar="N", help="window of hilo (2)")
+    p.add_argument("--window-size", type=number(int, 1), metavar="N", help=f"window of {_defaults('window_size')}")
     add_alias(p, "--window", "window_size")
-    p.add_argument("--alpha", type=number(float, 0, 1), metavar="X", help="share of low-frequency heads of hilo (0.9)")
+    share = f"share of low-frequency heads of {_defaults('alpha')}"
+    p.add_argument("--alpha", type=number(float, 0, 1), metavar="X", help=share)
     p.add_argument(
         "--pass",
         dest="pass_",
@@ -194,6 +209,11 @@ def build_parser() -> argparse.ArgumentParser:
     suite.add_argument("--only", default="", metavar="TEXT", help="operators and models with this in their name")
     suite.add_argument("--dry", action="store_true", help="try it on a CPU with tiny shapes")
     return p
+
+
+def _defaults(key: str) -> str:
+    """Layers that have an argument, and what it is where nothing is said."""
+    return ", ".join(f"{name} ({layer.arguments[key]:g})" for name, layer in LAYERS.items() if key in layer.arguments)
 
 
 @contextlib.contextmanager
@@ -231,15 +251,9 @@ class _Side:
         self.run: Any = compiled(self.module, mode=args.compile) if args.compile else self.module
 
     def __call__(self) -> list[Any]:
-        """The outputs as tensors: the first of a tuple (reversed attention also returns its messages), else all."""
-        from torch.utils._pytree import tree_leaves
-
-        out = self.run(self.x, *self.more)
-        found = tree_leaves(out[0] if isinstance(out, tuple) else out)
         if self.train:
             self.module.zero_grad(set_to_none=True)
-            sum(t.square().mean() for t in found).backward()
-        return found
+        return run_pass(self.run, (self.x, *self.more), self.train)
 
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
@@ -247,47 +261,33 @@ def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
     return "fp32" if sides.against == "official" and compute_device(args.device).type == "cpu" else dtype
 
 
-def _apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """Norm of the difference of two lists of tensors over the norm of the second."""
-    import torch
+def _check_training(args: argparse.Namespace, sides: Sides) -> dict[str, float]:
+    """Refuse sides that do not train alike; how far their gradients are apart, by column."""
+    with _explained(args, "cannot train", UserError if args.size else Failure):
+        found = training_distances(sides)
+    for what, error in found.items():
+        _refuse(args, "training in float64", what, error, TRAINING_TOLERANCE["float64"])
+    return {"grad_error": found["gradients"]}
 
-    a, b = (torch.cat([t.detach().float().flatten() for t in tensors]) for tensors in (ours, theirs))
-    return float((a - b).norm() / b.norm())
 
-
-def _check_equal(args: argparse.Namespace, sides: Sides, ours: _Side, theirs: _Side, dtype: str) -> dict[str, Any]:
-    """How far outputs, and in training gradients, of both sides are apart, by column.
-
-    Raises:
-        UserError: If a side cannot take the size that was given.
-        Failure: If it cannot run otherwise, or they are too far apart.
-    """
-    import torch
-
-    pairs, found = same_parameters(sides), {}
-    device = compute_device(args.device)
+def _check_outputs(args: argparse.Namespace, ours: _Side, theirs: _Side, dtype: str) -> dict[str, float]:
+    """Refuse sides whose outputs differ as they are timed; how far they are apart, by column."""
+    device, outputs = compute_device(args.device), []
     with _explained(args, f"cannot run in {dtype} on {device}", UserError if args.size else Failure):
-        outputs = []
         for side in (ours, theirs):
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(0)  # what chance there is without any rate
+            with seeded(device):
                 outputs.append(side())
-        found["error"] = _apart(*outputs)
-        if ours.train and pairs:
-            gradients = [
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in side] for side in zip(*pairs, strict=True)
-            ]
-            found["grad_error"] = _apart(*gradients)
-    for column, error in found.items():
-        what = {"error": "outputs", "grad_error": "gradients"}[column]
-        if not error <= TOLERANCE[dtype]:
-            raise Failure(
-                f"{args.name}, {dtype}: {what} differ by {error:.1e}, allowed {TOLERANCE[dtype]:g}; not timed"
-            )
-    return found
+        error = distance(*outputs)
+    _refuse(args, dtype, "outputs", error, (TRAINING_TOLERANCE if ours.train else TOLERANCE)[dtype])
+    return {"error": error}
 
 
-def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, Any]]:
+def _refuse(args: argparse.Namespace, where: str, what: str, error: float, allowed: float) -> None:
+    if not error <= allowed:
+        raise Failure(f"{args.name}, {where}: {what} differ by {error:.1e}, allowed {allowed:g}; not timed")
+
+
+def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, float]]:
     """Check and time both sides; the timings, and how far the sides are apart."""
     import torch
 
@@ -296,13 +296,14 @@ def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tu
     device, train, name = compute_device(args.device), args.pass_ == "train", _written(dtype)
     kinds = [DTYPES[d] for d in (dtype, _peer_dtype(args, sides, dtype))]
     shape = (batch, *sides.shape)
+    errors = _check_training(args, sides) if train else {}
     with _explained(args, "cannot be built", UserError):
         ours = _Side(args, sides.ours, shape, (), kinds[0])
         theirs = _Side(args, sides.peer, shape, sides.more, kinds[1])
     # fp32 is what the process makes of it, as before any measurement
     products = float32_products(tf32=True) if dtype == "tf32" else contextlib.nullcontext()
     with torch.set_grad_enabled(train), torch.inference_mode(not train), products:
-        errors = _check_equal(args, sides, ours, theirs, name)
+        errors |= _check_outputs(args, ours, theirs, name)
         with _explained(args, f"fails in {name} on {device}", Failure), progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
             timed = compare(
@@ -459,8 +460,7 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    case = find_case(args.name)
-    layer = case.layer
+    layer = LAYERS.get(args.name)
     check_result(args.out, COLUMNS)
     if args.size is not None:
         read_size(args.size)
@@ -478,8 +478,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--channels-last: {args.name!r} takes tokens, not a map")
     if not layer:
         _check_of_zoo(args.name)
-    if args.official and isinstance(case.official, str):
-        raise UserError(f"--official: {case.official}")
+    if args.official:
+        find_official(args.name)
     compute_device(args.device)
 
 

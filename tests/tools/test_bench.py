@@ -1,13 +1,18 @@
 import csv
 import json
+import os
+import sys
 import time
+import types
 
 import pytest
 import timm
 import torch
+import torchvision
 from tolerance import golden_close
 from torch import nn
 
+import vizoo.backbones.layers
 from vizoo.tools import bench
 from vizoo.tools.profiling import official, sides
 
@@ -20,7 +25,7 @@ def rows_of(path):
 @pytest.mark.parametrize("extra", [[], ["--pass", "train"], ["--channels-last", "--batch", "1", "2"]], ids=str)
 def test_model_against_plain(extra, tmp_path, capsys):
     out = tmp_path / "out.csv"
-    words = ["test_litv2", "--rounds", "2", "--threads", "1", "--size", "64", "--out", str(out), *extra]
+    words = ["test_litv2", "--rounds", "1", "--threads", "1", "--size", "64", "--out", str(out), *extra]
     assert bench.main(words) == 0
     assert bench.main(words) == 0  # appended
     rows = rows_of(out)
@@ -187,12 +192,217 @@ def test_a_kernel_that_fails_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "vizoo bench: error: 'ulsam' cannot run in float32 on cpu: no kernel here\n"
 
 
-def test_official_code_that_fails_is_one_line(tmp_path, capsys):
-    (tmp_path / "hilo.py").write_text("raise KeyError('moved')\n", encoding="utf-8")
-    assert bench.main(["hilo", "--threads", "1", "--official", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
+MISSING = "needs the package {0}, which is not installed: pip install {0}"
+FAULTS = {
+    "raise KeyError('moved')": "fails: KeyError: 'moved'",
+    "import no_such_package.nn": MISSING.format("no_such_package"),
+    "import hidden": MISSING.format("hidden"),
+    "class HiLo(": "fails: SyntaxError: ",
+    "from timm.layers import NoSuchLayer": "fails: ImportError: cannot import name 'NoSuchLayer'",
+    "import timm.models.no_such_file": "fails: ModuleNotFoundError: No module named 'timm.models.no_such_file'",
+    "print('loud'); raise SystemExit('no GPU')": "fails: SystemExit: no GPU",
+    "HiLo = 3": "fails: TypeError: 'int' object is not callable",
+    "": "fails: AttributeError: module 'hilo' has no attribute 'HiLo'",
+}
+
+
+@pytest.mark.parametrize(("code", "why"), FAULTS.items(), ids=list(FAULTS.values()))
+def test_official_code_that_fails_is_one_line(code, why, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hidden", None)
+    (tmp_path / "hilo.py").write_text(f"{code}\n", encoding="utf-8")
+    words = ["hilo", "--threads", "1", "--official", str(tmp_path)]
+    assert bench.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"vizoo bench: error: --official {str(tmp_path)!r}: its code {why}")
     assert err.count("\n") == 1
-    assert "'hilo' cannot be built with --official" in err
+    with pytest.raises(bench.UserError) as caught:  # --debug shows what the code raised
+        bench.main([*words, "--debug"])
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.slow
+def test_official_code_that_fails_in_a_process_is_one_line(tmp_path, capsys):
+    (tmp_path / "hilo.py").write_text("import no_such_package\n", encoding="utf-8")
+    assert bench.main(["hilo", "--threads", "1", "2", "--official", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("pip install no_such_package")
+
+
+def test_official_code_leaves_no_trace(tmp_path, monkeypatch):
+    """Whatever it sets on import or in a constructor; its modules go before those of the same name that are loaded."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "part.py").write_text("", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("WHERE = 'checkout'\n", encoding="utf-8")
+    (tmp_path / "hilo.py").write_text(
+        "import os, sys, types, warnings\n"
+        "import torch, inner.part, mine\n"
+        "from timm.models import register_model\n"
+        "from timm.models.registry import register_model as old\n"
+        "from torch import nn\n"
+        "print('loud')\n"
+        "sys.path[:] = ['/nowhere', *sys.path]\n"
+        "sys.modules['natten_of_theirs'] = types.ModuleType('natten_of_theirs')\n"
+        "os.environ['OF_THEIRS'] = '1'\n"
+        "os.chdir('/')\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.set_default_device('meta')\n"
+        "torch.set_grad_enabled(False)\n"
+        "torch.set_num_threads(torch.get_num_threads() + 1)\n"
+        "torch.set_float32_matmul_precision('medium')\n"
+        "torch.use_deterministic_algorithms(True)\n"
+        "torch.backends.cudnn.benchmark = True\n"
+        "torch.backends.cudnn.allow_tf32 = False\n"
+        "torch.backends.cuda.enable_flash_sdp(False)\n"
+        "torch.manual_seed(5)\n"
+        "@register_model\n"
+        "@old\n"
+        "def nat_mini():\n"
+        "    pass\n"
+        "class HiLo(nn.Identity):\n"
+        "    where = mine.WHERE\n",
+        encoding="utf-8",
+    )
+    mine = types.ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", mine)
+
+    def state():
+        torch.empty(0)
+        return (
+            *(list(sys.path), os.getcwd(), dict(os.environ), torch.get_default_dtype(), torch.get_default_device()),
+            *(torch.is_grad_enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
+            *(torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+            *(torch.backends.cuda.flash_sdp_enabled(), torch.get_rng_state().tolist(), torch.empty(0).device),
+            timm.models.model_entrypoint("nat_mini"),
+        )
+
+    torchs, before = set(sys.modules), state()
+    layer = official.official_side("hilo", tmp_path, "hilo.py")
+    assert layer.where == "checkout"
+    assert state() == before
+    assert sys.modules["mine"] is mine
+    assert not {"hilo", "inner", "inner.part", "natten_of_theirs"} & (set(sys.modules) - torchs)
+
+
+def stochastic(rate):
+    """Modules of all libraries that leave something to chance in training, and shapes of their inputs."""
+    torchs, image = torchvision.models.swin_transformer.SwinTransformerBlock, (2, 8, 8, 8)
+    rates = {"dropout": rate, "attention_dropout": rate, "stochastic_depth_prob": rate}
+    return {
+        "dropout": (nn.Dropout(rate), image),
+        "dropout 2d": (nn.Dropout2d(rate), image),
+        "alpha dropout": (nn.AlphaDropout(rate), image),
+        "feature alpha dropout": (nn.FeatureAlphaDropout(rate), image),
+        "attention": (nn.TransformerEncoderLayer(8, 2, 8, dropout=rate), (4, 4, 8)),
+        "lstm": (nn.LSTM(8, 8, 2, dropout=rate), (4, 4, 8)),
+        "stochastic depth": (torchvision.ops.StochasticDepth(rate, "row"), (64, 8)),
+        "torchvision's block": (torchvision.ops.DropBlock2d(rate, 3), image),
+        "torchvision's swin": (torchs(8, 2, [4, 4], [0, 0], **rates), image),
+        "drop path": (timm.layers.DropPath(rate), (64, 8)),
+        "block": (timm.layers.DropBlock2d(rate, 3), image),
+        "patch dropout": (timm.layers.PatchDropout(rate, num_prefix_tokens=0), (2, 16, 8)),
+        "residual": (timm.models.efficientvit_msra.ResidualDrop(nn.Identity(), drop=rate), (64, 8, 8, 8)),
+        "swin": (timm.create_model("test_vit", drop_rate=rate, attn_drop_rate=rate), (2, 3, 160, 160)),
+        "ours": (timm.create_model("test_litv2", drop_rate=rate, drop_path_rate=rate), (2, 3, 64, 64)),
+    }
+
+
+@pytest.mark.parametrize("name", stochastic(0.5))
+def test_nothing_is_left_to_chance(name):
+    module, shape = stochastic(0.5)[name]
+    x = torch.randn(shape)
+
+    def differ():
+        runs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            out = module.train()(x)
+            runs.append(out[0] if isinstance(out, tuple) else out)
+        return not torch.equal(*runs)
+
+    assert differ()
+    sides.leave_nothing_to_chance(module)
+    assert not differ()
+
+
+@pytest.mark.parametrize(
+    ("out", "mode", "why"),
+    [
+        ("self.drop(out)", "train", ""),
+        ("out.detach() / 2 + out / 2", "infer", ""),
+        ("out.detach() / 2 + out / 2", "train", "training in float64: gradients differ by 1.0e+00, allowed 1e-09"),
+        ("1.1 * out", "train", "training in float64: outputs differ by 9.1e-02, allowed 1e-09"),
+        ("1.1 * out", "infer", "float32: outputs differ by 9.1e-02, allowed 1e-05"),
+    ],
+)
+def test_official_code_is_compared_before_it_is_timed(out, mode, why, tmp_path, capsys):
+    (tmp_path / "hilo.py").write_text(
+        "from torch import nn\n"
+        "from vizoo.backbones.layers import HiLo as Ours\n"
+        "class HiLo(Ours):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.drop = nn.Dropout(0.5)\n"
+        "    def forward(self, x, H, W):\n"
+        "        out = super().forward(x, [H, W])\n"
+        f"        return {out}\n",
+        encoding="utf-8",
+    )
+    file = tmp_path / "out.csv"
+    words = ["hilo", "--size", "4", "--mode", mode, "--rounds", "1", "--threads", "1", "--out", str(file)]
+    assert bench.main([*words, "--official", str(tmp_path)]) == (1 if why else 0)
+    if why:
+        assert f"hilo, {why}; not timed" in capsys.readouterr().err
+        assert not file.exists()
+        return
+    (row,) = rows_of(file)
+    assert (row["peer"], row["mode"]) == ("official", mode)
+    assert float(row["ratio_low"]) <= float(row["ratio"]) + 0.005
+    assert float(row["ratio"]) - 0.005 <= float(row["ratio_high"])
+    assert row["grad_error"] == "" if mode == "infer" else float(row["grad_error"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("test_overlock", 64), ("test_vit_tcpa", 96), ("ulsam", 6), ("halo", 16), ("reversed", 4)]
+)
+def test_both_sides_train_alike(name, size):
+    """Also where one side splits the parameters of the other, and where chance has no rate."""
+    found = sides.training_distances(sides.build_sides(name, (size, size)))
+    assert set(found) == {"outputs", "gradients"}
+    assert all(error < 1e-10 for error in found.values()), found
+
+
+def test_every_case_is_there():
+    """Names of the table stand for something: models of the zoo, layers, adapters."""
+    for name, case in sides.CASES.items():
+        if case.layer:
+            assert hasattr(vizoo.backbones.layers, case.layer.ours)
+        else:
+            assert timm.list_models(name, module="")
+        if isinstance(case.official, sides.Official):
+            assert callable(getattr(official, case.official.adapter))
+        assert sides.find_case(name) is case
+    assert sides.find_case("litv2_s.r384_in1k") is sides.CASES["litv2_*"]
+    assert sides.find_case("nat_mini") is sides.CASES["nat_*"]
+    assert sides.find_case("halo_h0").peer is None
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["test_litv2"], "no official code is known for 'test_litv2'; it is known for hilo, litv2_*, overlock_*"),
+        (["halo_26t"], "there is no official code of HaloNet"),
+        (["litv2_s"], "no classification/models/litv2.py there"),
+        (["hilo", "--size", "4", "8"], "--size 4 8: 'hilo' takes the tokens of a square map; give one side"),
+        (["litv2_s", "--size", "64", "96"], "--size 64 96: official code is built for square images; give one side"),
+        (["litv2_s", "--reparam"], "--reparam: 'litv2_s' has no branches to merge"),
+        (["halo_26t", "--alpha", "0.5"], "--alpha: is for 'hilo', got 'halo_26t'"),
+    ],
+)
+def test_what_official_code_cannot_be(words, why, tmp_path, capsys):
+    assert bench.main([*words, "--threads", "1", "--official", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert why in err
+    assert err.count("\n") == 1
 
 
 def test_official_layer_gets_height_and_width(tmp_path):
@@ -214,17 +424,16 @@ def test_model_against_timm(tmp_path):
 
 
 def test_timm_side_has_our_parameters():
-    for name in official.TIMM:
-        ours, theirs = timm.create_model(name, device="meta"), official.timm_model(name)
+    names = [name for name, case in sides.CASES.items() if case.against == "timm" and not case.layer]
+    assert len(names) == 6
+    for name in names:
+        ours, theirs = timm.create_model(name, device="meta"), sides.CASES[name].peer()
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1], name
-    assert official.timm_model("litv2_s") is None
 
 
 def test_official_side_from_a_checkout(tmp_path, monkeypatch):
     """The adapter imports the checkout's modules with the compiled layer replaced, and forgets them afterwards."""
-    import sys
-
     package = tmp_path / "classification" / "models"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("", encoding="utf-8")
@@ -236,10 +445,15 @@ def test_official_side_from_a_checkout(tmp_path, monkeypatch):
         "        self.kwargs = kwargs\n",
         encoding="utf-8",
     )
-    model = official.official_model(tmp_path, "litv2_s_alpha05", 96)
+
+    def build(name, size):
+        code = sides.find_official(name)
+        return official.official_side(code.adapter, tmp_path, code.file, name=name, size=size, reparam=False)
+
+    model = build("litv2_s_alpha05", 96)
     assert isinstance(model, nn.Module)
     assert (model.kwargs["alpha"], model.kwargs["img_size"], model.kwargs["embed_dim"]) == (0.5, 96, 96)
-    assert official.official_model(tmp_path, "litv2_b", 224).kwargs["num_heads"] == [4, 8, 16, 32]
+    assert build("litv2_b", 224).kwargs["num_heads"] == [4, 8, 16, 32]
     assert model(torch.zeros(1, 3, 6, 8)).shape == (1, 4, 3, 4)
     assert sorted(k for k, _ in model.named_parameters()) == [
         "bias",
@@ -253,8 +467,6 @@ def test_official_side_from_a_checkout(tmp_path, monkeypatch):
 
 def test_official_nat_from_a_checkout(tmp_path):
     """The stand-in for NATTEN 0.14 has its parameters and the outputs of our layer, also on small dilated maps."""
-    import sys
-
     from vizoo.backbones.layers import NeighborhoodAttention
 
     folder = tmp_path / "classification"
@@ -275,7 +487,8 @@ def test_official_nat_from_a_checkout(tmp_path):
     )
     natten = sys.modules.get("natten")
     for name, dilation in (("nat_mini", 1), ("dinat_s_tiny", 2)):
-        peer = official.official_model(tmp_path, name, 224)
+        code = sides.find_official(name)
+        peer = official.official_side(code.adapter, tmp_path, code.file, name=name, size=224, reparam=False)
         nn.init.normal_(peer.rpb)
         layer = NeighborhoodAttention(8, num_heads=2, kernel_size=3, dilation=dilation)
         layer.load_state_dict(peer.state_dict(), strict=True)
@@ -296,7 +509,7 @@ def test_both_sides_of_every_layer(name):
     first = [out[0] if isinstance(out, tuple) else out for out in (ours, theirs)]
     assert (first[0] - first[1]).norm() <= sides.TOLERANCE["float32"] * first[1].norm()
     assert found.label.startswith(name)
-    assert found.against == sides.LAYERS[name].against
+    assert found.against == sides.CASES[name].against
     assert x[0].numel() == 64 * sides.LAYERS[name].arguments["dim"]
 
 
@@ -331,5 +544,5 @@ def test_json_and_files_hold_the_same_rows(tmp_path, capsys):
     for values, texts in zip(found, rows, strict=True):
         assert set(values) == set(bench.COLUMNS)
         for key, text in texts.items():
-            assert text == format(values[key], bench.FORMATS.get(key, "")), key
+            assert text == ("" if values[key] is None else format(values[key], bench.FORMATS.get(key, ""))), key
         assert f"{values['peer_median_ms'] / values['median_ms']:.2f}" == texts["ratio"]

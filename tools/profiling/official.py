@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 import io
-import operator
 import os
 import sys
 import types
@@ -20,23 +19,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.tools.common import Failure, UserError, is_exhausted, named
+from vizoo.tools.profiling.timing import float32_products
 
-# what an import may set for the whole process: how to read it, and how to set it
-Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-
-
-def _attribute(path: str) -> Setting:
-    owner, _, name = path.rpartition(".")
-    found = operator.attrgetter(owner)(torch)
-    return functools.partial(getattr, found, name), functools.partial(setattr, found, name)
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, and how to set it
 
 
+def _attribute(owner: Any, name: str) -> Setting:
+    return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+
+
+# what an import may set for the whole process, beside products of float32
 _SETTINGS: tuple[Setting, ...] = (
     (os.getcwd, os.chdir),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -49,30 +46,14 @@ _SETTINGS: tuple[Setting, ...] = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    *(_attribute(f"backends.cudnn.{name}") for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
-    # after the older names of the same settings, which would write "ieee" for "none"
-    *(
-        _attribute(f"backends.{name}fp32_precision")
-        for name in (
-            "",
-            "cuda.matmul.",
-            "cudnn.",
-            "cudnn.conv.",
-            "cudnn.rnn.",
-            "mkldnn.",
-            "mkldnn.matmul.",
-            "mkldnn.conv.",
-        )
-    ),
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    _attribute(torch.backends.mkldnn, "enabled"),
 )
 
 
 def _read(get: Callable[[], Any]) -> Any:
-    try:
+    with contextlib.suppress(RuntimeError):  # older names of what the process sets by newer ones
         return get()
-    except RuntimeError:  # of an older name, where the process uses the newer one
-        return None
 
 
 def _register_nothing(function: Any) -> Any:
@@ -90,15 +71,14 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    path, modules = sys.path[:], dict(sys.modules)
-    before = [_read(get) for get, _ in _SETTINGS]
-    registry = {"timm.models.registry": types.ModuleType("timm.models.registry")}
-    vars(registry["timm.models.registry"])["register_model"] = _register_nothing
+    path, modules, before = sys.path[:], dict(sys.modules), [_read(get) for get, _ in _SETTINGS]
+    _StandIn("timm.models.registry", {"register_model": _register_nothing})
     try:
         with (
+            float32_products(tf32=False),
             mock.patch.dict(os.environ),
-            mock.patch.dict(sys.modules, registry),
-            mock.patch.object(timm.models, "register_model", _register_nothing),
+            mock.patch("timm.models.register_model", _register_nothing),
+            mock.patch("timm.models._registry.register_model", _register_nothing),
             torch.random.fork_rng(devices=[]),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
@@ -107,20 +87,29 @@ def leaving_no_trace(folder: Path) -> Iterator[None]:
             yield
     finally:
         sys.path[:] = path
-        for name, module in list(sys.modules.items()):
-            if name not in modules and _is_of(module, folder):
-                del sys.modules[name]
+        for name in [name for name in sys.modules if name not in modules and _is_of(name, folder)]:
+            del sys.modules[name]
         sys.modules.update(modules)
         for (get, put), value in zip(_SETTINGS, before, strict=True):
             if value is not None and _read(get) != value:
                 put(value)
 
 
-def _is_of(module: types.ModuleType, folder: Path) -> bool:
-    """Whether a module is from a folder, or was made by hand."""
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+class _StandIn(types.ModuleType):
+    """A module with some members in place of one that does not build or must not run."""
+
+    def __init__(self, name: str, members: dict[str, Any]):
+        super().__init__(name)
+        vars(self).update(members)
+        sys.modules[name] = self
+
+
+def _is_of(name: str, folder: Path) -> bool:
+    """Whether a module is from a folder, or a stand-in, or of a package that the code made by hand."""
+    module, package = sys.modules[name], sys.modules.get(name.partition(".")[0])
+    places = [getattr(module, "__file__", None), *(getattr(module, "__path__", None) or ())]
     own = any(Path(place).is_relative_to(folder) for place in places if place)
-    return own or getattr(module, "__spec__", None) is None
+    return own or isinstance(module, _StandIn) or getattr(package, "__spec__", None) is None
 
 
 def official_side(adapter: str, checkout: Path, file: str, **arguments: Any) -> nn.Module:
@@ -148,26 +137,24 @@ def official_side(adapter: str, checkout: Path, file: str, **arguments: Any) -> 
     except (Exception, SystemExit) as e:
         if isinstance(e, UserError | Failure) or is_exhausted(e):
             raise
-        raise UserError(f"--official {str(checkout)!r}: its code {_reason(e, checkout)}") from e
+        raise UserError(f"--official {str(checkout)!r}: its code {_reason(e)}") from e
 
 
-def _reason(error: BaseException, checkout: Path) -> str:
-    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if not missing or missing in sys.modules or list(checkout.rglob(f"{missing}*")):
-        return f"fails: {named(error)}"
-    return f"needs the package {missing}, which is not installed: pip install {missing}"
+def _reason(error: BaseException) -> str:
+    package = error.name if isinstance(error, ModuleNotFoundError) else None
+    if package and "." not in package:
+        return f"needs the package {package}, which is not installed: pip install {package}"
+    return f"fails: {named(error)}"
 
 
-def _import(folder: Path, name: str, stubs: dict[str, dict[str, Any]]) -> Any:
+def _import(folder: Path, name: str, stand_ins: dict[str, dict[str, Any]]) -> Any:
     """A module of official code, where others are replaced by stand-ins with these members."""
     sys.path.insert(0, str(folder))
     own = {entry.stem for entry in folder.iterdir()}
-    for loaded in list(sys.modules):
-        if loaded.partition(".")[0] in own:  # of another project, which has the same name
-            del sys.modules[loaded]
-    for stub, members in stubs.items():
-        sys.modules[stub] = types.ModuleType(stub)
-        vars(sys.modules[stub]).update(members)
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] in own]:
+        del sys.modules[loaded]  # of another project that has the same names
+    for stand_in, members in stand_ins.items():
+        _StandIn(stand_in, members)
     return importlib.import_module(name)
 
 
