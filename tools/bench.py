@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import itertools
 import os
 import sys
@@ -37,7 +36,7 @@ from vizoo.tools.common import (
 from vizoo.tools.gpu import machine_code as code
 from vizoo.tools.gpu.models import measured
 from vizoo.tools.gpu.suite import BUDGET, SECTIONS, run
-from vizoo.tools.options import DTYPES, MOST, Parser, add, add_alias, add_result, number, read_size
+from vizoo.tools.options import DTYPES, MOST, STATE, Parser, add, add_alias, add_result, number, read_size
 from vizoo.tools.profiling.sides import (
     LAYERS,
     TOLERANCE,
@@ -77,34 +76,10 @@ in float64, with every rate of dropout and stochastic depth 0 on both sides.  In
 float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
 nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
 COLUMNS = [
-    "name",
-    "peer",
-    "mode",
-    "shape",
-    "dtype",
-    "peer_dtype",
-    "batch",
-    "threads",
-    "rounds",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "peer_median_ms",
-    "peer_p20_ms",
-    "peer_p80_ms",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-    "error",
-    "grad_error",
-    "cpu_use",
-    "device",
-    "torch",
-    "timm",
-    "vizoo",
-    "commit",
-    "date",
-]
+    "name", "peer", "mode", "shape", "dtype", "peer_dtype", "batch", "threads", "rounds", "median_ms", "p20_ms",
+    "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms", "ratio", "ratio_low", "ratio_high", "error", "grad_error",
+    "cpu_use", "device", *STATE, "torch", "timm", "vizoo", "commit", "date", "notes",
+]  # fmt: skip
 LEAST = 0.1  # seconds of a sample: single calls of a layer would measure the cache that the other side left behind
 LAYER_OPTIONS = ("window_size", "alpha")  # arguments of layers that are options
 QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
@@ -287,10 +262,11 @@ def _refuse(args: argparse.Namespace, where: str, what: str, error: float, allow
         raise Failure(f"{args.name}, {where}: {what} differ by {error:.1e}, allowed {allowed:g}; not timed")
 
 
-def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, float]]:
-    """Check and time both sides; the timings, and how far the sides are apart."""
+def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, Any]]:
+    """Check and time both sides; the timings, how far the sides are apart, and the state of the device."""
     import torch
 
+    from vizoo.tools.profiling.state import Watch
     from vizoo.tools.profiling.timing import compare, float32_products
 
     device, train, name = compute_device(args.device), args.pass_ == "train", _written(dtype)
@@ -306,15 +282,21 @@ def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tu
         errors |= _check_outputs(args, ours, theirs, name)
         with _explained(args, f"fails in {name} on {device}", Failure), progress() as bar:
             task = bar.add_task("timing", total=args.rounds)
+            watch = Watch(device)
+
+            def tick() -> None:
+                watch.look()
+                bar.advance(task)
+
             timed = compare(
                 {"ours": ours, "theirs": theirs},
                 rounds=args.rounds,
                 device=device,
-                tick=functools.partial(bar.advance, task),
+                tick=tick,
                 clock=time.process_time if args.cpu_time else time.perf_counter,
                 least=LEAST,
             )
-    return timed, errors
+    return timed, {**errors, **watch.record, "notes": "; ".join(watch.notes)}
 
 
 def _written(dtype: str) -> str:
@@ -353,7 +335,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     size = None if args.size is None else read_size(args.size)
     with _explained(args, "cannot be built", UserError):
         sides = build_sides(args.name, size, args.official, args.reparam, _layer_arguments(args))
-    timed, errors = _timed(args, sides, batch, dtype)
+    timed, about = _timed(args, sides, batch, dtype)
     row: dict[str, Any] = {
         "name": sides.label,
         "peer": sides.against,
@@ -367,9 +349,9 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     }
     for side, seconds in (("", timed.seconds["ours"]), ("peer_", timed.seconds["theirs"])):
         row.update({f"{side}{k}_ms": 1e3 * quantile(seconds, q) for k, q in QUANTILES.items()})
-    about = {k: v for k, v in versions().items() if k in COLUMNS}
     row.update(zip(("ratio", "ratio_low", "ratio_high"), timed.ratio("theirs"), strict=True))
-    row.update({"grad_error": None, **errors}, cpu_use=timed.cpu_use, **about)
+    row.update({"grad_error": None, **about}, cpu_use=timed.cpu_use)
+    row.update({k: v for k, v in versions().items() if k in COLUMNS})
     return {**row, "device": device_name(compute_device(args.device)), "date": datetime.date.today().isoformat()}
 
 
@@ -538,6 +520,8 @@ def _bench(argv: list[str]) -> int:
     rows = results.found
     if not args.cpu_time and any(row.get("cpu_use") is not None and row["cpu_use"] < BUSY for row in rows):
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
+    for note in dict.fromkeys(f"{row['name']}: {row['notes']}" for row in rows if row.get("notes")):
+        print(note, file=sys.stderr)
     refuse_failures([row["failure"] for row in rows if "failure" in row], len(rows))
     return 0
 

@@ -269,6 +269,10 @@ class _Joined(argparse.Action):
 
 TASKS = ("classification", "detection", "segmentation", "scanpath")
 PARTS = ("train", "val", "test")  # of scanpaths
+STATE = (  # of a device, as records of measurements tell it
+    "clock_mhz", "max_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttled", "throttle_count",
+    "governor", "driver", "cudnn", "cudnn_benchmark", "float32_products", "flush_denormal",
+)  # fmt: skip
 MODES = ("count", "memory", "latency", "throughput")  # of the profiler
 _COUNT, _POSITIVE = number(int, 0), number(int, 1)
 _REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)

@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 
+from vizoo.tools.options import STATE
 from vizoo.tools.profiling.precision import float32_precision
 
-STATE = [
-    "clock_mhz", "max_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttled", "throttle_count",
-    "governor", "driver", "cudnn", "cudnn_benchmark", "float32_products", "flush_denormal",
-]  # fmt: skip
 SLOWED = {  # bits of NVML's clock event reasons that slow a GPU down; the others are its being idle, and settings
     0x4: "power cap",
     0x8: "hardware slowdown",
