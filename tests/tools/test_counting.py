@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from zoo import each_kind, is_fixed
 
 from vizoo.backbones.ops.cost import COSTS, Cost, register_cost
-from vizoo.tools.profiling.counting import count, differences, fvcore_counts, unwrap
+from vizoo.tools.profiling.counting import copied, count, differences, fvcore_counts, unwrap
 from vizoo.tools.profiling.meta import Kernels
 
 # model, size, parameters, multiply-accumulates, fvcore's own total, activations
@@ -792,6 +792,20 @@ def test_old_weight_norm():
     model(X)
     found = count(model, X)
     assert (found.macs, found.status) == (512, "complete")
+
+
+def test_copied_models():
+    """With weights of their own, whatever a module holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), Restless(False))
+    expected = model[0](X)
+    ours = copied(model)
+    assert ours[1].lock is model[1].lock
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.zero_()
+    assert torch.equal(model[0](X), expected)
 
 
 ASKING = {
