@@ -1056,10 +1056,12 @@ class Restless(nn.Module):
         return self.fc(x.mul_(2))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 @pytest.mark.parametrize("need", [False, True])
 @pytest.mark.parametrize("engine", ["auto", "real", "fvcore"])
-def test_a_restless_model_is_untouched(engine, need):
-    model, x = Restless(need).eval(), X.clone()
+def test_a_restless_model_is_untouched(engine, need, nested):
+    restless, x = Restless(need).eval(), X.clone()
+    model = nn.Sequential(nn.Sequential(restless)).eval() if nested else restless
     before = snapshot(model)
     states = random.getstate(), np.random.get_state()[1].tolist()
     if engine == "fvcore":
@@ -1072,7 +1074,7 @@ def test_a_restless_model_is_untouched(engine, need):
     torch.testing.assert_close(after.pop("state"), before.pop("state"), rtol=0, atol=0)
     assert torch.equal(after.pop("rng"), before.pop("rng"))
     assert after == before
-    assert (model.calls, model.cache, model.log) == (0, {}, [])
+    assert (restless.calls, restless.cache, restless.log) == (0, {}, [])
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(x, X)
     assert threading.getprofile() is None

@@ -517,8 +517,8 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[i
     """A copy with what ``memo`` holds instead of the objects with these addresses, and all that was copied."""
     try:
         return copy.deepcopy(model, made := dict(memo)), made
-    except Exception:  # locks, pools, handles of other libraries: they are shared
-        for module in model.modules():
+    except Exception:  # locks, pools, handles of other libraries: they are shared, innermost first
+        for module in reversed(list(model.modules())):
             for value in vars(module).values():
                 try:
                     copy.deepcopy(value, dict(memo))
