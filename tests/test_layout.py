@@ -326,7 +326,7 @@ WHOLE = {  # tests over a whole folder, and of what other packages do with it
     "heads": {"others", "train"},
     "layers": set(),
     "ops": set(),
-    "tools": {"data_faults", "faults", "runs", "security", "tasks"},
+    "tools": {"data_faults", "faults", "hand_counts", "runs", "security", "tasks"},
 }
 SOURCES = {"layers": "backbones/layers", "ops": "backbones/ops"}  # of the folders of tests; else the same name
 UNTESTED = {"backend", "cost", "operators"}  # in ops/, no operators: everything goes through them

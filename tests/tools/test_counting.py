@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+import io
 import math
 import random
 import threading
@@ -15,13 +16,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hand_counts import TIMM
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from zoo import each_kind, is_fixed
 
 from vizoo.backbones.ops.cost import COSTS, Cost, register_cost
-from vizoo.tools.profiling.counting import count, differences, fvcore_counts, unwrap
+from vizoo.tools.profiling.counting import copied, count, differences, fvcore_counts, unwrap
+from vizoo.tools.profiling.meta import Kernels
 
 # model, size, parameters, multiply-accumulates, fvcore's own total, activations
 ANCHORS = {
@@ -285,8 +290,42 @@ CONTRACTIONS = {
         [(2, 4, 6, 6), (2, 9, 16)],
         2 * 4 * 9 * 16,
     ),
+    "same padding": (
+        Call(lambda x, w: F.conv2d(x, w, padding="same", groups=2)),
+        [(1, 4, 5, 7), (6, 2, 3, 4)],
+        6 * 5 * 7 * 2 * 12,
+    ),
     "einsum": (Call(lambda a, b: torch.einsum("bhid,bhjd->bhij", a, b)), [(2, 3, 4, 5), (2, 3, 6, 5)], 720),
+    "einsum of many": (  # more than the digits that NumPy prints
+        Call(lambda a, b: torch.einsum("byhwc,hkc->byhwk", a, b)),
+        [(1, 3, 28, 27, 97), (28, 13, 97)],
+        3 * 28 * 27 * 97 * 13,
+    ),
+    "einsum with dots": (Call(lambda a, b: torch.einsum("...ij,...kj", a, b)), [(2, 1, 3, 4), (5, 6, 4)], 2 * 5 * 72),
+    "einsum of sums": (Call(lambda a, b: torch.einsum("bij,bjk->bi", a, b)), [(2, 3, 4), (2, 4, 5)], 24),
+    "einsum broadcast": (Call(lambda a, b: torch.einsum("bij,bjk->bik", a, b)), [(1, 3, 4), (2, 4, 5)], 120),
+    "einsum without a sum": (Call(lambda a, b: torch.einsum("ij,jk->ijk", a, b)), [(3, 4), (4, 5)], 0),
+    "einsum of a diagonal": (Call(lambda a, b: torch.einsum("iij,jk->ik", a, b)), [(3, 3, 4), (4, 5)], 60),
+    "einsum of one": (Call(lambda a: torch.einsum("ij->j", a)), [(3, 4)], 0),
+    "einsum of three": (
+        Call(lambda *t: torch.einsum("ij,jk,kl->il", *t)),
+        [(2, 3), (3, 4), (4, 5)],
+        2 * 3 * 4 + 2 * 4 * 5,
+    ),
+    "einsum by a path": (
+        Call(lambda *t: torch._C._VariableFunctions.einsum("ij,jk,kl,l->i", list(t), path=[3, 2, 2, 1, 1, 0])),
+        [(2, 3), (3, 4), (4, 5), (5,)],
+        4 * 5 + 3 * 4 + 2 * 3,
+    ),
     "matmul": (Call(torch.matmul), [(2, 3, 4, 5), (5, 7)], 2 * 3 * 4 * 5 * 7),
+    "matmul broadcast": (Call(torch.matmul), [(3, 4), (2, 4, 5)], 2 * 3 * 4 * 5),
+    "matmul of vectors": (Call(torch.matmul), [(4,), (2, 4, 5)], 2 * 4 * 5),
+    "linear of a row": (Call(F.linear), [(2, 3, 4), (4,)], 2 * 3 * 4),
+    "inner": (Call(torch.inner), [(2, 3, 4), (5, 4)], 2 * 3 * 4 * 5),
+    "tensordot": (Call(lambda a, b: torch.tensordot(a, b, dims=([1, 2], [0, 1]))), [(2, 1, 4), (3, 4, 5)], 2 * 4 * 5),
+    "multi_dot": (Call(lambda *t: torch.linalg.multi_dot(t)), [(2, 30), (30, 4), (4, 50)], 2 * 30 * 4 + 2 * 4 * 50),
+    "matrix power": (Call(lambda a: torch.linalg.matrix_power(a, 5)), [(3, 3)], 3 * 27),
+    "output given": (Call(lambda a, b: torch.mm(a, b, out=a.new_empty(3, 5))), [(3, 4), (4, 5)], 60),
     "baddbmm": (Call(torch.baddbmm), [(3, 4, 6), (3, 4, 5), (3, 5, 6)], 3 * 4 * 5 * 6),
     "mv": (Call(torch.mv), [(4, 5), (5,)], 20),
     "dot": (Call(torch.dot), [(5,), (5,)], 5),
@@ -370,6 +409,21 @@ def test_fast_path_costs_what_the_plain_path_costs():
     assert fvcore_counts(model, x)[""] == real.macs
 
 
+@pytest.mark.parametrize(
+    ("call", "shapes"),
+    [
+        (torch.matmul, [(3, 4), (4, 5)]),
+        (F.linear, [(3, 4), (5, 4)]),
+        (lambda x, a, b: torch.addmm(x, a, b), [(5,), (3, 4), (4, 5)]),
+        (lambda a, b: torch.einsum("ij,jk->ik", a, b), [(3, 4), (4, 5)]),
+    ],
+    ids=["matmul", "linear", "addmm", "einsum"],
+)
+def test_second_engine_counts_complex_products(call, shapes):
+    """Four real products each."""
+    assert fvcore_counts(Call(call), *(torch.randn(s, dtype=torch.complex64) for s in shapes))[""] == 4 * 60
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a):
@@ -436,18 +490,10 @@ def test_a_broken_call_says_why():
         count(nn.Linear(4, 3), torch.randn(2, 4), engine="gpu")
 
 
-TIMM = """
-test_vit test_convnext test_efficientnet test_resnet resnext50_32x4d densenet121 mobilenetv3_small_100 levit_128s
-efficientformerv2_s0 mixer_s32_224 gmlp_s16_224 coatnet_nano_rw_224 cait_xxs24_224 xcit_nano_12_p16_224 twins_svt_small
-poolformer_s12 edgenext_xx_small mobilevit_xxs deit3_small_patch16_224 fastvit_t8 repvit_m0_9 regnety_002
-maxvit_pico_rw_256
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM.split())
 def test_engines_agree(name):
-    """Families of timm: convolution, attention of all kinds, mixing, re-parameterised."""
+    """Families of timm: convolution, attention of all kinds, mixing, recurrent, re-parameterised."""
     model = build(name)
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     found = count(model, x)
@@ -748,6 +794,20 @@ def test_old_weight_norm():
     assert (found.macs, found.status) == (512, "complete")
 
 
+def test_copied_models():
+    """With weights of their own, whatever a module holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), Restless(False))
+    expected = model[0](X)
+    ours = copied(model)
+    assert ours[1].lock is model[1].lock
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.zero_()
+    assert torch.equal(model[0](X), expected)
+
+
 ASKING = {
     "is_meta": lambda x: x.is_meta,
     "type": lambda x: x.device.type == "meta",
@@ -793,18 +853,167 @@ def test_gradients_inside():
     assert (found.macs, found.status) == (2 * 512, "complete")
 
 
-@pytest.mark.parametrize("kind", ["script", "trace", "frozen", "inside"])
-def test_torchscript(kind):
-    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.trace(plain, X) if kind == "trace" else torch.jit.script(plain)
-        scripted = torch.jit.freeze(scripted) if kind == "frozen" else scripted
-    model = nn.Sequential(nn.Linear(8, 8), scripted) if kind == "inside" else scripted
-    found = count(model, X)
-    assert (found.macs, found.uncounted, found.engine) == (512 * (3 if kind == "inside" else 2), {}, "cpu")
-    if kind == "inside":
-        assert (found.modules["0"].macs, found.modules["1"].macs) == (512, 1024)
+class Looped(nn.Module):
+    """Goes round by a number and takes a dictionary, which only a script can."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: dict[str, torch.Tensor], times: int = 3):
+        out = x["x"]
+        for _ in range(times):
+            out = self.fc(out)
+        return out
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.jit.save(model, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+
+
+SCRIPTED = {  # a module of TorchScript, its input, multiply-accumulates forward, and both ways
+    "script": (lambda: torch.jit.script(mlp()), X, 1024, 1024 + 512 * 3),
+    "trace": (lambda: torch.jit.trace(mlp(), X), X, 1024, 1024 + 512 * 3),
+    "loaded": (lambda: reloaded(torch.jit.script(mlp())), X, 1024, 1024 + 512 * 3),
+    "inside": (lambda: nn.Sequential(nn.Linear(8, 8), torch.jit.script(mlp())), X, 1536, 1536 + 512 * 5),
+    "loop": (lambda: torch.jit.script(Looped()), {"x": X}, 1536, 1536 + 512 * 5),
+    "traced dictionary": (lambda: torch.jit.trace(Looped(), ({"x": X},)), {"x": X}, 1536, 1536 + 512 * 5),
+    "attention": (
+        lambda: torch.jit.script(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()),
+        torch.randn(4, 2, 8),
+        2048 + 256 + 2048,
+        None,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("engine", ["auto", "meta", "fake", "real"])
+@pytest.mark.parametrize(("make", "x", "forward", "both_ways"), SCRIPTED.values(), ids=SCRIPTED)
+def test_torchscript(make, x, forward, both_ways, engine):
+    model = make()
+    devices = {p.device.type for p in model.parameters()}
+    found = count(model, x, engine=engine)
+    assert (found.macs, found.status, found.uncounted) == (forward, "complete", {}), found.reasons
+    assert found.params == sum(p.numel() for p in model.parameters())
+    if both_ways is not None:
+        assert count(model, x, engine=engine, backward=True).macs == both_ways
+    assert {p.device.type for p in model.parameters()} == devices == {"cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_parts_of_torchscript():
+    """Each module's own; weights that were frozen are constants of the program, and no parameters."""
+    found = count(SCRIPTED["inside"][0](), X)
+    assert (found.modules["0"].macs, found.modules["1"].macs) == (512, 1024)
+    for optimize in (torch.jit.freeze, torch.jit.optimize_for_inference):
+        found = count(optimize(torch.jit.script(mlp())), X)
+        assert (found.macs, found.params, found.reasons, found.engine) == (1024, 0, [], "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_second_engine_refuses_torchscript():
+    """It does not see into it, so its count would accuse the first engine."""
+    with pytest.raises(ValueError, match="1 is TorchScript"):
+        fvcore_counts(SCRIPTED["inside"][0](), X)
+    function = torch.jit.trace(lambda t: t @ t, X)
+    assert count(Call(lambda t: function(t)), X).macs == 512
+    with pytest.raises(ValueError, match="calls a function of TorchScript"):
+        fvcore_counts(Call(lambda t: function(t)), X)
+
+
+LAZY = {
+    "alone": (lambda: nn.LazyLinear(5), (8, 8), 320, 45),
+    "together": (
+        lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)),
+        (2, 3, 6, 6),
+        2 * (4 * 16 * 27 + 64 * 5),
+        4 * 28 + 8 + 65 * 5,
+    ),
+    "beside others": (lambda: nn.Sequential(nn.Linear(8, 6), nn.LazyLinear(5)), (8, 8), 8 * (48 + 30), 54 + 35),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "meta", "fake", "real"])
+@pytest.mark.parametrize(("make", "shape", "macs", "params"), LAZY.values(), ids=LAZY)
+def test_lazy_modules(make, shape, macs, params, engine):
+    """A copy is initialised by the call; the model stays as it is."""
+    model, x = make(), torch.randn(shape)
+    before = [(type(m), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    state = torch.get_rng_state()
+    found = count(model, x, engine=engine)
+    assert (found.macs, found.params, found.status) == (macs, params, "complete")
+    assert count(model, x, engine=engine, backward=True).macs > macs
+    assert fvcore_counts(model, x)[""] == macs
+    assert [(type(m), len(m._forward_pre_hooks), m.training) for m in model.modules()] == before
+    assert any(m.has_uninitialized_params() for m in model.modules() if isinstance(m, LazyModuleMixin))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lazy_modules_without_numbers():
+    found = count(LAZY["together"][0](), torch.empty(2, 3, 6, 6, device="meta"))
+    assert (found.macs, found.engine, found.modules["4"].out) == (LAZY["together"][2], "meta", (2, 5))
+
+
+TRANSFORMS = {  # of the sum over a linear layer, and how often it is multiplied
+    "gradient": (lambda m, x: torch.func.grad(lambda v: m.fc(v).sum())(x), 2),
+    "gradient of each": (lambda m, x: torch.func.vmap(torch.func.grad(lambda v: m.fc(v).sum()))(x), 2),
+    "jacobian": (lambda m, x: torch.func.jacrev(lambda v: m.fc(v).sum(0))(x), 1 + 8),
+    "mapped": (lambda m, x: torch.func.vmap(m.fc)(x), 1),
+    "called": (lambda m, x: torch.func.functional_call(m.fc, dict(m.fc.named_parameters()), (x,)), 1),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "meta", "fake", "real"])
+@pytest.mark.parametrize(("forward", "times"), TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_inside(forward, times, engine):
+    found = count(Call(forward, fc=nn.Linear(8, 8, bias=False)), X, engine=engine)
+    assert (found.macs, found.status, found.modules["fc"].macs) == (512 * times, "complete", 512)
+
+
+def test_tensors_of_inference_mode():
+    with torch.inference_mode():
+        model = nn.Linear(8, 8)
+    for engine in ("meta", "fake", "real"):
+        assert count(model, X, engine=engine).macs == 512
+    assert count(model, X, backward=True).macs == 1024
+
+
+def test_kernels_of_the_meta_device_run_once():
+    """What is no new tensor is made each time, and so is what another device or dtype makes of the call."""
+    kernels, x = Kernels(), torch.empty(3, 4, device="meta")
+    aten = torch.ops.aten
+    first, second = (kernels.run(aten.add.Tensor, (x, x), {"alpha": 2}) for _ in range(2))
+    assert len(kernels.known) == 1
+    assert first.shape == second.shape == (3, 4)
+    assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+    for func, args, kwargs in (
+        (aten.add.Tensor, (x, x.double()), {"alpha": 2}),
+        (aten.add.Tensor, (x, x), {"alpha": 2.0}),
+        (aten.add.Tensor, (x, x.t().contiguous().t()), {}),
+        (aten.topk.default, (x, 2), {}),
+        (aten.unbind_copy.int, (x, 1), {}),
+    ):
+        before, expected = len(kernels.known), func(*args, **kwargs)
+        for _ in range(2):
+            given = tree_leaves(kernels.run(func, args, kwargs))
+            assert [(t.shape, t.stride(), t.dtype) for t in given] == [
+                (t.shape, t.stride(), t.dtype) for t in tree_leaves(expected)
+            ]
+        assert len(kernels.known) == before + 1
+    before = len(kernels.known)
+    kernels.run(aten.view.default, (x, [12]), {})
+    kernels.run(aten._unsafe_view.default, (x, [12]), {})
+    kernels.run(aten.add_.Tensor, (x, x), {})
+    kernels.run(aten.add.Tensor, (torch.ones(3), torch.ones(3)), {})
+    assert len(kernels.known) == before
 
 
 # a model is left as it was
@@ -839,10 +1048,12 @@ class Restless(nn.Module):
         return self.fc(x.mul_(2))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 @pytest.mark.parametrize("need", [False, True])
 @pytest.mark.parametrize("engine", ["auto", "real", "fvcore"])
-def test_a_restless_model_is_untouched(engine, need):
-    model, x = Restless(need).eval(), X.clone()
+def test_a_restless_model_is_untouched(engine, need, nested):
+    restless, x = Restless(need).eval(), X.clone()
+    model = nn.Sequential(nn.Sequential(restless)).eval() if nested else restless
     before = snapshot(model)
     states = random.getstate(), np.random.get_state()[1].tolist()
     if engine == "fvcore":
@@ -855,7 +1066,7 @@ def test_a_restless_model_is_untouched(engine, need):
     torch.testing.assert_close(after.pop("state"), before.pop("state"), rtol=0, atol=0)
     assert torch.equal(after.pop("rng"), before.pop("rng"))
     assert after == before
-    assert (model.calls, model.cache, model.log) == (0, {}, [])
+    assert (restless.calls, restless.cache, restless.log) == (0, {}, [])
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(x, X)
     assert threading.getprofile() is None

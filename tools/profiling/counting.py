@@ -590,19 +590,19 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
     for module in model.modules():  # results of an earlier call cannot be copied as they are
         memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
-    copied, made = _deepcopy(model, memo)
-    _move_scripted(copied, move)
+    ours, made = _deepcopy(model, memo)
+    _move_scripted(ours, move)
     args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
     constants = [t for t in made.values() if isinstance(t, Tensor)]
-    return _Call(copied, args, kwargs, [*constants, *copied.parameters(), *copied.buffers()])
+    return _Call(ours, args, kwargs, [*constants, *ours.parameters(), *ours.buffers()])
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
     """A copy with what ``memo`` holds instead of the objects with these addresses, and all that was copied."""
     try:
         return copy.deepcopy(model, made := dict(memo)), made
-    except Exception:  # locks, pools, handles of other libraries: they are shared
-        for module in model.modules():
+    except Exception:  # locks, pools, handles of other libraries: they are shared, innermost first
+        for module in reversed(list(model.modules())):
             for value in vars(module).values():
                 try:
                     copy.deepcopy(value, dict(memo))
@@ -621,6 +621,18 @@ def _move_scripted(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
             for name, b in list(module.named_buffers(recurse=False)):
                 if (new := move(b.detach())).is_meta:
                     setattr(module, name, new)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model with weights of its own.
+
+    Args:
+        model: Any module; what cannot be copied, such as locks and pools, is shared with it.
+
+    Returns:
+        The copy.
+    """
+    return _copy(model, (), {}, torch.clone).model
 
 
 def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
@@ -647,13 +659,13 @@ def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
         elif meta:
             moved = t.detach().to("meta")
             memo[id(t)] = nn.Parameter(moved, t.requires_grad) if isinstance(t, nn.Parameter) else moved
-    copied, _ = _deepcopy(model, memo)
-    training = {m: m.training for m in copied.modules()}
+    ours, _ = _deepcopy(model, memo)
+    training = {m: m.training for m in ours.modules()}
     with _same_afterwards(_tensors((args, kwargs))), torch.no_grad():
-        copied.eval()(*args, **kwargs)  # which changes no statistics
+        ours.eval()(*args, **kwargs)  # which changes no statistics
     for module, mode in training.items():
         module.training = mode
-    return copied
+    return ours
 
 
 class _Modules(ModuleTracker):
