@@ -86,7 +86,7 @@ QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
 FORMATS = {  # of figures in files and in the table
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms"), ".2f"),
     "ratio": ".2f",
-    **dict.fromkeys(("ratio_low", "ratio_high"), ".3f"),
+    **dict.fromkeys(("ratio_low", "ratio_high"), ".4g"),
     **dict.fromkeys(("error", "grad_error"), ".1e"),
     "cpu_use": ".2f",
     "occupancy": ".3f",

@@ -84,7 +84,7 @@ def test_unknown_command(capsys):
         (["bench", "halo", "--reparam"], "--reparam: 'halo' has no branches to merge"),
         (["bench", "halo", "--size", "1", "--threads", "1"], "'halo' cannot run in float32 on cpu with --size 1"),
         (["bench", "test_litv2", "--size", "1", "--threads", "1"], "with --size 1: got a 1x1 map to merge"),
-        (["bench", "test_litv2", "--reparam", "--threads", "1"], "cannot build 'test_litv2'"),
+        (["bench", "test_litv2", "--reparam", "--threads", "1"], "--reparam: 'test_litv2' has no branches to merge"),
         (["bench", "test_litv2", "--device", "meta"], "'meta' holds no values"),
         (["bench"], "give the name of one model"),
         (["models", "--yaml"], "unrecognized arguments: --yaml"),
