@@ -472,14 +472,14 @@ def _row(case: tuple[str, int], args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     try:
         return one_case(args, batch=case[1], dtype=case[0])
-    except Failure as e:
+    except (Failure, UserError) as e:
         return _failed(case, args, torch.get_num_threads(), e)
 
 
-def _failed(case: tuple[str, int], args: argparse.Namespace, threads: int, why: Failure) -> dict[str, Any]:
+def _failed(case: tuple[str, int], args: argparse.Namespace, threads: int, why: Exception) -> dict[str, Any]:
     dtype, batch = case
     about = {"name": args.name, "mode": _mode(args), "dtype": _written(dtype), "batch": batch, "threads": threads}
-    return {**about, "failure": str(why)}
+    return {**about, "failure": str(why), "bad_input": isinstance(why, UserError)}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -522,7 +522,8 @@ def _bench(argv: list[str]) -> int:
         print("machine busy: less than 80 % of the processor was ours, numbers are unreliable", file=sys.stderr)
     for note in dict.fromkeys(f"{row['name']}: {row['notes']}" for row in rows if row.get("notes")):
         print(note, file=sys.stderr)
-    refuse_failures([row["failure"] for row in rows if "failure" in row], len(rows))
+    failures = [row["failure"] for row in rows if "failure" in row]
+    refuse_failures(failures, len(rows), all(row.get("bad_input") for row in rows))
     return 0
 
 

@@ -954,19 +954,22 @@ class Results:
             print("\n]" if self.found else "[]")
 
 
-def refuse_failures(failures: Sequence[str], rows: int) -> None:
+def refuse_failures(failures: Sequence[str], rows: int, bad_input: bool) -> None:
     """End a command whose rows are all given.
 
     Args:
         failures: Why some of them failed.
         rows: How many there are.
+        bad_input: Whether what was given is the reason for each of the failures.
 
     Raises:
-        Failure: If there are any.
+        UserError: If all of them failed for what was given.
+        Failure: If some failed otherwise.
     """
     if failures:
         which = f"{len(failures)} of {rows} rows failed: " if rows > 1 else ""
-        raise Failure(which + "; ".join(dict.fromkeys(failures)))
+        kind = UserError if bad_input and len(failures) == rows else Failure
+        raise kind(which + "; ".join(dict.fromkeys(failures)))
 
 
 def check_table(path: str | Path | None, name: str, columns: Sequence[str]) -> None:

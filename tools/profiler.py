@@ -241,7 +241,7 @@ def _profile(argv: list[str]) -> int:
         print(f"both engines agree, and the cost is linear in the batch: {', '.join(agreed)}")
     if args.plot and whole:
         plot(whole, Path(args.plot))
-    refuse_failures([p.failure for p in profiles if p.failure], len(profiles))
+    refuse_failures([p.failure for p in profiles if p.failure], len(profiles), all(p.bad_input for p in profiles))
     partial = [f"{p.model}: {p.reasons[0]}" for p in profiles if p.reasons]
     if args.strict and partial:
         raise Failure(f"--strict: partial counts: {'; '.join(dict.fromkeys(partial))}")

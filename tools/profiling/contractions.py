@@ -24,6 +24,10 @@ def _linear(x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(x) * out[-1], other=2 * prod(out))
 
 
+def _plain_linear(x: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(x) * out[-1], other=prod(out))
+
+
 def _conv(x: Any, w: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(out) * prod(w[1:]))
 
@@ -277,6 +281,10 @@ def _sampled(x: Any, a: Any, b: Any, *args: Any, out: Any = None, **kwargs: Any)
     return Cost(macs=prod(x) * a[-1], other=prod(x))
 
 
+def _semi_structured_mm(a: Any, meta: Any, b: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(out) * b[-2])
+
+
 def _cslt(a: Any, b: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
     return Cost(macs=prod(out) * b[-2])
 
@@ -303,12 +311,12 @@ def _deform_conv2d_backward(
 _OVERRIDDEN = "aten::_scaled_dot_product_fused_attention_overrideable"
 _KINDS = {"lstm": _LSTM, "gru": _GRU, "rnn_tanh": _TANH, "rnn_relu": _RELU}
 _NAMES: list[tuple[Callable[..., Cost], str]] = [
+    (_plain_linear, "aten::mkldnn_linear mkl::_mkl_linear aten::_sparse_semi_structured_linear"),
     (_mm, "aten::_int_mm aten::_scaled_mm_v2 aten::_sparse_sparse_matmul aten::hspmm quantized::matmul"),
     (
         _linear,
         """aten::_weight_int8pack_mm aten::_weight_int4pack_mm aten::_weight_int4pack_mm_for_cpu
         aten::_weight_int4pack_mm_with_scales_and_zeros aten::_dyn_quant_matmul_4bit aten::_mixed_dtypes_linear
-        aten::_sparse_semi_structured_linear aten::_sparse_semi_structured_mm aten::mkldnn_linear mkl::_mkl_linear
         onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16 onednn::qlinear_pointwise
         quantized::int4mm_packed_weight_cpu quantized::linear quantized::linear_relu quantized::linear_leaky_relu
         quantized::linear_tanh quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16
@@ -393,6 +401,7 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::mkldnn_linear_backward_weights": _mkldnn_weight_gradient,
     "aten::sparse_sampled_addmm": _sampled,
     "aten::_cslt_sparse_mm": _cslt,
+    "aten::_sparse_semi_structured_mm": _semi_structured_mm,
     "aten::_sparse_semi_structured_addmm": _semi_structured_addmm,
     "aten::_slow_conv2d_backward": _slow_conv_backward,
     "aten::convolution_backward_overrideable": COSTS["aten::convolution_backward"],

@@ -41,6 +41,7 @@ from vizoo.backbones.ops.backend import is_transforming, whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.fused import flex_as_operator, run_flex_attention, run_recurrent
 from vizoo.tools.profiling.meta import Kernels
+from vizoo.tools.profiling.packed import PackedLayers, packs_weights
 from vizoo.tools.profiling.prices import PRICES, of_complex, price_of
 
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
@@ -495,7 +496,7 @@ class _Watch(TorchFunctionMode):
             raise
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in _RECURRENT:
+        if func in _RECURRENT and not kwargs and torch._C._functorch.peek_interpreter_stack() is None:
             return run_recurrent(self.recorder, func, *args, **kwargs)
         if not isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
@@ -511,7 +512,7 @@ def _inside(func: HigherOrderOperator) -> Callable[..., Any]:
     """What a higher-order operator does, in plain operators, which are counted; itself where PyTorch has nothing."""
     plain = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd, func)
     asked = "_get_current_dispatch_mode"  # some refuse to run while anything watches
-    module = sys.modules[plain.__module__]
+    module = sys.modules.get(plain.__module__)
     if not hasattr(module, asked):
         return plain
 
@@ -713,7 +714,8 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
     try:
         around = _same_afterwards(constants), _watch_threads(recorder), flex_as_operator(), mode()
         with contextlib.ExitStack() as stack:
-            for context in (*around, _Watch(recorder, engine), recorder, counter):
+            packed = [PackedLayers()] if engine != "real" and packs_weights(model) else []
+            for context in (*around, *packed, _Watch(recorder, engine), recorder, counter):
                 stack.enter_context(context)
             out = model(*args, **kwargs)
             if backward:

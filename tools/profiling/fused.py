@@ -31,9 +31,10 @@ def flex_as_operator() -> Iterator[None]:
     if module is None:
         yield
         return
-    make_mask = module._create_empty_block_mask
+    make_mask = getattr(module, "_create_empty_block_mask", None)
 
     def unseen_mask(q: Tensor, k: Tensor) -> Any:
+        assert make_mask is not None
         with _disable_current_modes(), getattr(q, "fake_mode", contextlib.nullcontext()):
             return make_mask(q, k)
 

@@ -96,7 +96,7 @@ def attempt(model: Any, **options: Any) -> Profile:
         known = explain(e)
         if known is None:
             raise
-        result.failure = known[1]
+        result.bad_input, result.failure = known[0] == 2, known[1]
         return result
 
 

@@ -47,6 +47,7 @@ class Profile:
         fvcore_total: Total as fvcore counts, with its norms and pooling.
         notes: What was doubtful or changed while measuring.
         failure: Why it could not be counted or measured as asked for; empty if it could.
+        bad_input: Whether that is for what was given: a size, an argument, a file.
     """
 
     model: str = ""
@@ -62,6 +63,7 @@ class Profile:
     fvcore_total: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     failure: str = ""
+    bad_input: bool = False
 
     @property
     def counted(self) -> Count:
