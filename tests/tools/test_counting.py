@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from zoo import each_kind, is_fixed
+from zoo import each_kind, input_shape, is_fixed
 
 from vizoo.backbones.ops.cost import COSTS, Cost, register_cost
 from vizoo.tools.profiling.counting import copied, count, differences, fvcore_counts, unwrap
@@ -495,7 +495,7 @@ def test_a_broken_call_says_why():
 def test_engines_agree(name):
     """Families of timm: convolution, attention of all kinds, mixing, recurrent, re-parameterised."""
     model = build(name)
-    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    x = torch.randn(1, *input_shape(model, 224))
     found = count(model, x)
     assert found.uncounted == {}
     assert differences(found, fvcore_counts(model, x)) == []

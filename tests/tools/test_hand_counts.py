@@ -95,7 +95,8 @@ def test_detectors_by_hand(name):
     """Their boxes are numbers of the image, which the count says; nothing else is missing."""
     import torchvision
 
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+    sides = {"min_size": 160, "max_size": 200}
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sides).eval()
     images = [torch.rand(3, 200, 160)]
     found = count(model, images)
     assert found.macs == hand_count(model, images).total() > 0
