@@ -465,14 +465,16 @@ def _check(args: argparse.Namespace) -> None:
     compute_device(args.device)
 
 
-def _row(case: tuple[str, int], args: argparse.Namespace) -> dict[str, Any]:
-    """The row of one dtype and batch; one that cannot be timed says why."""
+def _row(case: tuple[str, int], args: argparse.Namespace, alone: bool) -> dict[str, Any]:
+    """The row of one dtype and batch; one among others that cannot be timed says why."""
     import torch
 
     torch._dynamo.reset()
     try:
         return one_case(args, batch=case[1], dtype=case[0])
     except (Failure, UserError) as e:
+        if alone:
+            raise
         return _failed(case, args, torch.get_num_threads(), e)
 
 
@@ -512,9 +514,10 @@ def _bench(argv: list[str]) -> int:
         return 0
     args.name, args.batch, args.dtype = args.name[0], args.batch or [1], args.dtype or ["fp32"]
     _check(args)
-    cases = list(itertools.product(args.dtype, args.batch))
+    cases, numbers = list(itertools.product(args.dtype, args.batch)), args.threads or [torch.get_num_threads()]
+    alone = len(cases) * len(numbers) == 1
     with Results(args, [args.name], _table, _record, dict) as results:
-        for case, threads, found in run_cases(args.threads or [torch.get_num_threads()], cases, _row, args):
+        for case, threads, found in run_cases(numbers, cases, _row, args, alone):
             results.add(_failed(case, args, threads, found) if isinstance(found, Failure) else found)
         results.end()
     rows = results.found

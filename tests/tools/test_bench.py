@@ -146,6 +146,32 @@ def test_nothing_is_recorded_when_outputs_differ(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
+def test_a_case_that_fails_takes_no_other_with_it(tmp_path, capsys, monkeypatch):
+    """It is a row with its reason, and is not recorded; the exit status is that of what went wrong."""
+    build = bench.build_sides
+
+    def broken(*args):
+        sides = build(*args)
+        sides.ours.register_forward_pre_hook(lambda module, given: raise_at(given[0], 2))
+        return sides
+
+    def raise_at(x, batch):
+        if len(x) == batch:
+            raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(bench, "build_sides", broken)
+    out = tmp_path / "out.csv"
+    words = ["ulsam", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    for size, last in (([], 1), (["--size", "2"], 1)):
+        assert bench.main([*words, *size, "--batch", "1", "2", "3"]) == last
+        shown, err = capsys.readouterr()
+        assert "1 of 3 rows failed: 'ulsam' cannot run in float32 on cpu" in err
+        (line,) = [line for line in shown.splitlines() if "no kernel" in line]
+        assert line.split()[:5] == ["ulsam", "infer", "float32", "1", "2"]
+    assert [row["batch"] for row in rows_of(out)] == ["1", "3", "1", "3"]
+    assert bench.main([*words, "--size", "2", "--batch", "2", "2"]) == 2  # all of it is for what was given
+
+
 @pytest.mark.parametrize("text", ["name,peer\nmine,kept\n", "vizoo,mine\n1,kept\n"], ids=["foreign", "ours"])
 def test_other_columns_are_refused_before_anything_is_timed(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "one_case", lambda *args: pytest.fail("something was timed"))

@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vizoo.tools import profiler
 from vizoo.tools.common import Failure, UserError
@@ -467,6 +469,37 @@ def test_compare_takes_names_modules_and_functions():
     assert layer.training
     other = profiler.compare(layer, nn.Linear(4, 5), inputs=x, **how)
     assert other.difference == {"Sequential": 0.0, "Linear": float("inf")}
+
+
+class Awkward(nn.Module):
+    """Holds what cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 3))
+        self.inner.lock = threading.Lock()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+UNUSUAL = {
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(3)),
+    "script": lambda: torch.jit.script(nn.Linear(4, 3)),
+    "frozen": lambda: torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(4, 3)).eval())),
+    "exported": lambda: torch.export.export(nn.Linear(4, 3), (torch.zeros(1, 4),)).module(),
+    "lock": Awkward,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_modules(kind):
+    model = UNUSUAL[kind]()
+    found = profiler.profile(model, torch.zeros(1, 4), mode="all", batch=1, min_time=0, max_time=0)
+    assert (found.macs, found.status) == (12, "complete")
+    assert found.latency.median > 0
+    assert (kind == "lazy") == any(is_lazy(p) for p in model.parameters())
 
 
 def test_one_input_needs_no_list():

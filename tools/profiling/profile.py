@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from vizoo.tools.common import Failure, UserError, explain, one_line, resolve_device, short
 from vizoo.tools.options import DTYPES, MODES, read_size
 from vizoo.tools.profiling import counting, timing
-from vizoo.tools.profiling.counting import Count, differences, fvcore_counts
+from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
 from vizoo.tools.profiling.result import Profile
 from vizoo.tools.profiling.target import Target, evaluating, find_target
@@ -237,7 +236,11 @@ def _second_engine(result: Profile, target: Target, check: bool, fvcore: bool) -
         wrong = differences(result.counted, second)
         result.notes += [f"engines differ: multiply-accumulates of {text}" for text in wrong]
         where = "meta" if result.counted.engine in ("meta", "fake") else "cpu"
-        three = counting.count(net, *(random_like(x, 3, where, dtype) for x in target.inputs)).macs
+        try:
+            three = counting.count(net, *(random_like(x, 3, where, dtype) for x in target.inputs)).macs
+        except Exception as e:  # a program for one batch
+            result.notes.append(f"the batch cannot be changed: {one_line(e)}")
+            return
         if three != 3 * result.macs:
             result.notes.append(f"not linear in the batch: {three:,} multiply-accumulates for 3 images")
 
@@ -246,7 +249,7 @@ def _measure(
     result: Profile, target: Target, how: Conditions, modes: Sequence[str], tell: Callable[[str], None]
 ) -> None:
     try:
-        net = target.net if target.own else copy.deepcopy(target.net)
+        net = target.net if target.own else copied(target.net)
         net = net.to(how.device, how.weights)
         if how.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

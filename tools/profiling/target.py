@@ -13,7 +13,7 @@ from torch import nn
 
 from vizoo.tools.common import UserError, build_model, resolve_model, short
 from vizoo.tools.options import read_size
-from vizoo.tools.profiling.counting import unwrap
+from vizoo.tools.profiling.counting import initialized, unwrap
 
 
 class Target(NamedTuple):
@@ -68,9 +68,10 @@ def find_target(
     net = build_model(name, **kwargs, **place) if own else unwrap(model)
     name = name or type(net).__name__
     if inputs is not None:
-        net = reparameterize_model(net) if reparam else net
         alone = isinstance(inputs, torch.Tensor) or not isinstance(inputs, Sequence)
-        return Target(net, name, None, (inputs,) if alone else inputs, own, None)
+        inputs = (inputs,) if alone else inputs
+        net = initialized(net, inputs, {})
+        return Target(reparameterize_model(net) if reparam else net, name, None, inputs, own, None)
     config = get_model_input_config(net)
     chans, *given = config["input_size"]
     side = (given[0], given[1]) if size is None else read_size(size, "size")
@@ -87,8 +88,9 @@ def find_target(
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module is in the mode that it was in."""
-    before = {m: m.training for m in net.modules()}
-    net.eval()
+    before = {m: m.training for m in net.modules() if hasattr(m, "training")}  # frozen TorchScript has no mode
+    with contextlib.suppress(NotImplementedError):  # exported programs have one for ever
+        net.eval()
     try:
         yield
     finally:
