@@ -641,6 +641,22 @@ def test_cost_before_its_operator():
         COSTS.pop("vizoo_test::later")
 
 
+def test_operator_defined_while_counting():
+    """As by an import inside of a model."""
+    register_cost("vizoo_test::sudden")(lambda x, out=None: Cost(macs=x[0]))
+
+    def forward(x):
+        if not hasattr(torch.ops.vizoo_test, "sudden"):
+            torch.library.custom_op("vizoo_test::sudden", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor")
+            torch.library.register_fake("vizoo_test::sudden", torch.empty_like)
+        return torch.ops.vizoo_test.sudden(x)
+
+    try:
+        assert count(Call(forward), torch.randn(9, 2)).macs == 9
+    finally:
+        COSTS.pop("vizoo_test::sudden")
+
+
 def test_name_without_namespace_is_refused():
     with pytest.raises(ValueError, match="namespace::operator"):
         register_cost("product")

@@ -468,6 +468,14 @@ def test_grouped_products():
     assert figures(Call(torch._grouped_mm), each, weights)[::2] == (2 * 24 * 8 * 16, 3 * 2 * 24 * 8 * 16)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this PyTorch has no such loss")
+def test_linear_layer_with_its_loss():
+    """Its forward pass computes the gradients beside."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=8)
+    model = Call(lambda x, w, y: F.linear_cross_entropy(x, w, y, options=options))
+    assert figures(model, leaf(40, 16), leaf(30, 16), torch.randint(0, 30, (40,)))[::2] == (19_200, 57_600)
+
+
 # no products
 
 LINALG = {  # FLOPs of one 6 x 6 matrix, or of 8 x 6

@@ -221,6 +221,13 @@ def _bilinear(a: Any, b: Any, w: Any, bias: Any = None, *args: Any, out: Any = N
     return Cost(macs=rows * (prod(w) + w[0] * w[2]), other=rows * w[0] if bias is not None else 0)
 
 
+def _linear_loss(x: Any, w: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    """Of a linear layer and its cross entropy at once, with the gradients that it computes beside."""
+    needed = [flag for flag in args[-3:-1] if flag is True]  # of input and weight
+    scores = prod(x[:-1]) * w[0]
+    return Cost(macs=prod(x) * w[0] * (1 + len(needed)), other=5 * scores * (3 if needed else 1), acts=scores)
+
+
 def _with_axes(shape: Any, axes: Any) -> list[int]:
     """A shape with axes of size 1 put in where they are in the result."""
     given = iter(shape)
@@ -383,6 +390,8 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::addr": _addr,
     "aten::_addmm_activation": _addmm_activation,
     "aten::_foreach_mm": _foreach_mm,
+    "torch_nn::_linear_cross_entropy_batch_chunked": _linear_loss,
+    "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction": _linear_loss,
     "aten::bilinear": _bilinear,
     "aten::_trilinear": _trilinear,
     "aten::_compute_linear_combination": _linear_combination,

@@ -417,6 +417,8 @@ class _Recorder(TorchDispatchMode):
         if price is None and not known:
             self._unpriced(name)
         product = known or bool(cost.macs)
+        if cost.macs and func._overloadpacket not in self.counter.flop_registry:  # defined since the run began
+            self.counter.flop_registry = _counter(self.engine).flop_registry
         if product:
             self._check_stored(name, given)
         if any(t.is_complex() for t in given):
