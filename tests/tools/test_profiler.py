@@ -440,6 +440,7 @@ def test_count_by_name(engine):
     found = profiler.count("vit_tiny_patch16_224", engine=engine)
     assert (found.params, found.macs, found.status) == (5_717_416, 1_253_683_200, "complete")
     assert profiler.count("resnet18", torch.empty(2, 3, 64, 64, device="meta")).macs == 2 * 148_557_824
+    assert profiler.count("resnet18", size=64).macs == profiler.count("resnet18", size=(64, 64)).macs == 148_557_824
     assert (real := profiler.count("test_vit", engine="real")).engine == "cpu"
     assert real.macs == profiler.count("test_vit").macs
     assert profiler.count(nn.Linear(4, 3), torch.zeros(2, 4)).macs == 24

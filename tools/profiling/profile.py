@@ -199,7 +199,8 @@ def count(model: Any, *args: Any, **kwargs: Any) -> Count:
     Args:
         model: A timm name, or any module, as of :func:`vizoo.tools.profiling.counting.count`.
         *args: Inputs of the call; none with a name: one image of the model's own size.
-        **kwargs: ``backward`` and ``engine`` as of that function; the others are keyword inputs of the call.
+        **kwargs: ``backward`` and ``engine`` as of that function; with a name ``size`` as of :func:`profile`; the others
+            are keyword inputs of the call.
 
     Returns:
         The counts for exactly these inputs.
@@ -212,7 +213,7 @@ def count(model: Any, *args: Any, **kwargs: Any) -> Count:
     if isinstance(model, torch.nn.Module):
         return counting.count(model, *args, **kwargs)
     real = kwargs.get("engine") == "real"
-    target = find_target(model, args or None, real=real)
+    target = find_target(model, args or None, kwargs.pop("size", None), real=real)
     if real and not args:
         target = target._replace(inputs=[random_like(x, 1, "cpu", _dtype(target.net)) for x in target.inputs])
     with evaluating(target.net):
