@@ -808,6 +808,7 @@ def _order(model: nn.Module, backward: bool) -> list[str]:
     return ["fake", "real"] if backward else list(_ENGINES)
 
 
+@torch.inference_mode(False)  # copies that are made in it have no way back
 def _run_on(engine: str, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
     if backward:
         return _ENGINES[engine](model, args, kwargs, torch.enable_grad)
