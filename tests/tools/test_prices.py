@@ -131,6 +131,17 @@ def test_flex_attention_with_groups_and_sums(flex):
     assert both == macs + 2 * 6 * 10 * 14 * (3 * 8 + 2 * 5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_flex_attention_in_a_checkpoint(flex, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    model = Call(lambda q: checkpoint(lambda x: flex.flex_attention(x, x, x), q, use_reentrant=reentrant))
+    scores = 2 * 16 * 16
+    for engine in ENGINES:
+        found = count(model, leaf(1, 2, 16, 4), backward=True, engine=engine)
+        assert (found.macs, found.status) == (scores * (2 * 8 + 20), "complete")
+
+
 def test_flex_attention_of_a_meta_model(flex):
     """And what modifies the scores is followed back to the layer that made it."""
 
@@ -264,6 +275,13 @@ def test_packed_sequences(layer, gates, unit):
     macs, other, both = figures(Call(run, layer=layer(8, 16)), torch.randn(10, 2, 8), engines=("auto", "meta", "real"))
     assert (macs, other) == (17 * gates * 16 * 24, 17 * 16 * (unit + 2 * gates))
     assert both == 2 * macs + 15 * gates * 16 * 16
+
+    def unsorted(m, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, [7, 10], enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(m.layer(packed)[0])[0]
+
+    found = count(Call(unsorted, layer=layer(8, 16)), torch.randn(10, 2, 8))
+    assert (found.macs, found.reasons) == (macs, [])
 
 
 CELLS = {"LSTMCell": (nn.LSTMCell, 4, 28), "GRUCell": (nn.GRUCell, 3, 19), "RNNCell": (nn.RNNCell, 1, 5)}
@@ -401,6 +419,25 @@ def test_dynamic_quantization(quantization, engine):
         )
         assert (found.macs, found.flops_other, found.acts) == (expected.macs, expected.flops_other, expected.acts)
         assert found.status == "complete"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dynamic_quantization_to_half_precision(quantization, engine):
+    """Packed weights are no copies: to copy them among tensors without numbers ends the process."""
+    model = quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 6)), {nn.Linear}, torch.float16)
+    assert count(model, torch.randn(4, 8), engine=engine).macs == 4 * 48
+
+
+def test_weights_that_wrap_others():
+    """Their parts are constants of the model, and its bytes."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, x = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16(), torch.randn(2, 64).bfloat16()
+    quantize_(model, Int8WeightOnlyConfig())
+    for engine in ENGINES:
+        found = count(model, x, engine=engine)
+        assert (found.macs, found.status) == (2 * 64 * 32, "complete")
+        assert found.state_bytes["int8"] == 64 * 32 + 32  # and a zero point for each row
 
 
 def test_static_quantization(quantization):

@@ -27,13 +27,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.autograd.graph import _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
@@ -41,7 +43,7 @@ from vizoo.backbones.ops.backend import is_transforming, whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
 from vizoo.tools.profiling.fused import flex_as_operator, run_flex_attention, run_recurrent
 from vizoo.tools.profiling.meta import Kernels
-from vizoo.tools.profiling.packed import PackedLayers, packs_weights
+from vizoo.tools.profiling.packed import PackedLayers, packed_weights
 from vizoo.tools.profiling.prices import PRICES, of_complex, price_of
 
 CELLS = ("macs", "flops_other", "acts", "bytes")  # figures of a count that may be partial; weights never are
@@ -218,6 +220,7 @@ def _of_numbers(formula: Callable[..., int], real: bool) -> Callable[..., int]:
 # what a count must say about itself
 
 _SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_GOING_BACK = {torch.autograd.backward, torch.autograd.grad, Tensor.backward}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _ELSEWHERE = "made by another thread, NumPy, an extension or a kernel, and not counted"
 _NO_NUMBERS = "the model goes on in {where} after an error of tensors without numbers: others may take another path"
@@ -225,7 +228,9 @@ _LEAVING = {  # after these calls numbers are where no operator of PyTorch is ne
     Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.tolist, Tensor.__repr__,
     Tensor.__format__,
 }  # fmt: skip
-_FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # on meta they are no operators
+_FROM_PYTHON = {  # what they make of numbers, or of sizes, is no operator, or not on meta
+    torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, torch._VF._pad_packed_sequence,
+}  # fmt: skip
 _DEVICE_QUESTIONS = {
     Tensor.get_device, Tensor.type,
     *(getattr(Tensor, name).__get__ for name in ("device", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps")),
@@ -250,6 +255,13 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
+def _parts(t: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor wraps, such as numbers and scales of a quantised one; itself if it wraps none."""
+    if not is_traceable_wrapper_subclass(t):
+        return [t]
+    return [part for name in t.__tensor_flatten__()[0] for part in _parts(getattr(t, name))]
+
+
 class _Origins:
     """Where the numbers of each tensor come from: constants, the input, or nobody who was seen.
 
@@ -261,8 +273,8 @@ class _Origins:
     def __init__(self, constants: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
         self.known: dict[int, tuple[StorageWeakRef, bool | None]] = {}  # from the input; None before it is written
         self.left = False  # did numbers of the input reach Python, from where they may come back
-        self.write(constants, False)
-        self.write(inputs, True)
+        self.write((part for t in constants for part in _parts(t)), False)
+        self.write((part for t in inputs for part in _parts(t)), True)
 
     def write(self, tensors: Iterable[Tensor], data: bool | None) -> None:
         """Note where the numbers of tensors come from now."""
@@ -489,15 +501,19 @@ class _Watch(TorchFunctionMode):
                 raise NotImplementedError("a tensor without numbers")  # its address is 0, which would be read
         try:
             out = self._run(func, args, kwargs or {})
-            if func in _FROM_PYTHON and not (args and out is args[0]):
-                self.recorder.origins.write([out], self.recorder.origins.left)
+            if func in _FROM_PYTHON:
+                origins = self.recorder.origins
+                origins.write([t for t in _tensors(out) if origins.unseen(t) is not None], origins.left)
             return out
-        except Exception:
-            if self.engine != "real":
+        except Exception as e:
+            if self.engine != "real" and not isinstance(e, _StopRecomputationError):
                 tell(_NO_NUMBERS, doubt=True)
             raise
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _GOING_BACK:
+            with mock.patch.object(torch.autograd, "_engine_run_backward", self._go_back):
+                return func(*args, **kwargs)
         if func in _RECURRENT and not kwargs and torch._C._functorch.peek_interpreter_stack() is None:
             return run_recurrent(self.recorder, func, *args, **kwargs)
         if not isinstance(func, HigherOrderOperator):
@@ -508,6 +524,10 @@ class _Watch(TorchFunctionMode):
         if branches or func.name().startswith("triton_kernel_wrapper"):  # the counter knows them
             return func(*args, **kwargs)
         return _inside(func)(*args, **kwargs)
+
+    def _go_back(self, *args: Any, **kwargs: Any) -> Any:
+        with self:  # a mode is off while it looks at a call, but what is computed anew in this one is the model's
+            return _engine_run_backward(*args, **kwargs)
 
 
 def _inside(func: HigherOrderOperator) -> Callable[..., Any]:
@@ -566,7 +586,9 @@ def _same_afterwards(tensors: Iterable[Tensor]) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(list(cuda)), eager, torch.jit.optimized_execution(False):
+        quiet = warnings.catch_warnings()
+        with torch.random.fork_rng(list(cuda)), eager, torch.jit.optimized_execution(False), quiet:
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")  # ours
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -593,6 +615,7 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(p): nn.Parameter(move(p.detach()), p.requires_grad) for p in model.parameters()})
     for module in model.modules():  # results of an earlier call cannot be copied as they are
         memo.update({id(v): move(v.detach()) for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf})
+    memo.update({id(packed): packed for packed in packed_weights(model)})  # a copy reads them, where there are none
     ours, made = _deepcopy(model, memo)
     _move_scripted(ours, move)
     args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
@@ -672,13 +695,21 @@ def initialized(model: nn.Module, args: Any, kwargs: Any) -> nn.Module:
 
 
 class _Modules(ModuleTracker):
-    """Follows modules also in transforms of ``torch.func``, where hooks on gradients raise."""
+    """Follows modules also without a graph and in transforms of ``torch.func``, where hooks on gradients raise.
+
+    A module whose inputs need no gradient is left, on the way back, when its parameters have theirs.
+    """
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
-        super()._fw_pre_hook(mod, None if is_transforming() else input)
+        ends: Any = input if any(t.requires_grad for t in _tensors(input)) else list(mod.parameters())
+        super()._fw_pre_hook(mod, ends if self._has_way_back() else None)
 
     def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
-        super()._fw_post_hook(mod, input, None if is_transforming() else output)
+        super()._fw_post_hook(mod, input, output if self._has_way_back() else None)
+
+    @staticmethod
+    def _has_way_back() -> bool:
+        return torch.is_grad_enabled() and not is_transforming()
 
 
 class _Run(NamedTuple):
@@ -716,12 +747,13 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
     try:
         around = _same_afterwards(constants), _watch_threads(recorder), flex_as_operator(), mode()
         with contextlib.ExitStack() as stack:
-            packed = [PackedLayers()] if engine != "real" and packs_weights(model) else []
+            packed = [PackedLayers()] if engine != "real" and packed_weights(model) else []
             for context in (*around, *packed, _Watch(recorder, engine), recorder, counter):
                 stack.enter_context(context)
             out = model(*args, **kwargs)
             if backward:
-                parts = [t for t in _tensors(out) if t.requires_grad]
+                # views, for the hooks of a tensor that the engine starts from alone do not run
+                parts = [torch.ops.aten.alias(t) for t in _tensors(out) if t.requires_grad]
                 torch.autograd.backward(parts, [torch.ones_like(t) for t in parts])
     finally:
         hook.remove()
@@ -776,6 +808,7 @@ def _order(model: nn.Module, backward: bool) -> list[str]:
     return ["fake", "real"] if backward else list(_ENGINES)
 
 
+@torch.inference_mode(False)  # copies that are made in it have no way back
 def _run_on(engine: str, model: nn.Module, args: Any, kwargs: Any, backward: bool) -> _Run:
     if backward:
         return _ENGINES[engine](model, args, kwargs, torch.enable_grad)
@@ -812,7 +845,7 @@ def _of_modules(model: nn.Module, run: _Run) -> dict[str, ModuleCost]:
     recorder, totals, prefix = run.recorder, run.counter.get_flop_counts(), type(model).__name__
     found: dict[str, ModuleCost] = {}
     for path, module in reversed(list(model.named_modules())):
-        key = f"{prefix}.{path}" if path else prefix
+        key = f"{prefix}.{path}" if path else "Global"
         macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
         if path not in run.shapes:  # a list of modules: it is never called, its children are
             children: list[Any] = [found[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in found]
@@ -828,7 +861,7 @@ def _summed(model: nn.Module, run: _Run, engine: str, reasons: dict[str, tuple[s
     flops_of_op = counter.get_flop_counts().get("Global", {})
     macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in flops_of_op.items()}
     state_bytes: Counter[str] = Counter()
-    for t in (*params, *buffers):
+    for t in (part for whole in (*params, *buffers) for part in _parts(whole)):
         state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
     return Count(
         params=sum(p.numel() for p in params),

@@ -67,7 +67,10 @@ class _Prices(TorchDispatchMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Results of ``run``, whose backward pass is charged as one operator; its gradients hold no numbers."""
+    """Results of ``run``, whose backward pass is charged as one operator; its gradients hold no numbers.
+
+    ``run`` charges the forward pass, before anything is saved: a checkpoint that runs it again stops it there.
+    """
 
     @staticmethod
     def forward(ctx: Any, recorder: Any, name: str, back: Callable[..., Cost], run: Any, *inputs: Tensor) -> Any:
@@ -79,10 +82,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needed = ctx.needs_input_grad[4:]
+        needed, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
         with _disable_current_modes():  # nobody asks for numbers of gradients
-            found = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-        given = [*ctx.saved_tensors, *(g for g in grads if g is not None)]
+            found = [torch.zeros_like(t) if need else None for t, need in zip(saved, needed, strict=True)]
+        given = [*saved, *(g for g in grads if g is not None)]
         ctx.recorder.charge(f"{ctx.name}_backward", ctx.back(*needed), given, [t for t in found if t is not None])
         return None, None, None, None, *found
 
@@ -105,9 +108,13 @@ def run_flex_attention(recorder: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, 
 
     def run() -> Any:
         if recorder.engine == "real":
-            return op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](q, k, v, *args)
-        rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        return _laid_out_as(q, v.shape[-1]), rows, torch.empty_like(rows)
+            out = op.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](q, k, v, *args)
+        else:
+            rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
+            out = _laid_out_as(q, v.shape[-1]), rows, torch.empty_like(rows)
+        recorder.origins.write(out, True)
+        recorder.charge(name, cost, [q, k, v, *buffers], [out[0]])
+        return out
 
     modified, flops = _modified_once(recorder, q, args[0], args[1][-1], *args[4:])
     flops *= q.shape[:-1].numel() * k.shape[-2]
@@ -115,10 +122,7 @@ def run_flex_attention(recorder: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, 
     back = COSTS["aten::_scaled_dot_product_flash_attention_backward"](None, q.shape, k.shape, v.shape)
     cost, back = cost._replace(other=cost.other + flops), back._replace(other=back.other + 2 * flops)
     name, buffers = "higher_order::flex_attention", [t for found in args[4:] for t in found if isinstance(t, Tensor)]
-    out = _Fused.apply(recorder, name, lambda *needed: back, run, q, k, v, modified)
-    recorder.origins.write(out, True)
-    recorder.charge(name, cost, [q, k, v, *buffers], [out[0]])
-    return out
+    return _Fused.apply(recorder, name, lambda *needed: back, run, q, k, v, modified)
 
 
 def _laid_out_as(q: Tensor, d: int) -> Tensor:
@@ -160,9 +164,10 @@ def run_recurrent(recorder: Any, func: Any, x: Tensor, *args: Any) -> Any:
     name, shapes = f"aten::{func.__name__}", [w.shape for w in weights]
 
     def run() -> Any:
-        if recorder.engine == "real":
-            return func(x, *args)
-        return x.new_empty(*x.shape[:-1], directions * states[0].shape[-1]), *(x.new_empty(h.shape) for h in states)
+        made = (*x.shape[:-1], directions * states[0].shape[-1]), *(h.shape for h in states)
+        out = func(x, *args) if recorder.engine == "real" else tuple(map(x.new_empty, made))
+        recorder.charge(name, cost, [x, *states, *weights], list(out))
+        return out
 
     def back(needs_x: bool, *needs: bool) -> Cost:
         needed = needs_x, needs[0], needs[len(states) :]
@@ -170,9 +175,7 @@ def run_recurrent(recorder: Any, func: Any, x: Tensor, *args: Any) -> Any:
 
     cost = COSTS[name](x.shape, shapes, *args[at:])
     with _without_onednn():
-        out = _Fused.apply(recorder, name, back, run, x, *states, *weights)
-    recorder.charge(name, cost, [x, *states, *weights], list(out))
-    return out
+        return _Fused.apply(recorder, name, back, run, x, *states, *weights)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def packs_weights(model: nn.Module) -> bool:
-    """Whether a model holds packed weights."""
-    return any(isinstance(value, torch.ScriptObject) for m in model.modules() for value in _values(m))
+def packed_weights(model: nn.Module) -> list[Any]:
+    """The packed weights of a model, which nothing changes."""
+    held = [v for m in model.modules() for v in _values(m) if isinstance(v, torch.ScriptObject)]
+    return [v for v in held if v._type().name().endswith("ParamsBase")]
 
 
 def _values(module: nn.Module) -> list[Any]:
