@@ -643,9 +643,9 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
         found = [(row["dtype"], row["latency_batch"]) for row in csv.DictReader(f)]
     assert found == [("fp32", "1"), ("fp32", "2"), ("bf16", "1"), ("bf16", "2")]
     header = shown.split("─")[0].split()
-    assert header[-3:] == ["threads", "dtype", "batch"]
-    rows = [line.split()[-3:] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
-    assert rows == [["1", dtype, batch] for dtype, batch in found]
+    assert (header[2:4], header[-1]) == (["dtype", "batch"], "threads")
+    rows = [line.split()[2:4] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
+    assert rows == [[dtype, batch] for dtype, batch in found]
     assert "(cpu); ms: median of one call; torch" in shown
     shown = run(capsys, *words, "--batch", "2", "--dtype", "bf16")[1]
     assert "(cpu); bf16; ms: median of one call, batch 2; torch" in shown

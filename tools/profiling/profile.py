@@ -112,6 +112,9 @@ def _fill(result: Profile, asked: SimpleNamespace) -> Profile:
         "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
         **{name: getattr(asked, name) for name in ("fused", "reparam", "features")},
     }
+    if how.batch and timed:  # of a failure too
+        result.throughput_batch = how.batch if "throughput" in timed else None
+        result.latency_batch = how.batch if "latency" in timed or "throughput" not in timed else None
     result.environment = environment(how.device)
     tell("building")
     kwargs = {**(asked.model_kwargs or {}), **({"features_only": True} if asked.features else {})}
