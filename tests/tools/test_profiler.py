@@ -642,7 +642,7 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
     with out.open(encoding="utf-8") as f:
         found = [(row["dtype"], row["latency_batch"]) for row in csv.DictReader(f)]
     assert found == [("fp32", "1"), ("fp32", "2"), ("bf16", "1"), ("bf16", "2")]
-    header = shown.split("─")[0].split()
+    header = shown.split("─")[0].strip().splitlines()[-1].split()
     assert (header[2:4], header[-1]) == (["dtype", "batch"], "threads")
     rows = [line.split()[2:4] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
     assert rows == [[dtype, batch] for dtype, batch in found]
