@@ -1021,7 +1021,7 @@ def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mappin
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Between reading a file of a folder and replacing it: no other process does so, where the system has such locks."""
+    """Between reading a file of a folder and replacing it: no other process does so, where the system can lock."""
     fd = None
     with contextlib.suppress(ImportError, OSError):  # the folder is gone, or a file system without locks
         import fcntl
