@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import itertools
+import math
 import os
 import sys
 import time
@@ -349,7 +350,8 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     }
     for side, seconds in (("", timed.seconds["ours"]), ("peer_", timed.seconds["theirs"])):
         row.update({f"{side}{k}_ms": 1e3 * quantile(seconds, q) for k, q in QUANTILES.items()})
-    row.update(zip(("ratio", "ratio_low", "ratio_high"), timed.ratio("theirs"), strict=True))
+    ratio, low, high = timed.ratio("theirs")
+    row.update(ratio=ratio, ratio_low=low, ratio_high=None if math.isinf(high) else high)  # JSON knows no infinity
     row.update({"grad_error": None, **about}, cpu_use=timed.cpu_use)
     row.update({k: v for k, v in versions().items() if k in COLUMNS})
     return {**row, "device": device_name(compute_device(args.device)), "date": datetime.date.today().isoformat()}

@@ -66,7 +66,8 @@ def run_tool(tool: Callable[[list[str]], int], argv: Sequence[str] | None, name:
     args = [a for a in args if a != "--debug"]
     who = f"vizoo {name}".rstrip()
     try:
-        with contextlib.redirect_stdout(_UnreadOutput(sys.stdout)) as out:  # type: ignore[type-var]
+        stream = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed by a shell
+        with contextlib.redirect_stdout(_UnreadOutput(stream)) as out:  # type: ignore[type-var]
             try:
                 return tool(args)
             finally:
@@ -693,7 +694,7 @@ def progress(shown: bool = True) -> Progress:
 
     stderr = console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -871,7 +872,7 @@ def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None 
     write_result(args.out, result, tables, record)
 
 
-NUMBER_WIDTH = 7  # of a column of numbers, most of which come later
+CELL_WIDTH = 7  # at least, of columns whose cells mostly come later
 
 
 class Results:
@@ -911,9 +912,11 @@ class Results:
             Failure: As :func:`write_result`.
         """
         self.found.append(one)
-        with without(bar):
-            self._print_json(one) if self.args.json else self._print_row(one)
-        self._write([one])
+        try:
+            with without(bar):
+                self._print_json(one) if self.args.json else self._print_row(one)
+        finally:  # each of both, whatever happens to the other one
+            self._write([one])
 
     def _print_json(self, one: Any) -> None:
         text = json.dumps([self.plain(one)], indent=2)
@@ -922,8 +925,7 @@ class Results:
     def _print_row(self, one: Any) -> None:
         table = self.table([one])
         if self.grid is None:
-            filled = ["0" * NUMBER_WIDTH if k in table.numeric else "" for k in range(1, len(table.columns))]
-            awaited = [[name, *filled] for name in self.names]
+            awaited = [[name, *["0" * CELL_WIDTH] * (len(table.columns) - 1)] for name in self.names]
             self.grid = _Grid(table._replace(rows=[*table.rows, *awaited]))
             print(self.grid.head())
         print(self.grid.row(table.rows[0]), flush=True)
@@ -1006,14 +1008,31 @@ def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mappin
         UserError: As :func:`check_table`.
         Failure: As :func:`atomic_write`.
     """
-    check_table(path, "file", columns)
-    old = read_text(path, "file") if Path(path).exists() else ""
-    with atomic_write(path) as f:
-        f.write(old if old.endswith("\n") or not old else f"{old}\n")
-        writer = csv.DictWriter(f, fieldnames=columns, lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        writer.writerows(rows)
+    with _locked(Path(path).parent):
+        check_table(path, "file", columns)
+        old = read_text(path, "file") if Path(path).exists() else ""
+        with atomic_write(path) as f:
+            f.write(old if old.endswith("\n") or not old else f"{old}\n")
+            writer = csv.DictWriter(f, fieldnames=columns, lineterminator="\n")
+            if not old:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Between reading a file of a folder and replacing it: no other process does so, where the system can lock."""
+    fd = None
+    with contextlib.suppress(ImportError, OSError):  # the folder is gone, or a file system without locks
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 def save_figure(figure: Any, path: str | Path, **options: Any) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NoReturn
 
 from vizoo.tools.common import UserError, is_shown, model_rows, short
@@ -202,7 +203,7 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
         UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
     """
     sides = [values] if isinstance(values, int) else list(values)
-    if len(sides) not in (1, 2) or not all(1 <= s <= MOST for s in sides):
+    if len(sides) not in (1, 2) or not all(isinstance(s, Integral) and 1 <= s <= MOST for s in sides):
         got = " ".join(map(str, sides))
         raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
     return sides[0], sides[-1]

@@ -136,8 +136,6 @@ def _check(args: argparse.Namespace) -> None:
         check_file(args.checkpoint, "--checkpoint")
     if args.size is not None:
         read_size(args.size)
-    if args.max_time < args.min_time:
-        raise UserError(f"--min-time {args.min_time:g} --max-time {args.max_time:g}: need 0 <= min <= max seconds")
     _import(args.packages)
     resolve_device(args.device or "cpu")
     args.models = resolve_models(args.models)

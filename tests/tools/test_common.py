@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_every_command_writes_every_form(name, tmp_path, capsys):
         for _ in range(2):  # the second time over, or into, a file of ours
             assert cli.main([*words, "--json", "--out", str(path)]) == 0
             out, err = capsys.readouterr()
-            printed = json.loads(out)
+            printed = json.loads(out, parse_constant=pytest.fail)
             assert not err or err.startswith("machine busy")
         if ending == ".json":
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -116,6 +117,33 @@ def test_evaluations_write_what_they_print(task, tmp_path, capsys):
     text = (tmp_path / "x.md").read_text(encoding="utf-8")
     assert all(line in text for table in tables(result) for line in (*table.above, *table.below))
     assert ("| a\\|b |" in text) is (task != "scanpath")
+
+
+def test_runs_add_rows_to_one_file_at_once(tmp_path):
+    path = tmp_path / "x.csv"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: common.append_table(path, ["vizoo"], [{"vizoo": n}]), range(40)))
+    assert sorted(int(row["vizoo"]) for row in rows_of(path)) == list(range(40))
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_cannot_be_printed_is_written(as_json, tmp_path, monkeypatch):
+    def full(*words, **options):
+        raise OSError(28, "No space left on device")
+
+    args = argparse.Namespace(json=as_json, out=str(tmp_path / "x.csv"))
+    results = common.Results(
+        args, ["a"], lambda rows: common.Table(["name"], [["a"]]), lambda rows: common.Record(["name"], rows), dict
+    )
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError, match="No space"):
+        results.add({"name": "a"})
+    assert rows_of(tmp_path / "x.csv") == [{"name": "a"}]
+
+
+def test_a_closed_standard_output(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert common.run_tool(lambda words: print("x") or 0, [], "") == 0
 
 
 def test_cells_are_printed_as_they_are(capsys):

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from vizoo.tools import profiler
 from vizoo.tools.common import Failure, UserError
+from vizoo.tools.profiling.profile import attempt
 from vizoo.tools.profiling.result import COLUMNS
 
 FAST = ["--min-time", "0", "--max-time", "0"]
@@ -348,6 +349,24 @@ def test_a_model_that_fails_takes_no_other_with_it(capsys, tmp_path):
     assert shown.count("modules of") == 2
 
 
+def test_a_failure_is_told_beside_its_conditions(capsys, tmp_path):
+    """Several dtypes and batches have columns, and a reason stands behind them."""
+    out = tmp_path / "x.md"
+    status, shown, _ = run(capsys, "levit_128s", "--size", "200", "--dtype", "fp32", "bf16", "--out", str(out))
+    assert status == 2
+    for text in (shown, out.read_text(encoding="utf-8")):
+        rows = [line for line in text.splitlines() if "levit_128s" in line]
+        assert [("fp32" in row, "cannot run at size" in row) for row in rows] == [(True, True), (False, True)]
+
+
+def test_names_of_files_are_no_markup(capsys):
+    from vizoo.tools.profiling.picture import print_notes
+
+    name = "local-dir:/[bold]/[/red]"
+    print_notes([profiler.Profile(name, config={"dtype": "fp32"}, notes=["[b]"])])
+    assert capsys.readouterr().err == f"{name}: [b]\n"
+
+
 class Killed(BaseException):
     """Nobody catches it, as nobody catches a signal that kills."""
 
@@ -539,8 +558,13 @@ def test_any_module():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"mode": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4}], ids=str
-)
+    "kwargs",
+    [
+        {"mode": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
+        {"mode": 3}, {"batch": 1.5}, {"batch": "7"}, {"size": "64"}, {"min_time": 3, "max_time": 1}, {"min_time": -1},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_python_errors(kwargs):
     with pytest.raises(UserError, match=str(next(iter(kwargs.values())))):
         profiler.profile("test_litv2", **kwargs)
@@ -601,6 +625,7 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["test_litv2"])
     assert row[2:4] == ["0.49", "0.010"]  # it was counted
     assert " ".join(row[-8:]) == "with --dtype fp16: no kernel for this dtype"
+    assert attempt("test_litv2", mode="throughput", batch=3).to_row()["throughput_batch"] == 3
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
@@ -643,10 +668,10 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
     with out.open(encoding="utf-8") as f:
         found = [(row["dtype"], row["latency_batch"]) for row in csv.DictReader(f)]
     assert found == [("fp32", "1"), ("fp32", "2"), ("bf16", "1"), ("bf16", "2")]
-    header = shown.split("─")[0].split()
-    assert header[-3:] == ["threads", "dtype", "batch"]
-    rows = [line.split()[-3:] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
-    assert rows == [["1", dtype, batch] for dtype, batch in found]
+    header = shown.split("─")[0].strip().splitlines()[-1].split()
+    assert (header[2:4], header[-1]) == (["dtype", "batch"], "threads")
+    rows = [line.split()[2:4] for line in shown.splitlines() if line.split()[:1] == ["test_litv2"]]
+    assert rows == [[dtype, batch] for dtype, batch in found]
     assert "(cpu); ms: median of one call; torch" in shown
     shown = run(capsys, *words, "--batch", "2", "--dtype", "bf16")[1]
     assert "(cpu); bf16; ms: median of one call, batch 2; torch" in shown

@@ -3,10 +3,14 @@
 import contextlib
 import functools
 import gc
+import os
+import signal
 import statistics
+import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -175,6 +179,26 @@ def test_ratios_are_of_rounds():
     assert timing.Comparison({"a": [1.0], "b": [1.5]}, 1.0, {}).ratio("b") == (1.5, 0.0, float("inf"))
 
 
+def test_a_gpu_is_waited_for_where_the_modules_are(monkeypatch):
+    """A module stays where it is, so the device that is named need not be the one that computes."""
+    places = []
+    monkeypatch.setattr(timing, "compare", lambda calls, device: places.append(device))
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    compare(one, two, inputs=torch.zeros(1, 2))
+    on_gpu = SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(two, "parameters", lambda: iter([on_gpu]))
+    compare(one, two, inputs=torch.zeros(1, 2))
+    compare({"a": len, "b": len}, inputs=[[on_gpu]])
+    assert list(map(str, places)) == ["cpu", "cuda:1", "cuda:1"]
+
+
+def test_modules_of_one_name(monkeypatch):
+    monkeypatch.setattr(timing, "compare", lambda calls, device: list(calls))
+    names = ["local-dir:a b", "local-dir:a b", "local-dir:a"]
+    monkeypatch.setattr("vizoo.tools.profiling.profile._call", lambda *args: None)
+    assert compare(*names) == ["local-dir:a b", "local-dir:a b 2", "local-dir:a"]
+
+
 @pytest.mark.parametrize("functions", [{}, {"a": lambda: None}])
 def test_compare_needs_two(functions):
     with pytest.raises(ValueError, match="need two functions"):
@@ -224,6 +248,31 @@ def test_every_number_of_threads_gets_a_process_and_a_dead_one_is_a_failure():
     assert "the process with 3 threads died" in str(found[-2][2])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    """Even if that one is killed: otherwise the work, and the processor's time, would be nobody's."""
+    told = tmp_path / "pid"
+    work = f"open({str(told)!r}, 'w').write(str(__import__('os').getpid())) and __import__('time').sleep(60)"
+    parent = os.fork()
+    if not parent:
+        list(machine.run_cases([1, 2], [work], eval))
+        os._exit(0)
+    try:
+        wait_until(lambda: told.exists() and told.read_text())
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    wait_until(lambda: not psutil.pid_exists(int(told.read_text())))
+
+
+def wait_until(condition, seconds=50):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_inputs_grow_with_the_batch():
     f = timing.random_like
     image = f(torch.zeros(1, 3, 4, 5), 2, "cpu", torch.bfloat16)
@@ -232,6 +281,8 @@ def test_inputs_grow_with_the_batch():
     assert torch.equal(f(torch.tensor([[1, 2]]), 3, "cpu", torch.float32), torch.tensor([[1, 2]] * 3))
     assert f(torch.zeros(1, 2), 3, "meta", torch.float32).shape == (3, 2)
     assert f("text", 3, "cpu", torch.float32) == "text"
+    nested = f({"images": [torch.zeros(1, 4), torch.zeros(2, 4)], "n": 5}, 3, "cpu", torch.float16)
+    assert ([len(t) for t in nested["images"]], nested["images"][0].dtype, nested["n"]) == ([3, 6], torch.float16, 5)
     state = torch.get_rng_state()
     f(torch.zeros(1, 2), 3, "cpu", torch.float32)
     assert torch.equal(state, torch.get_rng_state())

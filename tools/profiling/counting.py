@@ -41,6 +41,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from vizoo.backbones.ops.backend import is_transforming, whole_operators
 from vizoo.backbones.ops.cost import COSTS, Cost, find_operator, flop_formulas
+from vizoo.tools.common import UserError
 from vizoo.tools.profiling.fused import flex_as_operator, run_flex_attention, run_recurrent
 from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.packed import PackedLayers, packed_weights
@@ -907,7 +908,7 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         Exception: What the model raises, if it cannot be run on these inputs at all.
     """
     if engine not in ("auto", *_ENGINES):
-        raise ValueError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
+        raise UserError(f"got engine={engine!r}, need auto, {', '.join(_ENGINES)}")
     model = initialized(unwrap(model), args, kwargs)
     order = _order(model, backward) if engine == "auto" else [engine]
     run_on = functools.partial(_run_on, model=model, args=args, kwargs=kwargs, backward=backward)

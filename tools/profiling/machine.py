@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -144,9 +145,16 @@ def installation() -> dict[str, Any]:
     }
 
 
-def _set_threads(threads: int) -> None:
+def _begin(threads: int) -> None:
+    """Set the threads of a new process, which ends with the one that started it, however that one ends."""
     torch.set_num_interop_threads(1)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def run_cases(
@@ -178,13 +186,14 @@ def run_cases(
     for n in threads:
         left = list(cases)
         while left:
-            with ProcessPoolExecutor(1, mp_context=spawn, initializer=_set_threads, initargs=(n,)) as pool:
+            with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(n,)) as pool:
                 alive = True
                 while left and alive:
                     case = left.pop(0)
                     try:
                         found: Result | Failure = pool.submit(work, case, *args).result()
                     except BrokenProcessPool:
-                        why = f"the process with {n} threads died, killed perhaps because memory ran out"
+                        some = f"{n} thread{'s' * (n > 1)}"
+                        why = f"the process with {some} died, killed perhaps because memory ran out"
                         found, alive = Failure(why), False
                     yield case, n, found

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class Memory(NamedTuple):
@@ -43,7 +44,7 @@ def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device
         sampled every millisecond.
     """
     device = torch.device(device)
-    tensors = [*model.parameters(), *model.buffers(), *(t for t in inputs if isinstance(t, torch.Tensor))]
+    tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))]
     given = sum(t.numel() * t.element_size() for t in tensors)
     fn()  # what is allocated once, as tables and workspaces, is no part of a call
     if device.type == "cuda":

@@ -25,7 +25,7 @@ def print_notes(profiles: Sequence[Profile]) -> None:
     """Print what is doubtful on standard error."""
     for name, p in zip(_names(profiles), profiles, strict=True):
         for note in p.notes:
-            console(stderr=True).print(f"{name}: {note}", style="yellow", soft_wrap=True)
+            console(stderr=True).print(f"{name}: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
 def operators_table(p: Profile, top: int = 0) -> Table:

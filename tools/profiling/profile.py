@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from vizoo.tools.common import Failure, UserError, explain, one_line, resolve_device, short
 from vizoo.tools.options import DTYPES, MODES, read_size
@@ -112,6 +114,9 @@ def _fill(result: Profile, asked: SimpleNamespace) -> Profile:
         "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
         **{name: getattr(asked, name) for name in ("fused", "reparam", "features")},
     }
+    if how.batch and timed:  # of a failure too
+        result.throughput_batch = how.batch if "throughput" in timed else None
+        result.latency_batch = how.batch if "latency" in timed or "throughput" not in timed else None
     result.environment = environment(how.device)
     tell("building")
     kwargs = {**(asked.model_kwargs or {}), **({"features_only": True} if asked.features else {})}
@@ -149,15 +154,17 @@ def check_conditions(
     Raises:
         UserError: For what is unknown or does not go together.
     """
-    modes = [mode] if isinstance(mode, str) else list(mode)
+    modes = list(mode) if isinstance(mode, Iterable) and not isinstance(mode, str) else [mode]
     modes = list(MODES) if "all" in modes else modes
     for name in modes:
         if name not in MODES:
             raise UserError(f"mode {name!r}: allowed are {', '.join(MODES)} and all")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
-    if batch is not None and batch < 1:
-        raise UserError(f"batch {batch}: at least 1")
+    if batch is not None and not (isinstance(batch, Integral) and batch >= 1):
+        raise UserError(f"batch {short(batch)}: need a whole number, at least 1")
+    if not 0 <= min_time <= max_time:
+        raise UserError(f"--min-time {min_time:g} --max-time {max_time:g}: need 0 <= min <= max seconds")
     how = Conditions(resolve_device(device), dtype, amp, channels_last, compile, batch, min_time, max_time)
     timed = [m for m in modes if m != "count"]
     if timed and how.device.type == "meta":
@@ -292,18 +299,27 @@ def compare(*targets: Any, inputs: Any = None, device: str = "cpu", batch: int =
         named, inputs = dict(targets[0]), targets[1] if len(targets) > 1 else inputs
     else:
         named = _by_name(targets)
-    place = resolve_device(device)
+    place = check_conditions(device, "latency", batch=batch)[0].device
     with contextlib.ExitStack() as stack:
         calls = {name: _call(target, inputs, place, batch, stack) for name, target in named.items()}
-        return timing.compare(calls, device=place, **how)
+        return timing.compare(calls, device=_busy(named.values(), inputs, place), **how)
+
+
+def _busy(targets: Iterable[Any], inputs: Any, device: torch.device) -> torch.device:
+    """The device to wait for: a GPU, if anything that was given is on one."""
+    tensors = [t for target in targets if isinstance(target, torch.nn.Module) for t in target.parameters()]
+    given = [t.device for t in (*tensors, *tree_leaves(inputs)) if hasattr(t, "device")]
+    return next((place for place in given if place.type == "cuda"), device)
 
 
 def _by_name(targets: Sequence[Any]) -> dict[str, Any]:
     """Targets by their names; a second one of a name says so."""
     found: dict[str, Any] = {}
+    names: list[str] = []
     for target in targets:
         name = target if isinstance(target, str) else type(target).__name__
-        n = sum(key.partition(" ")[0] == name for key in found)
+        n = names.count(name)
+        names.append(name)
         found[f"{name} {n + 1}" if n else name] = target
     return found
 

@@ -244,6 +244,8 @@ _HEADS = {"macs": "GMACs", "flops_other": "other GFLOPs", "acts": "acts M"}  # o
 _TABLE: dict[str, Callable[[Profile], str]] = {  # text by header; a star tells a partial figure
     "model": lambda p: p.model,
     "size": lambda p: f"{p.size[0]}x{p.size[1]}" if p.size else "",
+    "dtype": lambda p: p.config["dtype"],
+    "batch": lambda p: "/".join(dict.fromkeys(str(n) for n in (p.latency_batch, p.throughput_batch) if n)),
     "params M": lambda p: _counted(p, "params", 1e6, 2),
     _HEADS["macs"]: lambda p: _counted(p, "macs", 1e9, 3),
     _HEADS["flops_other"]: lambda p: _counted(p, "flops_other", 1e9, 3),
@@ -254,8 +256,6 @@ _TABLE: dict[str, Callable[[Profile], str]] = {  # text by header; a star tells 
     "± IQR": lambda p: f"{1e3 * p.latency.iqr:.1f}" if p.latency else "",
     "img/s": lambda p: f"{p.throughput:.1f}" if p.throughput else "",
     "threads": lambda p: str(p.config.get("threads") or "") if p.measured else "",
-    "dtype": lambda p: p.config["dtype"],
-    "batch": lambda p: "/".join(dict.fromkeys(str(n) for n in (p.latency_batch, p.throughput_batch) if n)),
 }
 _OF_MODES = {"memory": ["peak MB"], "latency": ["ms p50", "± IQR"], "throughput": ["img/s"]}
 
@@ -275,8 +275,8 @@ def headers(
         Their heads.
     """
     timed = [head for mode, heads in _OF_MODES.items() if mode in modes for head in heads]
-    wanted = ["model", "size", "params M", *_HEADS.values(), *["fvcore G"] * fvcore, *timed]
-    return [*wanted, *["threads"] * bool(timed and threads), *several]
+    wanted = ["model", "size", *several, "params M", *_HEADS.values(), *["fvcore G"] * fvcore, *timed]
+    return [*wanted, *["threads"] * bool(timed and threads)]
 
 
 def where(profiles: Sequence[Profile]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vizoo.tools.options import DTYPES
 from vizoo.tools.profiling.memory import Memory, peak_memory
@@ -378,8 +379,7 @@ def _difference(outputs: dict[str, Any]) -> dict[str, float]:
     """Largest absolute difference of each output from the first one."""
 
     def tensors(out: Any) -> list[torch.Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(out)
-        return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor)]
+        return [t.detach().double() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
 
     reference = tensors(next(iter(outputs.values())))
     return {name: _distance(tensors(out), reference) for name, out in outputs.items()}
@@ -425,9 +425,21 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
 
 
 def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
-    """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated."""
-    if not isinstance(x, torch.Tensor):
-        return x
+    """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated.
+
+    Args:
+        x: A tensor, or tensors in lists, mappings and the like; what is no tensor stays as it is.
+        batch: Factor of the first dimension.
+        device: Of the new tensors.
+        dtype: Of the floating ones.
+
+    Returns:
+        What has the form of ``x``.
+    """
+    return tree_map_only(torch.Tensor, lambda t: _random_like(t, batch, device, dtype), x)
+
+
+def _random_like(x: torch.Tensor, batch: int, device: Any, dtype: torch.dtype) -> torch.Tensor:
     if not x.is_floating_point():
         return x.to(device).repeat(batch, *[1] * (x.dim() - 1)) if x.dim() else x.to(device)
     shape = (batch * x.shape[0], *x.shape[1:]) if x.dim() else ()
@@ -554,9 +566,10 @@ class _Calls:
         """Inputs of ``n`` times the batch."""
         tensors = [random_like(x, n, self.how.device, self.how.weights) for x in self.single]
         if self.how.channels_last:
-            images = [isinstance(x, torch.Tensor) and x.dim() == 4 for x in tensors]
             last = torch.channels_last
-            tensors = [x.contiguous(memory_format=last) if i else x for x, i in zip(tensors, images, strict=True)]
+            tensors = tree_map_only(
+                torch.Tensor, lambda x: x.contiguous(memory_format=last) if x.dim() == 4 else x, tensors
+            )
         return tensors
 
     def prepared(self, n: int) -> tuple[list[Any], Callable[[], Any]]:
