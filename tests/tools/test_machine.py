@@ -146,7 +146,7 @@ GPU = torch.device("cuda", 1)
 
 def test_state_of_a_gpu(card):
     found = state.state(GPU)
-    assert list(found) == state.STATE
+    assert tuple(found) == state.STATE
     assert (found["clock_mhz"], found["max_clock_mhz"], found["memory_clock_mhz"]) == (1755, 1980, 2619)
     assert (found["temperature_c"], found["power_w"], found["driver"]) == (61, 412.3, "580.65")
     assert found["throttled"] == "power cap, temperature (hardware)"
@@ -194,7 +194,7 @@ CPU = torch.device("cpu")
 
 def test_state_of_a_cpu(processors):
     found = state.state(CPU)
-    assert list(found) == state.STATE
+    assert tuple(found) == state.STATE
     assert (found["clock_mhz"], found["max_clock_mhz"]) == (3000, 3500)
     assert (found["throttle_count"], found["governor"]) == (12, "powersave")
     assert {k for k, v in found.items() if v is None} == {

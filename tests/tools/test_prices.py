@@ -57,7 +57,7 @@ ON_PURPOSE = {
     "aten::_cudnn_attention aten::_flash_attention_forward_no_dropout": "the numbers of lengths decide",
     "aten::_test_ aten::_foobar _native:: _inductor_test:: export:: onnx_symbolic:: mkldnn::_get": "nobody calls them",
     "image::": "pictures are read before a model",
-    "mkldnn_prepacked:: quantization:: onnx::": "made by exporters, after which nothing is counted",
+    "mkldnn_prepacked:: prepacked:: quantization:: onnx::": "made by exporters, after which nothing is counted",
     "torchvision::box_iou_rotated": "how boxes meet decides",
     "_dtensor:: _c10d fsdp:: c10d:: symm_mem::": "communication between processes",
     "inductor_prims:: inductor:: prims:: prim:: static_runtime:: rngprims:: debugprims:: profiler::": "of compilers",
