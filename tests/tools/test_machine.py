@@ -166,6 +166,24 @@ def test_what_a_card_does_not_tell_is_unknown(card, monkeypatch):
     assert state.state(GPU)["memory_clock_mhz"] is None
 
 
+def test_drivers_and_libraries_that_lack_a_name(card):
+    """Reasons have another name before driver 535, and a missing function of the library costs its own figure only."""
+    library = sys.modules["pynvml"]
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x20
+    card["nvmlDeviceGetCurrentClocksEventReasons"] = OSError("Function Not Found")
+    assert state.state(GPU)["throttled"] == "temperature"
+    del library.nvmlDeviceGetCurrentClocksEventReasons, library.nvmlDeviceGetTemperature
+    found = state.state(GPU)
+    assert [found[k] for k in ("throttled", "temperature_c", "power_w")] == ["temperature", None, 412.3]
+
+
+def test_a_part_of_a_card_tells_the_state_of_the_card(card):
+    library = sys.modules["pynvml"]
+    library.nvmlDeviceGetHandleByUUID = {"MIG-c0de": "part"}.__getitem__
+    library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle = {"part": "handle"}.__getitem__
+    assert state.state(GPU)["clock_mhz"] == 1755
+
+
 @pytest.fixture
 def processors(tmp_path, monkeypatch):
     """Four cores of which this process may use two, in a faked /sys; their clocks may be changed."""

