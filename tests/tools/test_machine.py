@@ -146,7 +146,7 @@ GPU = torch.device("cuda", 1)
 
 def test_state_of_a_gpu(card):
     found = state.state(GPU)
-    assert list(found) == state.STATE
+    assert tuple(found) == state.STATE
     assert (found["clock_mhz"], found["max_clock_mhz"], found["memory_clock_mhz"]) == (1755, 1980, 2619)
     assert (found["temperature_c"], found["power_w"], found["driver"]) == (61, 412.3, "580.65")
     assert found["throttled"] == "power cap, temperature (hardware)"
@@ -164,6 +164,24 @@ def test_what_a_card_does_not_tell_is_unknown(card, monkeypatch):
     assert state.state(GPU)["driver"] is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert state.state(GPU)["memory_clock_mhz"] is None
+
+
+def test_drivers_and_libraries_that_lack_a_name(card):
+    """Reasons have another name before driver 535, and a missing function of the library costs its own figure only."""
+    library = sys.modules["pynvml"]
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x20
+    card["nvmlDeviceGetCurrentClocksEventReasons"] = OSError("Function Not Found")
+    assert state.state(GPU)["throttled"] == "temperature"
+    del library.nvmlDeviceGetCurrentClocksEventReasons, library.nvmlDeviceGetTemperature
+    found = state.state(GPU)
+    assert [found[k] for k in ("throttled", "temperature_c", "power_w")] == ["temperature", None, 412.3]
+
+
+def test_a_part_of_a_card_tells_the_state_of_the_card(card):
+    library = sys.modules["pynvml"]
+    library.nvmlDeviceGetHandleByUUID = {"MIG-c0de": "part"}.__getitem__
+    library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle = {"part": "handle"}.__getitem__
+    assert state.state(GPU)["clock_mhz"] == 1755
 
 
 @pytest.fixture
@@ -194,7 +212,7 @@ CPU = torch.device("cpu")
 
 def test_state_of_a_cpu(processors):
     found = state.state(CPU)
-    assert list(found) == state.STATE
+    assert tuple(found) == state.STATE
     assert (found["clock_mhz"], found["max_clock_mhz"]) == (3000, 3500)
     assert (found["throttle_count"], found["governor"]) == (12, "powersave")
     assert {k for k, v in found.items() if v is None} == {

@@ -57,7 +57,7 @@ ON_PURPOSE = {
     "aten::_cudnn_attention aten::_flash_attention_forward_no_dropout": "the numbers of lengths decide",
     "aten::_test_ aten::_foobar _native:: _inductor_test:: export:: onnx_symbolic:: mkldnn::_get": "nobody calls them",
     "image::": "pictures are read before a model",
-    "mkldnn_prepacked:: quantization:: onnx::": "made by exporters, after which nothing is counted",
+    "mkldnn_prepacked:: prepacked:: quantization:: onnx::": "made by exporters, after which nothing is counted",
     "torchvision::box_iou_rotated": "how boxes meet decides",
     "_dtensor:: _c10d fsdp:: c10d:: symm_mem::": "communication between processes",
     "inductor_prims:: inductor:: prims:: prim:: static_runtime:: rngprims:: debugprims:: profiler::": "of compilers",
@@ -192,7 +192,9 @@ def test_loops_are_counted_inside():
     x = leaf(4, 8, 8)
     assert figures(Call(lambda x: each(lambda a: a @ a, x)), x) == (4 * 512, 0, 12 * 512)
     model = Call(lambda x: scan(lambda carry, a: (carry @ a, carry + 1), x[0].clone(), x, dim=0)[0])
-    assert figures(model, x)[::2] == (4 * 512, 12 * 512)
+    macs, _, both = figures(model, x)
+    assert macs in (4 * 512, 5 * 512)  # some releases take a step more, to see the shapes
+    assert both == macs + 8 * 512
 
 
 def test_a_branch_in_training():

@@ -30,8 +30,11 @@ ABSENT = [
     "natten",
     "psutil",
     "pydicom",
+    "pynvml",
     "rich",
+    "scipy",
     "sklearn",
+    "torchmetrics",
 ]
 FAKE = """
 import json, os, sys, time

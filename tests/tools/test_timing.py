@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vizoo.tools.common import Failure
 from vizoo.tools.profiler import compare, measure
@@ -465,6 +466,49 @@ def test_launches_that_take_longer_than_their_work_are_named(card):
     assert stats.median == pytest.approx(0.0102)
     assert stats.device == pytest.approx([0.001] * 25)
     assert stats.warnings == ["launch-bound: 10.00 ms to launch, 1.00 ms of work on the GPU"]
+
+
+def test_calls_back_to_back_are_timed_where_they_run(card, monkeypatch):
+    """Events are recorded on the current device, which is another one here until the context is entered."""
+    gpu, entered = card(0.001, 0.010), []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(entered.append(d)))
+    assert timing.back_to_back(gpu.call, "cuda:1") == pytest.approx(0.010, rel=0.02)
+    assert entered == ["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "plain"), [("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs"), (True, None)]
+)
+def test_memory_of_a_cuda_graph_is_that_without_one(mode, plain, card, monkeypatch):
+    """A graph that is replayed allocates nothing."""
+    card(0.001, 0.010)
+    modes, measured = [], []
+    monkeypatch.setattr(timing, "compiled", lambda module, mode: modes.append(mode) or (lambda *x: mode))
+    monkeypatch.setattr(timing, "peak_memory", lambda call, *args: measured.append(call()))
+    monkeypatch.setattr(timing._Calls, "inputs", lambda self, n: [n])
+    how = timing.Conditions(device=torch.device("cuda"), compile=mode, min_time=0, max_time=0)
+    found = timing.measure_model(nn.Linear(2, 2), (), ("latency", "memory"), how)
+    assert measured == [plain]
+    assert modes == list(dict.fromkeys((None if mode is True else mode, plain)))
+    assert ("memory is that without CUDA graphs" in found.notes) == (mode is not True)
+
+
+def test_weights_are_cast_in_every_call():
+    """As where each call enters autocast itself: some releases keep what they cast for the calls that follow."""
+    how, casts = timing.Conditions(dtype="bf16", amp=True), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            casts.append(func is torch.ops.aten.to.dtype)
+            return func(*args, **(kwargs or {}))
+
+    with how.entered():
+        call = timing._Calls(nn.Linear(8, 8), (torch.zeros(1, 8),), how).prepared(1)[1]
+        for _ in range(2):
+            with Casts():
+                call()
+    half = len(casts) // 2
+    assert sum(casts[:half]) == sum(casts[half:]) == 3  # input, weight and bias
 
 
 def test_slow_calls_on_a_gpu_are_few(card):

@@ -36,6 +36,10 @@ def _transposed(x: Any, w: Any, *args: Any, out: Any = None, **kwargs: Any) -> C
     return Cost(macs=prod(x) * prod(w[1:]))
 
 
+def _overridden_conv(x: Any, w: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return (_transposed if args[4] else _conv)(x, w, out=out)
+
+
 def _backward(macs: int, gradients: Any) -> Cost:
     """Each gradient of a product of two costs a forward pass; ``gradients`` says which of them are needed."""
     return Cost(macs=macs * sum(map(bool, gradients)))
@@ -413,6 +417,7 @@ CONTRACTIONS: dict[str, Callable[..., Cost]] = {
     "aten::_sparse_semi_structured_mm": _semi_structured_mm,
     "aten::_sparse_semi_structured_addmm": _semi_structured_addmm,
     "aten::_slow_conv2d_backward": _slow_conv_backward,
+    "aten::convolution_overrideable": _overridden_conv,
     "aten::convolution_backward_overrideable": COSTS["aten::convolution_backward"],
     "aten::mps_convolution_backward": _mps_conv_backward,
     "aten::mps_convolution_transpose_backward": _mps_transposed_backward,

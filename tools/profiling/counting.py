@@ -487,6 +487,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tell = self.recorder.tell
+        if is_transforming() and torch.is_inference_mode_enabled() and _differentiates():
+            raise RuntimeError("derivatives are zeros in inference mode")  # in some releases; so without it
         if self.engine == "meta" and func in _DEVICE_QUESTIONS:
             asking = str(sys._getframe(1).f_globals.get("__name__"))
             if asking.partition(".")[0] not in _SAME_EVERYWHERE:
@@ -529,6 +531,13 @@ class _Watch(TorchFunctionMode):
     def _go_back(self, *args: Any, **kwargs: Any) -> Any:
         with self:  # a mode is off while it looks at a call, but what is computed anew in this one is the model's
             return _engine_run_backward(*args, **kwargs)
+
+
+def _differentiates() -> bool:
+    """Whether a transform of ``torch.func`` that takes derivatives is at work."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp
+    return any(level.key() in kinds for level in stack)
 
 
 def _inside(func: HigherOrderOperator) -> Callable[..., Any]:
@@ -767,15 +776,18 @@ def _on_meta(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
 
 
 def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
     tensors = FakeTensorMode(allow_non_fake_inputs=True)
     home = _device(model)
 
     def move(t: Tensor) -> Tensor:
-        if t.is_inference():
-            return FakeTensor(tensors, t.to("meta"), t.device)
-        return FakeTensor(tensors, t, home) if t.device.type == "meta" else tensors.from_tensor(t)
+        meta = t.device.type == "meta"
+        if not (meta or t.is_inference()) or t.layout in _SPARSE:
+            return tensors.from_tensor(t)
+        with unset_fake_temporarily():  # some releases make no fake tensor of one that is fake already
+            plain = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        return FakeTensor(tensors, plain, home if meta else t.device)
 
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what it cannot do before it raises
     level = log.level

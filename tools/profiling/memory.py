@@ -49,6 +49,7 @@ def peak_memory(fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device
     fn()  # what is allocated once, as tables and workspaces, is no part of a call
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what larger calls before have reserved
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         fn()
@@ -83,12 +84,15 @@ def _allocations(fn: Callable[[], Any]) -> list[int] | None:
     """Bytes of each allocation of a call, negative where they were given back, in order.
 
     Returns:
-        None where PyTorch does not tell them: it is a private interface of its profiler, of which there is one.
+        None where PyTorch does not tell them: it is a private interface of its profiler, of which there is one, and
+        another may be running.
     """
     from torch.autograd.profiler import profile
 
     failed: list[Exception] = []
     try:
+        if torch._C._autograd._profiler_enabled():
+            return None
         with _silent(), profile(profile_memory=True) as recorded:
             try:
                 fn()

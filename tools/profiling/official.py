@@ -37,8 +37,8 @@ def _attribute(owner: Any, name: str) -> Setting:
 _SETTINGS: tuple[Setting, ...] = (
     (os.getcwd, os.chdir),
     (torch.get_default_dtype, torch.set_default_dtype),
-    # for "cpu" torch would enter a mode that slows every call down
-    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    # for "cpu" torch would enter a mode that slows every call down; some releases cannot tell once it was left
+    (lambda: torch.empty(0).device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (torch.get_num_threads, torch.set_num_threads),

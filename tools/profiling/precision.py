@@ -10,6 +10,7 @@ trying the settings above.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -114,9 +115,19 @@ def float32_products(tf32: bool) -> Iterator[None]:
     Args:
         tf32: Whether they may be in TensorFloat-32.
     """
-    before = _Settings.read()
-    before.enforce("tf32" if tf32 else "ieee")
+    with _silent():
+        before = _Settings.read()
+        before.enforce("tf32" if tf32 else "ieee")
     try:
         yield
     finally:
-        before.restore()
+        with _silent():
+            before.restore()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the advice of some releases to leave the older functions, which would also stop half-way as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -132,7 +132,7 @@ _TABLE = {  # FLOPs of one element of the first output
     quantize_per_tensor_dynamic quantize_per_channel dequantize _transform_bias_rescale_qkv logspace""",
     1: """addmm cumsum cumprod logcumsumexp _logcumsumexp floor_divide bernoulli threshold linspace isin poisson
     binomial _standard_gamma _standard_gamma_grad _sample_dirichlet _dirichlet_grad bartlett_window blackman_window
-    hamming_window hann_window kaiser_window __irshift__ __ilshift__""",
+    hamming_window hann_window kaiser_window __irshift__ __ilshift__ leaky_relu _conj_physical""",
     0: """mm bmm _scaled_mm copy clone _to_copy fill zero zeros zeros_like ones ones_like full full_like new_full
     new_zeros new_ones arange range eye scalar_tensor cat stack _stack _chunk_cat block_diag constant_pad_nd
     reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip

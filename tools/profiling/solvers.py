@@ -108,7 +108,7 @@ def _eigh(a: Any, uplo: str = "L", vectors: bool = True, *args: Any, out: Any = 
 
 SOLVERS: dict[str, Callable[..., Cost]] = {
     **dict.fromkeys(("linalg_lu", "linalg_lu_factor_ex", "_linalg_det", "_linalg_slogdet"), _lu),
-    **dict.fromkeys(("linalg_cholesky_ex", "linalg_ldl_factor_ex"), _square(1 / 3)),
+    **dict.fromkeys(("cholesky", "linalg_cholesky_ex", "linalg_ldl_factor_ex"), _square(1 / 3)),
     "linalg_inv_ex": _square(2),
     "cholesky_inverse": _square(2 / 3),
     "_linalg_solve_ex": _solve,

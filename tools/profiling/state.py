@@ -81,27 +81,42 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         import pynvml
 
         pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        sm, memory = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
-        reasons = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, card)
-        power = _ask(pynvml.nvmlDeviceGetPowerUsage, card)
+        found["driver"] = _ask("nvmlSystemGetDriverVersion")
+        card, sm, memory = _card(device), pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
+        reasons = _ask("nvmlDeviceGetCurrentClocksEventReasons", card)
+        if reasons is None:  # what drivers before 535 call them
+            reasons = _ask("nvmlDeviceGetCurrentClocksThrottleReasons", card)
+        power = _ask("nvmlDeviceGetPowerUsage", card)
         found.update(
-            clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, card, sm),
-            max_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, card, sm),
-            memory_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, card, memory),
-            temperature_c=_ask(pynvml.nvmlDeviceGetTemperature, card, pynvml.NVML_TEMPERATURE_GPU),
+            clock_mhz=_ask("nvmlDeviceGetClockInfo", card, sm),
+            max_clock_mhz=_ask("nvmlDeviceGetMaxClockInfo", card, sm),
+            memory_clock_mhz=_ask("nvmlDeviceGetClockInfo", card, memory),
+            temperature_c=_ask("nvmlDeviceGetTemperature", card, pynvml.NVML_TEMPERATURE_GPU),
             power_w=None if power is None else round(power / 1e3, 1),
             throttled=None if reasons is None else ", ".join(why for bit, why in SLOWED.items() if reasons & bit),
-            driver=_ask(pynvml.nvmlSystemGetDriverVersion),
         )
     return found
 
 
-def _ask(question: Callable[..., Any], *args: Any) -> Any:
-    """An answer of NVML; None where a card has none."""
+def _card(device: torch.device) -> Any:
+    """NVML's handle of a GPU; of a MIG slice that of the whole, which alone has clocks, power and temperature."""
+    import pynvml
+
+    uuid = torch.cuda.get_device_properties(device).uuid
     try:
-        return question(*args)
-    except Exception:  # pynvml.NVMLError, whose module is not there without the extra
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except Exception:  # pynvml.NVMLError
+        part = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+        return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)
+
+
+def _ask(question: str, *args: Any) -> Any:
+    """An answer of a function of NVML; None where the card, its driver or this release of the library has none."""
+    import pynvml
+
+    try:
+        return getattr(pynvml, question)(*args)
+    except Exception:  # pynvml.NVMLError, or the name is not there
         return None
 
 

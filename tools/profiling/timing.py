@@ -26,6 +26,10 @@ NOISY, BUSY = 0.10, 0.80
 TRIMMED, CONFIDENCE = 0.1, 0.99  # share of the rounds left out at either end, and level of the interval of a ratio
 EVENTS = 25  # calls whose time on a GPU is taken by events
 SPIN = 2e9  # clocks of a GPU that are a second at least
+UNGRAPHED = {  # modes of torch.compile that replay a CUDA graph, whose memory no call allocates, and the same without
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -403,21 +407,21 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
     Returns:
         Median over five measurements.
     """
-    device = torch.device(device)
-    pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     calls = 1
     found: list[float] = []
-    while len(found) < 5:
-        pair[0].record()
-        for _ in range(calls):
-            fn()
-        pair[1].record()
-        torch.cuda.synchronize(device)
-        elapsed = pair[0].elapsed_time(pair[1]) / 1e3
-        if elapsed < seconds:
-            calls = math.ceil(calls * min(10.0, 1.2 * seconds / max(elapsed, 1e-6)))
-        else:
-            found.append(elapsed / calls)
+    with torch.cuda.device(device):  # events are recorded on the current one
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        while len(found) < 5:
+            pair[0].record()
+            for _ in range(calls):
+                fn()
+            pair[1].record()
+            torch.cuda.synchronize(device)
+            elapsed = pair[0].elapsed_time(pair[1]) / 1e3
+            if elapsed < seconds:
+                calls = math.ceil(calls * min(10.0, 1.2 * seconds / max(elapsed, 1e-6)))
+            else:
+                found.append(elapsed / calls)
     return statistics.median(found)
 
 
@@ -579,8 +583,19 @@ class _Calls:
             tensors, run = self.inputs(n), self.model
             if self.how.compile:
                 run = compiled(run, mode=self.how.compile if isinstance(self.how.compile, str) else None)
-            self._last = n, tensors, lambda: run(*tensors)
+            self._last = n, tensors, self._call(run, tensors)
         return self._last[1:]
+
+    def _call(self, run: Callable[..., Any], tensors: Sequence[Any]) -> Callable[[], Any]:
+        """The call; under autocast it casts weights each time, as one that enters autocast itself."""
+
+        def cast_and_run() -> Any:
+            try:
+                return run(*tensors)
+            finally:
+                torch.clear_autocast_cache()
+
+        return cast_and_run if self.how.amp else lambda: run(*tensors)
 
     def time(self, n: int) -> tuple[Stats, Callable[[], Any]]:
         """Time the call with ``n`` images; also returns it."""
@@ -622,10 +637,13 @@ class _Calls:
 
     def memory(self, n: int) -> Memory:
         """Peak memory of a call with ``n`` images; on a CPU that of the uncompiled model."""
+        eager = self.how.device.type != "cuda"
+        if not eager and self.how.compile in UNGRAPHED:
+            self.how, self._last = self.how._replace(compile=UNGRAPHED[str(self.how.compile)]), None
         with _memory_errors():
             tensors, call = self.prepared(n)
-            eager = self.how.device.type != "cuda"
-            return peak_memory((lambda: self.model(*tensors)) if eager else call, self.model, tensors, self.how.device)
+            call = self._call(self.model, tensors) if eager else call
+            return peak_memory(call, self.model, tensors, self.how.device)
 
 
 @contextlib.contextmanager
@@ -678,6 +696,7 @@ def measure_model(
         step("memory")
         memory = calls.memory(large if throughput else small)
         notes += ["memory is that of the uncompiled model"] * bool(how.compile and not cuda)
+        notes += ["memory is that without CUDA graphs"] * (cuda and how.compile in UNGRAPHED)
     notes += [f"compiled in pieces: {calls.breaks} graph breaks"] * bool(calls.breaks) + calls.watch.notes
     uses_small = latency is not None or (memory is not None and throughput is None)
     batches = small if uses_small else None, large if throughput else None
