@@ -206,7 +206,7 @@ def count(model: Any, *args: Any, **kwargs: Any) -> Count:
     Args:
         model: A timm name, or any module, as of :func:`vizoo.tools.profiling.counting.count`.
         *args: Inputs of the call; none with a name: one image of the model's own size.
-        **kwargs: ``backward`` and ``engine`` as of that function; with a name ``size`` as of :func:`profile`; the others
+        **kwargs: ``backward`` and ``engine`` as of that function, with a name ``size`` as of :func:`profile`; others
             are keyword inputs of the call.
 
     Returns:
