@@ -414,7 +414,7 @@ MORE: list[tuple[str, int, str]] = [
     ("bench halo --window 2", 2, "--window"),
     ("bench test_litv2 --alpha 0.5", 2, "--alpha"),
     ("bench halo --reparam", 2, "--reparam"),
-    ("bench test_litv2 --reparam --threads 1", 2, "deploy"),
+    ("bench test_litv2 --reparam --threads 1", 2, "no branches to merge"),
     ("bench hilo --channels-last", 2, "--channels-last"),
     ("bench test_litv2 --dtype int8", 2, "--dtype"),
     ("bench test_litv2 --device meta", 2, "meta"),

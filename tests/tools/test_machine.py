@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vizoo.tools.options import STATE
 from vizoo.tools.profiling import machine, state
 from vizoo.tools.profiling.profile import profile
 
@@ -146,7 +147,7 @@ GPU = torch.device("cuda", 1)
 
 def test_state_of_a_gpu(card):
     found = state.state(GPU)
-    assert tuple(found) == state.STATE
+    assert tuple(found) == STATE
     assert (found["clock_mhz"], found["max_clock_mhz"], found["memory_clock_mhz"]) == (1755, 1980, 2619)
     assert (found["temperature_c"], found["power_w"], found["driver"]) == (61, 412.3, "580.65")
     assert found["throttled"] == "power cap, temperature (hardware)"
@@ -212,7 +213,7 @@ CPU = torch.device("cpu")
 
 def test_state_of_a_cpu(processors):
     found = state.state(CPU)
-    assert tuple(found) == state.STATE
+    assert tuple(found) == STATE
     assert (found["clock_mhz"], found["max_clock_mhz"]) == (3000, 3500)
     assert (found["throttle_count"], found["governor"]) == (12, "powersave")
     assert {k for k, v in found.items() if v is None} == {
@@ -294,7 +295,7 @@ def test_looking_takes_little_time(monkeypatch):
         nonlocal now
         now += 0.1
         looks.append(1)
-        return dict.fromkeys(state.STATE)
+        return dict.fromkeys(STATE)
 
     monkeypatch.setattr(state, "state", slow)
     watch = state.Watch(CPU, lambda: now)
@@ -309,4 +310,4 @@ def test_a_profile_tells_the_state_it_was_measured_in():
     with_figures = profile(model, inputs, mode="latency", min_time=0, max_time=0).environment
     assert with_figures["float32_products"] == "ieee"
     assert with_figures["flush_denormal"] is torch.set_flush_denormal(False)  # whether this processor can
-    assert set(state.STATE) <= set(profile(model, inputs).environment)
+    assert set(STATE) <= set(profile(model, inputs).environment)
