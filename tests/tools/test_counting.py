@@ -9,6 +9,7 @@ import math
 import random
 import threading
 import warnings
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -1060,6 +1061,22 @@ def test_outputs_of_other_classes(wrap):
     model = Call(lambda m, x: wrap(m.fc(x)), fc=nn.Linear(8, 2))
     found = count(model, torch.randn(2, 8), backward=True)
     assert (found.macs, found.status) == (2 * 32, "complete")
+
+
+@pytest.mark.parametrize("wrap", [Output, lambda x: Outputs(scores=x), lambda x: UserDict(scores=x)])
+def test_inputs_of_other_classes(wrap):
+    """They are moved and copied as plain tensors are."""
+
+    def forward(m, batch):
+        x = batch.scores if isinstance(batch, Output) else batch["scores"]
+        return m.fc(x.mul_(2))
+
+    x = torch.randn(2, 8)
+    before, model = x.clone(), Call(forward, fc=nn.Linear(8, 2))
+    for engine in ("meta", "fake", "real"):
+        found = count(model, wrap(x), engine=engine)
+        assert (found.macs, found.status) == (32, "complete")
+    assert torch.equal(x, before)
 
 
 def test_outputs_without_a_gradient():

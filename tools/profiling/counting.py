@@ -21,7 +21,7 @@ import sys
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -257,8 +257,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _held(value: Any) -> list[Tensor]:
-    """Tensors in a value that PyTorch takes for a leaf: dictionaries of other classes, data classes."""
-    if isinstance(value, dict):
+    """Tensors in a value that PyTorch takes for a leaf: mappings of other classes, data classes."""
+    if isinstance(value, Mapping):
         return _tensors(list(value.values()))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
@@ -628,7 +628,11 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(packed): packed for packed in packed_weights(model)})  # a copy reads them, where there are none
     ours, made = _deepcopy(model, memo)
     _move_scripted(ours, move)
-    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+    given = {id(t): moved(t) for t in _tensors((args, kwargs))}
+    try:
+        args, kwargs = copy.deepcopy((args, kwargs), given)
+    except Exception:  # something beside tensors that cannot be copied
+        args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
     constants = [t for t in made.values() if isinstance(t, Tensor)]
     return _Call(ours, args, kwargs, [*constants, *ours.parameters(), *ours.buffers()])
 
