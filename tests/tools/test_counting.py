@@ -2,12 +2,14 @@
 
 import copy
 import ctypes
+import dataclasses
 import functools
 import io
 import math
 import random
 import threading
 import warnings
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -1042,6 +1044,57 @@ def test_backward_around_what_has_none():
         assert count(model, x, backward=True).macs == 128 + 2 * 32
     with torch.inference_mode():
         assert count(nn.Linear(8, 2), torch.randn(2, 8), backward=True).macs == 2 * 32
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Outputs(dict):
+    pass
+
+
+@pytest.mark.parametrize("wrap", [Output, lambda out: Outputs(scores=out), lambda out: [Outputs(all=(out,))]])
+def test_outputs_of_other_classes(wrap):
+    model = Call(lambda m, x: wrap(m.fc(x)), fc=nn.Linear(8, 2))
+    found = count(model, torch.randn(2, 8), backward=True)
+    assert (found.macs, found.status) == (2 * 32, "complete")
+
+
+@pytest.mark.parametrize("wrap", [Output, lambda x: Outputs(scores=x), lambda x: UserDict(scores=x)])
+def test_inputs_of_other_classes(wrap):
+    """They are moved and copied as plain tensors are."""
+
+    def forward(m, batch):
+        x = batch.scores if isinstance(batch, Output) else batch["scores"]
+        return m.fc(x.mul_(2))
+
+    x = torch.randn(2, 8)
+    before, model = x.clone(), Call(forward, fc=nn.Linear(8, 2))
+    for engine in ("meta", "fake", "real"):
+        found = count(model, wrap(x), engine=engine)
+        assert (found.macs, found.status) == (32, "complete")
+    assert torch.equal(x, before)
+
+
+def test_outputs_without_a_gradient():
+    found = count(Call(lambda m, x: m.fc(x).argmax(-1), fc=nn.Linear(8, 2)), torch.randn(2, 8), backward=True)
+    assert found.macs == 32
+    assert found.reasons == ["the model returns nothing that needs a gradient: no backward pass is counted"]
+
+
+@pytest.mark.parametrize("engine", ["meta", "fake", "real"])
+def test_gradients_of_gradients(engine):
+    """Of a penalty: forward, the gradient of the input, and two for each of their products."""
+
+    def penalty(m, x):
+        return torch.autograd.grad(m.fc(x).square().sum(), x, create_graph=True)[0]
+
+    model, x = Call(penalty, fc=nn.Linear(8, 2)), torch.randn(2, 8, requires_grad=True)
+    found = count(model, x, backward=True, engine=engine)
+    assert (found.macs, found.status) == (6 * 32, "complete")
 
 
 def test_tensors_of_inference_mode():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import logging
@@ -20,7 +21,7 @@ import sys
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -253,7 +254,16 @@ def _tensors(values: Any) -> list[Tensor]:
         return [values]
     if isinstance(values, (int, float, str, type(None))):  # most arguments of operators
         return []
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return [t for value in tree_leaves(values) for t in ([value] if isinstance(value, Tensor) else _held(value))]
+
+
+def _held(value: Any) -> list[Tensor]:
+    """Tensors in a value that PyTorch takes for a leaf: mappings of other classes, data classes."""
+    if isinstance(value, Mapping):
+        return _tensors(list(value.values()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+    return []
 
 
 def _parts(t: Tensor) -> list[Tensor]:
@@ -628,7 +638,11 @@ def _copy(model: nn.Module, args: Any, kwargs: Any, move: Callable[[Tensor], Ten
     memo.update({id(packed): packed for packed in packed_weights(model)})  # a copy reads them, where there are none
     ours, made = _deepcopy(model, memo)
     _move_scripted(ours, move)
-    args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
+    given = {id(t): moved(t) for t in _tensors((args, kwargs))}
+    try:
+        args, kwargs = copy.deepcopy((args, kwargs), given)
+    except Exception:  # something beside tensors that cannot be copied
+        args, kwargs = tree_map_only(Tensor, moved, (args, kwargs))
     constants = [t for t in made.values() if isinstance(t, Tensor)]
     return _Call(ours, args, kwargs, [*constants, *ours.parameters(), *ours.buffers()])
 
@@ -711,8 +725,21 @@ class _Modules(ModuleTracker):
     """
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
-        ends: Any = input if any(t.requires_grad for t in _tensors(input)) else list(mod.parameters())
-        super()._fw_pre_hook(mod, ends if self._has_way_back() else None)
+        given = [t for t in _tensors(input) if t.requires_grad]
+        ends = given or [p for p in mod.parameters() if p.requires_grad]
+        has_leaves = any(t.is_leaf for t in ends)  # their gradients may be asked for inside the model
+        super()._fw_pre_hook(mod, None if has_leaves or not self._has_way_back() else ends)
+        if has_leaves and self._has_way_back():
+            self._leave_after(ends, self._get_mod_name(mod))
+
+    def _leave_after(self, ends: list[Tensor], name: str) -> None:
+        seen = itertools.count(1)
+
+        def leave(grad: Tensor) -> None:
+            if next(seen) % len(ends) == 0:
+                self.parents.discard(name)
+
+        self._hooks += [t.register_hook(leave) for t in ends]
 
     def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
         super()._fw_post_hook(mod, input, output if self._has_way_back() else None)
@@ -764,6 +791,8 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
             if backward:
                 # views, for the hooks of a tensor that the engine starts from alone do not run
                 parts = [torch.ops.aten.alias(t) for t in _tensors(out) if t.requires_grad]
+                if not parts and any(p.requires_grad for p in model.parameters()):
+                    recorder.tell("the model returns nothing that needs a gradient: no backward pass is counted")
                 torch.autograd.backward(parts, [torch.ones_like(t) for t in parts])
     finally:
         hook.remove()

@@ -82,6 +82,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            ctx.recorder.tell(f"gradients of {ctx.name} in {{where}} have a graph: differentiating them is not counted")
         needed, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
         with _disable_current_modes():  # nobody asks for numbers of gradients
             found = [torch.zeros_like(t) if need else None for t, need in zip(saved, needed, strict=True)]

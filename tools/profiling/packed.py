@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def packed_weights(model: nn.Module) -> list[Any]:
     """The packed weights of a model, which nothing changes."""
     held = [v for m in model.modules() for v in _values(m) if isinstance(v, torch.ScriptObject)]
-    return [v for v in held if v._type().name().endswith("ParamsBase")]
+    return [v for v in held if str(v._type()).endswith("ParamsBase")]
 
 
 def _values(module: nn.Module) -> list[Any]:
