@@ -294,7 +294,7 @@ def test_official_code_leaves_no_trace(tmp_path, monkeypatch):
     def state():
         torch.empty(0)
         return (
-            *(list(sys.path), os.getcwd(), dict(os.environ), torch.get_default_dtype(), torch.get_default_device()),
+            *(list(sys.path), os.getcwd(), dict(os.environ), torch.get_default_dtype(), torch.empty(0).device),
             *(torch.is_grad_enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
             *(torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
             *(torch.backends.cuda.flash_sdp_enabled(), torch.get_rng_state().tolist(), torch.empty(0).device),
