@@ -350,8 +350,7 @@ def one_case(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]
     }
     for side, seconds in (("", timed.seconds["ours"]), ("peer_", timed.seconds["theirs"])):
         row.update({f"{side}{k}_ms": 1e3 * quantile(seconds, q) for k, q in QUANTILES.items()})
-    ratio, low, high = timed.ratio("theirs")
-    row.update(ratio=ratio, ratio_low=low, ratio_high=None if math.isinf(high) else high)  # JSON knows no infinity
+    row.update(zip(("ratio", "ratio_low", "ratio_high"), timed.ratio("theirs"), strict=True))
     row.update({"grad_error": None, **about}, cpu_use=timed.cpu_use)
     row.update({k: v for k, v in versions().items() if k in COLUMNS})
     return {**row, "device": device_name(compute_device(args.device)), "date": datetime.date.today().isoformat()}
@@ -495,6 +494,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(list(SHOWN.values()), cells, range(5, len(SHOWN)))
 
 
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which knows no infinity: the end of an interval that one round leaves open."""
+    return {k: None if v == math.inf else v for k, v in row.items()}
+
+
 def _record(rows: Sequence[dict[str, Any]]) -> Record:
     """What is recorded: nothing of two sides that do not give the same."""
     return Record(COLUMNS, [_texts(row) for row in rows if "failure" not in row])
@@ -518,7 +522,7 @@ def _bench(argv: list[str]) -> int:
     _check(args)
     cases, numbers = list(itertools.product(args.dtype, args.batch)), args.threads or [torch.get_num_threads()]
     alone = len(cases) * len(numbers) == 1
-    with Results(args, [args.name], _table, _record, dict) as results:
+    with Results(args, [args.name], _table, _record, _plain) as results:
         for case, threads, found in run_cases(numbers, cases, _row, args, alone):
             results.add(_failed(case, args, threads, found) if isinstance(found, Failure) else found)
         results.end()

@@ -878,7 +878,7 @@ CELL_WIDTH = 7  # at least, of columns whose cells mostly come later
 class Results:
     """Prints what a command finds, and writes it to ``--out``, as soon as it is known: a killed run keeps its rows.
 
-    It is entered, so that JSON is whole however the command ends.
+    It is entered, so that JSON is whole where a command fails or is interrupted.
 
     Args:
         args: ``json`` and ``out``, as :func:`vizoo.tools.options.add_result` adds them.

@@ -563,7 +563,7 @@ def test_height_and_width(tmp_path):
 
 def test_json_and_files_hold_the_same_rows(tmp_path, capsys):
     out = tmp_path / "out.csv"
-    words = ["ulsam", "--size", "2", "--rounds", "1", "--dtype", "fp32", "tf32", "--threads", "1", "2", "--json"]
+    words = ["ulsam", "--size", "2", "--rounds", "2", "--dtype", "fp32", "tf32", "--threads", "1", "2", "--json"]
     assert bench.main([*words, "--out", str(out)]) == 0
     found, rows = json.loads(capsys.readouterr().out), rows_of(out)
     assert [(r["threads"], r["dtype"]) for r in found] == [(n, d) for n in (1, 2) for d in ("float32", "tf32")]

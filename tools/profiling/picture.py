@@ -101,6 +101,7 @@ def plot(profiles: Sequence[Profile], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     conditions, threads = where(profiles)[:2], profiles[0].config.get("threads")
-    conditions += [f"{threads} threads"] * bool(conditions and threads and "threads" not in differing[0])
+    shown = conditions and threads and "threads" not in differing[0]
+    conditions += [f"{threads} thread{'s' * (threads != 1)}"] * bool(shown)
     axes.set_title(", ".join(conditions) or "counts", fontsize=9)
     save_figure(figure, path, dpi=150)
