@@ -36,6 +36,19 @@ xcit_nano_12_p8_224
 """The smallest model that counts in every module of timm."""
 
 
+class Call(nn.Module):
+    """A function as a module; with children it is handed the module first."""
+
+    def __init__(self, fn: Callable[..., Any], **children: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*([self] if len(self._modules) else []), *args, **kwargs)
+
+
 def _out(out: Any) -> int:
     return next(t for t in tree_leaves(out) if isinstance(t, Tensor)).numel()
 

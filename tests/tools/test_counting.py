@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hand_counts import TIMM
+from hand_counts import TIMM, Call
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -62,19 +62,6 @@ def both(model, *inputs):
     assert differences(found["meta"], second) == []
     assert second.get("", 0) == found["meta"].macs
     return found["meta"]
-
-
-class Call(nn.Module):
-    """A function as a module; with children it is handed the module first."""
-
-    def __init__(self, fn, **children):
-        super().__init__()
-        self.fn = fn
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, *args, **kwargs):
-        return self.fn(*([self] if len(self._modules) else []), *args, **kwargs)
 
 
 # anchors

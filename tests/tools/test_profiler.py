@@ -433,16 +433,16 @@ def test_json_is_whole_when_interrupted(capsys, monkeypatch):
 
 def test_a_figure_may_be_partial_alone(capsys, monkeypatch):
     """The star stands at the figures that a reason concerns, and the footnote names them."""
-    from vizoo.tools.profiling import counting
+    from vizoo.tools.profiling import recording
 
-    record = counting._Recorder._record
+    record = recording.Recorder._record
 
     def told(self, func, args, kwargs):
         if func is torch.ops.aten.relu_.default:
             self.tell("guessed in {where}", cells=("flops_other",))
         return record(self, func, args, kwargs)
 
-    monkeypatch.setattr(counting._Recorder, "_record", told)
+    monkeypatch.setattr(recording.Recorder, "_record", told)
     found = json_of(capsys, "resnet18", "--size", "64")
     assert found["statuses"] == {
         "params": "complete", "macs": "complete", "flops_other": "partial", "acts": "complete", "bytes": "complete",

@@ -9,8 +9,9 @@ from typing import Any
 
 from vizoo.tools.common import Failure, Record, Table, append_table, markdown_text, write_json
 from vizoo.tools.options import STATE
-from vizoo.tools.profiling.counting import CELLS, Count
+from vizoo.tools.profiling.counting import Count
 from vizoo.tools.profiling.memory import Memory
+from vizoo.tools.profiling.recording import CELLS
 from vizoo.tools.profiling.timing import Stats
 
 FOOTNOTE = """\
