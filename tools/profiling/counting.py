@@ -431,15 +431,24 @@ def _of_modules(model: nn.Module, run: _Run) -> dict[str, ModuleCost]:
     """Cost of every module, in the order of ``named_modules``."""
     recorder, totals, prefix = run.recorder, run.counter.get_flop_counts(), type(model).__name__
     found: dict[str, ModuleCost] = {}
+    held: dict[nn.Module, dict[int, int]] = {}
     for path, module in reversed(list(model.named_modules())):
         key = f"{prefix}.{path}" if path else "Global"
         macs, other, acts = sum(totals.get(key, {}).values()) // 2, recorder.other[key], recorder.acts[key]
         if path not in run.shapes:  # a list of modules: it is never called, its children are
             children: list[Any] = [found[c] for name, _ in module.named_children() if (c := f"{path}.{name}") in found]
             macs, other, acts = (sum(c[i] for c in children) for i in (1, 2, 3))
-        n = sum(p.numel() for p in module.parameters())
+        n = sum(_weights(module, held).values())
         found[path] = ModuleCost(n, macs, other, acts, run.shapes.get(path))
     return dict(reversed(found.items()))
+
+
+def _weights(module: nn.Module, held: dict[nn.Module, dict[int, int]]) -> dict[int, int]:
+    """Elements of the parameters in a module, shared ones once; ``held`` keeps those of the modules in it."""
+    if module not in held:
+        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
+        held[module] = functools.reduce(dict.__or__, (_weights(m, held) for m in module.children()), own)
+    return held[module]
 
 
 def _summed(model: nn.Module, run: _Run, engine: str, reasons: dict[str, tuple[str, ...]]) -> Count:

@@ -467,11 +467,14 @@ class Modules(ModuleTracker):
     """
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        if not self._has_way_back():
+            super()._fw_pre_hook(mod, None)
+            return
         given = [t for t in tensors_in(input) if t.requires_grad]
         ends = given or [p for p in mod.parameters() if p.requires_grad]
         has_leaves = any(t.is_leaf for t in ends)  # their gradients may be asked for inside the model
-        super()._fw_pre_hook(mod, None if has_leaves or not self._has_way_back() else ends)
-        if has_leaves and self._has_way_back():
+        super()._fw_pre_hook(mod, None if has_leaves else ends)
+        if has_leaves:
             self._leave_after(ends, self._get_mod_name(mod))
 
     def _leave_after(self, ends: list[Tensor], name: str) -> None:
