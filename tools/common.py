@@ -886,6 +886,7 @@ class Results:
         table: The table of some finds; its columns are the same for any of them.
         record: Their rows for a CSV file.
         plain: One of them in plain values, for JSON.
+        filed: The table as Markdown files have it, with what a terminal shows elsewhere; None for the same.
     """
 
     def __init__(
@@ -895,9 +896,12 @@ class Results:
         table: Callable[[Sequence[Any]], Table],
         record: Callable[[Sequence[Any]], Record],
         plain: Callable[[Any], dict[str, Any]],
+        filed: Callable[[Sequence[Any]], Table] | None = None,
     ) -> None:
         self.args, self.names, self.table, self.record, self.plain = args, names, table, record, plain
+        self.filed = filed or table
         self.found: list[Any] = []
+        self.plain_found: list[dict[str, Any]] = []
         self.grid: _Grid | None = None
 
     def add(self, one: Any, bar: Progress | None = None) -> None:
@@ -912,14 +916,15 @@ class Results:
             Failure: As :func:`write_result`.
         """
         self.found.append(one)
+        self.plain_found.append(self.plain(one))
         try:
             with without(bar):
-                self._print_json(one) if self.args.json else self._print_row(one)
+                self._print_json() if self.args.json else self._print_row(one)
         finally:  # each of both, whatever happens to the other one
             self._write([one])
 
-    def _print_json(self, one: Any) -> None:
-        text = json.dumps([self.plain(one)], indent=2)
+    def _print_json(self) -> None:
+        text = json.dumps(self.plain_found[-1:], indent=2)
         print(("[" if len(self.found) == 1 else ",") + text[1:-2], end="", flush=True)
 
     def _print_row(self, one: Any) -> None:
@@ -932,8 +937,7 @@ class Results:
 
     def _write(self, new: Sequence[Any], *more: Table) -> None:
         if self.args.out is not None:
-            result, tables = [self.plain(one) for one in self.found], [self.table(self.found), *more]
-            write_result(self.args.out, result, tables, self.record(new))
+            write_result(self.args.out, self.plain_found, [self.filed(self.found), *more], self.record(new))
 
     def end(self, *more: Table) -> None:
         """Print what stands below the table, and further tables, which go to Markdown files too.

@@ -124,8 +124,12 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse bad input before anything runs; names and modes become those that are meant."""
+def _check(args: argparse.Namespace) -> list[str]:
+    """Refuse bad input before anything runs; names and modes become those that are meant.
+
+    Returns:
+        The modes in which models are run.
+    """
     from vizoo.tools.profiling.profile import check_conditions
     from vizoo.tools.profiling.result import COLUMNS
 
@@ -140,8 +144,10 @@ def _check(args: argparse.Namespace) -> None:
     resolve_device(args.device or "cpu")
     args.models = resolve_models(args.models)
     args.mode = args.mode or (["all"] if args.device not in (None, "meta") else ["count"])
+    timed: list[str] = []
     for case in _cases(args):
-        check_conditions(dtype=case.dtype, batch=case.batch, **_options(args))
+        _, timed = check_conditions(dtype=case.dtype, batch=case.batch, **_options(args))
+    return timed
 
 
 def _import(packages: Sequence[str]) -> None:
@@ -213,8 +219,8 @@ def _details(args: argparse.Namespace, profiles: Sequence[Profile]) -> list[Tabl
 
 
 def _differs(p: Profile) -> bool:
-    """Whether ``--check`` found something."""
-    return any(note.startswith(("engines differ", "not linear")) for note in p.notes)
+    """Whether ``--check`` found something, or could not look."""
+    return any(note.startswith(("engines differ", "not linear", "the batch cannot")) for note in p.notes)
 
 
 def _profile(argv: list[str]) -> int:
@@ -223,12 +229,11 @@ def _profile(argv: list[str]) -> int:
         from vizoo.tools.profiling.picture import plot, print_notes
         from vizoo.tools.profiling.result import Profile, headers, table, to_record
 
-    _check(args)
-    modes = MODES if "all" in args.mode else args.mode
+    timed = _check(args)
     several = [key for key in ("dtype", "batch") if len(getattr(args, key) or ()) > 1]
-    heads = headers(modes, args.fvcore, not (args.device or "").startswith("cuda"), several)
-    shown = functools.partial(table, heads=heads)
-    with Results(args, args.models, shown, to_record, Profile.to_dict) as results:
+    heads = headers(timed, args.fvcore, not (args.device or "").startswith("cuda"), several)
+    shown, filed = (functools.partial(table, heads=heads, noted=noted) for noted in (False, True))
+    with Results(args, args.models, shown, to_record, Profile.to_dict, filed) as results:
         _profile_all(args, results)
         profiles: list[Profile] = results.found
         results.end(*_details(args, [p for p in profiles if p.counts]))

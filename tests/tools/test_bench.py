@@ -571,4 +571,9 @@ def test_json_and_files_hold_the_same_rows(tmp_path, capsys):
         assert set(values) == set(bench.COLUMNS)
         for key, text in texts.items():
             assert text == ("" if values[key] is None else format(values[key], bench.FORMATS.get(key, ""))), key
+        assert values["ratio_low"] <= values["ratio"] <= values["ratio_high"]
+    # of one round the ratio is that of the medians; of several it is the median of theirs
+    words = ["ulsam", "--size", "2", "--rounds", "1", "--dtype", "fp32", "tf32", "--threads", "1", "--json"]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    for values, texts in zip(json.loads(capsys.readouterr().out), rows_of(out)[len(rows) :], strict=True):
         assert f"{values['peer_median_ms'] / values['median_ms']:.2f}" == texts["ratio"]

@@ -330,6 +330,24 @@ def test_a_model_that_cannot_run_is_a_row_with_its_reason(words, reason, capsys,
     assert (row["status"], row["macs"]) == ("failed", "")
 
 
+def test_markdown_has_notes_and_whole_rows(capsys, tmp_path, monkeypatch):
+    """What a terminal shows elsewhere, doubts and failures, is a column of the file."""
+    from vizoo.tools.profiling import profile
+
+    def doubtful(result, *args):
+        result.notes.append("doubtful")
+
+    monkeypatch.setattr(profile, "_measure", doubtful)
+    path = tmp_path / "x.md"
+    words = ("test_litv2", "levit_128s", "--size", "200", "--device", "cpu", "--mode", "latency", "--out", str(path))
+    assert run(capsys, *words)[0] == 1
+    head, _, *rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert head.endswith("| note |")
+    assert [row.count("|") for row in rows] == [head.count("|")] * 2
+    assert rows[0].endswith("| doubtful |")
+    assert "| 'levit_128s' cannot run at size 200x200: " in rows[1]
+
+
 def rows_of(path):
     with path.open(encoding="utf-8") as f:
         return list(csv.DictReader(f))

@@ -29,9 +29,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-_KEYS = {"largest": "largest_tensor"}  # of the count's figures in JSON, where they differ
-
-
 @dataclasses.dataclass
 class Profile:
     """What one model costs, as counted and measured.
@@ -148,7 +145,7 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready; times in milliseconds, memory in bytes; None where something failed."""
         c = self.counts
-        names = ("params", "trainable", "buffers", "state_bytes", *CELLS, "kernels", "largest", "uncounted")
+        names = ("params", "trainable", "buffers", "state_bytes", *CELLS, "kernels", "uncounted")
         return {
             "model": self.model,
             "environment": self.environment,  # near the beginning, where a file of ours is told by
@@ -156,7 +153,8 @@ class Profile:
             "status": self.status,
             "statuses": self.statuses,
             "reasons": self.reasons,
-            **{_KEYS.get(name, name): getattr(c, name) if c else None for name in names},
+            **{name: getattr(c, name) if c else None for name in names},
+            "largest_tensor": c.largest if c else None,
             "modules": {path: m._asdict() for path, m in c.modules.items()} if c else None,
             "ops": c.by_op() if c else None,
             "fvcore_total": self.fvcore_total,
@@ -267,7 +265,7 @@ def headers(
     """Columns of a table that is begun before its last row is known.
 
     Args:
-        modes: What is counted or measured.
+        modes: What is measured.
         fvcore: Whether fvcore's total is asked for.
         threads: Whether threads matter where it is measured.
         several: Conditions that there are several of: ``dtype``, ``batch``.
