@@ -542,6 +542,7 @@ class Conditions(NamedTuple):
     batch: int | None = None
     min_time: float = 2.0
     max_time: float = 10.0
+    graph: bool = False
 
     @property
     def kind(self) -> torch.dtype:
@@ -601,6 +602,26 @@ class Measured(NamedTuple):
     memory: Memory | None
     notes: list[str]
     state: dict[str, Any]
+    seconds = {}
+    operators = {}
+
+    @property
+    def measurements(self):
+        found = []
+        if self.latency:
+            d = {"n": self.latency.n, "first": self.latency.first, "cpu_use": self.latency.cpu_use}
+            found.append(
+                Measurement("latency", "s", self.latency_batch, [self.latency.samples], {}, self.latency.warnings, d)
+            )
+        if self.throughput:
+            found.append(Measurement("throughput", "images/s", self.throughput_batch, [[self.throughput]], {}, [], {}))
+        if self.memory:
+            found.append(
+                Measurement(
+                    "memory", "bytes", self.throughput_batch or self.latency_batch, [[self.memory.peak]], {}, [], {}
+                )
+            )
+        return found
 
 
 def compiled(module: Any, **options: Any) -> Any:
