@@ -177,7 +177,7 @@ def _check(args: argparse.Namespace) -> list[str]:
         What is measured.
     """
     from vizoo.tools.profiling.profile import check_conditions
-    from vizoo.tools.profiling.views import COLUMNS
+    from vizoo.tools.profiling.record import COLUMNS, read_records
 
     check_result(args.out, COLUMNS)
     check_output(args.save, "--save", ".jsonl")
@@ -322,8 +322,8 @@ def _differs(p: Record) -> bool:
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     with imports():
-        from vizoo.tools.profiling.record import Record
-        from vizoo.tools.profiling.views import headers, names, print_notes, table, to_rows
+        from vizoo.tools.profiling.record import Record, headers, table, to_rows
+        from vizoo.tools.profiling.views import print_notes
 
     timed = _check(args)
     several = [key for key in ("dtype", "batch", "compile", "graph") if len(getattr(args, key) or ()) > 1]

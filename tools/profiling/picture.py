@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vizoo.tools.common import save_figure
-from vizoo.tools.profiling.record import Record
-from vizoo.tools.profiling.views import batches, names, what_differs, where
+from vizoo.tools.profiling.record import Record, batches, names, what_differs, where
 
 MARKERS = "osD^vP*X"
 
