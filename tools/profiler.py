@@ -23,6 +23,7 @@ from vizoo.tools.common import (
     imports,
     one_line,
     progress,
+    read_spec,
     refuse_failures,
     resolve_device,
     resolve_models,
@@ -279,7 +280,8 @@ def _profile_all(args: argparse.Namespace, timed: Sequence[str], results: Result
     from vizoo.tools.profiling.record import append_record
 
     cases, threads = _cases(args), args.threads or [default_threads()]
-    alone = len(args.models) == len(threads) == 1 and not timed  # a lone count takes nothing with it
+    # a lone count takes nothing with it, but code of others may end its process
+    alone = len(args.models) == len(threads) == 1 and not timed and read_spec(args.models[0]).kind == "timm"
     with progress() as bar:
         task = bar.add_task("starting", total=len(cases) * len(threads))
 

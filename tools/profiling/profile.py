@@ -98,8 +98,8 @@ def attempt(model: Any, **options: Any) -> Record:
     result = Record()
     try:
         return _fill(result, SimpleNamespace(**asked.arguments))
-    except Exception as e:
-        known = explain(e)
+    except (Exception, SystemExit) as e:
+        known = (1, f"{result.name!r} ended the process: {e!r}") if isinstance(e, SystemExit) else explain(e)
         if known is None:
             raise
         result.bad_input, result.failure = known[0] == 2, known[1]
