@@ -194,8 +194,8 @@ def test_bad_conditions_are_one_line(words, message, capsys):
 
 MODELS = """
 import os, torch
-def dies(): os._exit(7)
-def quits(): raise SystemExit(3)
+def dies(width): os._exit(7)
+def quits(width): raise SystemExit(3)
 def net(width=4): return torch.nn.Conv2d(3, width, 3)
 """
 
