@@ -1309,7 +1309,7 @@ def test_by_module_and_by_op():
     with pytest.raises(ValueError, match="sort='size'"):
         found.by_module(sort="size")
     ops = found.by_op()
-    assert ops[0] == {"op": "aten::mm", "calls": 2, "macs": 72, "share": 1.0, "other": 0}
+    assert ops[0] == {"op": "aten::mm", "calls": 2, "macs": 72, "share": 1.0, "other": 0, "bytes": 384}
     assert ops[1]["op"] == "aten::relu"
     assert len(found.by_op(top=1)) == 1
     assert found.flops == 2 * 72 + 8

@@ -124,8 +124,22 @@ class Block(NamedTuple):
     notes: set[str]
 
 
-def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> list[Block] | None:
-    """The blocks that are alive when a call needs most memory, beside what was there before.
+class Peak(NamedTuple):
+    """When a call needs most memory.
+
+    Attributes:
+        blocks: What is alive then, beside what was there before the call.
+        after: What had been noted before.
+        totals: Bytes of all blocks of which each was noted, whether they are alive at the peak or not.
+    """
+
+    blocks: list[Block]
+    after: set[str]
+    totals: dict[str, int]
+
+
+def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> Peak | None:
+    """The blocks that are alive when a call needs most memory.
 
     Args:
         fn: The call; it may note what it knows.
@@ -146,12 +160,16 @@ def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> list[Block] | None
         return None
     alive: dict[int, Block] = {}
     size = most = 0
-    peak: list[Block] = []
+    noted: set[str] = set()
+    totals: dict[str, int] = {}
+    peak = Peak([], set(), totals)
     for what, place in heard:
         if isinstance(what, str):
             text, places = tape.notes[int(what.removeprefix(MARK))]
-            for address in alive if places is None else places & alive.keys():
-                alive[address].notes.add(text)
+            noted.add(text)
+            for block in [alive[a] for a in (alive if places is None else places & alive.keys())]:
+                totals[text] = totals.get(text, 0) + block.size * (text not in block.notes)
+                block.notes.add(text)
             continue
         size += what
         if what > 0:
@@ -159,18 +177,18 @@ def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> list[Block] | None
         else:
             alive.pop(place, None)
         if size > most:
-            most, peak = size, list(alive.values())
+            most, peak = size, Peak(list(alive.values()), set(noted), totals)
     return peak
 
 
 def inference_parts(
-    memory: Memory, fn: Callable[[], Any], model: Any, inputs: Sequence[Any], device: Any
+    memory: Memory, fn: Callable[[], Any] | None, model: Any, inputs: Sequence[Any], device: Any
 ) -> tuple[dict[str, float], list[str]]:
     """What the peak of a forward pass consists of.
 
     Args:
         memory: Its peak.
-        fn: The call, uncompiled.
+        fn: The call, uncompiled; None where it is compiled, so that nobody sees into it.
         model: Its module.
         inputs: Its tensors.
         device: CPU or CUDA.
@@ -181,10 +199,10 @@ def inference_parts(
         and what cannot be told.
     """
     parts: dict[str, float] = {"weights": nbytes(weights_of(model)), "input": nbytes(inputs)}
-    blocks = None if memory.how == "resident set" else blocks_at_peak(lambda tape: fn(), device)
-    if blocks is None:
+    peak = None if fn is None or memory.how == "resident set" else blocks_at_peak(lambda tape: fn(), device)
+    if peak is None:
         return {**parts, "activations": memory.activations}, ["activations and workspace cannot be told apart here"]
-    returned = min(memory.activations, sum(b.size for b in blocks if RETURNED in b.notes))
+    returned = min(memory.activations, sum(b.size for b in peak.blocks if RETURNED in b.notes))
     return {**parts, "activations": returned, "workspace": memory.activations - returned}, []
 
 

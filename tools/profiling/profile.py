@@ -18,9 +18,10 @@ from vizoo.tools.options import DTYPES, MODES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
+from vizoo.tools.profiling.measures import measure_model
 from vizoo.tools.profiling.result import Profile
 from vizoo.tools.profiling.target import Target, evaluating, find_target
-from vizoo.tools.profiling.timing import Comparison, Conditions, measure_model, random_like
+from vizoo.tools.profiling.timing import Comparison, Conditions, random_like
 
 
 def profile(
