@@ -92,10 +92,9 @@ def test_quantiles_are_numpys():
     stats = timing.Stats(samples, None, 0.0, 0)
     for q in (0, 0.1, 0.25, 0.5, 0.9, 0.99, 1):
         assert stats.quantile(q) == pytest.approx(np.quantile(samples, q))
-    d = stats.to_dict()
-    assert d["median_ms"] == pytest.approx(1e3 * np.median(samples))
-    assert d["iqr_ms"] == pytest.approx(1e3 * (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)))
-    assert len(d["samples_ms"]) == 37
+    assert stats.median == pytest.approx(np.median(samples))
+    assert stats.iqr == pytest.approx(np.quantile(samples, 0.75) - np.quantile(samples, 0.25))
+    assert stats.details["n"] == 37
 
 
 def test_garbage_collection_comes_back():
@@ -334,9 +333,7 @@ def test_latency_on_a_gpu_is_what_a_caller_waits(card):
     assert stats.host == pytest.approx([0.001] * stats.n)
     assert stats.device == pytest.approx([0.010] * 25)
     assert (stats.cpu_use, stats.warnings) == (None, [])
-    d = stats.to_dict()
-    assert (d["host_ms"], d["device_ms"]) == (pytest.approx(1), pytest.approx(10))
-    assert (len(d["host_samples_ms"]), len(d["device_samples_ms"])) == (stats.n, 25)
+    assert (stats.details["host"], stats.details["device"]) == (pytest.approx(0.001), pytest.approx(0.010))
 
 
 def test_launches_that_take_longer_than_their_work_are_named(card):
@@ -364,7 +361,7 @@ def test_slow_calls_on_a_gpu_are_few(card):
 def test_a_cpu_has_no_launches():
     stats = Clock(0.01).measure(min_time=0, max_time=1)
     assert stats.host is stats.device is None
-    assert stats.to_dict()["host_ms"] is None
+    assert stats.details["host"] is None
 
 
 def test_processor_time_is_that_of_the_calls():

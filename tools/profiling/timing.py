@@ -166,28 +166,6 @@ class Stats(NamedTuple):
             "device": quantile(self.device, 0.5) if self.device else None,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Statistics in milliseconds, and the samples."""
-        quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-        return {
-            "n": self.n,
-            "warmup": self.warmup,
-            "first_ms": 1e3 * self.first,
-            **{f"{name}_ms": 1e3 * self.quantile(q) for name, q in quantiles.items()},
-            "iqr_ms": 1e3 * self.iqr,
-            "host_ms": 1e3 * quantile(self.host, 0.5) if self.host else None,
-            "device_ms": 1e3 * quantile(self.device, 0.5) if self.device else None,
-            "cpu_use": self.cpu_use,
-            "warnings": self.warnings,
-            "samples_ms": _milliseconds(self.samples),
-            "host_samples_ms": _milliseconds(self.host),
-            "device_samples_ms": _milliseconds(self.device),
-        }
-
-
-def _milliseconds(seconds: Sequence[float] | None) -> list[float] | None:
-    return None if seconds is None else [1e3 * s for s in seconds]
-
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
