@@ -1,0 +1,289 @@
+"""A page of records: the compact data that ``page.html`` draws, in one file that asks no network for anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vizoo.tools.common import UserError, atomic_write, read_text, short
+from vizoo.tools.profiling.published import Accuracy, accuracies, accuracy, family
+
+Plain = Mapping[str, Any]  # a record of schema 1, or a part of it
+
+LEAST = 0.004  # share of a model that a module needs in some figure to be drawn
+MOST = 160  # modules of a model that are drawn
+DOUBTS = {"throttled": r"throttl", "busy": r"\bbusy\b", "noisy": r"\bnoisy\b|\bclocks?\b"}  # and how texts tell them
+MARK = "<!-- data -->"  # of the template: where the data go
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file.
+
+    Args:
+        path: A file with a record on each line.
+
+    Returns:
+        The records as plain values.
+
+    Raises:
+        UserError: If it cannot be read, or a line is no record of schema 1.
+    """
+    records = []
+    for number, line in enumerate(read_text(path, "RECORDS").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or record.get("schema") != 1:
+            raise UserError(f"RECORDS {short(str(path))}: line {number} is no record of schema 1")
+        records.append(record)
+    if not records:
+        raise UserError(f"RECORDS {short(str(path))} holds no record")
+    return records
+
+
+def _refuse(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no number of JSON")
+
+
+def write_page(records: Iterable[Plain], path: str | Path, top1: str | Path | None = None) -> None:
+    """Write the page of records.
+
+    Args:
+        records: Plain values of schema 1, in any order; of one target under equal conditions the newest of each
+            measurement is shown.
+        path: HTML file to write.
+        top1: As for :func:`vizoo.tools.profiling.published.accuracies`.
+
+    Raises:
+        UserError: As that function.
+        Failure: As :func:`vizoo.tools.common.atomic_write`.
+    """
+    text = page(page_data(list(records), accuracies(top1)))
+    with atomic_write(path) as f:
+        f.write(text)
+
+
+def page(data: Plain) -> str:
+    """The page of data; no text in them can end the element that holds them.
+
+    Args:
+        data: Of :func:`page_data`.
+
+    Returns:
+        HTML.
+    """
+    template = resources.files("vizoo").joinpath("tools", "profiling", "page.html").read_text(encoding="utf-8")
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    before, after = template.split(MARK)
+    return before + text.replace("<", "\\u003c") + after
+
+
+def page_data(records: Sequence[Plain], known: Mapping[tuple[str, int, int], Accuracy]) -> dict[str, Any]:
+    """What the page shows of records, each text and each tree of modules once.
+
+    Args:
+        records: Plain values of schema 1.
+        known: Published accuracies, of :func:`vizoo.tools.profiling.published.accuracies`.
+
+    Returns:
+        ``sets``: conditions, of which nothing is mixed; ``models``: targets with counts and modules; ``runs``: what was
+        measured of a model under one set; ``machines``: what is equal in all records of a machine.
+    """
+    import vizoo
+
+    folded = _fold(records)
+    machines = _machines(folded)
+    prints, sets, keys = list(machines), [], []  # type: ignore[var-annotated]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(folded):
+        conditions = _conditions(record)
+        if conditions not in sets:
+            sets.append(conditions)
+        keys.append(sets.index(conditions))
+        groups[_key(record["target"], _form(record))].append(i)
+    runs: list[dict[str, Any]] = [{} for _ in folded]
+    models = []
+    labels = _labels([folded[members[0]]["target"] for members in groups.values()])
+    for label, members in zip(labels, groups.values(), strict=True):
+        models.append(_model([folded[i] for i in members], label, known))
+        drawn = models[-1].pop("paths")
+        for i in members:
+            record = folded[i]
+            same = machines[record["environment"]["fingerprint"]]
+            runs[i] = {"model": len(models) - 1, "set": keys[i], **_run(record, drawn, same)}
+    return {
+        "vizoo": vizoo.__version__,
+        "sets": [{**c, "machine": prints.index(c.pop("fingerprint"))} for c in map(dict, sets)],
+        "machines": list(machines.values()),
+        "models": models,
+        "runs": runs,
+    }
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True)
+
+
+def _conditions(record: Plain) -> dict[str, Any]:
+    return {"fingerprint": record["environment"]["fingerprint"], **record["conditions"]}
+
+
+def _form(record: Plain) -> list[Any]:
+    """The conditions that counts depend on."""
+    return [record["conditions"][name] for name in ("fused", "reparam", "features")]
+
+
+def _fold(records: Sequence[Plain]) -> list[dict[str, Any]]:
+    """One record of each target under each set of conditions: the newest, with the newest of each measurement."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda r: str(r["environment"]["date"])):
+        key = _key(record["target"], _conditions(record))
+        old = found.pop(key, None)  # so that the order is that of the newest
+        new = found[key] = dict(record)
+        if old is None:
+            continue
+        kinds = {(m["kind"], m["batch"]) for m in new["measurements"]}
+        new["measurements"] = [m for m in old["measurements"] if (m["kind"], m["batch"]) not in kinds] + list(
+            new["measurements"]
+        )
+        new["counts"] = new["counts"] or old["counts"]
+        for name in ("modules", "ops"):
+            if not any(row["seconds"] is not None for row in new[name]):
+                new[name] = old[name] or new[name]
+    return list(found.values())
+
+
+def _machines(records: Sequence[Plain]) -> dict[str, dict[str, Any]]:
+    """By fingerprint what is equal in the environments of all its records."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        here = record["environment"]
+        same = found.setdefault(here["fingerprint"], dict(here))
+        for name in [name for name, value in same.items() if name not in here or here[name] != value]:
+            del same[name]
+    return found
+
+
+def _labels(targets: Sequence[Plain]) -> list[str]:
+    """A short text for each target that tells it from the others, as far as anything does."""
+
+    def texts(t: Plain) -> list[str]:
+        size = f"@{t['size'][0]}x{t['size'][1]}" if t["size"] else ""
+        more = "".join(f" {key}={value}" for key, value in t["kwargs"].items())
+        more += f" {t['weights']}" if t["weights"] else ""
+        return [t["name"], t["name"] + size, t["spec"], t["spec"] + size, t["spec"] + size + more]
+
+    seen: dict[str, set[str]] = defaultdict(set)
+    for t in targets:
+        for text in texts(t):
+            seen[text].add(_key(t))
+    return [next((text for text in texts(t) if len(seen[text]) == 1), texts(t)[-1]) for t in targets]
+
+
+def _model(records: Sequence[Plain], label: str, known: Mapping[tuple[str, int, int], Accuracy]) -> dict[str, Any]:
+    """What does not depend on how a target was run."""
+    target = records[-1]["target"]
+    published = accuracy(target, known)
+    tree = next((r["modules"] for r in records[::-1] if r["modules"]), [])
+    paths, rows = _drawn(tree, [r["modules"] for r in records]), {row["path"]: row for row in tree}
+    return {
+        "label": label,
+        **{name: target[name] for name in ("name", "spec", "kind", "size", "weights", "kwargs")},
+        "series": _key(*(target[name] for name in ("kind", "name", "weights", "kwargs"))),
+        "family": family(target["name"]),
+        "top1": list(published) if published else None,
+        "counts": next((r["counts"] for r in records[::-1] if r["counts"]), None),
+        "paths": list(paths),
+        "modules": [[name, parent, *(_short(rows[path][k]) for k in ("params", "macs"))]
+                    for path, (name, parent) in paths.items()],
+    }  # fmt: skip
+
+
+def _drawn(tree: Sequence[Plain], measured: Sequence[Sequence[Plain]]) -> dict[str, tuple[str, int]]:
+    """The modules of a model that an icicle shows, each with its name within the nearest one above it, and its index.
+
+    A module is shown with all above it if it has a share of :data:`LEAST` in parameters, multiply-accumulates or time
+    of any run; of more than :data:`MOST` the largest are.
+    """
+    shares = dict.fromkeys((row["path"] for row in tree), 0.0)
+    for rows in measured:
+        for figure in ("params", "macs", "seconds"):
+            whole = max((row[figure] or 0 for row in rows), default=0)
+            for row in rows:
+                if whole and row["path"] in shares:
+                    shares[row["path"]] = max(shares[row["path"]], (row[figure] or 0) / whole)
+    large = sorted((path for path in shares if shares[path] >= LEAST or not path), key=lambda path: -shares[path])
+    chosen = set(large[:MOST])
+    kept: dict[str, tuple[str, int]] = {}
+    for path in filter(chosen.__contains__, shares):
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            if above in kept:
+                break
+        parent = list(kept).index(above) if path else -1
+        kept[path] = (path[len(above) :].lstrip("."), parent)
+    return kept
+
+
+def _short(value: float | None) -> float | None:
+    """Five significant digits of a figure that is drawn."""
+    if value is None or isinstance(value, int) and abs(value) < 100_000:
+        return value
+    rounded = float(f"{value:.5g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def _run(record: Plain, drawn: Sequence[str], same: Plain) -> dict[str, Any]:
+    """What was measured of a target."""
+    seconds = {row["path"]: _short(row["seconds"]) for row in record["modules"]}
+    ops = [
+        [row["op"], row["calls"], *(_short(row[k]) for k in ("macs", "other", "bytes", "seconds", "ceiling"))]
+        for row in record["ops"]
+    ]
+    cells = {
+        "measurements": [_measurement(m) for m in record["measurements"]],
+        "seconds": [seconds.get(path) for path in drawn] if any(seconds.values()) else None,
+        "ops": ops,
+        "notes": record["notes"],
+        "failure": record["failure"] and record["failure"]["reason"],
+        "doubts": _doubts(record),
+        "environment": {k: v for k, v in record["environment"].items() if k not in same and v is not None},
+        "command": record["command"],
+    }
+    return {name: value for name, value in cells.items() if value}
+
+
+def _measurement(m: Plain) -> dict[str, Any]:
+    return {
+        **{name: m[name] for name in ("kind", "unit", "batch")},
+        "median": _short(m["median"]),
+        "ci95": [_short(value) for value in m["ci95"]],
+        "processes": len(m["samples"]),
+        "samples": sum(map(len, m["samples"])),
+        "parts": {name: _short(value) for name, value in m["parts"].items()},
+        "quality": m["quality"],
+    }
+
+
+def _doubts(record: Plain) -> list[list[str]]:
+    """What to be careful with: words of the badge, each with the text that says it."""
+    found = [["failed", record["failure"]["reason"]]] if record["failure"] else []
+    if record["counts"] and record["counts"]["status"] == "partial":
+        found.append(["partial", "; ".join(record["counts"]["reasons"]) or "the count misses something"])
+    for text in dict.fromkeys(q for m in record["measurements"] for q in m["quality"]):
+        found.append([next((word for word, told in DOUBTS.items() if re.search(told, text)), "doubtful"), text])
+    said = " ".join(text for _, text in found)
+    for text in record["notes"]:
+        word = next((word for word, told in DOUBTS.items() if re.search(told, text)), None)
+        if word and text.partition(": ")[2] not in said:
+            found.append([word, text])
+    return found
