@@ -15,8 +15,10 @@ from vizoo.tools.profiling.published import Accuracy, accuracies, accuracy, fami
 
 Plain = Mapping[str, Any]  # a record of schema 1, or a part of it
 
-LEAST = 0.004  # share of a model that a module needs in some figure to be drawn
-MOST = 160  # modules of a model that are drawn
+LEAST = 0.004  # share of a model that a module, or an operator, needs in some figure to be shown
+MOST = 150  # modules of a model that are shown
+GRAIN = 100_000  # figures of modules are shares of the whole model in these parts
+FIGURES = ("params", "macs", "seconds")  # of modules, which an icicle shows
 DOUBTS = {"throttled": r"throttl", "busy": r"\bbusy\b", "noisy": r"\bnoisy\b|\bclocks?\b"}  # and how texts tell them
 MARK = "<!-- data -->"  # of the template: where the data go
 
@@ -176,7 +178,7 @@ def _labels(targets: Sequence[Plain]) -> list[str]:
     """A short text for each target that tells it from the others, as far as anything does."""
 
     def texts(t: Plain) -> list[str]:
-        size = f"@{t['size'][0]}x{t['size'][1]}" if t["size"] else ""
+        size = f"@{'x'.join(map(str, dict.fromkeys(t['size'])))}" if t["size"] else ""
         more = "".join(f" {key}={value}" for key, value in t["kwargs"].items())
         more += f" {t['weights']}" if t["weights"] else ""
         return [t["name"], t["name"] + size, t["spec"], t["spec"] + size, t["spec"] + size + more]
@@ -202,9 +204,8 @@ def _model(records: Sequence[Plain], label: str, known: Mapping[tuple[str, int, 
         "top1": list(published) if published else None,
         "counts": next((r["counts"] for r in records[::-1] if r["counts"]), None),
         "paths": list(paths),
-        "modules": [[name, parent, *(_short(rows[path][k]) for k in ("params", "macs"))]
-                    for path, (name, parent) in paths.items()],
-    }  # fmt: skip
+        "modules": [[*place, *(_share(rows[path], rows[""], k) for k in FIGURES[:2])] for path, place in paths.items()],
+    }
 
 
 def _drawn(tree: Sequence[Plain], measured: Sequence[Sequence[Plain]]) -> dict[str, tuple[str, int]]:
@@ -215,7 +216,7 @@ def _drawn(tree: Sequence[Plain], measured: Sequence[Sequence[Plain]]) -> dict[s
     """
     shares = dict.fromkeys((row["path"] for row in tree), 0.0)
     for rows in measured:
-        for figure in ("params", "macs", "seconds"):
+        for figure in FIGURES:
             whole = max((row[figure] or 0 for row in rows), default=0)
             for row in rows:
                 if whole and row["path"] in shares:
@@ -234,25 +235,28 @@ def _drawn(tree: Sequence[Plain], measured: Sequence[Sequence[Plain]]) -> dict[s
     return kept
 
 
+def _share(row: Plain, whole: Plain, figure: str) -> int | None:
+    return None if row[figure] is None else round(GRAIN * row[figure] / (whole[figure] or 1))
+
+
 def _short(value: float | None) -> float | None:
-    """Five significant digits of a figure that is drawn."""
-    if value is None or isinstance(value, int) and abs(value) < 100_000:
-        return value
-    rounded = float(f"{value:.5g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    """Four significant digits of a figure that is drawn, whole numbers as such."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.4g}")
+    return int(rounded) if isinstance(value, int) or rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
 def _run(record: Plain, drawn: Sequence[str], same: Plain) -> dict[str, Any]:
-    """What was measured of a target."""
-    seconds = {row["path"]: _short(row["seconds"]) for row in record["modules"]}
-    ops = [
-        [row["op"], row["calls"], *(_short(row[k]) for k in ("macs", "other", "bytes", "seconds", "ceiling"))]
-        for row in record["ops"]
-    ]
+    """What was measured of a target; what there is nothing of is left out."""
+    rows = {row["path"]: row for row in record["modules"]}
+    timed = bool(rows and rows[""]["seconds"])
     cells = {
         "measurements": [_measurement(m) for m in record["measurements"]],
-        "seconds": [seconds.get(path) for path in drawn] if any(seconds.values()) else None,
-        "ops": ops,
+        "whole": rows[""]["seconds"] if timed else None,
+        "seconds": [_share(rows[p], rows[""], "seconds") if p in rows else None for p in drawn] if timed else None,
+        "ops": _operators(record["ops"]),
+        "fewer": len(record["ops"]) - len(_operators(record["ops"])),
         "notes": record["notes"],
         "failure": record["failure"] and record["failure"]["reason"],
         "doubts": _doubts(record),
@@ -262,16 +266,22 @@ def _run(record: Plain, drawn: Sequence[str], same: Plain) -> dict[str, Any]:
     return {name: value for name, value in cells.items() if value}
 
 
-def _measurement(m: Plain) -> dict[str, Any]:
-    return {
-        **{name: m[name] for name in ("kind", "unit", "batch")},
-        "median": _short(m["median"]),
-        "ci95": [_short(value) for value in m["ci95"]],
-        "processes": len(m["samples"]),
-        "samples": sum(map(len, m["samples"])),
-        "parts": {name: _short(value) for name, value in m["parts"].items()},
-        "quality": m["quality"],
-    }
+def _operators(ops: Sequence[Plain]) -> list[list[Any]]:
+    """The operators with a share of :data:`LEAST` in time, multiply-accumulates or bytes."""
+    whole = {figure: sum(row[figure] or 0 for row in ops) for figure in ("seconds", "macs", "bytes")}
+    return [
+        [row["op"], row["calls"], *(_short(row[k]) for k in ("macs", "other", "bytes", "seconds", "ceiling"))]
+        for row in ops
+        if any((row[figure] or 0) > LEAST * whole[figure] for figure in whole)
+    ]
+
+
+def _measurement(m: Plain) -> list[Any]:
+    """Kind, unit, batch, median and interval, number of processes and of samples, parts, quality."""
+    samples = m["samples"]
+    figures = [_short(value) for value in (m["median"], *m["ci95"])]
+    parts = {name: _short(value) for name, value in m["parts"].items()}
+    return [m["kind"], m["unit"], m["batch"], *figures, len(samples), sum(map(len, samples)), parts, m["quality"]]
 
 
 def _doubts(record: Plain) -> list[list[str]]:

@@ -57,7 +57,7 @@ def family(name: str) -> str:
     if row is not None:
         return next((text for start, text in FAMILIES.items() if name.startswith(start)), row["family"])
     found = re.match(r"[A-Za-z]+(?:v\d+(?![\d.]))?", re.sub(r"^(?:torchvision:|tf_|test_)", "", name))
-    return found[0] if found else name
+    return found[0] if found else "others"
 
 
 def accuracies(file: str | Path | None = None) -> dict[tuple[str, int, int], Accuracy]:
@@ -73,7 +73,7 @@ def accuracies(file: str | Path | None = None) -> dict[tuple[str, int, int], Acc
         UserError: If the file cannot be read, lacks a column, or holds what is no size or no percentage.
     """
     found = {
-        (name, int(row["height"]), int(row["width"])): Accuracy(float(row["paper_top1"]), row["source"])
+        (name, int(row["height"]), int(row["width"])): Accuracy(float(row["paper_top1"]), "its paper or official code")
         for name, row in zoo().items()
         if row["paper_top1"]
     }
