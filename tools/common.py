@@ -798,7 +798,7 @@ def without(bar: Progress | None) -> Iterator[None]:
         bar.start()
 
 
-class Record(NamedTuple):
+class Rows(NamedTuple):
     """Rows for a CSV file that keeps what it holds.
 
     Attributes:
@@ -825,7 +825,7 @@ def check_result(path: str | Path | None, columns: Sequence[str] | None = None) 
         check_table(path, "--out", columns)
 
 
-def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], record: Rows | None = None) -> None:
     """Write what a command found, in the form that the ending of ``--out`` says, in one step.
 
     Args:
@@ -856,7 +856,7 @@ def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], 
             f.write(csv_text(marked) if kind == ".csv" else f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
 
 
-def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+def give(args: Any, result: Any, tables: Sequence[Table], record: Rows | None = None) -> None:
     """Print what a command found, and write it.
 
     Args:
@@ -894,7 +894,7 @@ class Results:
         args: Any,
         names: Sequence[str],
         table: Callable[[Sequence[Any]], Table],
-        record: Callable[[Sequence[Any]], Record],
+        record: Callable[[Sequence[Any]], Rows],
         plain: Callable[[Any], dict[str, Any]],
         filed: Callable[[Sequence[Any]], Table] | None = None,
     ) -> None:
@@ -1021,6 +1021,69 @@ def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mappin
             if not old:
                 writer.writeheader()
             writer.writerows(rows)
+
+
+def json_lines(path: str | Path, name: str) -> Iterator[tuple[int, Any]]:
+    """Values of a file with one on each line; a last line that a killed process left unfinished is none.
+
+    Args:
+        path: The file.
+        name: Argument name for messages.
+
+    Yields:
+        Number of the line, from 1, and its value.
+
+    Raises:
+        UserError: As :func:`read_text`, or if a line is no JSON.
+    """
+    text = read_text(path, name)
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            if number == len(lines) and not text.endswith("\n"):
+                return
+            raise UserError(f"{name} {short(str(path))}: line {number} is no JSON: {one_line(e)}") from None
+        yield number, value
+
+
+def append_json_line(path: str | Path, value: Any) -> None:
+    """Add a line with a value to a file, whole or not at all; what a killed process left unfinished goes.
+
+    Args:
+        path: The file, which may be new.
+        value: What JSON can hold.
+
+    Raises:
+        Failure: If it cannot be written.
+        ValueError: If the value holds a number that is none.
+    """
+    line = json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    with _locked(Path(path).parent), open(path, "a+b") as f:
+        end = _end_of_lines(f)
+        try:
+            f.truncate(end)
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.truncate(f.fileno(), end)
+            raise
+
+
+def _end_of_lines(f: IO[bytes]) -> int:
+    """Where whole lines of an open file end; a value that only lacks the end of its line gets it."""
+    f.seek(0)
+    text = f.read()
+    rest = text.rpartition(b"\n")[2]
+    try:
+        json.loads(rest or "0")
+    except ValueError:
+        return len(text) - len(rest)
+    f.write(b"\n" * bool(rest))
+    return f.tell()
 
 
 @contextlib.contextmanager

@@ -35,6 +35,18 @@ class Target(NamedTuple):
     own: bool
     anew: Callable[[], nn.Module] | None
 
+    @property
+    def record(self):
+        return {
+            "spec": self.name,
+            "kind": "timm" if self.own else "module",
+            "name": self.name,
+            "size": list(self.size) if self.size else None,
+            "inputs": [list(x.shape) for x in self.inputs],
+            "weights": None,
+            "kwargs": {},
+        }
+
 
 def find_target(
     model: Any,
@@ -43,6 +55,7 @@ def find_target(
     kwargs: dict[str, Any] | None = None,
     real: bool = False,
     reparam: bool = False,
+    weights=None,
 ) -> Target:
     """Build a named model, or take a module.
 
