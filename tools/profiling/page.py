@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from vizoo.tools.common import UserError, atomic_write, read_text, short
-from vizoo.tools.profiling.published import Accuracy, accuracies, accuracy, family
+from vizoo.tools.common import atomic_write
+from vizoo.tools.profiling.published import Accuracy, accuracy, family
 
 Plain = Mapping[str, Any]  # a record of schema 1, or a part of it
 
@@ -23,52 +23,18 @@ DOUBTS = {"throttled": r"throttl", "busy": r"\bbusy\b", "noisy": r"\bnoisy\b|\bc
 MARK = "<!-- data -->"  # of the template: where the data go
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file.
-
-    Args:
-        path: A file with a record on each line.
-
-    Returns:
-        The records as plain values.
-
-    Raises:
-        UserError: If it cannot be read, or a line is no record of schema 1.
-    """
-    records = []
-    for number, line in enumerate(read_text(path, "RECORDS").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or record.get("schema") != 1:
-            raise UserError(f"RECORDS {short(str(path))}: line {number} is no record of schema 1")
-        records.append(record)
-    if not records:
-        raise UserError(f"RECORDS {short(str(path))} holds no record")
-    return records
-
-
-def _refuse(token: str) -> NoReturn:
-    raise ValueError(f"{token} is no number of JSON")
-
-
-def write_page(records: Iterable[Plain], path: str | Path, top1: str | Path | None = None) -> None:
+def write_page(records: Sequence[Plain], path: str | Path, known: Mapping[Any, Accuracy]) -> None:
     """Write the page of records.
 
     Args:
-        records: Plain values of schema 1, in any order; of one target under equal conditions the newest of each
-            measurement is shown.
+        records: As of :func:`page_data`.
         path: HTML file to write.
-        top1: As for :func:`vizoo.tools.profiling.published.accuracies`.
+        known: As of :func:`page_data`.
 
     Raises:
-        UserError: As that function.
         Failure: As :func:`vizoo.tools.common.atomic_write`.
     """
-    text = page(page_data(list(records), accuracies(top1)))
+    text = page(page_data(records, known))
     with atomic_write(path) as f:
         f.write(text)
 
@@ -88,11 +54,12 @@ def page(data: Plain) -> str:
     return before + text.replace("<", "\\u003c") + after
 
 
-def page_data(records: Sequence[Plain], known: Mapping[tuple[str, int, int], Accuracy]) -> dict[str, Any]:
+def page_data(records: Sequence[Plain], known: Mapping[Any, Accuracy]) -> dict[str, Any]:
     """What the page shows of records, each text and each tree of modules once.
 
     Args:
-        records: Plain values of schema 1.
+        records: Plain values of schema 1, in any order; of one target under equal conditions the newest of each
+            measurement is shown.
         known: Published accuracies, of :func:`vizoo.tools.profiling.published.accuracies`.
 
     Returns:
@@ -101,29 +68,22 @@ def page_data(records: Sequence[Plain], known: Mapping[tuple[str, int, int], Acc
     """
     import vizoo
 
-    folded = _fold(records)
-    machines = _machines(folded)
-    prints, sets, keys = list(machines), [], []  # type: ignore[var-annotated]
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(folded):
-        conditions = _conditions(record)
-        if conditions not in sets:
-            sets.append(conditions)
-        keys.append(sets.index(conditions))
-        groups[_key(record["target"], _form(record))].append(i)
-    runs: list[dict[str, Any]] = [{} for _ in folded]
-    models = []
-    labels = _labels([folded[members[0]]["target"] for members in groups.values()])
+    newest = _fold(records)
+    machines, sets = _machines(newest), list({_key(c): c for c in map(_conditions, newest)}.values())
+    groups: dict[str, list[Plain]] = defaultdict(list)  # the records of each target
+    for record in newest:
+        groups[_key(record["target"], _form(record))].append(record)
+    models, runs = [], []
+    labels = _labels([members[0]["target"] for members in groups.values()])
     for label, members in zip(labels, groups.values(), strict=True):
-        models.append(_model([folded[i] for i in members], label, known))
-        drawn = models[-1].pop("paths")
-        for i in members:
-            record = folded[i]
-            same = machines[record["environment"]["fingerprint"]]
-            runs[i] = {"model": len(models) - 1, "set": keys[i], **_run(record, drawn, same)}
+        drawn = _drawn(members)
+        models.append(_model(members, label, drawn, known))
+        for record in members:
+            place = {"model": len(models) - 1, "set": sets.index(_conditions(record))}
+            runs.append({**place, **_run(record, list(drawn), machines[record["environment"]["fingerprint"]])})
     return {
         "vizoo": vizoo.__version__,
-        "sets": [{**c, "machine": prints.index(c.pop("fingerprint"))} for c in map(dict, sets)],
+        "sets": [{**c, "machine": list(machines).index(c["fingerprint"])} for c in sets],
         "machines": list(machines.values()),
         "models": models,
         "runs": runs,
@@ -190,12 +150,13 @@ def _labels(targets: Sequence[Plain]) -> list[str]:
     return [next((text for text in texts(t) if len(seen[text]) == 1), texts(t)[-1]) for t in targets]
 
 
-def _model(records: Sequence[Plain], label: str, known: Mapping[tuple[str, int, int], Accuracy]) -> dict[str, Any]:
+def _model(
+    records: Sequence[Plain], label: str, drawn: Mapping[str, Sequence[Any]], known: Mapping[Any, Accuracy]
+) -> dict[str, Any]:
     """What does not depend on how a target was run."""
     target = records[-1]["target"]
     published = accuracy(target, known)
-    tree = next((r["modules"] for r in records[::-1] if r["modules"]), [])
-    paths, rows = _drawn(tree, [r["modules"] for r in records]), {row["path"]: row for row in tree}
+    rows = {row["path"]: row for row in _tree(records)}
     return {
         "label": label,
         **{name: target[name] for name in ("name", "spec", "kind", "size", "weights", "kwargs")},
@@ -203,19 +164,23 @@ def _model(records: Sequence[Plain], label: str, known: Mapping[tuple[str, int, 
         "family": family(target["name"]),
         "top1": list(published) if published else None,
         "counts": next((r["counts"] for r in records[::-1] if r["counts"]), None),
-        "paths": list(paths),
-        "modules": [[*place, *(_share(rows[path], rows[""], k) for k in FIGURES[:2])] for path, place in paths.items()],
+        "modules": [[*place, *(_share(rows[path], rows[""], k) for k in FIGURES[:2])] for path, place in drawn.items()],
     }
 
 
-def _drawn(tree: Sequence[Plain], measured: Sequence[Sequence[Plain]]) -> dict[str, tuple[str, int]]:
-    """The modules of a model that an icicle shows, each with its name within the nearest one above it, and its index.
+def _tree(records: Sequence[Plain]) -> Sequence[Plain]:
+    """The modules of a target."""
+    return next((r["modules"] for r in records[::-1] if r["modules"]), [])
+
+
+def _drawn(records: Sequence[Plain]) -> dict[str, tuple[str, int]]:
+    """The modules of a target that an icicle shows, each with its name within the nearest one above it, and its index.
 
     A module is shown with all above it if it has a share of :data:`LEAST` in parameters, multiply-accumulates or time
     of any run; of more than :data:`MOST` the largest are.
     """
-    shares = dict.fromkeys((row["path"] for row in tree), 0.0)
-    for rows in measured:
+    shares = dict.fromkeys((row["path"] for row in _tree(records)), 0.0)
+    for rows in (record["modules"] for record in records):
         for figure in FIGURES:
             whole = max((row[figure] or 0 for row in rows), default=0)
             for row in rows:
@@ -239,11 +204,11 @@ def _share(row: Plain, whole: Plain, figure: str) -> int | None:
     return None if row[figure] is None else round(GRAIN * row[figure] / (whole[figure] or 1))
 
 
-def _short(value: float | None) -> float | None:
-    """Four significant digits of a figure that is drawn, whole numbers as such."""
+def _short(value: float | None, digits: int = 4) -> float | None:
+    """Some significant digits of a figure that is drawn, whole numbers as such."""
     if value is None:
         return None
-    rounded = float(f"{value:.4g}")
+    rounded = float(f"{value:.{digits}g}")
     return int(rounded) if isinstance(value, int) or rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
@@ -279,7 +244,7 @@ def _operators(ops: Sequence[Plain]) -> list[list[Any]]:
 def _measurement(m: Plain) -> list[Any]:
     """Kind, unit, batch, median and interval, number of processes and of samples, parts, quality."""
     samples = m["samples"]
-    figures = [_short(value) for value in (m["median"], *m["ci95"])]
+    figures = [_short(value, 5) for value in (m["median"], *m["ci95"])]
     parts = {name: _short(value) for name, value in m["parts"].items()}
     return [m["kind"], m["unit"], m["batch"], *figures, len(samples), sum(map(len, samples)), parts, m["quality"]]
 

@@ -306,10 +306,11 @@ def read_records(path: str | Path, name: str = "file") -> list[Record]:
     Raises:
         UserError: If it cannot be read, or a line is no record of schema 1; the message says which and why.
     """
-    return [Record.from_dict(d) for d in _read(path, name)]
+    return [Record.from_dict(d) for d in read_plain(path, name)]
 
 
-def _read(path: str | Path, name: str) -> Iterator[dict[str, Any]]:
+def read_plain(path: str | Path, name: str) -> Iterator[dict[str, Any]]:
+    """As :func:`read_records`, as plain values one by one, for a file of thousands."""
     for number, d in json_lines(path, name):
         try:
             check_record(d)
