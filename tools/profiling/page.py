@@ -209,7 +209,7 @@ def _short(value: float | None, digits: int = 4) -> float | None:
     if value is None:
         return None
     rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if isinstance(value, int) or rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    return int(rounded) if isinstance(value, int) or (rounded.is_integer() and abs(rounded) < 1e15) else rounded
 
 
 def _run(record: Plain, drawn: Sequence[str], same: Plain) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def family(name: str) -> str:
     row = zoo().get(name) or zoo().get(name.partition(".")[0])
     if row is not None:
         return next((text for start, text in FAMILIES.items() if name.startswith(start)), row["family"])
-    found = re.match(r"[A-Za-z]+(?:v\d+(?![\d.]))?", re.sub(r"^(?:torchvision:|tf_|test_)", "", name))
+    found = re.match(r"[A-Za-z]+(?:(?<=v)\d)?", re.sub(r"^(?:torchvision:|tf_|test_)", "", name))
     return found[0] if found else "others"
 
 
