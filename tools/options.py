@@ -222,15 +222,16 @@ def read_sizes(values: Sequence[Any], name: str = "--size") -> list[tuple[int, i
     Raises:
         UserError: As :func:`read_size`.
     """
-    several = any(isinstance(value, list) for value in values)
-    sizes = [size for value in values for size in (value if isinstance(value, list) else [[value]])]
-    for sides in sizes if several else [list(values)]:
-        if len(sides) not in (1, 2) or not all(isinstance(s, Integral) and 1 <= s <= MOST for s in sides):
+    sizes: list[list[Any]] = [list(values)]
+    if any(isinstance(value, list) for value in values):
+        sizes = [size for value in values for size in (value if isinstance(value, list) else [[value]])]
+    for sides in sizes:
+        if len(sides) not in (1, 2) or not all(isinstance(s, int | Integral) and 1 <= int(s) <= MOST for s in sides):
             got = " ".join(map(str, sides))
             raise UserError(
                 f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}"
             )
-    return [(sides[0], sides[-1]) for sides in (sizes if several else [list(values)])]
+    return [(sides[0], sides[-1]) for sides in sizes]
 
 
 def window_type(values: Sequence[float]) -> tuple[float, float]:
@@ -360,6 +361,7 @@ class Joined(argparse.Action):
     """Joins the lists that the words of an option are."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store the list."""
         setattr(namespace, self.dest, [one for several in values for one in several])
 
 

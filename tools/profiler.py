@@ -23,6 +23,7 @@ from vizoo.tools.common import (
     imports,
     one_line,
     progress,
+    read_spec,
     refuse_failures,
     resolve_device,
     resolve_models,
@@ -177,7 +178,7 @@ def _check(args: argparse.Namespace) -> list[str]:
         What is measured.
     """
     from vizoo.tools.profiling.profile import check_conditions
-    from vizoo.tools.profiling.views import COLUMNS
+    from vizoo.tools.profiling.record import COLUMNS, read_records
 
     check_result(args.out, COLUMNS)
     check_output(args.save, "--save", ".jsonl")
@@ -279,7 +280,8 @@ def _profile_all(args: argparse.Namespace, timed: Sequence[str], results: Result
     from vizoo.tools.profiling.record import append_record
 
     cases, threads = _cases(args), args.threads or [default_threads()]
-    alone = len(args.models) == len(threads) == 1 and not timed  # a lone count takes nothing with it
+    # a lone count takes nothing with it, but code of others may end its process
+    alone = len(args.models) == len(threads) == 1 and not timed and read_spec(args.models[0]).kind == "timm"
     with progress() as bar:
         task = bar.add_task("starting", total=len(cases) * len(threads))
 
@@ -322,8 +324,8 @@ def _differs(p: Record) -> bool:
 def _profile(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     with imports():
-        from vizoo.tools.profiling.record import Record
-        from vizoo.tools.profiling.views import headers, names, print_notes, table, to_rows
+        from vizoo.tools.profiling.record import Record, headers, table, to_rows
+        from vizoo.tools.profiling.views import print_notes
 
     timed = _check(args)
     several = [key for key in ("dtype", "batch", "compile", "graph") if len(getattr(args, key) or ()) > 1]

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = Parser(prog="vizoo report", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     p.add_argument(
-        "records", nargs="+", metavar="RECORDS", help="files of vizoo profile --save, .jsonl, or targets to profile"
+        "records", nargs="+", metavar="RECORDS", help="files of vizoo profile --save or --out, .jsonl or .json, or targets to profile first"
     )
     add(p, "--out", ".html; report.html", default="report.html")
     add(p, "--device", "where targets are measured too; they are counted without it")
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _is_file(word: str) -> bool:
-    return word.endswith(".jsonl")
+    return word.endswith((".jsonl", ".json"))
 
 
 def _report(argv: list[str]) -> int:
@@ -48,19 +48,19 @@ def _report(argv: list[str]) -> int:
     with imports():
         from vizoo.tools.profiling.page import write_page
         from vizoo.tools.profiling.published import accuracies
-        from vizoo.tools.profiling.record import read_plain
+        from vizoo.tools.profiling.record import read_records
 
     known = accuracies(args.top1)
     records: list[dict[str, Any]] = []
     for word in filter(_is_file, args.records):
-        records += read_plain(word, "RECORDS")
+        records += [r.to_dict() for r in read_records(word, "RECORDS")]
     status = 0
     if targets:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "targets.jsonl")
             where = [] if args.device is None else ["--device", args.device]
             status = profiler.main([*targets, *where, "--save", str(file)])
-            records += read_plain(file, "file") if file.exists() else []
+            records += [r.to_dict() for r in read_records(file)] if file.exists() else []
         if status == 2:
             return status
     if not records:

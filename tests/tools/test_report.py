@@ -303,8 +303,8 @@ function brute(points, x, y = 1) {
   return points.map((_, i) => i).filter((i) => !points.some((q) =>
     x * q.x >= x * points[i].x && y * q.y >= y * points[i].y && (q.x !== points[i].x || q.y !== points[i].y)));
 }
-let state32 = 7;
-const random = (n) => { state32 = (state32 * 1103515245 + 12345) % 2147483648; return Math.floor(state32 / 65536) % n; };
+let seed = 7;
+const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
 seen.fronts = 0;
 for (let n = 0; n < 400; n++) {
   const points = Array.from({ length: n % 40 }, () => ({ x: 1 + random(12), y: random(12) }));

@@ -119,7 +119,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def fingerprint(device: torch.device) -> str:
-    """What a device, its machine and PyTorch are, as 12 hexadecimal digits: times are comparable where it is the same."""
+    """What a device, its machine and PyTorch are, as 12 hexadecimal digits; equal ones may compare times."""
     import psutil
 
     memory = round(psutil.virtual_memory().total / 2**30)

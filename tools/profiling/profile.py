@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from vizoo.tools.common import Failure, UserError, explain, one_line, resolve_device, short
+from vizoo.tools.common import Failure, UserError, explain, one_line, read_spec, resolve_device, short
 from vizoo.tools.options import DTYPES, MEASURES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
@@ -98,8 +98,8 @@ def attempt(model: Any, **options: Any) -> Record:
     result = Record()
     try:
         return _fill(result, SimpleNamespace(**asked.arguments))
-    except Exception as e:
-        known = explain(e)
+    except (Exception, SystemExit) as e:
+        known = (1, f"{result.name!r} ended the process: {e!r}") if isinstance(e, SystemExit) else explain(e)
         if known is None:
             raise
         result.bad_input, result.failure = known[0] == 2, known[1]
@@ -109,11 +109,9 @@ def attempt(model: Any, **options: Any) -> Record:
 def _fill(result: Record, asked: SimpleNamespace) -> Record:
     """Do what the arguments of :func:`profile` ask; what is known stays in the result if the rest fails."""
     model, tell = asked.model, asked.step or (lambda text: None)
-    spec, size = model if isinstance(model, str) else type(model).__name__, asked.size
-    result.target = dict.fromkeys(("weights", "size")) | {"spec": spec, "kind": "timm", "name": spec, "inputs": []}
-    result.target |= {"kwargs": dict(asked.model_kwargs or {}), "weights": asked.weights}
+    result.target = _asked_for(model, asked)
     how, timed = check_conditions(**vars(asked))
-    result.target["size"] = list(read_size(size, "size")) if size is not None else None
+    size = result.target["size"]
     result.conditions = {
         "device": str(how.device),
         **{name: getattr(asked, name) for name in ("dtype", "amp", "channels_last")},
@@ -129,7 +127,7 @@ def _fill(result: Record, asked: SimpleNamespace) -> Record:
     real = bool(timed or asked.check or asked.fvcore or asked.weights)
     with timing.fused(asked.fused):
         target = find_target(model, asked.inputs, size, kwargs, real, asked.reparam, asked.weights)
-    result.target = target.record | {"kwargs": result.target["kwargs"]}
+    result.target = target.to_dict() | {"kwargs": result.target["kwargs"]}
     with evaluating(target.net):
         tell("counting")
         result.counts = _counted(target)
@@ -138,6 +136,22 @@ def _fill(result: Record, asked: SimpleNamespace) -> Record:
         if timed:
             _measure(result, target, how, timed, tell)
     return result
+
+
+def _asked_for(model: Any, asked: SimpleNamespace) -> dict[str, Any]:
+    """The target of a record as far as it is known before it is built."""
+    text = model if isinstance(model, str) else type(model).__name__
+    spec = read_spec(model) if isinstance(model, str) else None
+    size = spec.size if spec and spec.size else asked.size
+    return {
+        "spec": text,
+        "kind": spec.kind if spec else "module",
+        "name": text,
+        "size": None if size is None else list(read_size(size, "size")),
+        "inputs": [],
+        "weights": asked.weights,
+        "kwargs": dict(asked.model_kwargs or {}),
+    }
 
 
 def check_conditions(

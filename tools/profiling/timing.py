@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
 from vizoo.tools.options import DTYPES
 from vizoo.tools.profiling.memory import Memory, peak_memory
@@ -496,18 +496,27 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
 # whole models
 
 
+class Images(list[Any]):
+    """An input with one entry for each image, as detectors take it; the entries are of one image."""
+
+
+register_pytree_node(Images, lambda images: (list(images), None), lambda images, _: Images(images))
+
+
 def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
     """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated.
 
     Args:
         x: A tensor, or tensors in lists, mappings and the like; what is no tensor stays as it is.
-        batch: Factor of the first dimension.
+        batch: Factor of the first dimension, and of the number of :class:`Images`.
         device: Of the new tensors.
         dtype: Of the floating ones.
 
     Returns:
         What has the form of ``x``.
     """
+    if isinstance(x, Images):
+        return Images(random_like(image, 1, device, dtype) for _ in range(batch) for image in x)
     return tree_map_only(torch.Tensor, lambda t: _random_like(t, batch, device, dtype), x)
 
 
