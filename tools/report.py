@@ -25,7 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Command-line options."""
     p = Parser(prog="vizoo report", description=str(__doc__).replace("`", ""), epilog=EXAMPLES)
     p.add_argument(
-        "records", nargs="+", metavar="RECORDS", help="files of vizoo profile --save or --out, .jsonl or .json, or targets to profile first"
+        "records",
+        nargs="+",
+        metavar="RECORDS",
+        help="files of vizoo profile --save or --out, .jsonl or .json, or targets to profile first",
     )
     add(p, "--out", ".html; report.html", default="report.html")
     add(p, "--device", "where targets are measured too; they are counted without it")

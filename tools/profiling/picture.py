@@ -14,8 +14,10 @@ from vizoo.tools.profiling.published import FAMILIES, accuracies, accuracy, fami
 from vizoo.tools.profiling.record import SAID, Record, batches, what_differs, where
 
 MOST = 10  # families with a colour of their own
+REST = "timm"  # the families of others, where there are more
 MARKERS = "oD^vP*Xh<>"
-STEPS = (1, 1.5, 2, 3, 4, 6, 8)  # of ticks within a power of ten
+STEPS = (1, 1.5, 2, 3, 4, 6, 8)  # of ticks within a power of ten,
+FEW = (1, 2, 5)  # and where there are more than two of them
 
 
 class _Axis(NamedTuple):
@@ -58,20 +60,16 @@ def short_name(name: str) -> str:
 
 def _series(records: Sequence[Record]) -> dict[str, list[int]]:
     """Indices of the records of each family under each set of conditions, by what a legend says; the zoo's first."""
-    differing = what_differs(records)
     found: dict[str, list[int]] = defaultdict(list)
-    of = [family(r.name) for r in records]
-    order = sorted(set(of), key=lambda name: (name not in FAMILIES.values(), name))
-    for name in order:
-        for i, r in enumerate(records):
-            if of[i] == name:
-                told = [SAID[key].format(value) for key, value in differing[i].items() if value]
-                found[", ".join([name, *told])].append(i)
+    of = [(family(r.name), differing) for r, differing in zip(records, what_differs(records), strict=True)]
+    for i in sorted(range(len(records)), key=lambda i: (of[i][0] not in FAMILIES.values(), of[i][0])):
+        told = [SAID[key].format(value) for key, value in of[i][1].items() if value]
+        found[", ".join([of[i][0], *told])].append(i)
     if len(found) <= MOST:
         return found
     ours = {text: members for text, members in found.items() if records[members[0]].name in zoo()}
     rest = [i for text, members in found.items() if text not in ours for i in members]
-    return {**ours, **({"timm": rest} if rest else {})}
+    return {**ours, **({REST: rest} if rest else {})}
 
 
 def _said(records: Sequence[Record]) -> str:
@@ -90,7 +88,7 @@ def _said(records: Sequence[Record]) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw published accuracy over images a second where all have both, else over latency, else speed or size over cost.
+    """Draw published accuracy over speed where all have both, else speed over cost, else size over cost.
 
     Lines join models of one family that were measured alike; every point is named.
 
@@ -108,15 +106,15 @@ def plot(records: Sequence[Record], path: Path) -> None:
     at = [(x.value(r) or 0.0, y.value(r) or 0.0) for r in records]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     axes = figure.subplots()
-    for axis, values, part in ((x, [p[0] for p in at], axes.xaxis), (y, [p[1] for p in at], axes.yaxis)):
+    for axis, values, part in zip((x, y), zip(*at, strict=True), (axes.xaxis, axes.yaxis), strict=True):
         _scale(axes, axis, values, part)
     texts = []
     for k, (label, members) in enumerate(_series(records).items()):
-        joined = label != "timm"
-        form = {"color": f"C{k % 10}", "marker": MARKERS[k // 10 % len(MARKERS)]} if joined else {"color": "0.4"}
-        form |= {} if joined else {"marker": "s", "linestyle": "", "markersize": 5}
+        form: dict[str, Any] = {"color": f"C{k % 10}", "marker": MARKERS[k // 10 % len(MARKERS)]}
+        if label == REST:
+            form = {"color": "0.4", "marker": "s", "linestyle": "", "markersize": 5}
         members.sort(key=lambda i: at[i])
-        axes.plot([at[i][0] for i in members], [at[i][1] for i in members], label=label, **form)  # type: ignore[arg-type]
+        axes.plot([at[i][0] for i in members], [at[i][1] for i in members], label=label, **form)
         texts += [axes.text(*at[i], _name(records, i), fontsize=8, color=form["color"]) for i in members]
     axes.margins(x=0.09)
     axes.grid(color="0.9")
@@ -126,8 +124,12 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set_title(_said(records) or "counts", fontsize=9, loc="left", color="0.35")
     axes.legend(frameon=False, loc="best")
     figure.canvas.draw()  # places the axes, which the labels need to know
-    where_ = tuple([p[k] for p in at] for k in (0, 1))
-    adjust_text(texts, *where_, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6})
+    adjust_text(
+        texts,
+        *([p[k] for p in at] for k in (0, 1)),
+        ax=axes,
+        arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+    )
     save_figure(figure, path, dpi=110)
 
 
@@ -146,8 +148,9 @@ def _scale(axes: Any, axis: _Axis, values: Sequence[float], part: Any) -> None:
     set_scale, set_limits = getattr(axes, f"set_{part.axis_name}scale"), getattr(axes, f"set_{part.axis_name}lim")
     if axis.log and min(values) > 0 and max(values) > 3 * min(values):
         set_scale("log")
+        steps = FEW if max(values) > 100 * min(values) else STEPS
         powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
-        part.set_major_locator(FixedLocator([step * 10**k for k in powers for step in STEPS]))
+        part.set_major_locator(FixedLocator([step * 10**k for k in powers for step in steps]))
         part.set_minor_locator(NullLocator())
         part.set_major_formatter(StrMethodFormatter("{x:g}"))
     elif axis.low is not None:
