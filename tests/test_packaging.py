@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 FOLDERS = [f for f in ("backbones", "heads", "tools", "configs") if (ROOT / f).is_dir()]
 FLOORS = {"torch": "2.9", "timm": "1.0.31"}
-DATA = {".yaml", ".csv", ".md"}
+DATA = {".yaml", ".csv", ".md", ".json", ".html"}
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "output")
 
 

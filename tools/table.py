@@ -211,7 +211,7 @@ def _table(argv: list[str]) -> int:
     for path, text in documents(args.root):
         stale |= _renew(path, text, args.root, args.check)
     if args.picture:
-        draw_chart(args.root / "tools/results", list_zoo(), args.root / PICTURE)
+        draw_chart(args.root / "tools/results", args.root / PICTURE)
     return int(stale and args.check)
 
 
