@@ -115,7 +115,16 @@ _DEVICE_QUESTIONS = {
     Tensor.get_device, Tensor.type,
     *(getattr(Tensor, name).__get__ for name in ("device", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps")),
 }  # fmt: skip
-_SAME_EVERYWHERE = {"torch", "timm", "torchvision", "vizoo"}  # their paths for a device cost what the others cost
+_SAME_EVERYWHERE = {
+    "torch",
+    "timm",
+    "torchvision",
+    "vizoo",
+    "mmengine",
+    "mmcv",
+    "mmdet",
+    "mmseg",
+}  # their paths for a device cost what the others cost
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
