@@ -17,7 +17,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vizoo.tools.common import UserError, check_file, named, short
 from vizoo.tools.profiling.recording import tensors_in
@@ -56,17 +57,25 @@ def read_exported(file: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
         raise UserError(
             f"model file {file!r} takes inputs by name ({', '.join(kwargs)}): export it with positional ones"
         )
-    for i, t in enumerate(tensors_in(args)):
-        if t.dim() and not program.range_constraints:
-            net.register_forward_pre_hook(functools.partial(_check_batch, i, t.shape[0], file))
-            break
-    return net, args
+    batches = _batches(program)
+    if any(isinstance(batch, int) for batch in batches):
+        net.register_forward_pre_hook(functools.partial(_check_batch, batches, file))
+    return net, tree_map_only(Tensor, lambda t: t[:1], args) if batches and all(b is None for b in batches) else args
 
 
-def _check_batch(i: int, batch: int, file: str, net: nn.Module, args: Any) -> None:
-    given = tensors_in(args)[i].shape[0]
-    if given != batch:
-        raise ValueError(f"{file} is exported for a batch of {batch}, got {given}: export it with dynamic_shapes")
+def _batches(program: Any) -> list[int | None]:
+    """First sides of the inputs of a program that are tensors with any; None for one that may change."""
+    inputs = set(program.graph_signature.user_inputs)
+    made = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    sides = [t.shape[0] for t in made if isinstance(t, Tensor) and t.dim()]
+    return [side if isinstance(side, int) else None for side in sides]
+
+
+def _check_batch(batches: list[int | None], file: str, net: nn.Module, args: Any) -> None:
+    given = [t.shape[0] for t in tensors_in(args) if t.dim()]
+    for batch, n in zip(batches, given, strict=False):
+        if batch not in (None, n):
+            raise ValueError(f"{file} is exported for a batch of {batch}, got {n}: export it with dynamic_shapes")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,9 @@ _PICKING = {  # they read of their first argument what they return
     for name in ("index", "_unsafe_index", "index_select", "embedding", "gather", "take", "masked_select")
 }
 _OVERWRITING = {f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli")}
-_SAME_EVERYWHERE = {"torch", "timm", "torchvision", "vizoo"}  # their paths for a device cost what the others cost
+_SAME_EVERYWHERE = {  # their paths for a device cost what the others cost
+    "torch", "timm", "torchvision", "vizoo", "mmengine", "mmcv", "mmdet", "mmseg",
+}  # fmt: skip
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
