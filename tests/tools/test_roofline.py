@@ -49,18 +49,14 @@ def test_an_operator_above_its_ceiling_is_told():
 
 def test_every_call_of_a_model_with_its_cost(monkeypatch):
     """A pass of 16 bit images by hand: FLOPs, bytes and seconds; nothing is left in the model or in PyTorch."""
-    timed = []
-
-    flat = Ceilings([1, 10**9], [100.0, 100.0], 100.0, {"": 100.0})
+    timed, flat = [], Ceilings([1, 10**9], [100.0, 100.0], 100.0, {"": 100.0})
 
     def one_second(fn, device):
         timed.append(device)
         return fn(), 1.0
 
     monkeypatch.setattr(roofline, "_timed", one_second)
-    monkeypatch.setattr(
-        roofline, "ceilings", lambda device, dtype: Ceilings([1, 10**9], [100.0, 100.0], 100.0, {"": 1})
-    )
+    monkeypatch.setattr(roofline, "ceilings", lambda device, dtype: flat)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4, bias=False)).bfloat16().eval()
     x = torch.zeros(5, 8, dtype=torch.bfloat16)
     with torch.inference_mode():

@@ -91,7 +91,9 @@ def hook_cost(device: torch.device) -> HookCost:
         for module in modules:
             module(x)
 
-    plain, hooked, seen = [], [], []
+    plain: list[float] = []
+    hooked: list[float] = []
+    seen: list[float] = []
     for _ in range(REPEATS):
         plain.append(_pass_seconds(call, device, EMPTY_CALLS * 1e-4) / EMPTY_CALLS)
         spans = _Spans(modules, device)

@@ -88,7 +88,7 @@ def detection_targets(model: nn.Module, inputs: Sequence[Any]) -> list[Any]:
         c.__module__.startswith("torchvision.models.detection.") for c in type(model).__mro__
     ):
         return []
-    heads = getattr(model, "roi_heads", None)
+    heads: Any = getattr(model, "roi_heads", None)
     keypoints = heads is not None and heads.has_keypoint()
     found, generator = [], torch.Generator().manual_seed(0)
     for image in inputs[0]:
@@ -210,6 +210,7 @@ def _at_peak(step: TrainingStep, memory: Memory) -> tuple[dict[str, float], dict
     gradients = sum(b.size for b in peak.blocks if GRADIENT in b.notes)
     kept = sum(b.size for b in peak.blocks if KEPT in b.notes and GRADIENT not in b.notes)
     rest = max(0, memory.activations - gradients - kept)
-    parts = {"gradients": gradients, "activations": memory.activations - gradients - rest, "workspace": rest}
+    kept = memory.activations - gradients - rest
+    parts: dict[str, float] = {"gradients": gradients, "activations": kept, "workspace": rest}
     phase = PHASES[(KEPT in peak.after) + (GRADIENT in peak.after)]
     return parts, {"kept": peak.totals.get(KEPT, 0), "gradients": peak.totals.get(GRADIENT, 0), "phase": phase}
