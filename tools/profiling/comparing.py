@@ -1,8 +1,8 @@
 """Which of two sides is faster: processes that take turns, the interval of the ratio of their times, and a verdict.
 
-A side is a process of its own (:mod:`vizoo.tools.profiling.turns`), because two revisions of one package do not fit into
-one.  Only one of both computes at a time, in the order A, B, B, A of a round, so that a drift of the machine meets both
-alike.  Where a process lies in memory makes it faster or slower for all its life, so several pairs are started.
+A side is a process of its own (:mod:`vizoo.tools.profiling.turns`), because two revisions of one package do not fit
+into one.  Only one of both computes at a time, in the order A, B, B, A of a round, so that a drift of the machine meets
+both alike.  Where a process lies in memory makes it faster or slower for all its life, so several pairs are started.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import Failure, Table, UserError, one_line, short
+from vizoo.tools.common import Failure, Table, UserError, one_line, read_text, short
+from vizoo.tools.options import number
 from vizoo.tools.profiling.turns import Side
 
 LEVEL = 0.95  # of intervals
@@ -30,6 +32,21 @@ LEAST_PROCESSES = 3
 ORDER = {1: (0,), 2: (0, 1, 1, 0)}  # of a round, by the number of sides
 FILE = Path(__file__).with_name("turns.py")
 START = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # its folder stays out of the path
+
+
+def percent(text: str) -> float:
+    """Argument type: a share such as ``5%``.
+
+    Args:
+        text: What was given; the sign may be left out.
+
+    Returns:
+        The share, 0.05.
+
+    Raises:
+        argparse.ArgumentTypeError: For what is no number of at least 0.
+    """
+    return float(number(float, 0)(text.removesuffix("%"))) / 100
 
 
 # statistics
@@ -187,10 +204,10 @@ class Outcome(NamedTuple):
         processes, rounds = len(self.seconds[1]), len(self.seconds[1][0])
         e, side = self.environment, self.sides[0]
         how = [_text(getattr(side, k)) for k in ("dtype",) if k in same]
-        where = f"{e['machine']} ({side.device}); {'; '.join([*how, f'torch {e["torch"]}'])}" if e else ""
+        where = "; ".join([f"{e['machine']} ({side.device})", *how, f"torch {e['torch']}"])
         below = [self.line, self.outputs, f"{processes} processes, {rounds} rounds in each; 95 % intervals", where]
         numeric = range(2 + len(differing), len(columns))
-        return Table(columns, rows, [*numeric], below=[*filter(None, below), *(f"note: {n}" for n in self.notes)])
+        return Table(columns, rows, [*numeric], below=[*below, *(f"note: {n}" for n in self.notes)])
 
 
 def _text(value: Any) -> str:
@@ -349,11 +366,11 @@ def measure_sides(
 
 
 def _counted(notes: Sequence[str]) -> list[str]:
-    """Notes of all processes, one for each beginning, for their figures differ."""
+    """Notes of all processes, those that differ in figures once."""
     kinds: dict[str, list[str]] = {}
     for note in notes:
-        kinds.setdefault(note[:12], []).append(note)
-    return [some[0] + (f" (and {len(some) - 1} more like it)" if some[1:] else "") for some in kinds.values()]
+        kinds.setdefault(re.split(r"\d", note)[0], []).append(note)
+    return [some[0] + f" (in {len(some)} processes)" * (len(some) > 1) for some in kinds.values()]
 
 
 def _about_outputs(sides: Sequence[Side], files: Sequence[Path]) -> str:
@@ -436,6 +453,15 @@ def revision(rev: str | None, folder: Path) -> Iterator[Place]:
 
 def _of(root: Path, inside: str) -> Place:
     return Place([str(p) for p in (root / "src", root) if p.is_dir()] + here().path, root / inside)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a file, the newest last."""
+    text = read_text(path, "file of records")
+    try:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as e:
+        raise UserError(f"file of records {short(str(path))}: no JSON in each line: {e}") from None
 
 
 def baseline(records: Sequence[Mapping[str, Any]], side: Side, fingerprint: str, file: str) -> Mapping[str, Any]:
