@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from vizoo.tools.common import (
     Failure,
-    Record,
     Results,
+    Rows,
     Table,
     UserError,
     check_result,
@@ -429,7 +429,7 @@ def _compile(args: argparse.Namespace) -> None:
     if args.warm:
         rows = [dict(zip(columns, line, strict=False)) | about for line in code.warm(*todo)]
         table = Table(columns[:4], [[str(row[k]) for k in columns[:4]] for row in rows], (2, 3))
-        give(args, rows, [table], Record(columns, rows))
+        give(args, rows, [table], Rows(columns, rows))
         return
     with progress() as bar:
         task = bar.add_task("compiling", total=None)
@@ -438,7 +438,7 @@ def _compile(args: argparse.Namespace) -> None:
             rows.append({**code.row(found), **about})
             bar.advance(task)
     texts = [_texts(row) for row in rows]
-    give(args, rows, [code.report_table(texts)], Record(columns, texts))
+    give(args, rows, [code.report_table(texts)], Rows(columns, texts))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -446,6 +446,10 @@ def _check(args: argparse.Namespace) -> None:
     check_result(args.out, COLUMNS)
     if args.size is not None:
         read_size(args.size)
+    if args.compile is not None:
+        if len(args.compile) > 1:
+            raise UserError(f"--compile {','.join(map(str, args.compile))}: give one mode")
+        args.compile = args.compile[0]
     if args.official and not os.path.isdir(args.official):
         raise UserError(f"--official {short(str(args.official))}: no such folder")
     if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
@@ -498,9 +502,9 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if v == math.inf else v for k, v in row.items()}
 
 
-def _record(rows: Sequence[dict[str, Any]]) -> Record:
+def _record(rows: Sequence[dict[str, Any]]) -> Rows:
     """What is recorded: nothing of two sides that do not give the same."""
-    return Record(COLUMNS, [_texts(row) for row in rows if "failure" not in row])
+    return Rows(COLUMNS, [_texts(row) for row in rows if "failure" not in row])
 
 
 def _bench(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import os
+import re
 import reprlib
 import stat
 import sys
@@ -196,11 +197,58 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def resolve_models(patterns: Sequence[str]) -> list[str]:
-    """Expand model names and globs over everything registered in timm (vizoo included).
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+_TARGETS = {"torchvision:": "torchvision", "mm:": "mm"}
+_PROGRAMS = {".pt2": "exported", ".pt": "torchscript", ".pth": "torchscript", ".ts": "torchscript", ".onnx": "onnx"}
+
+
+class Spec(NamedTuple):
+    """What the text of a target says.
+
+    Attributes:
+        kind: ``timm``, ``torchvision``, ``function``, ``mm``, ``exported``, ``torchscript`` or ``onnx``.
+        name: Name, place of a function, or file, without prefix and suffix.
+        size: Sides of the suffix in pixels, one or height and width; None without one.
+        prefix: ``torchvision:`` or ``mm:``, or nothing.
+        suffix: As written.
+    """
+
+    kind: str
+    name: str
+    size: list[int] | None
+    prefix: str
+    suffix: str
+
+
+def read_spec(text: str) -> Spec:
+    """Take the text of a target apart; whether there is such a thing is not looked at.
 
     Args:
-        patterns: Names with or without tag, ``local-dir:`` / ``hf-hub:`` sources, or globs such as ``litv2*``.
+        text: ``NAME``, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, ``torchvision:NAME``, ``package.module:function``,
+            ``file.py:function``, ``mm:CONFIG``, or a file ``.pt2``, ``.pt``, ``.pth``, ``.ts`` or ``.onnx``, perhaps
+            with ``@224`` or ``@800x1280``, height before width.
+
+    Returns:
+        Its parts.
+    """
+    body, suffix = re.fullmatch(r"(.*?)(@\d{1,5}(?:x\d{1,5})?)?", text, re.DOTALL).groups("")  # type: ignore[union-attr]
+    size = [int(side) for side in suffix[1:].split("x")] if suffix else None
+    if body.startswith(_HUBS):
+        return Spec("timm", body, size, "", suffix)
+    for prefix, kind in _TARGETS.items():
+        if body.startswith(prefix):
+            return Spec(kind, body.removeprefix(prefix), size, prefix, suffix)
+    if ":" in body or body.endswith(".py"):
+        return Spec("function", body, size, "", suffix)
+    return Spec(_PROGRAMS.get(os.path.splitext(body)[1], "timm"), body, size, "", suffix)
+
+
+def resolve_models(patterns: Sequence[str]) -> list[str]:
+    """Expand model names and globs over everything registered in timm (vizoo included), and in torchvision.
+
+    Args:
+        patterns: Names with or without tag, globs such as ``litv2*`` or ``torchvision:resnet*``, or other targets of
+            :func:`read_spec`, which stay as they are; a suffix ``@224`` goes with every name of a glob.
 
     Returns:
         Names in the order asked for, each once; a glob gives timm's natural order.
@@ -208,46 +256,70 @@ def resolve_models(patterns: Sequence[str]) -> list[str]:
     Raises:
         UserError: If a name or a glob matches nothing; close names are suggested.
     """
+    names: list[str] = []
+    for pattern in patterns:
+        spec = read_spec(pattern)
+        known = {"timm": _timm_names, "torchvision": _torchvision_names}.get(spec.kind)
+        if known is None or spec.name.startswith(_HUBS):
+            names.append(pattern)
+        else:
+            names += [f"{spec.prefix}{name}{spec.suffix}" for name in known(spec.name)]
+    return list(dict.fromkeys(names))
+
+
+def _timm_names(pattern: str) -> list[str]:
     import timm
 
     import vizoo  # noqa: F401 - registers the zoo
 
-    names: list[str] = []
-    for pattern in patterns:
-        if pattern.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-            names.append(pattern)
-            continue
-        arch, _, tag = pattern.partition(".")
-        if any(c in pattern for c in "*?["):
-            found = timm.list_models(pattern, include_tags="." in pattern)
-            if not found:
-                raise UserError(f"no model matches {pattern!r}; list the zoo with 'vizoo models'")
-            names += found
-            continue
-        if not timm.is_model(arch):
-            near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}?" if near else "list the zoo with 'vizoo models'"
-            raise UserError(f"unknown model {pattern!r}; {hint}")
-        tags = [t.partition(".")[2] for t in timm.list_models(f"{arch}.*", include_tags=True)]
-        if tag and tag not in tags:
-            raise UserError(f"unknown tag {tag!r} of model {arch!r}; known: {', '.join(tags) or 'none'}")
-        names.append(pattern)
-    return list(dict.fromkeys(names))
+    arch, _, tag = pattern.partition(".")
+    if any(c in pattern for c in "*?["):
+        found: list[str] = timm.list_models(pattern, include_tags="." in pattern)
+        if not found:
+            raise UserError(f"no model matches {pattern!r}; list the zoo with 'vizoo models'")
+        return found
+    if not timm.is_model(arch):
+        raise _unknown(pattern, arch, timm.list_models(), "list the zoo with 'vizoo models'")
+    tags = [t.partition(".")[2] for t in timm.list_models(f"{arch}.*", include_tags=True)]
+    if tag and tag not in tags:
+        raise UserError(f"unknown tag {tag!r} of model {arch!r}; known: {', '.join(tags) or 'none'}")
+    return [pattern]
+
+
+def _torchvision_names(pattern: str) -> list[str]:
+    from torchvision.models import list_models
+
+    names = list_models()
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise _unknown(f"torchvision:{pattern}", pattern, names, "list them with torchvision.models.list_models()")
+    return found
+
+
+def _unknown(model: str, name: str, names: Sequence[str], remedy: str) -> UserError:
+    """The error for a name that is not among those known."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else remedy
+    return UserError(f"unknown model {model!r}; {hint}")
 
 
 def resolve_model(pattern: str, option: str = "--model") -> str:
-    """The one model that a name or a glob stands for.
+    """The one model of timm that a name or a glob stands for.
 
     Args:
-        pattern: As for :func:`resolve_models`.
+        pattern: A name with or without tag, a source of timm, or a glob.
         option: That it was given with, for the message.
 
     Returns:
         Its name.
 
     Raises:
-        UserError: As :func:`resolve_models`, and if it stands for several.
+        UserError: As :func:`resolve_models`, if it stands for several, or for something else than a model of timm.
     """
+    spec = read_spec(pattern)
+    if spec.kind != "timm" or spec.suffix:
+        what = f"ends with a size, {spec.suffix!r}" if spec.kind == "timm" else "is no model of timm"
+        raise UserError(f"{option} {pattern!r} {what}; only 'vizoo profile' takes that")
     names = resolve_models([pattern])
     if len(names) != 1:
         raise UserError(f"{option} {pattern!r} matches {len(names)} models; name one")
@@ -798,7 +870,7 @@ def without(bar: Progress | None) -> Iterator[None]:
         bar.start()
 
 
-class Record(NamedTuple):
+class Rows(NamedTuple):
     """Rows for a CSV file that keeps what it holds.
 
     Attributes:
@@ -825,7 +897,7 @@ def check_result(path: str | Path | None, columns: Sequence[str] | None = None) 
         check_table(path, "--out", columns)
 
 
-def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], record: Rows | None = None) -> None:
     """Write what a command found, in the form that the ending of ``--out`` says, in one step.
 
     Args:
@@ -856,7 +928,7 @@ def write_result(path: str | Path | None, result: Any, tables: Sequence[Table], 
             f.write(csv_text(marked) if kind == ".csv" else f"{markdown_text(tables)}\nvizoo {vizoo.__version__}\n")
 
 
-def give(args: Any, result: Any, tables: Sequence[Table], record: Record | None = None) -> None:
+def give(args: Any, result: Any, tables: Sequence[Table], record: Rows | None = None) -> None:
     """Print what a command found, and write it.
 
     Args:
@@ -894,7 +966,7 @@ class Results:
         args: Any,
         names: Sequence[str],
         table: Callable[[Sequence[Any]], Table],
-        record: Callable[[Sequence[Any]], Record],
+        record: Callable[[Sequence[Any]], Rows],
         plain: Callable[[Any], dict[str, Any]],
         filed: Callable[[Sequence[Any]], Table] | None = None,
     ) -> None:
@@ -1021,6 +1093,69 @@ def append_table(path: str | Path, columns: Sequence[str], rows: Sequence[Mappin
             if not old:
                 writer.writeheader()
             writer.writerows(rows)
+
+
+def json_lines(path: str | Path, name: str) -> Iterator[tuple[int, Any]]:
+    """Values of a file with one on each line; a last line that a killed process left unfinished is none.
+
+    Args:
+        path: The file.
+        name: Argument name for messages.
+
+    Yields:
+        Number of the line, from 1, and its value.
+
+    Raises:
+        UserError: As :func:`read_text`, or if a line is no JSON.
+    """
+    text = read_text(path, name)
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            if number == len(lines) and not text.endswith("\n"):
+                return
+            raise UserError(f"{name} {short(str(path))}: line {number} is no JSON: {one_line(e)}") from None
+        yield number, value
+
+
+def append_json_line(path: str | Path, value: Any) -> None:
+    """Add a line with a value to a file, whole or not at all; what a killed process left unfinished goes.
+
+    Args:
+        path: The file, which may be new.
+        value: What JSON can hold.
+
+    Raises:
+        Failure: If it cannot be written.
+        ValueError: If the value holds a number that is none.
+    """
+    line = json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    with _locked(Path(path).parent), open(path, "a+b") as f:
+        end = _end_of_lines(f)
+        try:
+            f.truncate(end)
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.truncate(f.fileno(), end)
+            raise
+
+
+def _end_of_lines(f: IO[bytes]) -> int:
+    """Where whole lines of an open file end; a value that only lacks the end of its line gets it."""
+    f.seek(0)
+    text = f.read()
+    rest = text.rpartition(b"\n")[2]
+    try:
+        json.loads(rest or "0")
+    except ValueError:
+        return len(text) - len(rest)
+    f.write(b"\n" * bool(rest))
+    return f.tell()
 
 
 @contextlib.contextmanager

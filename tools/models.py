@@ -31,7 +31,7 @@ examples:
   vizoo models litv2 overlock             models with one of these words in their name or family
   vizoo models '*_b' '*384*'              models with such names
   vizoo models --task detection --max-params 30M --sort top1 --reverse
-  vizoo models nat_tiny --weights         where its weights are
+  vizoo models nat_tiny --links           where its weights are
   vizoo models halonet --out halonet.md   a table for a page; .csv and .json also say tasks and weights
   vizoo models --json                     for programs, with exact counts"""
 NOTES = (
@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-macs", type=quantity, metavar="N", help="most multiply-accumulates, such as 4.5G")
     add(p, "--sort", ", ".join(KEYS), default="name")
     p.add_argument("--reverse", action="store_true", help="turn the order around")
-    p.add_argument("--weights", action="store_true", help="also say where weights are")
+    p.add_argument("--links", action="store_true", help="also say where weights are")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print comma-separated values")
     add(form, "--json")
@@ -238,7 +238,7 @@ def _models(argv: list[str]) -> int:
     elif args.csv:
         print(csv_text(whole), end="")
     else:
-        print_tables(_table(entries), *[_weights(entries)] * args.weights)
+        print_tables(_table(entries), *[_weights(entries)] * args.links)
     write_result(args.out, result, [whole])
     return 0
 

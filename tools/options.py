@@ -9,6 +9,7 @@ import argparse
 import ast
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -202,11 +203,35 @@ def read_size(values: Sequence[int] | int, name: str = "--size") -> tuple[int, i
     Raises:
         UserError: If a side is below 1 or beyond :data:`MOST`, or there are more than two values.
     """
-    sides = [values] if isinstance(values, int) else list(values)
-    if len(sides) not in (1, 2) or not all(isinstance(s, Integral) and 1 <= s <= MOST for s in sides):
-        got = " ".join(map(str, sides))
-        raise UserError(f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}")
-    return sides[0], sides[-1]
+    sizes = read_sizes([values] if isinstance(values, int) else values, name)
+    if len(sizes) > 1:
+        raise UserError(f"{name} {','.join(f'{h}x{w}' for h, w in sizes)}: give one size")
+    return sizes[0]
+
+
+def read_sizes(values: Sequence[Any], name: str = "--size") -> list[tuple[int, int]]:
+    """Check image sizes.
+
+    Args:
+        values: One side of a square in pixels, height and width, or lists of :func:`pixels`.
+        name: Argument name for the message.
+
+    Returns:
+        Pairs ``(height, width)`` in pixels.
+
+    Raises:
+        UserError: As :func:`read_size`.
+    """
+    sizes: list[list[Any]] = [list(values)]
+    if any(isinstance(value, list) for value in values):
+        sizes = [size for value in values for size in (value if isinstance(value, list) else [[value]])]
+    for sides in sizes:
+        if len(sides) not in (1, 2) or not all(isinstance(s, int | Integral) and 1 <= int(s) <= MOST for s in sides):
+            got = " ".join(map(str, sides))
+            raise UserError(
+                f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}"
+            )
+    return [(sides[0], sides[-1]) for sides in sizes]
 
 
 def window_type(values: Sequence[float]) -> tuple[float, float]:
@@ -256,15 +281,87 @@ def dtype(text: str) -> str:
     return known[text]
 
 
-def _threads(text: str) -> list[int]:
-    """Argument type: numbers of threads, perhaps several with commas between them."""
-    return [number(int, 1, MOST_THREADS)(part) for part in text.split(",")]
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Argument type: values with commas between them, for an option of several words that :class:`Joined` joins.
+
+    Args:
+        kind: Type of one value.
+
+    Returns:
+        Parser of a text.
+    """
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return parse
 
 
-class _Joined(argparse.Action):
+def choice(*allowed: str, **others: Any) -> Callable[[str], Any]:
+    """Argument type: one of some words.
+
+    Args:
+        *allowed: Words that are their own value.
+        **others: Further words and their values.
+
+    Returns:
+        Parser of a text; it raises ``argparse.ArgumentTypeError`` with what is allowed.
+    """
+    known = {**{word: word for word in allowed}, **others}
+
+    def parse(text: str) -> Any:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"got {short(text)}, must be one of {', '.join(known)}")
+        return known[text]
+
+    return parse
+
+
+def pixels(text: str) -> Any:
+    """Argument type: a side in pixels; several sizes with commas, as ``224,800x1280``, are a list of lists.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        A whole number, or a list of sizes of one or two sides.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    if "," not in text and "x" not in text:
+        return number(int)(text)
+    try:
+        return [[int(side) for side in size.split("x")] for size in text.split(",")]
+    except ValueError:
+        need = "pixels of a side, or sizes such as 224,384 or 800x1280"
+        raise argparse.ArgumentTypeError(f"got {short(text)}, must be {need}") from None
+
+
+def shapes(text: str) -> str:
+    """Argument type: shapes of inputs with commas between them, each perhaps with a dtype, as ``2x3x224x224``.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The text.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    if not re.fullmatch(r"\d+(x\d+)*(:\w+)?(,\d+(x\d+)*(:\w+)?)*", text):
+        raise argparse.ArgumentTypeError(
+            f"got {short(text)}, must be shapes such as 2x3x224x224 or 1x77:int64,1x3x32x32"
+        )
+    return text
+
+
+class Joined(argparse.Action):
     """Joins the lists that the words of an option are."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store the list."""
         setattr(namespace, self.dest, [one for several in values for one in several])
 
 
@@ -274,7 +371,8 @@ STATE = (  # of a device, as records of measurements tell it
     "clock_mhz", "max_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttled", "throttle_count",
     "governor", "driver", "cudnn", "cudnn_benchmark", "float32_products", "flush_denormal",
 )  # fmt: skip
-MODES = ("count", "memory", "latency", "throughput")  # of the profiler
+MEASURES = ("count", "latency", "throughput", "memory", "train", "modules", "roofline", "energy")  # of the profiler
+COMPILED = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # modes of torch.compile
 _COUNT, _POSITIVE = number(int, 0), number(int, 1)
 _REAL, _ABOVE, _SHARE = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 _TOGGLE: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
@@ -313,7 +411,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": ("CENTER", "WIDTH"),
         "help": "values that 16-bit gray, float and DICOM images show",
     },
-    "--size": {"type": number(int), "nargs": "+", "metavar": "N", "help": "pixels of an image"},
+    "--size": {"type": pixels, "nargs": "+", "metavar": "N", "help": "pixels of an image"},
     "--img-size": {"type": _POSITIVE, "metavar": "N", "help": "side of the model's input in pixels"},
     "--crop-pct": {"type": number(float, 0.01, 1), "metavar": "SHARE", "help": "centre crop of held-out images"},
     "--scale": {"type": _REAL, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "random scale of training images"},
@@ -326,23 +424,35 @@ SHARED: dict[str, dict[str, Any]] = {
     # how it is computed
     "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N"},
     "--batch-size": {"type": _POSITIVE, "metavar": "N", "help": "images at once in each process"},
-    "--batch": {"type": number(int, 1, MOST), "nargs": "+", "metavar": "N", "help": "images at once"},
-    "--threads": {
-        "type": _threads,
+    "--batch": {
+        "type": listed(number(int, 1, MOST)),
         "nargs": "+",
-        "action": _Joined,
+        "action": Joined,
+        "metavar": "N",
+        "help": "images at once",
+    },
+    "--threads": {
+        "type": listed(number(int, 1, MOST_THREADS)),
+        "nargs": "+",
+        "action": Joined,
         "metavar": "N",
         "help": "CPU threads, each in a fresh process",
     },
     "--amp": {**_TOGGLE, "help": "mixed precision"},
-    "--dtype": {"type": dtype, "nargs": "+", "metavar": "DTYPE", "help": "fp32, tf32, bf16 or fp16"},
+    "--dtype": {
+        "type": listed(dtype),
+        "nargs": "+",
+        "action": Joined,
+        "metavar": "DTYPE",
+        "help": "fp32, tf32, bf16 or fp16",
+    },
     "--channels-last": {**_TOGGLE, "help": "channels-last memory layout of images and weights"},
     "--compile": {
+        "type": listed(choice(*COMPILED, no=None)),
         "nargs": "?",
-        "const": "default",
-        "choices": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        "const": ["default"],
         "metavar": "MODE",
-        "help": "torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+        "help": f"torch.compile: {', '.join(COMPILED[:-1])} or {COMPILED[-1]}; or no",
     },
     "--rounds": {"type": number(int, 1, MOST), "metavar": "N", "help": "times that sides take turns"},
     "--cpu-time": {**_SWITCH, "help": "processor time in place of wall time: for a busy machine, one thread"},

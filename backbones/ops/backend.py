@@ -61,7 +61,14 @@ def onednn_missing() -> str:
     return f"this PyTorch build lacks mkldnn::{lacking[0]}" if lacking else ""
 
 
+def onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """Dtypes in which the processor can run oneDNN's inference operators; bfloat16 needs AVX-512 or the like."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return (torch.float32, torch.bfloat16) if asked is not None and asked() else (torch.float32,)
+
+
 _ONEDNN = not onednn_missing()
+_ONEDNN_DTYPES = onednn_dtypes() if _ONEDNN else ()
 
 
 def is_transforming() -> bool:
@@ -109,7 +116,7 @@ def on_kernel_device(x: Tensor) -> bool:
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a oneDNN inference operator may take this call.
 
-    It takes real CPU tensors of one dtype (float32 or bfloat16), outside autograd, autocast, tracing, compilation,
+    It takes real CPU tensors of one dtype (float32, and bfloat16 where the processor can), outside autograd, autocast, tracing, compilation,
     export and transforms, so that those always see plain PyTorch operators.
 
     Args:
@@ -144,7 +151,7 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not is_transforming()
         and x.dtype == weight.dtype
         and type(weight) in (Tensor, torch.nn.Parameter)  # neither quantised nor sharded
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _ONEDNN_DTYPES
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )

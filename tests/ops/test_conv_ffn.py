@@ -7,6 +7,8 @@ from vizoo.backbones.ops import backend, conv_ffn
 from vizoo.backbones.ops.linear import linear
 
 SIZES = [(1, 1, 1, 3, 5), (2, 3, 7, 8, 16), (3, 5, 2, 7, 13), (5, 9, 4, 16, 64)]  # B, H, W, C, hidden
+LACKING = pytest.mark.skipif(torch.bfloat16 not in backend.onednn_dtypes(), reason="no bfloat16 on this processor")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=LACKING)]
 
 
 def tensors(B, H, W, C, M):
@@ -43,7 +45,7 @@ def test_gradcheck():
 
 
 @pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_onednn(size, bias, dtype, monkeypatch):
@@ -63,7 +65,7 @@ def test_onednn(size, bias, dtype, monkeypatch):
 
 
 @pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_onednn_reads_strided_inputs(dtype):
     args = [t.to(dtype) for t in tensors(2, 5, 3, 8, 16)]
     wide = torch.randn(2, 8, 5, 6).to(dtype)
@@ -86,7 +88,7 @@ def test_compiled_operators(size, bias):
 
 
 @pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_inference_keeps_onednn(dtype):
     """One graph with the operators inside; with gradients or for export they are plain."""
     args = [t.to(dtype) for t in tensors(2, 3, 7, 8, 16)]

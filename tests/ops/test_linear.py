@@ -25,3 +25,14 @@ def test_onednn_stands_back():
         torch.testing.assert_close(linear(x, w), F.linear(x, w))
     weight = w.requires_grad_()
     assert linear(x, weight).requires_grad
+
+
+def test_processors_without_bfloat16(monkeypatch):
+    """PyTorch's operators have bfloat16 everywhere, oneDNN's only where the processor has."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert backend.onednn_dtypes() == (torch.float32,)
+    monkeypatch.setattr(backend, "_ONEDNN_DTYPES", backend.onednn_dtypes())
+    x, w = torch.randn(2, 4).bfloat16(), torch.randn(3, 4).bfloat16()
+    with torch.no_grad():
+        assert not backend.use_onednn(x, w)
+        torch.testing.assert_close(linear(x, w), F.linear(x, w))

@@ -210,7 +210,7 @@ def test_order_and_limits(capsys):
 
 
 def test_merged_forms_and_weights_are_told(capsys):
-    out = run(capsys, "models", "overlock_xt", "litv2_s_alpha00", "--weights")[1]
+    out = run(capsys, "models", "overlock_xt", "litv2_s_alpha00", "--links")[1]
     assert "overlock_xt is the training form; with its branches merged (--reparam): 16.45 M, 2.701 GMACs." in out
     assert "litv2_s_alpha00 is" not in out
     assert [line.split()[:2] for line in out.splitlines() if "https://" in line] == [
@@ -218,7 +218,7 @@ def test_merged_forms_and_weights_are_told(capsys):
         ["overlock_xt", "in1k"],
         ["overlock_xt", "reparam_in1k"],
     ]
-    assert run(capsys, "models", "test_nat", "--weights")[1].split()[-1] == "none"
+    assert run(capsys, "models", "test_nat", "--links")[1].split()[-1] == "none"
 
 
 def test_models_as_json(capsys):

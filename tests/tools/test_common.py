@@ -133,7 +133,7 @@ def test_what_cannot_be_printed_is_written(as_json, tmp_path, monkeypatch):
 
     args = argparse.Namespace(json=as_json, out=str(tmp_path / "x.csv"))
     results = common.Results(
-        args, ["a"], lambda rows: common.Table(["name"], [["a"]]), lambda rows: common.Record(["name"], rows), dict
+        args, ["a"], lambda rows: common.Table(["name"], [["a"]]), lambda rows: common.Rows(["name"], rows), dict
     )
     monkeypatch.setattr("builtins.print", full)
     with pytest.raises(OSError, match="No space"):

@@ -15,10 +15,18 @@ from torch.nn.parameter import is_lazy
 
 from vizoo.tools import profiler
 from vizoo.tools.common import Failure, UserError
+from vizoo.tools.profiling import machine
 from vizoo.tools.profiling.profile import attempt
-from vizoo.tools.profiling.result import COLUMNS
+from vizoo.tools.profiling.record import COLUMNS, check_record
 
+FOUR = ("count", "latency", "throughput", "memory")
 FAST = ["--min-time", "0", "--max-time", "0"]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Targets are profiled in this process, which is changed for a test."""
+    monkeypatch.setattr(machine, "ISOLATED", False)
 
 
 def run(capsys, *words):
@@ -54,17 +62,18 @@ def test_everything_on_a_device(capsys, tmp_path):
     header = " ".join(out.split("─")[0].split())
     for word in ("params", "GMACs", "acts", "peak", "p50", "img/s", "threads"):
         assert word in header
-    found = json.loads(out_file.read_text(encoding="utf-8"))
-    assert [d["model"] for d in found] == ["test_litv2", "resnet18"]
-    for d in found:
-        assert d["size"] == [32, 64]
-        assert d["latency_batch"] == d["throughput_batch"] == 2
-        assert d["latency"]["n"] >= 3
-        assert len(d["latency"]["samples_ms"]) == d["latency"]["n"]
-        assert d["throughput"] > 0
-        assert d["memory"]["peak"] > sum(d["state_bytes"].values())
-        assert d["config"]["threads"] == 1
-        assert d["config"]["device"] == "cpu"
+    records = json.loads(out_file.read_text(encoding="utf-8"))
+    assert [d["target"]["name"] for d in records] == ["test_litv2", "resnet18"]
+    for d in records:
+        assert d["target"]["size"] == [32, 64]
+        found = {m["kind"]: m for m in d["measurements"]}
+        assert list(found) == ["latency", "throughput", "memory"]
+        assert [m["batch"] for m in found.values()] == [2, 2, 2]
+        assert len(found["latency"]["samples"][0]) >= 3
+        assert found["throughput"]["median"] > 0
+        assert found["memory"]["median"] > sum(d["counts"]["state_bytes"].values())
+        assert (d["conditions"]["threads"], d["conditions"]["device"]) == (1, "cpu")
+        check_record(d)
         assert {"vizoo", "torch", "timm", "machine", "cores", "load", "date"} <= set(d["environment"])
 
 
@@ -96,7 +105,19 @@ def test_markdown(capsys, tmp_path):
 @pytest.mark.parametrize("mode", ["count", "latency"])
 def test_plot(mode, capsys, tmp_path):
     picture = tmp_path / "cost.png"
-    words = ("test_litv2", "resnet18", "--device", "cpu", "--mode", mode, "--size", "32", "--plot", str(picture), *FAST)
+    words = (
+        "test_litv2",
+        "resnet18",
+        "--device",
+        "cpu",
+        "--measure",
+        mode,
+        "--size",
+        "32",
+        "--plot",
+        str(picture),
+        *FAST,
+    )
     assert run(capsys, *words)[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 5000
@@ -115,7 +136,7 @@ def test_breakdowns(capsys):
 
 def test_threads_in_processes_of_their_own(capsys, tmp_path):
     out = tmp_path / "out.csv"
-    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "--size", "32", "--threads", "1,2", *FAST)
+    words = ("test_litv2", "--device", "cpu", "--measure", "latency", "--size", "32", "--threads", "1,2", *FAST)
     assert run(capsys, *words, "--out", str(out))[0] == 0
     with out.open(encoding="utf-8") as f:
         assert [row["threads"] for row in csv.DictReader(f)] == ["1", "2"]
@@ -138,7 +159,7 @@ def _(x):
 
 
 @pytest.fixture
-def opaque_resnet(monkeypatch):
+def opaque_resnet(monkeypatch, here):
     """ResNets of timm with an operator that nobody can price."""
     forward = timm.models.resnet.ResNet.forward_head
     monkeypatch.setattr(
@@ -162,7 +183,7 @@ def test_partial_counts_are_marked_everywhere(opaque_resnet, capsys, tmp_path):
         assert "*" not in rows["test_litv2"]
         assert f"* resnet18: partial count: {REASON}." in out
     found = json.loads(files[0].read_text(encoding="utf-8"))
-    assert [(d["status"], d["reasons"]) for d in found] == [("partial", [REASON]), ("complete", [])]
+    assert [(d["counts"]["status"], d["counts"]["reasons"]) for d in found] == [("partial", [REASON]), ("complete", [])]
     with files[1].open(encoding="utf-8") as f:
         assert [(r["status"], r["reasons"]) for r in csv.DictReader(f)] == [("partial", REASON), ("complete", "")]
     assert f"* resnet18: partial count: {REASON}." in files[2].read_text(encoding="utf-8")
@@ -208,10 +229,10 @@ def test_a_named_model_that_needs_numbers(value, capsys, monkeypatch):
     plain = json_of(capsys, "resnet18", "--size", "64")
     monkeypatch.setattr(timm.models.resnet.ResNet, "forward_head", head)
     found = json_of(capsys, "resnet18", "--size", "64")
-    assert found["macs"] == plain["macs"]
-    assert found["status"] == ("complete" if value == "device" else "partial")
+    assert found["counts"]["macs"] == plain["counts"]["macs"]
+    assert found["counts"]["status"] == ("complete" if value == "device" else "partial")
     if value != "device":
-        assert {"numpy": "numbers leave torch", "branch": "asks for numbers"}[value] in found["reasons"][0]
+        assert {"numpy": "numbers leave torch", "branch": "asks for numbers"}[value] in found["counts"]["reasons"][0]
 
 
 def test_columns_are_those_of_a_row(capsys, tmp_path):
@@ -238,7 +259,7 @@ def test_columns_are_those_of_a_row(capsys, tmp_path):
     ids=" ".join,
 )
 def test_conditions(extra, capsys):
-    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "memory", "--size", "64", *FAST, *extra)
+    words = ("test_litv2", "--device", "cpu", "--measure", "latency,memory", "--size", "64", *FAST, *extra)
     status, out, _ = run(capsys, *words)
     assert status == 0
     if "--dtype" in extra:
@@ -250,8 +271,8 @@ def test_conditions(extra, capsys):
 def test_reparam(capsys):
     plain = json_of(capsys, "repvgg_a0", "--size", "64")
     merged = json_of(capsys, "repvgg_a0", "--size", "64", "--reparam")
-    assert merged["params"] < plain["params"]
-    assert merged["macs"] < plain["macs"]
+    assert merged["counts"]["params"] < plain["counts"]["params"]
+    assert merged["counts"]["macs"] < plain["counts"]["macs"]
 
 
 def json_of(capsys, *words):
@@ -266,9 +287,11 @@ def json_of(capsys, *words):
 
 def test_counts_do_not_depend_on_the_conditions(capsys):
     base = json_of(capsys, "test_litv2")
-    for words in (["--no-fused"], ["--dtype", "bf16", "--device", "cpu", "--mode", "count"], ["--channels-last"]):
+    for words in (["--no-fused"], ["--dtype", "bf16", "--device", "cpu", "--measure", "count"], ["--channels-last"]):
         other = json_of(capsys, "test_litv2", *words)
-        assert [other[k] for k in ("params", "macs", "acts")] == [base[k] for k in ("params", "macs", "acts")]
+        assert [other["counts"][k] for k in ("params", "macs", "acts")] == [
+            base["counts"][k] for k in ("params", "macs", "acts")
+        ]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +303,7 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
         (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
         (["test_litv2", "--device", "cuda:63"], "not on this machine"),
-        (["test_litv2", "--device", "meta", "--mode", "latency"], "the meta device computes nothing"),
+        (["test_litv2", "--device", "meta", "--measure", "latency"], "the meta device computes nothing"),
         (["test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
         (["test_litv2", "--threads", "0"], "--threads: got 0, must be a whole number between 1"),
         (["test_litv2", "--threads", "1,x"], "--threads: got x, must be a whole number"),
@@ -290,7 +313,7 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--plot", "x.gif"], "the ending must be .png"),
         (["test_litv2", "--model-kwargs", "alpha"], "--model-kwargs: got 'alpha', must be KEY=VALUE"),
         (["test_litv2", "--num-classes", "-1"], "--num-classes: got -1"),
-        (["test_litv2", "--checkpoint", "/nowhere.pth"], "--checkpoint '/nowhere.pth' does not exist"),
+        (["test_litv2", "--weights", "/nowhere.pth"], "--weights '/nowhere.pth' does not exist"),
         (["test_litv2", "--amp"], "give dtype bf16 or fp16"),
         (["test_litv2", "--min-time", "3", "--max-time", "1"], "need 0 <= min <= max"),
         (["test_litv2", "--import", "no_such_package"], "--import 'no_such_package'"),
@@ -324,13 +347,14 @@ def test_a_model_that_cannot_run_is_a_row_with_its_reason(words, reason, capsys,
         for text in (err, path.read_text(encoding="utf-8"), "".join(out.splitlines()[3:])):
             assert reason in text
     found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))[0]
-    assert (found["status"], found["macs"], found["statuses"]["macs"]) == ("failed", None, "failed")
-    assert (found["model"], found["config"]["dtype"]) == ("test_litv2", "fp32")
+    check_record(found)
+    assert (found["counts"], found["failure"]["bad_input"]) == (None, True)
+    assert (found["target"]["name"], found["conditions"]["dtype"]) == ("test_litv2", "fp32")
     (row,) = rows_of(tmp_path / "x.csv")
     assert (row["status"], row["macs"]) == ("failed", "")
 
 
-def test_markdown_has_notes_and_whole_rows(capsys, tmp_path, monkeypatch):
+def test_markdown_has_notes_and_whole_rows(capsys, tmp_path, monkeypatch, here):
     """What a terminal shows elsewhere, doubts and failures, is a column of the file."""
     from vizoo.tools.profiling import profile
 
@@ -339,7 +363,7 @@ def test_markdown_has_notes_and_whole_rows(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(profile, "_measure", doubtful)
     path = tmp_path / "x.md"
-    words = ("test_litv2", "levit_128s", "--size", "200", "--device", "cpu", "--mode", "latency", "--out", str(path))
+    words = ("test_litv2", "levit_128s", "--size", "200", "--device", "cpu", "--measure", "latency", "--out", str(path))
     assert run(capsys, *words)[0] == 1
     head, _, *rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert head.endswith("| note |")
@@ -355,7 +379,7 @@ def rows_of(path):
 
 def test_a_model_that_fails_takes_no_other_with_it(capsys, tmp_path):
     out = tmp_path / "x.csv"
-    words = ("resnet18", "levit_128s", "test_litv2", "--size", "200", "--mode", "count", "--strict", "--depth", "0")
+    words = ("resnet18", "levit_128s", "test_litv2", "--size", "200", "--measure", "count", "--strict", "--depth", "0")
     status, shown, err = run(capsys, *words, "--out", str(out))
     assert status == 1
     assert err.startswith("vizoo profile: error: 1 of 3 rows failed: 'levit_128s' cannot run at size 200x200: ")
@@ -378,10 +402,11 @@ def test_a_failure_is_told_beside_its_conditions(capsys, tmp_path):
 
 
 def test_names_of_files_are_no_markup(capsys):
-    from vizoo.tools.profiling.picture import print_notes
+    from vizoo.tools.profiling.views import print_notes
 
-    name = "local-dir:/[bold]/[/red]"
-    print_notes([profiler.Profile(name, config={"dtype": "fp32"}, notes=["[b]"])])
+    found, name = attempt("test_litv2"), "local-dir:/[bold]/[/red]"
+    found.target["name"], found.notes = name, ["[b]"]
+    print_notes([found])
     assert capsys.readouterr().err == f"{name}: [b]\n"
 
 
@@ -390,7 +415,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "md", "stdout"])
-def test_a_killed_run_keeps_what_it_measured(ending, capsys, monkeypatch, tmp_path):
+def test_a_killed_run_keeps_what_it_measured(ending, capsys, monkeypatch, tmp_path, here):
     """Each row is printed and on the disk before the next model is begun."""
     from vizoo.tools.profiling import profile
 
@@ -410,17 +435,16 @@ def test_a_killed_run_keeps_what_it_measured(ending, capsys, monkeypatch, tmp_pa
     if ending != "stdout":
         assert "test_litv2" in path.read_text(encoding="utf-8")
     if ending == "json":
-        assert [d["macs"] > 0 for d in json.loads(path.read_text(encoding="utf-8"))] == [True]
+        assert [d["counts"]["macs"] > 0 for d in json.loads(path.read_text(encoding="utf-8"))] == [True]
 
 
 def test_a_process_that_dies_is_a_row(capsys, monkeypatch, tmp_path):
     """The rows of other models and numbers of threads are there all the same."""
-    from vizoo.tools.profiling import machine
 
-    def cases(threads, cases, work, *args):
+    def cases(threads, cases, work, *args, group):
         for n in threads:
             for case in cases:
-                dead = case.name == "resnet18" and n == 2
+                dead = case.spec == "resnet18" and n == 2
                 yield case, n, Failure("the process died") if dead else work(case, *args)
 
     monkeypatch.setattr(machine, "run_cases", cases)
@@ -433,7 +457,7 @@ def test_a_process_that_dies_is_a_row(capsys, monkeypatch, tmp_path):
     assert rows_of(out)[2]["threads"] == "2"
 
 
-def test_json_is_whole_when_interrupted(capsys, monkeypatch):
+def test_json_is_whole_when_interrupted(capsys, monkeypatch, here):
     from vizoo.tools.profiling import profile
 
     build = profile.find_target
@@ -446,7 +470,7 @@ def test_json_is_whole_when_interrupted(capsys, monkeypatch):
     monkeypatch.setattr(profile, "find_target", interrupted)
     status, out, err = run(capsys, "test_litv2", "test_vit", "resnet18", "--json")
     assert (status, err) == (130, "vizoo profile: interrupted\n")
-    assert [d["model"] for d in json.loads(out)] == ["test_litv2", "test_vit"]
+    assert [d["target"]["name"] for d in json.loads(out)] == ["test_litv2", "test_vit"]
 
 
 def test_a_figure_may_be_partial_alone(capsys, monkeypatch):
@@ -462,7 +486,7 @@ def test_a_figure_may_be_partial_alone(capsys, monkeypatch):
 
     monkeypatch.setattr(recording.Recorder, "_record", told)
     found = json_of(capsys, "resnet18", "--size", "64")
-    assert found["statuses"] == {
+    assert found["counts"]["statuses"] == {
         "params": "complete", "macs": "complete", "flops_other": "partial", "acts": "complete", "bytes": "complete",
     }  # fmt: skip
     out = run(capsys, "resnet18", "--size", "64")[1]
@@ -534,7 +558,7 @@ UNUSUAL = {
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_modules(kind):
     model = UNUSUAL[kind]()
-    found = profiler.profile(model, torch.zeros(1, 4), mode="all", batch=1, min_time=0, max_time=0)
+    found = profiler.profile(model, torch.zeros(1, 4), measure=FOUR, batch=1, min_time=0, max_time=0)
     assert (found.macs, found.status) == (12, "complete")
     assert found.latency.median > 0
     assert (kind == "lazy") == any(is_lazy(p) for p in model.parameters())
@@ -548,7 +572,7 @@ def test_one_input_needs_no_list():
 def test_python_interface():
     torch.set_num_threads(1)
     r = profiler.profile(
-        "test_litv2", size=64, mode=("count", "latency", "throughput"), batch=1, min_time=0, max_time=0
+        "test_litv2", size=64, measure=("count", "latency", "throughput"), batch=1, min_time=0, max_time=0
     )
     assert r.latency.median > 0
     assert r.throughput == pytest.approx(1 / r.latency.median, rel=5)
@@ -569,17 +593,18 @@ def test_any_module():
             return self.fc(x) if flag else x
 
     model = Two().train()
-    r = profiler.profile(model, (torch.zeros(1, 4), True), mode="all", batch=3, min_time=0, max_time=0)
-    assert (r.model, r.size, r.macs) == ("Two", None, 12)
-    assert r.throughput_batch == 3
+    r = profiler.profile(model, (torch.zeros(1, 4), True), measure=FOUR, batch=3, min_time=0, max_time=0)
+    assert (r.name, r.size, r.macs) == ("Two", None, 12)
+    assert r.measured("throughput").batch == 3
     assert model.training
 
 
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"mode": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
-        {"mode": 3}, {"batch": 1.5}, {"batch": "7"}, {"size": "64"}, {"min_time": 3, "max_time": 1}, {"min_time": -1},
+        {"measure": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
+        {"measure": 3}, {"batch": 1.5}, {"batch": "7"}, {"size": "64"},
+        {"min_time": 3, "max_time": 1}, {"min_time": -1},
     ],
     ids=str,
 )  # fmt: skip
@@ -606,9 +631,9 @@ def test_the_callers_module_stays_as_it_was():
     model[1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     r = profiler.profile(
-        model, (torch.zeros(1, 3, 8, 6),), mode="all", dtype="bf16", channels_last=True, min_time=0, max_time=0
+        model, (torch.zeros(1, 3, 8, 6),), measure=FOUR, dtype="bf16", channels_last=True, min_time=0, max_time=0
     )
-    assert r.memory.peak > 0
+    assert r.memory.median > 0
     assert [m.training for m in model.modules()] == [True, True, False, True]
     for key, value in model.state_dict().items():
         assert value.dtype == before[key].dtype
@@ -620,7 +645,7 @@ def test_options_of_the_process_come_back(capsys):
     from timm.layers import use_fused_attn
 
     before = torch.get_num_threads(), use_fused_attn(), torch.backends.cudnn.benchmark
-    words = ("test_vit", "--no-fused", "--device", "cpu", "--mode", "latency", "--threads", "2", *FAST)
+    words = ("test_vit", "--no-fused", "--device", "cpu", "--measure", "latency", "--threads", "2", *FAST)
     assert run(capsys, *words)[0] == 0
     assert (torch.get_num_threads(), use_fused_attn(), torch.backends.cudnn.benchmark) == before
 
@@ -632,18 +657,18 @@ def test_unfused_really_is(capsys, tmp_path):
     assert ops["--fused"] - ops["--no-fused"] == {"aten::scaled_dot_product_attention"}
 
 
-def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch):
+def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch, here):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel\nfor this dtype")
 
     monkeypatch.setattr("vizoo.tools.profiling.timing.measure", broken)
-    status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--mode", "latency")
+    status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--measure", "latency")
     assert status == 1
     assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["test_litv2"])
     assert row[2:4] == ["0.49", "0.010"]  # it was counted
     assert " ".join(row[-8:]) == "with --dtype fp16: no kernel for this dtype"
-    assert attempt("test_litv2", mode="throughput", batch=3).to_row()["throughput_batch"] == 3
+    assert attempt("test_litv2", measure="throughput", batch=3).conditions["batch"] == 3
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "md"])
@@ -680,7 +705,7 @@ def test_the_table_is_printed_before_it_is_written(capsys, monkeypatch, tmp_path
 def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
     """Torch's names of dtypes are understood; the table says what differs, and the line below it what does not."""
     out = tmp_path / "x.csv"
-    words = ("test_litv2", "--device", "cpu", "--mode", "latency", "--size", "32", "--threads", "1", *FAST)
+    words = ("test_litv2", "--device", "cpu", "--measure", "latency", "--size", "32", "--threads", "1", *FAST)
     status, shown, _ = run(capsys, *words, "--batch", "1", "2", "--dtype", "float32", "bf16", "--out", str(out))
     assert status == 0
     with out.open(encoding="utf-8") as f:
@@ -697,22 +722,22 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
 
 
 def test_memory_says_its_batch(capsys):
-    words = ("test_litv2", "--device", "cpu", "--mode", "memory", "--size", "32", "--batch", "3", *FAST)
+    words = ("test_litv2", "--device", "cpu", "--measure", "memory", "--size", "32", "--batch", "3", *FAST)
     assert "peak MB: weights, input and activations, batch 3;" in run(capsys, *words)[1]
 
 
 def test_json_is_all_of_standard_output(capsys, opaque_resnet):
-    words = ("resnet18", "--size", "64", "--mode", "latency", "--depth", "2", "--threads", "1", *FAST)
+    words = ("resnet18", "--size", "64", "--measure", "latency", "--depth", "2", "--threads", "1", *FAST)
     status, out, _ = run(capsys, *words, "--json")
     assert status == 0
     (found,) = json.loads(out)
-    assert (found["model"], found["reasons"]) == ("resnet18", [REASON])
-    assert found["latency"]["n"] >= 3
+    assert (found["target"]["name"], found["counts"]["reasons"]) == ("resnet18", [REASON])
+    assert len(found["measurements"][0]["samples"][0]) >= 3
 
 
 @pytest.mark.parametrize(
     "options",
-    [["--batch", "8"], ["--dtype", "bf16"], ["--threads", "1,2"], ["--compile"], ["--mode", "count"]],
+    [["--batch", "8"], ["--dtype", "bf16"], ["--threads", "1,2"], ["--compile"], ["--measure", "count"]],
     ids=" ".join,
 )
 def test_models_may_follow_any_option(options):

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops.backend import whole_operators
 from vizoo.tools.common import UserError
+from vizoo.tools.profiling.boxes import detects, most_boxes
 from vizoo.tools.profiling.fused import flex_as_operator
 from vizoo.tools.profiling.packed import PackedLayers, packed_weights
 from vizoo.tools.profiling.recording import (
@@ -302,7 +303,7 @@ class _Run(NamedTuple):
     shapes: dict[str, tuple[int, ...] | None]
 
 
-def _run(call: _Call, mode: Any, engine: str) -> _Run:
+def _run(call: _Call, mode: Any, engine: str, most: bool = False) -> _Run:
     model, args, kwargs, constants = call
     counter = new_counter(engine)
     counter.mod_tracker = Modules()
@@ -332,6 +333,8 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
             packed = [PackedLayers()] if engine != "real" and packed_weights(model) else []
             for context in (*around, *packed, Watch(recorder, engine), recorder, counter):
                 stack.enter_context(context)
+            if most:
+                stack.enter_context(most_boxes(recorder))
             out = model(*args, **kwargs)
             if backward:
                 # views, for the hooks of a tensor that the engine starts from alone do not run
@@ -346,7 +349,9 @@ def _run(call: _Call, mode: Any, engine: str) -> _Run:
 
 
 def _on_meta(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:
-    return _run(_copy(model, args, kwargs, lambda t: t.to("meta")), mode, "meta")
+    given = any(not t.is_meta for t in tensors_in((args, kwargs)))  # then the numbers of these inputs are asked for
+    most = not given and mode is not torch.enable_grad and detects(model)
+    return _run(_copy(model, args, kwargs, lambda t: t.to("meta")), mode, "meta", most)
 
 
 def _on_fake(model: nn.Module, args: Any, kwargs: Any, mode: Any) -> _Run:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
+import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -24,6 +27,7 @@ from vizoo.tools.profiling.state import allowed_cores, state
 
 PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "triton", "natten", "fvcore", "numpy", "onnxruntime")
 PACKAGES += ("nvidia-ml-py", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmsegmentation")
+ISOLATED = True  # whether groups of cases get processes; a test may look at one process only
 Case = TypeVar("Case")
 Result = TypeVar("Result")
 
@@ -98,19 +102,30 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine, load, :func:`state` and date of a measurement on a device."""
+    """Versions, machine with its fingerprint, load, :func:`state` and date of a measurement on a device."""
     import psutil
 
     return {
         **versions(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "machine": device_name(device),
+        "fingerprint": fingerprint(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "load": round(psutil.getloadavg()[0], 2),
         **state(device),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def fingerprint(device: torch.device) -> str:
+    """What a device, its machine and PyTorch are, as 12 hexadecimal digits; equal ones may compare times."""
+    import psutil
+
+    memory = round(psutil.virtual_memory().total / 2**30)
+    parts = (device_name(device), cpu_name(), torch.backends.cpu.get_cpu_capability(), psutil.cpu_count(logical=False))
+    more = (memory, platform.system(), platform.machine(), torch.__version__)
+    return hashlib.sha256(json.dumps([*parts, *more]).encode()).hexdigest()[:12]
 
 
 def installation() -> dict[str, Any]:
@@ -158,22 +173,28 @@ def _end_with(parent: Any) -> None:
 
 
 def run_cases(
-    threads: Sequence[int], cases: Sequence[Case], work: Callable[..., Result], *args: Any
+    threads: Sequence[int],
+    cases: Sequence[Case],
+    work: Callable[..., Result],
+    *args: Any,
+    group: Callable[[Case], Any] | None = None,
 ) -> Iterator[tuple[Case, int, Result | Failure]]:
     """Results of some work for every case with every number of CPU threads, as soon as each is known.
 
     Args:
-        threads: Numbers of threads: one is set here for the time of the work; several get a fresh process each, for
+        threads: Numbers of threads.  One is set here for the time of the work; several get a fresh process each, for
             OpenMP keeps the pool of its first size.
         cases: First argument of the work, one after the other.
         work: Function of a module.
-        *args: Its further arguments; with several numbers they and the cases can be sent to a process.
+        *args: Its further arguments; where there are processes they and the cases can be sent to one.
+        group: Cases that follow each other share a process where this is the same of them, and no others do; None is
+            a process for each number of threads, and none if there is one number.
 
     Yields:
         The case, the number of threads, and what the work returned; a failure if its process died, after which the
         next case has a new one.
     """
-    if len(threads) == 1:
+    if len(threads) == 1 and (group is None or not ISOLATED):
         before = torch.get_num_threads()
         torch.set_num_threads(threads[0])
         try:
@@ -182,18 +203,27 @@ def run_cases(
         finally:
             torch.set_num_threads(before)
         return
-    spawn = multiprocessing.get_context("spawn")
     for n in threads:
-        left = list(cases)
-        while left:
-            with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(n,)) as pool:
-                alive = True
-                while left and alive:
-                    case = left.pop(0)
-                    try:
-                        found: Result | Failure = pool.submit(work, case, *args).result()
-                    except BrokenProcessPool:
-                        some = f"{n} thread{'s' * (n > 1)}"
-                        why = f"the process with {some} died, killed perhaps because memory ran out"
-                        found, alive = Failure(why), False
-                    yield case, n, found
+        for _, together in itertools.groupby(cases, group or (lambda case: None)):
+            yield from _in_processes(n, list(together), work, args)
+
+
+def _in_processes(
+    n: int, cases: list[Case], work: Callable[..., Result], args: Sequence[Any]
+) -> Iterator[tuple[Case, int, Result | Failure]]:
+    """Results of cases in one process, and in a new one after each that died."""
+    # a server that has imported everything and run nothing starts a process at once
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["vizoo.tools.profiling.profile"])
+    while cases:
+        with ProcessPoolExecutor(1, mp_context=server, initializer=_begin, initargs=(n,)) as pool:
+            alive = True
+            while cases and alive:
+                case = cases.pop(0)
+                try:
+                    found: Result | Failure = pool.submit(work, case, *args).result()
+                except BrokenProcessPool:
+                    some = f"{n} thread{'s' * (n > 1)}"
+                    why = f"the process with {some} died, killed perhaps because memory ran out"
+                    found, alive = Failure(why), False
+                yield case, n, found

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from vizoo.tools.common import Failure, UserError, explain, one_line, resolve_device, short
-from vizoo.tools.options import DTYPES, MODES, read_size
+from vizoo.tools.common import Failure, UserError, explain, one_line, read_spec, resolve_device, short
+from vizoo.tools.options import DTYPES, MEASURES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
-from vizoo.tools.profiling.result import Profile
+from vizoo.tools.profiling.record import Record
 from vizoo.tools.profiling.target import Target, evaluating, find_target
 from vizoo.tools.profiling.timing import Comparison, Conditions, measure_model, random_like
 
@@ -28,13 +28,15 @@ def profile(
     inputs: Any = None,
     *,
     size: int | Sequence[int] | None = None,
-    mode: str | Sequence[str] = "count",
+    measure: str | Sequence[str] = "count",
     device: str = "cpu",
     dtype: str = "fp32",
     amp: bool = False,
     channels_last: bool = False,
     compile: bool | str = False,
+    graph: bool = False,
     batch: int | None = None,
+    weights: str | None = None,
     fused: bool = True,
     reparam: bool = False,
     features: bool = False,
@@ -44,20 +46,23 @@ def profile(
     max_time: float = 10.0,
     model_kwargs: dict[str, Any] | None = None,
     step: Callable[[str], None] | None = None,
-) -> Profile:
+) -> Record:
     """Count and measure one model.
 
     Args:
-        model: A timm name, or any ``nn.Module``.
+        model: A target as commands take it, or any ``nn.Module``.
         inputs: Positional inputs of a module at batch 1, or the only one; None draws one image.
         size: Side, or height and width, in pixels; None is the model's own.
-        mode: Any of ``count``, ``memory``, ``latency``, ``throughput``, or ``all``.  Counts are always made.
+        measure: Any of ``count, latency, throughput, memory, train, modules, roofline, energy``, or ``all``.  Counts
+            are always made.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
         amp: Keep float32 weights and run under autocast.
         channels_last: Model and image in channels_last memory.
         compile: ``torch.compile``; a string is its mode.
-        batch: Images at once for latency and throughput; None is 1, and 8 on a CPU or 64 on a GPU.
+        graph: Replay a CUDA graph of the call.
+        batch: Images at once; None is 1, and for throughput 8 on a CPU or 64 on a GPU.
+        weights: File of weights to load into a named model.
         fused: Build a named model with fused attention and kernels, or in plain PyTorch.
         reparam: Merge branches for inference where the model can.
         features: The backbone of a named model, as ``features_only``.
@@ -75,10 +80,10 @@ def profile(
         UserError: For an unknown name, device, dtype or mode, a size the model cannot take, or a bad combination.
         Failure: If it cannot be run on the device: a kernel or memory is missing.
     """
-    return _fill(Profile(), SimpleNamespace(**locals()))
+    return _fill(Record(), SimpleNamespace(**locals()))
 
 
-def attempt(model: Any, **options: Any) -> Profile:
+def attempt(model: Any, **options: Any) -> Record:
     """As :func:`profile`, but a model that cannot be built, counted or measured is a result that says why.
 
     Args:
@@ -90,40 +95,39 @@ def attempt(model: Any, **options: Any) -> Profile:
     """
     asked = inspect.signature(profile).bind(model, **options)
     asked.apply_defaults()
-    result = Profile()
+    result = Record()
     try:
         return _fill(result, SimpleNamespace(**asked.arguments))
-    except Exception as e:
-        known = explain(e)
+    except (Exception, SystemExit) as e:
+        known = (1, f"{result.name!r} ended the process: {e!r}") if isinstance(e, SystemExit) else explain(e)
         if known is None:
             raise
         result.bad_input, result.failure = known[0] == 2, known[1]
         return result
 
 
-def _fill(result: Profile, asked: SimpleNamespace) -> Profile:
+def _fill(result: Record, asked: SimpleNamespace) -> Record:
     """Do what the arguments of :func:`profile` ask; what is known stays in the result if the rest fails."""
     model, tell = asked.model, asked.step or (lambda text: None)
+    result.target = _asked_for(model, asked)
     how, timed = check_conditions(**vars(asked))
-    result.model = model if isinstance(model, str) else type(model).__name__
-    result.size = read_size(asked.size, "size") if asked.size is not None else None
-    names = ("dtype", "amp", "channels_last", "compile")
-    result.config = {
+    size = result.target["size"]
+    result.conditions = {
         "device": str(how.device),
-        **{name: getattr(asked, name) for name in names},
+        **{name: getattr(asked, name) for name in ("dtype", "amp", "channels_last")},
+        "compile": None if not asked.compile else "default" if asked.compile is True else asked.compile,
+        "graph": how.graph,
         "threads": torch.get_num_threads() if how.device.type == "cpu" else None,
+        "batch": how.batch if timed else None,
         **{name: getattr(asked, name) for name in ("fused", "reparam", "features")},
     }
-    if how.batch and timed:  # of a failure too
-        result.throughput_batch = how.batch if "throughput" in timed else None
-        result.latency_batch = how.batch if "latency" in timed or "throughput" not in timed else None
     result.environment = environment(how.device)
     tell("building")
     kwargs = {**(asked.model_kwargs or {}), **({"features_only": True} if asked.features else {})}
-    real = bool(timed or asked.check or asked.fvcore or kwargs.get("checkpoint_path"))
+    real = bool(timed or asked.check or asked.fvcore or asked.weights)
     with timing.fused(asked.fused):
-        target = find_target(model, asked.inputs, asked.size, kwargs, real, asked.reparam)
-    result.model, result.size = target.name, target.size
+        target = find_target(model, asked.inputs, size, kwargs, real, asked.reparam, asked.weights)
+    result.target = target.to_dict() | {"kwargs": result.target["kwargs"]}
     with evaluating(target.net):
         tell("counting")
         result.counts = _counted(target)
@@ -134,13 +138,30 @@ def _fill(result: Profile, asked: SimpleNamespace) -> Profile:
     return result
 
 
+def _asked_for(model: Any, asked: SimpleNamespace) -> dict[str, Any]:
+    """The target of a record as far as it is known before it is built."""
+    text = model if isinstance(model, str) else type(model).__name__
+    spec = read_spec(model) if isinstance(model, str) else None
+    size = spec.size if spec and spec.size else asked.size
+    return {
+        "spec": text,
+        "kind": spec.kind if spec else "module",
+        "name": text,
+        "size": None if size is None else list(read_size(size, "size")),
+        "inputs": [],
+        "weights": asked.weights,
+        "kwargs": dict(asked.model_kwargs or {}),
+    }
+
+
 def check_conditions(
     device: str = "cpu",
-    mode: str | Sequence[str] = "count",
+    measure: str | Sequence[str] = "count",
     dtype: str = "fp32",
     amp: bool = False,
     channels_last: bool = False,
     compile: bool | str = False,
+    graph: bool = False,
     batch: int | None = None,
     min_time: float = 2.0,
     max_time: float = 10.0,
@@ -149,26 +170,26 @@ def check_conditions(
     """Check how a model is to be measured; the arguments are those of :func:`profile`, of which others do not matter.
 
     Returns:
-        The conditions, and the modes in which the model is run.
+        The conditions, and what is measured.
 
     Raises:
         UserError: For what is unknown or does not go together.
     """
-    modes = list(mode) if isinstance(mode, Iterable) and not isinstance(mode, str) else [mode]
-    modes = list(MODES) if "all" in modes else modes
-    for name in modes:
-        if name not in MODES:
-            raise UserError(f"mode {name!r}: allowed are {', '.join(MODES)} and all")
+    asked = list(measure) if isinstance(measure, Iterable) and not isinstance(measure, str) else [measure]
+    for name in asked:
+        if name not in (*MEASURES, "all"):
+            raise UserError(f"measure {name!r}: allowed are {', '.join(MEASURES)} and all")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     if batch is not None and not (isinstance(batch, Integral) and batch >= 1):
         raise UserError(f"batch {short(batch)}: need a whole number, at least 1")
     if not 0 <= min_time <= max_time:
         raise UserError(f"--min-time {min_time:g} --max-time {max_time:g}: need 0 <= min <= max seconds")
-    how = Conditions(resolve_device(device), dtype, amp, channels_last, compile, batch, min_time, max_time)
-    timed = [m for m in modes if m != "count"]
-    if timed and how.device.type == "meta":
-        raise UserError(f"mode {timed[0]}: the meta device computes nothing; give cpu or cuda")
+    place = resolve_device(device)
+    how = Conditions(place, dtype, amp, channels_last, compile, batch, min_time, max_time, graph)
+    timed = [name for name in MEASURES[1:] if name in asked or "all" in asked]
+    if timed and place.type == "meta":
+        raise UserError(f"measure {timed[0]}: the meta device computes nothing; give cpu or cuda")
     if amp and dtype not in ("bf16", "fp16"):
         raise UserError(f"amp with dtype {dtype}: give dtype bf16 or fp16")
     return how, timed
@@ -231,14 +252,14 @@ def _dtype(net: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _second_engine(result: Profile, target: Target, check: bool, fvcore: bool) -> None:
+def _second_engine(result: Record, target: Target, check: bool, fvcore: bool) -> None:
     net, dtype = target.net, _dtype(target.net)
     try:
         one = [random_like(x, 1, "cpu", dtype) for x in target.inputs]
         total = fvcore_counts(net, *one, contractions=False).get("", 0) if fvcore else None
         second = fvcore_counts(net, *one) if check else {}
     except Exception as e:  # whatever a trace raises
-        raise Failure(f"{result.model!r}: the second engine cannot trace it: {one_line(e)}") from e
+        raise Failure(f"{result.name!r}: the second engine cannot trace it: {one_line(e)}") from e
     result.fvcore_total = total
     if check:
         wrong = differences(result.counted, second)
@@ -254,7 +275,7 @@ def _second_engine(result: Profile, target: Target, check: bool, fvcore: bool) -
 
 
 def _measure(
-    result: Profile, target: Target, how: Conditions, modes: Sequence[str], tell: Callable[[str], None]
+    result: Record, target: Target, how: Conditions, measures: Sequence[str], tell: Callable[[str], None]
 ) -> None:
     try:
         net = target.net if target.own else copied(target.net)
@@ -262,17 +283,15 @@ def _measure(
         if how.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with how.entered():
-            found = measure_model(net, target.inputs, modes, how, tell)
+            found = measure_model(net, target.inputs, measures, how, tell)
     except torch.cuda.OutOfMemoryError:
-        raise Failure(f"{result.model!r}: one image does not fit into the memory of {how.device}") from None
+        raise Failure(f"{result.name!r}: one image does not fit into the memory of {how.device}") from None
     except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
         options = {"amp": how.amp, "channels-last": how.channels_last, "compile": how.compile}
         given = "".join(f" --{name}" for name, value in options.items() if value)
-        text = f"{result.model!r} cannot run on {how.device} with --dtype {how.dtype}{given}: {one_line(e)}"
+        text = f"{result.name!r} cannot run on {how.device} with --dtype {how.dtype}{given}: {one_line(e)}"
         raise Failure(text) from e
-    result.latency, result.latency_batch = found.latency, found.latency_batch
-    result.throughput, result.throughput_batch = found.throughput, found.throughput_batch
-    result.memory = found.memory
+    result.measurements, result.seconds, result.operators = found.measurements, found.seconds, found.operators
     result.environment |= found.state
     result.notes += found.notes
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
 from vizoo.tools.options import DTYPES
 from vizoo.tools.profiling.memory import Memory, peak_memory
@@ -24,6 +24,7 @@ SETTLED = 0.02  # relative change of the last five medians that ends the warm-up
 SPREAD = 0.05  # interquartile range over median that ends the sampling early
 NOISY, BUSY = 0.10, 0.80
 TRIMMED, CONFIDENCE = 0.1, 0.99  # share of the rounds left out at either end, and level of the interval of a ratio
+RESAMPLED = 2000  # draws of the bootstrap of several processes
 EVENTS = 25  # calls whose time on a GPU is taken by events
 SPIN = 2e9  # clocks of a GPU that are a second at least
 UNGRAPHED = {  # modes of torch.compile that replay a CUDA graph, whose memory no call allocates, and the same without
@@ -39,6 +40,73 @@ def quantile(samples: Sequence[float], q: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+class Measurement(NamedTuple):
+    """One measured figure: an item of ``measurements`` of a record.
+
+    Attributes:
+        kind: ``latency, throughput, memory, train, train_memory, modules, copy, matmul`` or ``energy``.
+        unit: ``s, images/s, bytes, bytes/s, FLOP/s`` or ``J``.
+        batch: Images at once; None where there are none.
+        samples: Samples in the unit, by process.
+        parts: What it consists of, in the unit.
+        quality: What makes it doubtful, one line each; empty when nothing does.
+        details: What else is known of it, JSON-ready.
+    """
+
+    kind: str
+    unit: str
+    batch: int | None
+    samples: list[list[float]]
+    parts: dict[str, float]
+    quality: list[str]
+    details: dict[str, Any]
+
+    @property
+    def median(self) -> float:
+        """Median of the medians of the processes."""
+        return statistics.median(map(statistics.median, self.samples))
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """95 % confidence interval of the median.
+
+        Of one process it lies between two order statistics, by the binomial distribution; fewer than six samples have
+        none, and give the smallest and the largest.  Of several processes it is a bootstrap of processes, then of the
+        samples in each, with a fixed seed.
+        """
+        if len(self.samples) == 1:
+            return _median_interval(self.samples[0])
+        import numpy as np
+
+        rng, n = np.random.default_rng(0), len(self.samples)
+        medians = []
+        for process in self.samples:  # the median of samples drawn again is one of them: its rank is a beta variable
+            half = (len(process) + 1) / 2
+            ranks = np.floor(rng.beta(half, half, (RESAMPLED, n)) * len(process)).astype(int)
+            medians.append(np.sort(process)[np.minimum(ranks, len(process) - 1)])
+        drawn = np.take_along_axis(np.stack(medians), rng.integers(n, size=(1, RESAMPLED, n)), 0)[0]
+        low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+        return float(low), float(high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item of a record, with ``median`` and ``ci95``."""
+        return {**self._asdict(), "median": self.median, "ci95": list(self.ci95)}
+
+    @classmethod
+    def from_dict(cls, item: Mapping[str, Any]) -> Measurement:
+        """The measurement of an item of a record; its median and interval are computed anew."""
+        return cls(**{name: item[name] for name in cls._fields})
+
+
+def _median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The smallest interval between order statistics that holds the median with 95 %; both ends where there is none."""
+    from scipy.stats import binom
+
+    ordered, n = sorted(samples), len(samples)
+    outside = max(0, int(binom.ppf(0.025, n, 0.5)) - 1)  # samples that are left out at either end
+    return ordered[outside], ordered[n - 1 - outside]
 
 
 class Stats(NamedTuple):
@@ -428,18 +496,27 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
 # whole models
 
 
+class Images(list[Any]):
+    """An input with one entry for each image, as detectors take it; the entries are of one image."""
+
+
+register_pytree_node(Images, lambda images: (list(images), None), lambda images, _: Images(images))
+
+
 def random_like(x: Any, batch: int, device: Any, dtype: torch.dtype) -> Any:
     """Input of ``batch`` times the batch: random where it is floating, for zeros would flatter; else repeated.
 
     Args:
         x: A tensor, or tensors in lists, mappings and the like; what is no tensor stays as it is.
-        batch: Factor of the first dimension.
+        batch: Factor of the first dimension, and of the number of :class:`Images`.
         device: Of the new tensors.
         dtype: Of the floating ones.
 
     Returns:
         What has the form of ``x``.
     """
+    if isinstance(x, Images):
+        return Images(random_like(image, 1, device, dtype) for _ in range(batch) for image in x)
     return tree_map_only(torch.Tensor, lambda t: _random_like(t, batch, device, dtype), x)
 
 
@@ -474,6 +551,7 @@ class Conditions(NamedTuple):
     batch: int | None = None
     min_time: float = 2.0
     max_time: float = 10.0
+    graph: bool = False
 
     @property
     def kind(self) -> torch.dtype:
@@ -533,6 +611,26 @@ class Measured(NamedTuple):
     memory: Memory | None
     notes: list[str]
     state: dict[str, Any]
+    seconds = {}
+    operators = {}
+
+    @property
+    def measurements(self):
+        found = []
+        if self.latency:
+            d = {"n": self.latency.n, "first": self.latency.first, "cpu_use": self.latency.cpu_use}
+            found.append(
+                Measurement("latency", "s", self.latency_batch, [self.latency.samples], {}, self.latency.warnings, d)
+            )
+        if self.throughput:
+            found.append(Measurement("throughput", "images/s", self.throughput_batch, [[self.throughput]], {}, [], {}))
+        if self.memory:
+            found.append(
+                Measurement(
+                    "memory", "bytes", self.throughput_batch or self.latency_batch, [[self.memory.peak]], {}, [], {}
+                )
+            )
+        return found
 
 
 def compiled(module: Any, **options: Any) -> Any:

@@ -81,7 +81,7 @@ def load_config(args: argparse.Namespace) -> Any:
     Raises:
         UserError: For a file or a base that does not exist, or that is no config.
     """
-    cfg = _read_config(args.config, args.cfg_options or ())
+    cfg = read_config(args.config, args.cfg_options or ())
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     if not isinstance(cfg.work_dir, str):
@@ -101,8 +101,19 @@ def load_config(args: argparse.Namespace) -> Any:
     return cfg
 
 
-def _read_config(name: str, options: Sequence[str]) -> Any:
-    """The config of a file, or of the zoo by its name, with options put into it."""
+def read_config(name: str, options: Sequence[str] = ()) -> Any:
+    """The config of a file, or of the zoo by its name, with options put into it.
+
+    Args:
+        name: The file, or the name.
+        options: Texts ``KEY=VALUE``.
+
+    Returns:
+        The ``mmengine.Config``.
+
+    Raises:
+        UserError: For a file or a base that does not exist, that is no config, or a wrong option.
+    """
     from mmengine.config import Config, DictAction
 
     if Path(name).is_dir():
