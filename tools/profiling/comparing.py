@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vizoo.tools.common import Failure, Table, UserError, one_line, read_text, short
+from vizoo.tools.common import Failure, Table, UserError, one_line, short
 from vizoo.tools.options import number
 from vizoo.tools.profiling.turns import Side
 
@@ -300,50 +300,59 @@ class _Run(NamedTuple):
     notes: list[str]
 
 
-def _run(
-    sides: Sequence[Side], places: Sequence[Place], folder: Path, rounds: int, cpu_time: bool, tick: Callable[[], None]
-) -> _Run:
+class Plan(NamedTuple):
+    """How sides are timed.
+
+    Attributes:
+        processes: Fresh ones of each side, one after the other.
+        rounds: In each process.
+        cpu_time: Processor time in place of wall time.
+        ready: Called with what each side says of itself, ``target`` and ``environment``, once it is built.
+        tick: Called after each round.
+    """
+
+    processes: int = 5
+    rounds: int = 20
+    cpu_time: bool = False
+    ready: Callable[[list[dict[str, Any]]], None] = lambda answers: None
+    tick: Callable[[], None] = lambda: None
+
+
+def _run(sides: Sequence[Side], places: Sequence[Place], folder: Path, plan: Plan) -> _Run:
     """Time fresh processes in turn."""
     files = [folder / f"{'ab'[i]}.pt" for i in range(len(sides))]
     with contextlib.ExitStack() as stack:
         running = []
         for side, place, file in zip(sides, places, files, strict=True):
-            running.append(Process(side, place, file, cpu_time))
+            running.append(Process(side, place, file, plan.cpu_time))
             stack.callback(running[-1].end)
         ready = [process.answer() for process in running]
+        plan.ready(ready)
         for process in running:
             process.ask("warm up")
         seconds: list[list[float]] = [[] for _ in sides]
-        for _ in range(rounds):
+        for _ in range(plan.rounds):
             turns: list[list[float]] = [[] for _ in sides]
             for i in ORDER[len(sides)]:
                 turns[i].append(running[i].ask("run")["seconds"])
             for found, turn in zip(seconds, turns, strict=True):
                 found.append(statistics.fmean(turn))
-            tick()
+            plan.tick()
         ends = [process.ask("") for process in running]
     notes = [f"{'AB'[i]}: {note}" for i, end in enumerate(ends) for note in end["notes"]]
     environment = {**ready[-1]["environment"], **ends[-1]["state"]}
-    return _Run([r["name"] for r in ready], seconds, files, environment, notes)
+    return _Run([r["target"]["name"] for r in ready], seconds, files, environment, notes)
 
 
 def measure_sides(
-    sides: Sequence[Side],
-    places: Sequence[Place] = (),
-    processes: int = 5,
-    rounds: int = 20,
-    cpu_time: bool = False,
-    tick: Callable[[], None] = lambda: None,
+    sides: Sequence[Side], places: Sequence[Place], plan: Plan
 ) -> tuple[list[str], list[list[list[float]]], str, list[str], dict[str, Any]]:
     """Time one side, or two in turn, in several fresh processes.
 
     Args:
         sides: One or two.
         places: Where each is run; none for where this process is.
-        processes: For each side, one after the other.
-        rounds: In each process.
-        cpu_time: Processor time in place of wall time.
-        tick: Called after each round.
+        plan: How.
 
     Returns:
         Names, seconds by side, process and round, a sentence about the outputs, notes, and the environment.
@@ -356,8 +365,8 @@ def measure_sides(
     notes: list[str] = []
     told = ""
     with tempfile.TemporaryDirectory(prefix="vizoo-compare-") as folder:
-        for _ in range(processes):
-            run = _run(sides, places or [here()] * len(sides), Path(folder), rounds, cpu_time, tick)
+        for _ in range(plan.processes):
+            run = _run(sides, places or [here()] * len(sides), Path(folder), plan)
             for found, some in zip(seconds, run.seconds, strict=True):
                 found.append(some)
             notes += run.notes
@@ -455,52 +464,63 @@ def _of(root: Path, inside: str) -> Place:
     return Place([str(p) for p in (root / "src", root) if p.is_dir()] + here().path, root / inside)
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a file, the newest last."""
-    text = read_text(path, "file of records")
-    try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as e:
-        raise UserError(f"file of records {short(str(path))}: no JSON in each line: {e}") from None
+class Wanted(NamedTuple):
+    """What a latency is to be compared with.
+
+    Attributes:
+        target: As of a record; one of its name fits ``spec`` or ``name``.
+        conditions: Those of a record that must be the same.
+        batch: Images at once.
+        fingerprint: Of the machine.
+    """
+
+    target: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+    batch: int
+    fingerprint: str
+
+    def is_of(self, target: Mapping[str, Any]) -> bool:
+        """Whether a record is about the same target, with inputs of the same shapes but for the batch."""
+        shapes = [[tuple(shape[1:]) for shape in t["inputs"]] for t in (self.target, target)]
+        return bool({self.target["spec"], self.target["name"]} & {target["spec"], target["name"]}) and (
+            shapes[0] == shapes[1]
+        )
 
 
-def baseline(records: Sequence[Mapping[str, Any]], side: Side, fingerprint: str, file: str) -> Mapping[str, Any]:
-    """The newest latency in a file of records that a side may be compared with.
+class Unlike(UserError):
+    """There are records of the target, but of other conditions or another machine."""
+
+
+def baseline(records: Sequence[Any], wanted: Wanted, file: str) -> Any:
+    """The newest latency among records that another one may be compared with.
 
     Args:
-        records: Records of schema 1, the newest last.
-        side: What is run now.
-        fingerprint: Of this machine.
-        file: Their file, for the message.
+        records: Of :func:`vizoo.tools.profiling.record.read_records`, the newest last.
+        wanted: What it must be of.
+        file: Their file, as the message names it.
 
     Returns:
         The measurement.
 
     Raises:
-        UserError: If there is none of the same target and conditions, or only on other machines.
+        Unlike: If there are only records of other conditions or another machine.
+        UserError: If there is none of the target.
     """
-    wanted = {k: v for k, v in side._asdict().items() if k not in ("target", "size", "batch")}
-    if not side.device.startswith("cpu"):
-        del wanted["threads"]
-    named = [r for r in records if side.target in (r["target"]["spec"], r["target"]["name"]) and _of_size(r, side)]
+    name = repr(wanted.target["name"])
+    named = [r for r in records if not r.failure and wanted.is_of(r.target)]
     if not named:
-        raise UserError(f"{file} holds no record of {side.target!r} of this size")
-    alike = [r for r in named if all(r["conditions"][k] == v for k, v in wanted.items())]
-    found = [(r, m) for r in alike for m in r["measurements"] if (m["kind"], m["batch"]) == ("latency", side.batch)]
+        shapes = ", ".join("x".join(map(str, shape[1:])) for shape in wanted.target["inputs"])
+        raise UserError(f"{file}: no record of {name} with inputs of {shapes} each; 'vizoo profile --save' adds one")
+    alike = [r for r in named if all(r.conditions[k] == v for k, v in wanted.conditions.items())]
+    found = [(r, m) for r in alike for m in r.measurements if (m.kind, m.batch) == ("latency", wanted.batch)]
     if not found:
-        asked = ", ".join(f"{k} {_text(v)}" for k, v in {**wanted, "batch": side.batch}.items())
-        raise UserError(f"{file} holds no latency of {side.target!r} with {asked}")
-    here = [m for r, m in found if r["environment"]["fingerprint"] == fingerprint]
-    if not here:
-        other = found[-1][0]["environment"]
-        raise UserError(
-            f"{file}: {side.target!r} was recorded on another machine or with another torch ({other['machine']}, torch "
-            f"{other['torch']}, fingerprint {other['fingerprint']}; here {fingerprint}): times are not compared"
+        asked = ", ".join(f"{k} {_text(v)}" for k, v in {**wanted.conditions, "batch": wanted.batch}.items())
+        raise Unlike(f"{file}: no latency of {name} with {asked}")
+    same = [m for r, m in found if r.environment["fingerprint"] == wanted.fingerprint]
+    if not same:
+        other = found[-1][0].environment
+        raise Unlike(
+            f"{file}: {name} was recorded on {other['machine']} with torch {other['torch']} (fingerprint "
+            f"{other['fingerprint']}), this is {wanted.fingerprint}: times of different machines are not compared"
         )
-    chosen: Mapping[str, Any] = here[-1]
-    return chosen
-
-
-def _of_size(record: Mapping[str, Any], side: Side) -> bool:
-    size = record["target"]["size"]
-    return side.size is None or (size is not None and tuple(size) == tuple(side.size))
+    return same[-1]

@@ -48,6 +48,14 @@ class Side(NamedTuple):
     amp: bool = False
     reparam: bool = False
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """As of a record, but for the batch."""
+        threads = self.threads if self.device == "cpu" else None
+        always = {"graph": False, "fused": True, "features": False}
+        given = ("device", "dtype", "amp", "channels_last", "compile", "reparam")
+        return {**{key: getattr(self, key) for key in given}, "threads": threads, **always}
+
 
 def _take_tools(folder: Path) -> None:
     """Make ``vizoo.tools`` the folder given, whatever vizoo is imported."""
@@ -62,8 +70,8 @@ def _take_tools(folder: Path) -> None:
     vizoo.tools = module  # type: ignore[attr-defined]
 
 
-def _call(side: Side) -> tuple[Callable[[], Any], str, Any]:
-    """The call of a side, with the weights and inputs of a fixed seed; the target's name, and its conditions."""
+def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
+    """The call of a side, with the weights and inputs of a fixed seed; the target, and its conditions."""
     import torch
 
     from vizoo.tools.profiling.target import find_target
@@ -76,7 +84,7 @@ def _call(side: Side) -> tuple[Callable[[], Any], str, Any]:
     net = target.net.eval().to(device, how.weights)
     if side.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _Calls(net, target.inputs, how).prepared(side.batch)[1], target.name, how
+    return _Calls(net, target.inputs, how).prepared(side.batch)[1], target, how
 
 
 def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
@@ -91,7 +99,7 @@ def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> N
     side = Side(**asked["side"])
     torch.set_num_interop_threads(1)
     torch.set_num_threads(side.threads)
-    call, name, how = _call(side)
+    call, target, how = _call(side)
     clock = time.process_time if asked["cpu_time"] else time.perf_counter
 
     def once() -> float:
@@ -104,7 +112,7 @@ def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> N
     with how.entered():
         leaves = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)]
         torch.save([t.detach().to("cpu", torch.float64) for t in leaves], asked["outputs"])
-        say({"name": name, "environment": environment(how.device)})
+        say({"target": target.to_dict(), "environment": environment(how.device)})
         sys.stdin.readline()  # the other side may be at work
         warm = measure(call, how.device, min_time=0.0, max_time=SETTLING, clock=clock)
         calls = max(1, round(LEAST / max(warm.median, 1e-9)))
