@@ -26,7 +26,7 @@ from vizoo.tools.options import number
 from vizoo.tools.profiling.turns import Side
 
 LEVEL = 0.95  # of intervals
-DRAWS = 1000  # of the bootstrap
+DRAWS = 2000  # of the bootstrap
 ALIKE = 0.05  # largest difference of outputs, relative to the largest, of what still counts as agreement
 LEAST_PROCESSES = 3
 ORDER = {1: (0,), 2: (0, 1, 1, 0)}  # of a round, by the number of sides
@@ -74,9 +74,12 @@ class Spread(NamedTuple):
         """
         import numpy as np
 
-        rng = np.random.default_rng(0)
+        rng, drawn = np.random.default_rng(0), []
+        for some in logs:  # the median of samples drawn again is one of them: its rank is a beta variable
+            half = (len(some) + 1) / 2
+            ranks = (rng.beta(half, half, DRAWS) * len(some)).astype(int)
+            drawn.append(np.sort(some)[np.minimum(ranks, len(some) - 1)].var())
         medians = [statistics.median(some) for some in logs]
-        drawn = [np.median(rng.choice(np.asarray(some), (DRAWS, len(some))), axis=1).var() for some in logs]
         between = statistics.variance(medians) if len(medians) > 1 else 0.0
         return cls(statistics.fmean(medians), max(between, float(np.mean(drawn))), len(medians))
 

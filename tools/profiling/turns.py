@@ -74,8 +74,9 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     """The call of a side, with the weights and inputs of a fixed seed; the target, and its conditions."""
     import torch
 
+    from vizoo.tools.profiling.measures import Calls
     from vizoo.tools.profiling.target import find_target
-    from vizoo.tools.profiling.timing import Conditions, _Calls
+    from vizoo.tools.profiling.timing import Conditions
 
     torch.manual_seed(0)
     target = find_target(side.target, size=side.size, real=True, reparam=side.reparam)
@@ -84,7 +85,7 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     net = target.net.eval().to(device, how.weights)
     if side.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _Calls(net, target.inputs, how).prepared(side.batch)[1], target, how
+    return Calls(net, target.inputs, how).prepared(side.batch)[1], target, how
 
 
 def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
