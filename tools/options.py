@@ -454,6 +454,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "MODE",
         "help": f"torch.compile: {', '.join(COMPILED[:-1])} or {COMPILED[-1]}; or no",
     },
+    "--rounds": {"type": number(int, 1, MOST), "metavar": "N", "help": "times that sides take turns"},
+    "--cpu-time": {**_SWITCH, "help": "processor time in place of wall time: for a busy machine, one thread"},
     # training
     "--task": {"choices": TASKS, "help": "task of the model"},
     "--config": {"metavar": "FILE", "help": "YAML file of options, such as args.yaml; the command line overrides it"},

@@ -149,7 +149,7 @@ def test_memory_of_a_cuda_graph_is_that_without_one(mode, plain, card, monkeypat
     monkeypatch.setattr(
         measures, "peak_memory", lambda call, *args: measured.append(call()) or Memory(1, 1, "cuda allocator")
     )
-    monkeypatch.setattr(measures._Calls, "inputs", lambda self, n: [n])
+    monkeypatch.setattr(measures.Calls, "inputs", lambda self, n: [n])
     how = timing.Conditions(device=torch.device("cuda"), compile=mode, min_time=0, max_time=0)
     found = measures.measure_model(nn.Linear(2, 2), (), ("latency", "memory"), how)
     assert measured == [plain]
@@ -167,7 +167,7 @@ def test_weights_are_cast_in_every_call():
             return func(*args, **(kwargs or {}))
 
     with how.entered():
-        call = measures._Calls(nn.Linear(8, 8), (torch.zeros(1, 8),), how).prepared(1)[1]
+        call = measures.Calls(nn.Linear(8, 8), (torch.zeros(1, 8),), how).prepared(1)[1]
         for _ in range(2):
             with Casts():
                 call()
@@ -298,7 +298,7 @@ def test_the_memory_of_a_captured_model_is_that_of_its_call(card, monkeypatch):
     monkeypatch.setattr(measures, "captured", lambda call, device: lambda: run.append("replay"))
     monkeypatch.setattr(measures, "peak_memory", lambda call, *args: call() or Memory(1, 1, "cuda allocator"))
     monkeypatch.setattr(measures, "inference_parts", lambda *args: ({}, []))
-    monkeypatch.setattr(measures._Calls, "inputs", lambda self, n: [n])
+    monkeypatch.setattr(measures.Calls, "inputs", lambda self, n: [n])
     how = timing.Conditions(device=torch.device("cuda"), graph=True, min_time=0, max_time=0)
     found = measures.measure_model(lambda x: run.append("call"), (), ("latency", "memory"), how)
     assert run[-1] == "call"
@@ -316,7 +316,7 @@ def test_on_a_gpu():
         with how.entered():
             found = measures.measure_model(model, (x,), measures.MEASURES, how)
             seconds[graph] = found.latency.median
-            calls = measures._Calls(model, (x,), how)
+            calls = measures.Calls(model, (x,), how)
             assert torch.allclose(calls.prepared(2)[1](), calls.eager(2)[1](), atol=1e-5)
         kinds = {m.kind for m in found.measurements} - {"energy"}
         assert kinds == {"latency", "throughput", "train", "modules", "copy", "matmul", "memory", "train_memory"}

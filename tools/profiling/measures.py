@@ -100,7 +100,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return replay
 
 
-class _Calls:
+class Calls:
     """Calls of a model with random inputs of any batch.
 
     Args:
@@ -246,7 +246,7 @@ class _Session:
         large: Images where there are many.
     """
 
-    def __init__(self, calls: _Calls, small: int, large: int) -> None:
+    def __init__(self, calls: Calls, small: int, large: int) -> None:
         self.calls, self.how, self.small, self.large, self.trained = calls, calls.how, small, large, large
         self.notes: list[str] = []
         self.found: list[Measurement] = []
@@ -337,7 +337,7 @@ class _Session:
             self.add(found)
 
 
-def _warm(calls: _Calls, n: int) -> Callable[[], Any]:
+def _warm(calls: Calls, n: int) -> Callable[[], Any]:
     """The call with ``n`` images, after it was made once."""
     call = calls.prepared(n)[1]
     call()
@@ -383,7 +383,7 @@ def measure_model(
     """
     if how.graph and how.device.type != "cuda":
         raise UserError(f"--graph: needs CUDA, got --device {how.device}")
-    calls = _Calls(model, inputs, how)
+    calls = Calls(model, inputs, how)
     found = _Session(calls, how.batch or 1, how.batch or (64 if how.device.type == "cuda" else 8))
     for name, text, part in _ORDER:
         if name in measures:

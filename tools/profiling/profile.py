@@ -302,7 +302,7 @@ def _measure(
 
 
 def compare(*targets: Any, inputs: Any = None, device: str = "cpu", batch: int = 1, **how: Any) -> Comparison:
-    """Time models or functions in turn, A, B, A, B ..., so that a drift of the machine meets all of them.
+    """Time models or functions in turn, A, B, B, A, A, B ..., so that a drift of the machine meets all alike.
 
     Args:
         *targets: Names of timm, or modules, at least two; or one mapping of names to these or to functions, perhaps

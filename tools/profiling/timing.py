@@ -375,7 +375,7 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     least: float = 0.0,
 ) -> Comparison:
-    """Time functions in turn, A, B, A, B ..., in one process, so that a drift of the machine meets all of them.
+    """Time functions in turn, A, B, B, A, A, B ..., in one process, so that a drift of the machine meets all alike.
 
     Args:
         functions: At least two functions by name; the first is the one the others are compared with.
@@ -415,8 +415,8 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     wall = cpu = 0.0
     with quiet():
-        for _ in range(rounds):
-            for name, f in functions.items():
+        for i in range(rounds):
+            for name, f in list(functions.items())[:: -1 if i % 2 else 1]:
                 c, t = time.process_time(), time.perf_counter()
                 seconds[name].append(run(f, calls[name]) / calls[name])
                 wall += time.perf_counter() - t
