@@ -64,7 +64,7 @@ class Checks:
 
         Args:
             file: Records of ``vizoo profile --save``.
-            budget: Share that is allowed, such as ``5%``: the lower bound of the ratio's 95 % interval may not be above.
+            budget: Share that is allowed, such as ``5%``: what the lower bound of the ratio's interval may be at most.
         """
         __tracebackhide__ = True
         if not Path(file).exists():
@@ -86,10 +86,9 @@ class Checks:
             return
         if doubts := [note for note in (*latency.quality, *now.notes) if "busy" in note]:
             pytest.skip(f"{self.name}: {doubts[0]}")
-        pytest.fail(
-            f"{self.name} takes {ratio:.3f} times as long as recorded ({low:.3f} to {high:.3f}), allowed {1 + allowed:g}: "
-            f"{_milliseconds(latency.samples)} now, {_milliseconds(then.samples)} in {file}"
-        )
+        figures = f"{_milliseconds(latency.samples)} now, {_milliseconds(then.samples)} in {file}"
+        much = f"{ratio:.3f} times as long as recorded ({low:.3f} to {high:.3f}), allowed {1 + allowed:g}"
+        pytest.fail(f"{self.name} takes {much}: {figures}")
 
     @property
     def _batch(self) -> int:
