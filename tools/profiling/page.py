@@ -70,7 +70,7 @@ def page_data(records: Sequence[Plain], known: Mapping[Any, Accuracy]) -> dict[s
 
     newest = _fold(records)
     machines, sets = _machines(newest), list({_key(c): c for c in map(_conditions, newest)}.values())
-    groups: dict[str, list[Plain]] = defaultdict(list)  # the records of each target
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)  # the records of each target
     for record in newest:
         groups[_key(record["target"], _form(record))].append(record)
     models, runs = [], []
