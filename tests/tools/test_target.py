@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from zoo import build
 
 from vizoo.tools import profiler
 from vizoo.tools.common import Failure, UserError, read_spec, resolve_model, resolve_models
-from vizoo.tools.profiling import profile, target
+from vizoo.tools.profiling import profile
 from vizoo.tools.profiling.counting import count
 from vizoo.tools.profiling.programs import _is_formula
 from vizoo.tools.profiling.target import find_target, read_inputs
@@ -70,8 +72,11 @@ def files(tmp_path_factory):
     any_batch = ({0: torch.export.Dim("batch")},)
     torch.export.save(torch.export.export(net, (x[:1],)), folder / "one.pt2")
     torch.export.save(torch.export.export(net, (x,), dynamic_shapes=any_batch), folder / "any.pt2")
-    torch.jit.save(torch.jit.trace(net, x), folder / "net.ts")
-    torch.onnx.export(net, (x,), folder / "net.onnx", input_names=["x"], dynamic_axes={"x": {0: "batch"}}, dynamo=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forms that people still have
+        torch.jit.save(torch.jit.trace(net, x), folder / "net.ts")
+        axes = {"x": {0: "batch"}}
+        torch.onnx.export(net, (x,), folder / "net.onnx", input_names=["x"], dynamic_axes=axes, dynamo=False)
     torch.save(net.state_dict(), folder / "weights.pth")
     (folder / "code.py").write_text(CODE, encoding="utf-8")
     return folder, net
@@ -113,19 +118,18 @@ def test_names_are_expanded():
 
 
 def test_mask_rcnn_by_hand(capsys):
-    """The dense part by the independent count, the heads by 1000 proposals and 100 detections; with the paper's size."""
+    """The dense part by the independent count, the heads by 1000 proposals and 100 detections."""
     from torchvision.models import get_model
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-    assert profiler.main(["torchvision:maskrcnn_resnet50_fpn@800x1280", "--strict", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[0])
     with torch.device("meta"):
         net = get_model("maskrcnn_resnet50_fpn", weights=None, weights_backbone=None).eval()
         box = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (91 + 4 * 91)
         mask = 4 * 14 * 14 * 256 * 256 * 9 + 14 * 14 * 256 * 256 * 4 + 28 * 28 * 256 * 91
         dense = {side: hand_count(_Dense(net), torch.empty(1, 3, *side)).total() for side in ((800, 1280), (800, 800))}
-    assert found["counts"]["macs"] if "counts" in found else found["macs"] == dense[800, 1280] + 1000 * box + 100 * mask
     assert dense[800, 1280] + 1000 * box + 100 * mask == 259_592_279_040
+    assert profiler.main(["torchvision:maskrcnn_resnet50_fpn@800x1280", "--strict", "--json"]) == 0
+    assert re.search(r'"macs": ?259592279040\b', capsys.readouterr().out)
     # torchvision publishes that of an image of noise, 800x800 after scaling, in which nothing is detected
     published = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["_ops"]
     assert round((dense[800, 800] + 1000 * box) / 1e9, 2) == published == 134.38
@@ -140,14 +144,44 @@ class _Dense(nn.Module):
         return self.head(list(self.backbone(x).values()))
 
 
-def test_boxes_of_real_images_are_those_given():
-    """A detector that is given numbers is counted for these."""
-    net = find_target("torchvision:ssdlite320_mobilenet_v3_large", real=True).net.eval()
-    found = count(net, [torch.rand(3, 320, 320)])
+class Maps(nn.Module):
+    """The smallest backbone: two maps."""
+
+    out_channels = 4
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return {"0": x, "1": self.second(x)}
+
+
+@pytest.fixture
+def detector():
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    anchors = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
+    proposals = {"rpn_pre_nms_top_n_test": 40, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 5}
+    return FasterRCNN(Maps(), 3, 32, 32, rpn_anchor_generator=anchors, **proposals).eval()
+
+
+def test_most_boxes(detector):
+    """As many as the detector's own limits let through, of any image; a real one is counted for its own boxes."""
+    for n in (1, 2):
+        most = count(detector, [torch.empty(3, 32, 32, device="meta")] * n)
+        assert (most.status, most.engine, most.uncounted) == ("complete", "meta", {})
+        dense = hand_count(_Dense(detector), torch.empty(1, 3, 32, 32)).total()
+        box = 4 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * 5 * 3
+        assert most.macs == n * (dense + 30 * box)
+        # NMS of 40 and 40 proposals, all of one class, then of 30 boxes for each of two classes
+        assert most.ops["torchvision::nms"] == (0, n * 16 * (80**2 + 2 * 30**2), n * 3)
+        assert most.ops["torchvision::roi_align"][1] == n * 8 * 30 * 4 * 7 * 7 * 2**2
+    found = count(detector, [torch.rand(3, 32, 32)])
     assert (found.status, found.engine) == ("partial", "cpu")
-    most = count(net, [torch.empty(3, 320, 320, device="meta")])
-    assert (most.status, most.engine, most.macs) == ("complete", "meta", found.macs)
-    assert most.flops_other > found.flops_other
+    assert dense < found.macs <= most.macs // 2
 
 
 @pytest.mark.parametrize(
@@ -176,7 +210,7 @@ def test_detectors_take_a_list_of_images():
     seen = []
     found.net.backbone.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     count(found.net.eval(), *found.inputs)
-    assert seen == [(1, 3, 64, 96)]  # the detector does not scale it
+    assert set(seen) == {(1, 3, 64, 96)}  # the detector does not scale it
     with pytest.raises(UserError, match="scales every image to 320x320"):
         find_target("torchvision:ssdlite320_mobilenet_v3_large@224")
 
@@ -224,7 +258,7 @@ def test_programs_count_alike(files, name):
     folder, net = files
     found = profile.profile(f"{folder}/{name}")
     assert (found.counts.status, found.counts.macs, found.size) == ("complete", MACS, (16, 16))
-    assert MACS == hand_count(net, torch.empty(1, 3, 16, 16)).total()
+    assert hand_count(net, torch.empty(1, 3, 16, 16)).total() == MACS
 
 
 @pytest.mark.parametrize("name", ["any.pt2", "net.ts@16", "net.onnx"])
@@ -241,7 +275,7 @@ def test_programs_of_one_batch_say_so(files):
     found = find_target(f"{files[0]}/one.pt2")
     with pytest.raises(ValueError, match="exported for a batch of 1, got 3: export it with dynamic_shapes"):
         found.net(torch.randn(3, 3, 16, 16))
-    with pytest.raises(ValueError, match="takes x of [?]x3x16x16, got 1x3x32x32"):
+    with pytest.raises(ValueError, match=r"takes x of [?]x3x16x16, got 1x3x32x32"):
         find_target(f"{files[0]}/net.onnx").net(torch.randn(1, 3, 32, 32))
     with pytest.raises(Failure, match="give --dtype fp32"):
         find_target(f"{files[0]}/net.onnx").net.to("cpu", torch.bfloat16)
@@ -290,8 +324,7 @@ def test_programs_run_no_pickles(files, tmp_path):
 
 def test_weights(files, tmp_path):
     folder, net = files
-    (tmp_path / "net.py").write_text("from test_target import Net as make", encoding="utf-8")
-    target._imported.__globals__["sys"].path.insert(0, str(Path(__file__).parent))
+    (tmp_path / "net.py").write_text(f"import sys\nmake = sys.modules[{__name__!r}].Net", encoding="utf-8")
     found = find_target(f"{tmp_path}/net.py:make", "1x3x16x16", weights=f"{folder}/weights.pth")
     torch.testing.assert_close(found.net.state_dict(), net.state_dict())
     bad = dict(net.state_dict(), **{"head.bias": torch.full((5,), float("nan"))})
@@ -311,7 +344,7 @@ def test_sources_of_timm(tmp_path, monkeypatch):
     from timm.models import _hub
 
     net = build("test_litv2", num_classes=7)
-    timm.models.save_for_hf(net, tmp_path, model_config=net.pretrained_cfg)
+    timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
     assert {"config.json", "model.safetensors"} <= {f.name for f in tmp_path.iterdir()}
     known = count(net, torch.empty(1, 3, 96, 96, device="meta")).macs
     assert profile.count(f"local-dir:{tmp_path}").macs == known
@@ -341,6 +374,4 @@ def test_inputs_by_shape():
 def test_configs(config, size):
     """Whole models of mmseg and mmdet in mode ``tensor``, of the size that the config is for."""
     found = profile.profile(f"mm:{config}")
-    backbone = profile.count("litv2_s", size=size, features_only=True) if False else None
-    assert backbone is None
     assert (found.size, found.counts.status) == (size, "complete")

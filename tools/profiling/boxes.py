@@ -2,14 +2,15 @@
 
 How many boxes of a two-stage detector go on is decided by the numbers of an image.  On tensors without numbers every
 filter keeps all that it is given, and what cuts boxes off at a number cuts off there: Mask R-CNN of torchvision has
-1000 proposals in its box head and 100 detections in its mask head, and so has mmdet in mode ``tensor``.  These are
-the most that any image can cost, and usual images come near, for the proposals are nearly always 1000.  In detail:
+1000 proposals in its box head and 100 detections in its mask head, and so has mmdet in mode ``tensor``.  No image has
+more multiply-accumulates, and most have nearly as many in the box head, for there are nearly always 1000 proposals.
+In detail:
 
 * RoIAlign costs the same at every level; boxes are shared out among the levels equally.
-* NMS compares every pair of boxes of a class (16 FLOPs each); of a two-stage detector all proposals are of each class.
-* Masks and heatmaps of keypoints are enlarged to the size of the whole image.
+* NMS compares every pair of boxes of a class, for 16 FLOPs; all proposals of a two-stage detector are of each class.
+* Masks, and heatmaps of keypoints, are enlarged to the size of the whole image.
 
-None of this but the numbers of boxes concerns multiply-accumulates.
+These concern other FLOPs and bytes alone.  A detector that is given an image with numbers is counted for its boxes.
 """
 
 from __future__ import annotations

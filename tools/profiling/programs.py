@@ -148,7 +148,7 @@ def read_script(file: str) -> nn.Module:
         raise UserError(f"model file {file!r} is not TorchScript and {what}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which is what was given
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what was given
             net: nn.Module = torch.jit.load(file, map_location="cpu")
         return net
     except Exception as e:  # whatever a broken archive makes it raise
