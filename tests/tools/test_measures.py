@@ -306,6 +306,27 @@ def test_the_memory_of_a_captured_model_is_that_of_its_call(card, monkeypatch):
     assert "memory is that without CUDA graphs" in found.notes
 
 
+def test_a_model_that_no_mode_can_look_into(monkeypatch):
+    """What needs one is told to be missing; the rest is measured."""
+
+    class Shy(nn.Module):
+        def forward(self, x):
+            if torch._C._len_torch_dispatch_stack():
+                raise RuntimeError("watched")
+            return x + 1
+
+    monkeypatch.setattr(roofline, "ceilings", lambda device, dtype: LIMITS)
+    how = timing.Conditions(min_time=0, max_time=0)
+    with how.entered():
+        found = measures.measure_model(Shy(), (torch.zeros(1, 2),), ("memory", "roofline"), how)
+    assert found.memory.peak == 16
+    assert found.ops == {}
+    assert found.notes == [
+        "roofline: its operators cannot be timed one by one: watched",
+        "memory: activations and workspace cannot be told apart here",
+    ]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     """A graph answers as the call does, and is no slower; every measure can be taken."""

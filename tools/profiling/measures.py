@@ -313,9 +313,15 @@ class _Session:
 
     def roofline(self) -> None:
         """Seconds of each operator, and what the machine can do."""
-        with _memory_errors():
-            inputs, how = self.calls.eager(self.small)[0], self.how
-            found = roofline(self.calls.model, inputs, self.small, how.device, how.kind, how.min_time)
+        inputs, how = self.calls.eager(self.small)[0], self.how
+        try:
+            with _memory_errors():
+                found = roofline(self.calls.model, inputs, self.small, how.device, how.kind, how.min_time)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as e:  # whatever a model raises into which no mode can look
+            self.notes.append(f"roofline: its operators cannot be timed one by one: {one_line(e)}")
+            return
         self.ops = found.ops
         for measurement in found.measurements:
             self.add(measurement)
@@ -385,9 +391,11 @@ def measure_model(
         raise UserError(f"--graph: needs CUDA, got --device {how.device}")
     calls = Calls(model, inputs, how)
     found = _Session(calls, how.batch or 1, how.batch or (64 if how.device.type == "cuda" else 8))
-    for name, text, part in _ORDER:
-        if name in measures:
-            step(text.format(small=found.small, large=found.large))
-            part(found)
+    cuda = how.device.type == "cuda"
+    with torch.cuda.device(how.device) if cuda else contextlib.nullcontext():  # events are recorded on the current one
+        for name, text, part in _ORDER:
+            if name in measures:
+                step(text.format(small=found.small, large=found.large))
+                part(found)
     notes = [f"compiled in pieces: {calls.breaks} graph breaks"] * bool(calls.breaks) + calls.watch.notes
     return Measured(found.notes + notes, calls.watch.record, found.found, found.modules, found.ops)

@@ -147,7 +147,7 @@ def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> Peak | None:
 
     Returns:
         The blocks; those of tensors that operators return are noted :data:`RETURNED`.  None where PyTorch does not
-        tell them.
+        tell them, or the call cannot be looked into.
     """
     tape = Tape()
 
@@ -155,7 +155,10 @@ def blocks_at_peak(fn: Callable[[Tape], Any], device: Any) -> Peak | None:
         with _Returns(tape):
             fn(tape)
 
-    heard = _heard(call, torch.device(device).type)
+    try:
+        heard = _heard(call, torch.device(device).type)
+    except Exception:  # of a mode: without one the call has run before
+        heard = None
     if heard is None:
         return None
     alive: dict[int, Block] = {}

@@ -110,7 +110,7 @@ def detection_targets(model: nn.Module, inputs: Sequence[Any]) -> list[Any]:
 @contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Training mode with a way back, outside of inference mode and autocast; afterwards the model is what it was."""
-    modes = {m: m.training for m in model.modules()}
+    modes = {m: m.training for m in model.modules() if hasattr(m, "training")}  # frozen TorchScript has no mode
     try:
         model.train()
     except NotImplementedError:
@@ -150,9 +150,7 @@ def step_times(step: TrainingStep, batch: int, tick: Callable[[float], None]) ->
         marks.append([time_mark(how.device)])
         step(lambda phase: marks[-1].append(time_mark(how.device)))
 
-    around = torch.cuda.device(how.device) if how.device.type == "cuda" else contextlib.nullcontext()
-    with around:
-        stats = measure(run, how.device, min_time=how.min_time, max_time=how.max_time, tick=tick)
+    stats = measure(run, how.device, min_time=how.min_time, max_time=how.max_time, tick=tick)
     timed = marks[stats.warmup : stats.warmup + stats.n]
     parts = {phase: statistics.median(seconds_between(m[i], m[i + 1]) for m in timed) for i, phase in enumerate(PHASES)}
     details = {**stats.details, "images_per_s": batch / stats.median, "optimizer": "AdamW"}
