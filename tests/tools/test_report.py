@@ -376,7 +376,7 @@ def test_first_view(read: list[dict[str, Any]]) -> None:
     assert seen["doubted"] == ["resnet101 one image does not fit", "resnet18 " + NOISY]
     assert seen["points"] == 5  # the others have no accuracy, failed, or ran at another batch
     assert seen["beside"].startswith(
-        "2 models without a published accuracy at the measured size are in the table only."
+        "2 models without a published accuracy at the measured size, or the other figure, are"
     )
     assert "1 model measured at another batch is in the table only." in seen["beside"]
     assert seen["axes"] == ["images/s", "GMACs", "params", "ms", "MB"]  # joules were not measured
