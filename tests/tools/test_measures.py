@@ -345,3 +345,22 @@ def test_on_a_gpu():
             if m.unit == "bytes":
                 assert sum(m.parts.values()) == m.median
     assert seconds[True] <= 1.1 * seconds[False]
+
+
+def test_a_cpu_makes_equal_calls_once(monkeypatch):
+    """Its throughput is that of the calls whose latency was measured, at the same batch."""
+    made = []
+
+    def fake(fn, device, **kwargs):
+        made.append(fn().shape[0])
+        return timing.Stats([0.5, 0.25, 0.5], None, 0.0, 0)
+
+    monkeypatch.setattr(measures, "measure", fake)
+    for batch, calls in ((4, [4]), (None, [1, 8])):
+        made.clear()
+        how = timing.Conditions(batch=batch)
+        found = measures.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("latency", "throughput"), how)
+        latency, speed = found.measurements
+        assert made == calls
+        assert (speed.batch, speed.unit, speed.median) == (calls[-1], "images/s", 2.0 * calls[-1])
+        assert speed.samples == [[calls[-1] / s for s in latency.samples[0]]]

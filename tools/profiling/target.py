@@ -242,7 +242,8 @@ def _torchvision(asked: _Asked) -> _Built:
         net = builder(**{**nothing, **asked.kwargs})
     inputs, side = _of_torchvision(net, name, asked.size)
     inputs = inputs if asked.inputs is None else asked.inputs
-    return _Built(asked.finished(net), inputs, side if asked.inputs is None else None, _anew(_torchvision, asked), name)
+    size = side if asked.inputs is None else None
+    return _Built(asked.finished(net), inputs, size, _anew(_torchvision, asked), f"torchvision:{name}")
 
 
 def _of_torchvision(net: Any, name: str, size: tuple[int, int] | None) -> tuple[Sequence[Any], tuple[int, int]]:
@@ -311,7 +312,7 @@ def _function(asked: _Asked) -> _Built:
     side = asked.size or (own[0], own[1])
     inputs = asked.inputs if asked.inputs is not None else (_image(chans, side),)
     net = asked.finished(initialized(net, inputs, {}))
-    return _Built(net, inputs, side if asked.inputs is None else _side_of(inputs), lambda: net, name)
+    return _Built(net, inputs, side if asked.inputs is None else _side_of(inputs), lambda: net, asked.name)
 
 
 def _imported(where: str) -> Any:
