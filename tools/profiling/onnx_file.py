@@ -18,7 +18,7 @@ from vizoo.backbones.ops.cost import Cost, find_operator, register_cost
 from vizoo.tools.common import Failure, UserError, check_file, named
 from vizoo.tools.profiling.prices import PRICES
 
-MISSING = "an ONNX file needs {}: pip install onnx onnxruntime"
+MISSING = "an ONNX file needs {}: pip install 'vizoo[onnx]'"
 FEW = 1024  # elements of a constant that may be a shape, and is kept for the shapes of what follows
 SPACE = "onnx_file"
 SCHEMA = "(Tensor[] given, int[] ranks, int[] sides, ScalarType[] dtypes, str equation, bool transposed) -> Tensor[]"
@@ -136,7 +136,8 @@ class OnnxFile(nn.Module):
             model = inline_local_functions(onnx.load(file, load_external_data=False))
         except Exception as e:  # whatever the parser raises
             raise UserError(f"model file {file!r} is no ONNX model: {named(e)}") from e
-        self.file, self.place, self.session = file, torch.device("cpu"), None
+        self.file, self.place = file, torch.device("cpu")
+        self.session: Any = None
         self.constants: dict[str, str] = {}  # name in the graph -> parameter or buffer
         graph = model.graph
         for node in [n for n in graph.node if n.op_type == "Constant" and n.attribute[0].name == "value"]:

@@ -204,7 +204,7 @@ def _side_of(inputs: Sequence[Any]) -> tuple[int, int] | None:
 def _timm(asked: _Asked) -> _Built:
     name = resolve_model(asked.name, "model")
     place: dict[str, Any] = {} if asked.real or asked.reparam else {"device": "meta"}
-    more = {"checkpoint_path": asked.weights} if asked.weights else {}
+    more: dict[str, Any] = {"checkpoint_path": asked.weights} if asked.weights else {}
     net = build_model(name, **asked.kwargs, **more, **place)
     if asked.inputs is not None:
         return _module(asked._replace(weights=None), net)._replace(name=name)
