@@ -99,6 +99,15 @@ def test_ceilings_are_the_best_of_kernels_and_of_larger_memory(monkeypatch):
         roofline._measured.cache_clear()
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(0.001, 20), (0.01, 5), (0.15, 2), (3.0, 1)])
+def test_slow_kernels_are_run_less_often(seconds, runs, monkeypatch):
+    """After one run that warms up; the least of the seconds is what the machine can do."""
+    made = []
+    monkeypatch.setattr(roofline, "_timed", lambda fn, device: (fn(), seconds * (1 + (len(made) == 2))))
+    assert roofline.best_seconds(lambda: made.append(1), CPU) == pytest.approx(seconds * (1 + (runs == 1)))
+    assert len(made) - 1 in (runs - 1, runs)
+
+
 def test_kernels_of_the_ceilings_move_what_they_say():
     found = [(moved, fn()) for moved, fn in roofline._copies(4096, CPU)]
     assert [moved for moved, _ in found] == [4096, 8192, 4096]
