@@ -77,6 +77,20 @@ def test_the_loss_is_scaled_where_it_has_to_be(dtype, amp, scaled):
     assert seen == [{"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]]
 
 
+def test_weights_are_cast_in_every_step():
+    """Those of the first step would otherwise be used in the second, for ``training`` keeps a context open."""
+    model, x, seen = nn.Linear(6, 4), torch.randn(2, 6), []
+    model.register_forward_hook(lambda m, given, out: seen.append(out.detach()))
+    with training(model):
+        step = TrainingStep(model, model, [x], HOW._replace(dtype="bf16", amp=True))
+        step()
+        for p in model.parameters():
+            p.data.zero_()
+        step()
+    assert seen[0].any()
+    assert not seen[1].any()
+
+
 def test_what_cannot_be_trained():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(Failure, match="no parameter of the model requires a gradient"):
