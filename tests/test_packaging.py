@@ -80,13 +80,15 @@ def metadata(wheel: Path) -> Message:
 
 
 def test_wheel_has_one_top_level_name(shipped: list[str]) -> None:
-    assert {n.split("/")[0] for n in shipped} == {"vizoo", f"vizoo-{vizoo.__version__}.dist-info"}
+    """But for the plugin of pytest, which must not import the package."""
+    names = {"vizoo", "_vizoo_pytest.py", f"vizoo-{vizoo.__version__}.dist-info"}
+    assert {n.split("/")[0] for n in shipped} == names
 
 
 def test_wheel_is_complete(shipped: list[str]) -> None:
     """Every module and data file of the folders is in the wheel, and nothing else is."""
     assert len(shipped) == len(set(shipped))
-    expected = {f"vizoo/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    expected = {"_vizoo_pytest.py", *(f"vizoo/{name}" for name in ("__init__.py", "__main__.py", "py.typed"))}
     for folder in FOLDERS:
         paths = [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", *DATA} and "results" not in p.parts]
         assert paths, f"{folder}/ ships nothing"
