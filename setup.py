@@ -23,7 +23,8 @@ def named(link: re.Match[str]) -> str:
 shutil.rmtree(ROOT / "build/lib", ignore_errors=True)  # setuptools would pack what an earlier build left there
 setup(
     packages=[NAME, *(f"{NAME}.{p}" for p in (*FOLDERS, *SUBPACKAGES))],
-    package_dir={NAME: f"src/{NAME}", **{f"{NAME}.{d}": d for d in FOLDERS}},
+    py_modules=["_vizoo_pytest"],  # pytest imports it in every session, so it is not in the package
+    package_dir={"": "src", NAME: f"src/{NAME}", **{f"{NAME}.{d}": d for d in FOLDERS}},
     long_description=LINK.sub(named, (ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
 )

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("backbones", "heads", "tools", "configs")
 README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
-SLOW = re.compile(r"vizoo (?:train|evaluate|bench)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
+SLOW = re.compile(r"vizoo (?:train|evaluate|bench|compare)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
 SHORTER = {  # what is added to a command here: less sampling by one thread, fewer epochs, nothing else
     "vizoo profile ": ["--min-time", "0.2", "--max-time", "1", "--threads", "1"],
     "vizoo train --model litv2_s --data digits ": ["--epochs", "2"],

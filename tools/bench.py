@@ -113,7 +113,7 @@ SHOWN = {
 # options that timings of one model or layer have too
 COMMON = ("name", "batch", "dtype", "channels_last", "out", "json")
 KINDS = {  # other kinds of benchmark, with the options that go with each
-    "suite": ("out", "budget", "sections", "only", "dry"),
+    "suite": ("out", "seconds", "sections", "only", "dry"),
     "sass": ("name", "batch", "dtype", "channels_last", "capability", "out", "json"),
     "warm": ("name", "batch", "dtype", "channels_last", "capability", "out", "json"),
 }
@@ -165,10 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(p, "--compile", "both sides")
     add(p, "--channels-last")
     add(p, "--device", default="cpu")
-    p.add_argument(
-        "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, one thread"
-    )
-    p.add_argument("--rounds", type=number(int, 1, MOST), default=20, help="timed calls of each side (20)")
+    add(p, "--cpu-time")
+    add(p, "--rounds", "20 calls", default=20)
     add_result(p, ".json, .csv, to which rows are added, or .md; .jsonl of a suite")
     p.add_argument(
         "--capability",
@@ -178,8 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     suite = p.add_argument_group("options of --suite gpu")
     suite.add_argument(
-        "--budget", type=number(float, 1, MOST), default=BUDGET, metavar="SECONDS", help=f"for everything ({BUDGET:g})"
+        "--seconds", type=number(float, 1, MOST), default=BUDGET, metavar="S", help=f"for everything ({BUDGET:g})"
     )
+    add_alias(suite, "--budget", "seconds")
     chosen = [s for s in SECTIONS if s != "env"]
     suite.add_argument("--sections", nargs="+", choices=chosen, default=chosen, help="what to run (everything)")
     suite.add_argument("--only", default="", metavar="TEXT", help="operators and models with this in their name")

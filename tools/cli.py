@@ -17,6 +17,7 @@ from vizoo.tools.options import COMPLETING, Parser
 
 COMMANDS = {
     "profile": ("profiler", "parameters, GMACs, activations, memory, latency and throughput of any timm model"),
+    "compare": ("compare", "which of two models, conditions or revisions is faster, with a verdict and a budget"),
     "report": ("report", "one HTML page of what models cost: a picture, a table, and what each one consists of"),
     "models": ("models", "list the zoo: parameters, GMACs, input size, published top-1, source, licence"),
     "train": ("train", "train a classifier with the options of timm's script, a detector, a segmentor, or OAT"),

@@ -52,8 +52,11 @@ class Parser(argparse.ArgumentParser):
             import argcomplete
 
             for action in self._actions:
+                words = getattr(action.type, "words", None)
                 if action.metavar in MODELS:
                     action.completer = _models  # type: ignore[attr-defined]
+                elif words:
+                    action.completer = argcomplete.ChoicesCompleter(words)  # type: ignore[attr-defined]
             argcomplete.autocomplete(self, always_complete_options=False)
         return super().parse_args(args, namespace)
 
@@ -294,6 +297,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
 
+    parse.words = getattr(kind, "words", ())  # type: ignore[attr-defined] # for completion by a shell
     return parse
 
 
@@ -314,6 +318,7 @@ def choice(*allowed: str, **others: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"got {short(text)}, must be one of {', '.join(known)}")
         return known[text]
 
+    parse.words = tuple(known)  # type: ignore[attr-defined]
     return parse
 
 
@@ -454,6 +459,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "MODE",
         "help": f"torch.compile: {', '.join(COMPILED[:-1])} or {COMPILED[-1]}; or no",
     },
+    "--rounds": {"type": number(int, 1, MOST), "metavar": "N", "help": "times that sides take turns"},
+    "--cpu-time": {**_SWITCH, "help": "processor time in place of wall time: for a busy machine, one thread"},
     # training
     "--task": {"choices": TASKS, "help": "task of the model"},
     "--config": {"metavar": "FILE", "help": "YAML file of options, such as args.yaml; the command line overrides it"},
@@ -569,5 +576,5 @@ def add_alias(parser: Any, flag: str, dest: str) -> None:
         dest: Attribute of the option, for example ``"plot"``.
     """
     spec = next(a for a in parser._actions if a.dest == dest)
-    kept = {key: getattr(spec, key) for key in ("type", "nargs", "choices", "default")}
+    kept = {"action": type(spec), **{key: getattr(spec, key) for key in ("type", "nargs", "choices", "default")}}
     parser.add_argument(flag, dest=dest, **kept, help=argparse.SUPPRESS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import runs as made
 import torch
+from card import Card
 
 from vizoo.tools.training import loop
 
@@ -34,3 +36,17 @@ def no_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curves", made.draw_nothing)
         yield
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], Card]:
+    """A GPU that needs so many seconds to launch a call and to work on it."""
+
+    def make(launch: float, busy: float) -> Card:
+        card = Card(launch, busy)
+        for name, fake in {"synchronize": card.synchronize, "Event": card.event, "_sleep": card.spin}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        return card
+
+    return make

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(words, message, capsys):
 def test_unreadable_checkpoint(tmp_path, capsys):
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
     status, _, err = run(
-        capsys, "profile", "test_litv2", "--mode", "count", "--checkpoint", str(tmp_path / "broken.pth")
+        capsys, "profile", "test_litv2", "--measure", "count", "--weights", str(tmp_path / "broken.pth")
     )
     assert (status, err.count("\n")) == (2, 1)
     assert "broken.pth" in err
@@ -357,7 +357,7 @@ COMPLETED = {
     "vizoo --v": ["--version"],
     "vizoo nothing --v": ["--version"],
     "vizoo profile --stri": ["--strict"],
-    "vizoo profile  litv2_s --mode lat": ["latency"],
+    "vizoo profile  litv2_s --measure lat": ["latency"],
     "vizoo profile test_lit": ["test_litv2"],
     "vizoo show --model test_lit": ["test_litv2"],
     "vizoo bench test_lit": ["test_litv2"],

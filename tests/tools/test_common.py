@@ -20,7 +20,7 @@ KERNEL = dict.fromkeys(bench.code.COLUMNS, 1) | {"constants": "BLOCK_M=16", "occ
 COMMANDS = {  # with how many rows they give
     "models": (["models", "litv2_b"], 2),
     "env": (["env"], None),
-    "profile": (["profile", "test_litv2", "--mode", "count", "--size", "64"], 1),
+    "profile": (["profile", "test_litv2", "--measure", "count", "--size", "64"], 1),
     "bench": (["bench", "ulsam", "--size", "2", "--rounds", "1", "--threads", "1"], 1),
     "bench --sass": (["bench", "--sass", "nat_tiny"], 1),
     "bench --warm": (["bench", "--warm", "nat_tiny"], 1),

@@ -1294,6 +1294,31 @@ def test_bytes_kernels_and_largest():
     assert count(nn.Linear(5, 7), torch.randn(3, 5)).largest == 21
 
 
+@pytest.mark.parametrize(
+    ("call", "floats"),
+    [
+        (lambda x: x + torch.ones(1, 1).expand(30, 50), 1500 + 1 + 1500 + 1),  # and the 1 is written
+        (lambda x: x[:2].expand(10, 2, 50) * 1, 100 + 1000),
+        (lambda x: x.unfold(0, 3, 1) * 1, 1500 + 28 * 50 * 3),  # windows overlap
+        (lambda x: x.index_select(0, torch.zeros(2, dtype=torch.int32)), 100 + 100 + 2 + 2),  # of a table two rows
+        (lambda x: torch.zeros_like(x), 1500),
+        (lambda x: torch.empty(30, 50).copy_(x), 1500 + 1500),
+        (lambda x: torch.empty(30, 50).fill_(1.0), 1500),
+        (lambda x: x.relu_(), 1500 + 1500),
+        (lambda x: torch.add(x, x, out=torch.empty(30, 50)), 1500 + 1500 + 1500),
+    ],
+    ids=["expanded", "rows", "windows", "picked", "shape", "copied", "filled", "in place", "out"],
+)
+def test_bytes_that_are_not_moved_do_not_count(call, floats):
+    assert count(Call(call), torch.randn(30, 50)).bytes == 4 * floats
+
+
+def test_bytes_of_operators():
+    found = count(nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU()), torch.randn(3, 5))
+    assert found.ops["aten::mm"] == (3 * 5 * 7, 0, 1, 4 * (15 + 35 + 21))
+    assert sum(cost.bytes for cost in found.ops.values()) == found.bytes
+
+
 def test_by_module_and_by_op():
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU()))
     found = count(model, torch.randn(1, 4))
@@ -1309,7 +1334,7 @@ def test_by_module_and_by_op():
     with pytest.raises(ValueError, match="sort='size'"):
         found.by_module(sort="size")
     ops = found.by_op()
-    assert ops[0] == {"op": "aten::mm", "calls": 2, "macs": 72, "share": 1.0, "other": 0}
+    assert ops[0] == {"op": "aten::mm", "calls": 2, "macs": 72, "share": 1.0, "other": 0, "bytes": 384}
     assert ops[1]["op"] == "aten::relu"
     assert len(found.by_op(top=1)) == 1
     assert found.flops == 2 * 72 + 8

@@ -307,7 +307,7 @@ def test_looking_takes_little_time(monkeypatch):
 
 def test_a_profile_tells_the_state_it_was_measured_in():
     model, inputs = torch.nn.Linear(2, 2), [torch.zeros(1, 2)]
-    with_figures = profile(model, inputs, mode="latency", min_time=0, max_time=0).environment
+    with_figures = profile(model, inputs, measure="latency", min_time=0, max_time=0).environment
     assert with_figures["float32_products"] == "ieee"
     assert with_figures["flush_denormal"] is torch.set_flush_denormal(False)  # whether this processor can
     assert set(STATE) <= set(profile(model, inputs).environment)

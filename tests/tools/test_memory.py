@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import profiler
 
 from vizoo.tools.profiling import memory
-from vizoo.tools.profiling.memory import peak_memory
+from vizoo.tools.profiling.memory import inference_parts, peak_memory
 
 
 class Chain(nn.Module):
@@ -50,6 +50,30 @@ def test_columns_of_a_convolution_are_seen(threads):
     finally:
         torch.set_num_threads(before)
     assert found.activations == 8 * 4 * 20 * 24 * (5 + 9 * 8)
+
+
+def test_what_operators_take_for_themselves_is_told_apart():
+    """The columns of a convolution in float64 are no tensor of the model; the map that it returns is."""
+    x, conv = torch.randn(4, 8, 20, 24, dtype=torch.float64), nn.Conv2d(8, 5, 3, padding=1).double()
+    with torch.inference_mode():
+        found = peak_memory(lambda: conv(x), conv, [x], "cpu")
+        parts, quality = inference_parts(found, lambda: conv(x), conv, [x], "cpu")
+        opaque, told = inference_parts(found, None, conv, [x], "cpu")
+    maps = 8 * 4 * 20 * 24
+    given = {"weights": 8 * (5 * 8 * 9 + 5), "input": maps * 8}
+    assert parts == {**given, "activations": maps * 5, "workspace": torch.get_num_threads() * maps * 9 * 8}
+    assert sum(parts.values()) == found.peak
+    assert opaque == {**given, "activations": found.activations}
+    assert (quality, told) == ([], ["activations and workspace cannot be told apart here"])
+
+
+def test_activations_of_the_peak_are_those_that_are_alive():
+    """Two maps of four are alive at once, and what was given back before is no part of it."""
+    x = torch.randn(100, 1000)
+    with torch.inference_mode():
+        found = peak_memory(lambda: Chain()(x), Chain(), [x], "cpu")
+        parts, _ = inference_parts(found, lambda: Chain()(x), Chain(), [x], "cpu")
+    assert parts == {"weights": 0, "input": 400_000, "activations": 800_000, "workspace": 0}
 
 
 def test_a_training_step():

@@ -661,7 +661,7 @@ def test_a_failure_while_measuring_is_one_line(capsys, monkeypatch, here):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel\nfor this dtype")
 
-    monkeypatch.setattr("vizoo.tools.profiling.timing.measure", broken)
+    monkeypatch.setattr("vizoo.tools.profiling.measures.measure", broken)
     status, out, err = run(capsys, "test_litv2", "--device", "cpu", "--dtype", "fp16", "--measure", "latency")
     assert status == 1
     assert err == ("vizoo profile: error: 'test_litv2' cannot run on cpu with --dtype fp16: no kernel for this dtype\n")

@@ -79,7 +79,7 @@ def run_fake(path, items, seconds=30.0):
 def test_dry_run(tmp_path, capsys):
     """Everything but the compilers: all sections, every operator in every form, every kind of row."""
     out = tmp_path / "gpu.jsonl"
-    assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--budget", "400"]) == 0
+    assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--seconds", "400"]) == 0
     start, *rows, end = rows_of(out)
     assert (start["section"], start["dry"], end["failures"]) == ("start", True, 0)
     assert list(dict.fromkeys(row["section"] for row in rows)) == [*suite.SECTIONS, "shares"]
@@ -223,12 +223,12 @@ def test_a_second_run_adds_rows(tmp_path):
         ("--suite gpu --dry --out foreign.jsonl", "did not write"),
         ("--suite gpu --dry --out x.jsonl --sections nothing", "--sections"),
         ("--suite gpu --dry --out x.jsonl --only nothing", "--only 'nothing'"),
-        ("--suite gpu --dry --out x.jsonl --budget 0", "--budget"),
+        ("--suite gpu --dry --out x.jsonl --seconds 0", "--seconds"),
         ("--suite gpu --dry --out x.jsonl --batch 2", "got --batch"),
         ("litv2_s --suite gpu --out x.jsonl", "got 'litv2_s'"),
         ("litv2_s --dry", "--dry: needs --suite gpu"),
         ("litv2_s --only nat", "--only: needs --suite gpu"),
-        ("litv2_s --budget 3", "--budget: needs --suite gpu"),
+        ("litv2_s --seconds 3", "--seconds: needs --suite gpu"),
         ("litv2_s --out x.jsonl", "must be .json or .csv or .md"),
     ],
 )

@@ -1,12 +1,12 @@
 """Timing: stopping rules and statistics under fake clocks, alternation, compiled models, a fake GPU."""
 
 import contextlib
-import functools
 import gc
 import os
 import signal
 import statistics
 import time
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +14,11 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vizoo.tools.common import Failure
 from vizoo.tools.profiler import compare, measure
 from vizoo.tools.profiling import machine, state, timing
+from vizoo.tools.profiling.memory import peak_memory
 
 
 class Clock:
@@ -93,10 +93,9 @@ def test_quantiles_are_numpys():
     stats = timing.Stats(samples, None, 0.0, 0)
     for q in (0, 0.1, 0.25, 0.5, 0.9, 0.99, 1):
         assert stats.quantile(q) == pytest.approx(np.quantile(samples, q))
-    d = stats.to_dict()
-    assert d["median_ms"] == pytest.approx(1e3 * np.median(samples))
-    assert d["iqr_ms"] == pytest.approx(1e3 * (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)))
-    assert len(d["samples_ms"]) == 37
+    assert stats.median == pytest.approx(np.median(samples))
+    assert stats.iqr == pytest.approx(np.quantile(samples, 0.75) - np.quantile(samples, 0.25))
+    assert stats.details["n"] == 37
 
 
 def test_garbage_collection_comes_back():
@@ -122,7 +121,7 @@ def test_compare_alternates():
     rounds = []
     functions = {"a": make("a", 0.0), "b": make("b", 0.25), "c": make("c", -3.0)}
     found = compare(functions, (torch.zeros(2, 2),), rounds=4, warmup=2, tick=lambda: rounds.append(1))
-    assert order == ["a", "b", "c"] * 7  # one for the outputs, two to warm up, four timed
+    assert "".join(order) == "abc" * 3 + "abccba" * 2  # one for the outputs, two to warm up, four timed
     assert len(rounds) == 4
     assert found.difference == {"a": 0.0, "b": 0.25, "c": 3.0}
     assert {k: len(v) for k, v in found.seconds.items()} == {"a": 4, "b": 4, "c": 4}
@@ -178,6 +177,43 @@ def test_ratios_are_of_rounds():
     assert found.ratio("b") == found.ratio("b")
     assert timing.Comparison({"a": [1.0, 2.0], "b": [1.5, 3.0]}, 1.0, {}).ratio("b") == pytest.approx((1.5, 1.5, 1.5))
     assert timing.Comparison({"a": [1.0], "b": [1.5]}, 1.0, {}).ratio("b") == (1.5, 0.0, float("inf"))
+
+
+def of(*processes):
+    return timing.Measurement("latency", "s", 1, [list(p) for p in processes], {}, [], {})
+
+
+@pytest.mark.parametrize(
+    ("n", "left"), [(1, 0), (2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (10, 1), (12, 2), (20, 5), (100, 39)]
+)
+def test_the_interval_of_a_median_is_that_of_tables(n, left):
+    """Ranks of the two-sided 95 % interval in tables of the sign test; fewer than six samples have none."""
+    found = of(np.random.default_rng(0).permutation(n).tolist())
+    assert found.ci95 == (left, n - 1 - left)
+    assert found.median == (n - 1) / 2
+
+
+def test_the_interval_of_processes():
+    """It is drawn with a seed, holds the truth, and sees that processes differ by more than their samples do."""
+    rng = np.random.default_rng(0)
+    alike = of(*(1 + 0.01 * rng.standard_normal((5, 50))))
+    apart = of(*(1 + 0.1 * np.arange(5)[:, None] + 0.001 * rng.standard_normal((5, 50))))
+    low, high = alike.ci95
+    assert low < 1 < high < low + 0.02
+    assert alike.ci95 == (low, high)
+    assert apart.median == pytest.approx(1.2, abs=0.001)
+    assert apart.ci95 == pytest.approx((1.0, 1.4), abs=0.11)
+    assert apart.ci95[1] - apart.ci95[0] > 0.15
+    assert of([1.0, 1.0], [1.0]).ci95 == (1.0, 1.0)
+
+
+def test_the_interval_of_processes_holds_the_truth():
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(40):
+        low, high = of(*(rng.standard_normal((8, 1)) + 0.5 * rng.standard_normal((8, 20)))).ci95
+        held += low <= 0 <= high
+    assert held >= 34
 
 
 def test_a_gpu_is_waited_for_where_the_modules_are(monkeypatch):
@@ -257,6 +293,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     work = f"open({str(told)!r}, 'w').write(str(__import__('os').getpid())) and __import__('time').sleep(60)"
     parent = os.fork()
     if not parent:
+        forkserver._forkserver.__init__()  # that of this process is no child of its child
         list(machine.run_cases([1, 2], [work], eval))
         os._exit(0)
     try:
@@ -289,162 +326,6 @@ def test_inputs_grow_with_the_batch():
     assert torch.equal(state, torch.get_rng_state())
 
 
-NO_MEMORY = [
-    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-]
-
-
-@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu"])
-def test_batch_is_halved_until_it_fits(error, monkeypatch):
-    """As on a device whose memory holds 10 images; the clock is faked."""
-    tried = []
-
-    def fake(fn, device, **kwargs):
-        tried.append(fn().shape[0])
-        if tried[-1] > 10:
-            raise error
-        return timing.Stats([0.1 * tried[-1]] * 3, None, 0.0, 0)
-
-    def full(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(timing, "measure", fake)
-    how = timing.Conditions(batch=64)
-    found = timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), how)
-    assert tried == [64, 32, 16, 8]
-    assert (found.throughput, found.throughput_batch) == (pytest.approx(10), 8)
-    assert found.notes == ["out of memory: batch reduced to 8"]
-    monkeypatch.setattr(timing, "measure", full)
-    for mode in ("throughput", "latency"):
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), (mode,), how)
-
-
-def test_other_errors_are_not_of_memory(monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("a kernel is missing")
-
-    monkeypatch.setattr(timing, "measure", broken)
-    with pytest.raises(RuntimeError, match="a kernel is missing") as caught:
-        timing.measure_model(nn.Identity(), (torch.zeros(1, 2),), ("throughput",), timing.Conditions())
-    assert not isinstance(caught.value, torch.cuda.OutOfMemoryError)
-
-
-class Graphs:
-    """A backend that runs what it is given as it is, and keeps the shapes and numbers it was given."""
-
-    def __init__(self):
-        self.inputs = []
-
-    def __call__(self, graph, inputs):
-        nodes = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
-        self.inputs.append([tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in nodes])
-        return graph.forward
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """What is compiled, and how."""
-    found = Graphs()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
-    return found
-
-
-def test_every_batch_is_compiled_for_itself(graphs):
-    """Latency at batch 1, then throughput at batch 8: dynamo would take the second as a hint to compile for any."""
-    how = timing.Conditions(compile=True, min_time=0, max_time=0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-    with how.entered():
-        found = timing.measure_model(model, (torch.zeros(1, 3, 8, 8),), ("latency", "throughput", "memory"), how)
-    shapes = [[s for s in given if s[1:] == (3, 8, 8)] for given in graphs.inputs]
-    assert shapes == [[(1, 3, 8, 8)], [(8, 3, 8, 8)]]
-    assert all(type(n) is int for given in graphs.inputs for shape in given for n in shape)
-    assert "graph breaks" not in str(found.notes)
-
-
-def test_models_of_one_class_are_compiled_for_themselves(graphs):
-    """As in a benchmark, where each batch size has models of its own that share their code."""
-    for n in (1, 8, 3):
-        sides = [timing.compiled(nn.Linear(4, 4)) for _ in range(2)]
-        for side in sides:
-            side(torch.zeros(n, 4))
-    shapes = [next(s for s in given if s[1:] == (4,) and s != (4, 4)) for given in graphs.inputs]
-    assert shapes == [(1, 4), (8, 4), (3, 4)]  # both sides share one graph
-    assert all(type(n) is int for shape in shapes for n in shape)
-
-
-def test_graph_breaks_are_told(graphs):
-    class Broken(nn.Module):
-        def forward(self, x):
-            x = x + 1
-            torch._dynamo.graph_break()
-            return x * 2
-
-    how = timing.Conditions(compile=True, min_time=0, max_time=0)
-    found = timing.measure_model(Broken(), (torch.zeros(1, 2),), ("latency",), how)
-    assert "compiled in pieces: 1 graph breaks" in found.notes
-
-
-@pytest.mark.parametrize("way", ["matmul", "everything", "old"])
-def test_compiled_models_run_whatever_the_settings_are(way, graphs):
-    """Of the settings that PyTorch refuses to see mixed; they are tried out in test_precision.py."""
-    how, before = timing.Conditions(compile=True, min_time=0, max_time=0), torch.backends.cuda.matmul.fp32_precision
-    try:
-        if way == "everything":
-            torch.backends.fp32_precision = "tf32"
-        elif way == "matmul":
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision("high")
-        with how.entered():
-            assert not torch.backends.cuda.matmul.allow_tf32
-            timing.measure_model(nn.Linear(2, 2), (torch.zeros(1, 2),), ("latency", "throughput"), how)
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-class Card:
-    """A GPU that works through its queue, and a host that launches five kernels a call; times in seconds."""
-
-    def __init__(self, launch, busy):
-        self.launch, self.busy = launch, busy
-        self.now = self.free = 0.0
-
-    def call(self):
-        for _ in range(5):
-            self.now += self.launch / 5
-            self.free = max(self.free, self.now) + self.busy / 5
-
-    def synchronize(self, device=None):
-        self.now = max(self.now, self.free)
-
-    def spin(self, clocks):
-        self.free = max(self.free, self.now) + clocks / timing.SPIN
-
-    def event(self, enable_timing):
-        event = SimpleNamespace(at=None)
-        event.record = lambda: setattr(event, "at", max(self.free, self.now))
-        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
-        return event
-
-
-@pytest.fixture
-def card(monkeypatch):
-    def make(launch, busy):
-        card = Card(launch, busy)
-        for name, fake in {"synchronize": card.synchronize, "Event": card.event, "_sleep": card.spin}.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        return card
-
-    return make
-
-
 def test_latency_on_a_gpu_is_what_a_caller_waits(card):
     """Work of 10 ms that is launched in 1 ms: the caller waits for the first launch and all of the work."""
     gpu = card(0.001, 0.010)
@@ -454,9 +335,7 @@ def test_latency_on_a_gpu_is_what_a_caller_waits(card):
     assert stats.host == pytest.approx([0.001] * stats.n)
     assert stats.device == pytest.approx([0.010] * 25)
     assert (stats.cpu_use, stats.warnings) == (None, [])
-    d = stats.to_dict()
-    assert (d["host_ms"], d["device_ms"]) == (pytest.approx(1), pytest.approx(10))
-    assert (len(d["host_samples_ms"]), len(d["device_samples_ms"])) == (stats.n, 25)
+    assert (stats.details["host"], stats.details["device"]) == (pytest.approx(0.001), pytest.approx(0.010))
 
 
 def test_launches_that_take_longer_than_their_work_are_named(card):
@@ -476,41 +355,6 @@ def test_calls_back_to_back_are_timed_where_they_run(card, monkeypatch):
     assert entered == ["cuda:1"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "plain"), [("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs"), (True, None)]
-)
-def test_memory_of_a_cuda_graph_is_that_without_one(mode, plain, card, monkeypatch):
-    """A graph that is replayed allocates nothing."""
-    card(0.001, 0.010)
-    modes, measured = [], []
-    monkeypatch.setattr(timing, "compiled", lambda module, mode: modes.append(mode) or (lambda *x: mode))
-    monkeypatch.setattr(timing, "peak_memory", lambda call, *args: measured.append(call()))
-    monkeypatch.setattr(timing._Calls, "inputs", lambda self, n: [n])
-    how = timing.Conditions(device=torch.device("cuda"), compile=mode, min_time=0, max_time=0)
-    found = timing.measure_model(nn.Linear(2, 2), (), ("latency", "memory"), how)
-    assert measured == [plain]
-    assert modes == list(dict.fromkeys((None if mode is True else mode, plain)))
-    assert ("memory is that without CUDA graphs" in found.notes) == (mode is not True)
-
-
-def test_weights_are_cast_in_every_call():
-    """As where each call enters autocast itself: some releases keep what they cast for the calls that follow."""
-    how, casts = timing.Conditions(dtype="bf16", amp=True), []
-
-    class Casts(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            casts.append(func is torch.ops.aten.to.dtype)
-            return func(*args, **(kwargs or {}))
-
-    with how.entered():
-        call = timing._Calls(nn.Linear(8, 8), (torch.zeros(1, 8),), how).prepared(1)[1]
-        for _ in range(2):
-            with Casts():
-                call()
-    half = len(casts) // 2
-    assert sum(casts[:half]) == sum(casts[half:]) == 3  # input, weight and bias
-
-
 def test_slow_calls_on_a_gpu_are_few(card):
     gpu = card(0.001, 1.0)
     assert len(measure(gpu.call, "cuda", clock=lambda: gpu.now, min_time=1, max_time=2).device) == 3
@@ -519,7 +363,7 @@ def test_slow_calls_on_a_gpu_are_few(card):
 def test_a_cpu_has_no_launches():
     stats = Clock(0.01).measure(min_time=0, max_time=1)
     assert stats.host is stats.device is None
-    assert stats.to_dict()["host_ms"] is None
+    assert stats.details["host"] is None
 
 
 def test_processor_time_is_that_of_the_calls():
@@ -578,5 +422,5 @@ def test_on_a_gpu():
         assert min(stats.device) > 0 < min(stats.host)
         assert statistics.median(stats.host) <= stats.median
         assert 0 < timing.back_to_back(lambda: model(x), "cuda", 0.02) <= 2 * stats.median
-        found = timing.peak_memory(lambda: model(x), model, [x], "cuda")
+        found = peak_memory(lambda: model(x), model, [x], "cuda")
     assert found.activations >= 4096 * 1024 * 4

@@ -408,7 +408,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen sections.
 
     Args:
-        args: ``out``, ``budget``, ``sections``, ``only`` and ``dry``.
+        args: ``out``, ``seconds``, ``sections``, ``only`` and ``dry``.
 
     Returns:
         The exit status: 0.
@@ -425,11 +425,11 @@ def run(args: argparse.Namespace) -> int:
     mode = "dry" if args.dry else "gpu"
     sections = [s for s in SECTIONS if s in args.sections or s == "env"]  # no time means anything without its device
     jobs = plan(args.dry, args.only)
-    end = begin + 0.98 * args.budget
+    end = begin + 0.98 * args.seconds
     head = {MARK.decode(): vizoo.__version__, "commit": commit(), "date": datetime.date.today().isoformat()}
     peaks: dict[str, Any] = {}
     with contextlib.closing(Record(Path(args.out))) as record, contextlib.closing(Worker(mode)) as worker:
-        record.write({"section": "start", **head, "dry": args.dry, "sections": sections, "budget": args.budget})
+        record.write({"section": "start", **head, "dry": args.dry, "sections": sections, "budget": args.seconds})
         for i, section in enumerate(sections):
             # what a section leaves goes to those after it
             share = SECTIONS[section] / sum(SECTIONS[s] for s in sections[i:])

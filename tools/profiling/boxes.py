@@ -52,7 +52,7 @@ class MostBoxes(TorchDispatchMode):
         first = args[0] if args and isinstance(args[0], Tensor) and args[0].is_meta else None
         if first is None:
             return func(*args, **kwargs or {})
-        if name == "aten::_local_scalar_dense" and first.dtype == torch.bool:
+        if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::item") and first.dtype == torch.bool:
             return True
         if name == "aten::nonzero":
             return self._chosen(func, args, (first.numel(), first.dim()))
@@ -94,9 +94,7 @@ def most_boxes(recorder: Recorder) -> Iterator[None]:
         if "torchvision.models.detection" in sys.modules:
             _change_torchvision(stack)
         if "mmdet.models.roi_heads" in sys.modules:
-            from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-
-            stack.enter_context(mock.patch.object(SingleRoIExtractor, "map_roi_levels", _shared_out))
+            _change_mmdet(stack)
         stack.enter_context(MostBoxes(recorder))
         yield
 
@@ -104,6 +102,25 @@ def most_boxes(recorder: Recorder) -> Iterator[None]:
 def _shared_out(self: Any, boxes: Tensor, levels: int) -> Tensor:
     """Levels of boxes, the same number at each, as numbers."""
     return torch.arange(len(boxes)) * levels // max(len(boxes), 1)
+
+
+def _change_mmdet(stack: contextlib.ExitStack) -> None:
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+    from mmengine.structures import InstanceData
+
+    of_numbers = InstanceData.__getitem__
+
+    def chosen(self: Any, item: Any) -> Any:
+        """It refuses indices on the meta device."""
+        if not (isinstance(item, Tensor) and item.is_meta):
+            return of_numbers(self, item)
+        found = type(self)(metainfo=self.metainfo)
+        for key, value in self.items():
+            found[key] = value[item]
+        return found
+
+    stack.enter_context(mock.patch.object(SingleRoIExtractor, "map_roi_levels", _shared_out))
+    stack.enter_context(mock.patch.object(InstanceData, "__getitem__", chosen))
 
 
 def _change_torchvision(stack: contextlib.ExitStack) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +35,14 @@ from vizoo.backbones.ops.backend import whole_operators
 from vizoo.tools.common import UserError
 from vizoo.tools.profiling.boxes import detects, most_boxes
 from vizoo.tools.profiling.fused import flex_as_operator
+from vizoo.tools.profiling.meta import Kernels
 from vizoo.tools.profiling.packed import PackedLayers, packed_weights
 from vizoo.tools.profiling.recording import (
     CELLS,
     ELSEWHERE,
     SPARSE,
     Modules,
+    OpCall,
     Origins,
     Recorder,
     Watch,
@@ -61,6 +63,15 @@ class ModuleCost(NamedTuple):
     out: tuple[int, ...] | None
 
 
+class OpCost(NamedTuple):
+    """Cost of all calls of an operator."""
+
+    macs: int
+    other: int
+    calls: int
+    bytes: int
+
+
 class Count(NamedTuple):
     """What one call of a model costs.
 
@@ -77,7 +88,7 @@ class Count(NamedTuple):
         largest: Elements of the largest tensor written.
         uncounted: Operators nobody can price, with their number of calls.
         modules: Cost by module path, ``""`` for the whole model, in the order of ``named_modules``.
-        ops: Multiply-accumulates, other FLOPs and calls by operator.
+        ops: Cost by operator.
         engine: ``meta``, ``fake`` or the device the model was run on.
         reasons: Why the count does not hold for every input of these shapes or misses a part, one line each; empty
             for a complete count.
@@ -96,7 +107,7 @@ class Count(NamedTuple):
     largest: int
     uncounted: dict[str, int]
     modules: dict[str, ModuleCost]
-    ops: dict[str, tuple[int, int, int]]
+    ops: dict[str, OpCost]
     engine: str
     reasons: list[str]
     doubts: dict[str, list[str]]
@@ -142,7 +153,7 @@ class Count(NamedTuple):
         return rows[:top] if top else rows
 
     def by_op(self, top: int = 0) -> list[dict[str, Any]]:
-        """Rows with ``op, calls, macs, share, other``, the most expensive first.
+        """Rows with ``op, calls, macs, share, other, bytes``, the most expensive first.
 
         Args:
             top: Most rows; 0 for all.
@@ -151,8 +162,7 @@ class Count(NamedTuple):
             The rows.
         """
         rows: list[dict[str, Any]] = [
-            {"op": name, "calls": calls, "macs": macs, "share": macs / max(1, self.macs), "other": other}
-            for name, (macs, other, calls) in self.ops.items()
+            {"op": name, **cost._asdict(), "share": cost.macs / max(1, self.macs)} for name, cost in self.ops.items()
         ]
         rows.sort(key=lambda row: (-row["macs"], -row["other"], row["op"]))
         return rows[:top] if top else rows
@@ -303,11 +313,11 @@ class _Run(NamedTuple):
     shapes: dict[str, tuple[int, ...] | None]
 
 
-def _run(call: _Call, mode: Any, engine: str, most: bool = False) -> _Run:
+def _run(call: _Call, mode: Any, engine: str, most: bool = False, operators: Kernels | None = None) -> _Run:
     model, args, kwargs, constants = call
     counter = new_counter(engine)
     counter.mod_tracker = Modules()
-    recorder = Recorder(counter, Origins(constants, tensors_in((args, kwargs))), engine)
+    recorder = Recorder(counter, Origins(constants, tensors_in((args, kwargs))), engine, operators)
     paths = {id(m): path for path, m in model.named_modules()}
     shapes: dict[str, tuple[int, ...] | None] = {}
     counting = threading.get_ident()
@@ -460,7 +470,7 @@ def _summed(model: nn.Module, run: _Run, engine: str, reasons: dict[str, tuple[s
     counter, recorder, _ = run
     params, buffers = list(model.parameters()), list(model.buffers())
     flops_of_op = counter.get_flop_counts().get("Global", {})
-    macs_of_op = {str(op).replace(".", "::"): flops // 2 for op, flops in flops_of_op.items()}
+    macs = {str(op).replace(".", "::"): flops // 2 for op, flops in flops_of_op.items()}
     state_bytes: Counter[str] = Counter()
     for t in (part for whole in (*params, *buffers) for part in parts_of(whole)):
         state_bytes[str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
@@ -477,7 +487,10 @@ def _summed(model: nn.Module, run: _Run, engine: str, reasons: dict[str, tuple[s
         largest=recorder.largest,
         uncounted=dict(recorder.uncounted),
         modules=_of_modules(model, run),
-        ops={name: (macs_of_op.get(name, 0), recorder.other_of_op[name], n) for name, n in recorder.calls.items()},
+        ops={
+            name: OpCost(macs.get(name, 0), recorder.other_of_op[name], n, recorder.bytes_of_op[name])
+            for name, n in recorder.calls.items()
+        },
         engine=engine if engine != "real" else str(next((t.device for t in (*params, *buffers)), "cpu")),
         reasons=list(reasons),
         doubts={cell: [text for text, cells in reasons.items() if cell in cells] for cell in CELLS},
@@ -519,6 +532,23 @@ def count(model: nn.Module, *args: Any, backward: bool = False, engine: str = "a
         unseen = [text for key, (_, text) in again.items() if key not in run.recorder.unseen]
         reasons |= dict.fromkeys((f"{text}: {ELSEWHERE}" for text in unseen), CELLS)
     return _summed(model, run, used, reasons)
+
+
+@torch.inference_mode(False)
+def listed_calls(model: nn.Module, args: Sequence[Any], operators: Kernels) -> Iterator[list[OpCall]]:
+    """Every call of an operator in passes of a copy of a model, which is made once.
+
+    Args:
+        model: Any module; it is run uncompiled, where it is.
+        args: Its inputs.
+        operators: What runs and times each operator.
+
+    Yields:
+        The calls of one more pass, with the costs that :func:`count` sees on the model's own device.
+    """
+    call = _copy(initialized(unwrap(model), args, {}), tuple(args), {}, torch.clone)
+    while True:
+        yield _run(call, torch.inference_mode, "real", operators=operators).recorder.listed
 
 
 # the second engine

@@ -18,9 +18,10 @@ from vizoo.tools.options import DTYPES, MEASURES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
+from vizoo.tools.profiling.measures import measure_model
 from vizoo.tools.profiling.record import Record
 from vizoo.tools.profiling.target import Target, evaluating, find_target
-from vizoo.tools.profiling.timing import Comparison, Conditions, measure_model, random_like
+from vizoo.tools.profiling.timing import Comparison, Conditions, random_like
 
 
 def profile(
@@ -291,13 +292,17 @@ def _measure(
         given = "".join(f" --{name}" for name, value in options.items() if value)
         text = f"{result.name!r} cannot run on {how.device} with --dtype {how.dtype}{given}: {one_line(e)}"
         raise Failure(text) from e
-    result.measurements, result.seconds, result.operators = found.measurements, found.seconds, found.operators
+    result.measurements, result.operators = (
+        found.measurements,
+        {k: (o.seconds, o.ceiling) for k, o in found.ops.items()},
+    )
+    result.seconds = {path: seconds for path, seconds in found.modules.items() if seconds is not None}
     result.environment |= found.state
     result.notes += found.notes
 
 
 def compare(*targets: Any, inputs: Any = None, device: str = "cpu", batch: int = 1, **how: Any) -> Comparison:
-    """Time models or functions in turn, A, B, A, B ..., so that a drift of the machine meets all of them.
+    """Time models or functions in turn, A, B, B, A, A, B ..., so that a drift of the machine meets all alike.
 
     Args:
         *targets: Names of timm, or modules, at least two; or one mapping of names to these or to functions, perhaps

@@ -5,10 +5,11 @@ Such a file is a program, which runs when the model is called; reading it runs n
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import functools
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -16,10 +17,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vizoo.tools.common import UserError, check_file, named, short
 from vizoo.tools.profiling.recording import tensors_in
+
+SIZES = (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite)
+FORMULA = (  # parts of arithmetic
+    ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Compare,
+    ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
 
 
 def read_exported(file: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
@@ -49,17 +57,25 @@ def read_exported(file: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
         raise UserError(
             f"model file {file!r} takes inputs by name ({', '.join(kwargs)}): export it with positional ones"
         )
-    for i, t in enumerate(tensors_in(args)):
-        if t.dim() and not program.range_constraints:
-            net.register_forward_pre_hook(functools.partial(_check_batch, i, t.shape[0], file))
-            break
-    return net, args
+    batches = _batches(program)
+    if any(isinstance(batch, int) for batch in batches):
+        net.register_forward_pre_hook(functools.partial(_check_batch, batches, file))
+    return net, tree_map_only(Tensor, lambda t: t[:1], args) if batches and all(b is None for b in batches) else args
 
 
-def _check_batch(i: int, batch: int, file: str, net: nn.Module, args: Any) -> None:
-    given = tensors_in(args)[i].shape[0]
-    if given != batch:
-        raise ValueError(f"{file} is exported for a batch of {batch}, got {given}: export it with dynamic_shapes")
+def _batches(program: Any) -> list[int | None]:
+    """First sides of the inputs of a program that are tensors with any; None for one that may change."""
+    inputs = set(program.graph_signature.user_inputs)
+    made = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    sides = [t.shape[0] for t in made if isinstance(t, Tensor) and t.dim()]
+    return [side if isinstance(side, int) else None for side in sides]
+
+
+def _check_batch(batches: list[int | None], file: str, net: nn.Module, args: Any) -> None:
+    given = [t.shape[0] for t in tensors_in(args) if t.dim()]
+    for batch, n in zip(batches, given, strict=False):
+        if batch not in (None, n):
+            raise ValueError(f"{file} is exported for a batch of {batch}, got {n}: export it with dynamic_shapes")
 
 
 @contextlib.contextmanager
@@ -76,9 +92,7 @@ def _no_code() -> Iterator[None]:
         return load(*args, **{**kwargs, "weights_only": True})
 
     def safe_sympify(text: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(text, str) and (
-            not re.fullmatch(r"[\w\s()+\-*/%,.<>=!&|~]*", text) or re.search("__|[A-Za-z_)][.]", text)
-        ):
+        if isinstance(text, str) and not _is_formula(text):
             raise ValueError(f"a size of {short(text)}")
         return sympify(text, *args, **kwargs)
 
@@ -90,15 +104,25 @@ def _no_code() -> Iterator[None]:
         yield
 
 
+def _is_formula(text: str) -> bool:
+    """Whether text is arithmetic of symbols and functions of sympy, which reach nothing of Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    names = [n.id for n in nodes if isinstance(n, ast.Name)]
+    names += [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    plain = all(name.isidentifier() and "__" not in name and not hasattr(builtins, name) for name in names)
+    return plain and all(isinstance(n, FORMULA) for n in nodes)
+
+
 def _check_calls(graph: torch.fx.GraphModule, file: str) -> None:
     """Refuse a program that calls any other function of Python than operators and arithmetic of sizes."""
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             operator = isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
             module = getattr(node.target, "__module__", "")
-            simple = module in ("_operator", "math") or getattr(torch, str(getattr(node.target, "__name__", "")), None) in (
-                torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_float, torch.sym_ite,
-            )  # fmt: skip
+            simple = module in ("_operator", "math") or node.target in SIZES
             if node.op == "call_function" and not operator and not simple:
                 raise UserError(f"model file {file!r} calls {short(str(node.target))}, which is no operator of PyTorch")
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vizoo.tools.common import (
     write_json,
 )
 from vizoo.tools.options import STATE
-from vizoo.tools.profiling.counting import Count, ModuleCost
+from vizoo.tools.profiling.counting import Count, ModuleCost, OpCost
 from vizoo.tools.profiling.recording import CELLS
 from vizoo.tools.profiling.timing import Measurement, quantile
 
@@ -174,11 +174,6 @@ class Record:
         """Peak memory of a call in bytes, and what it consists of."""
         return self.measured("memory")
 
-    @property
-    def doubts(self) -> list[str]:
-        """What makes a measurement doubtful, with its kind."""
-        return [f"{m.kind.replace('_', ' ')}: {text}" for m in self.measurements for text in m.quality]
-
     def by_module(self, depth: int = 1, sort: str = "", top: int = 0) -> list[dict[str, Any]]:
         """Costs of the modules down to a depth.
 
@@ -217,7 +212,7 @@ class Record:
         rows = []
         for row in self.counted.by_op():
             seconds, ceiling = self.operators.get(row["op"], (None, None))
-            rows.append({"bytes": None, **row, "seconds": seconds, "ceiling": ceiling})
+            rows.append({**row, "seconds": seconds, "ceiling": ceiling})
         if self.operators:
             rows.sort(key=lambda row: -(row["seconds"] or 0))
         return rows[:top] if top else rows
@@ -292,7 +287,7 @@ class Record:
             total, statuses, _ = counts.pop("fvcore_total"), counts.pop("statuses"), counts.pop("status")
             doubts = {cell: counts["reasons"] if statuses[cell] == "partial" else [] for cell in CELLS}
             modules = {m["path"]: ModuleCost(**_chosen(m, ModuleCost._fields)) for m in d["modules"]}
-            ops = {o["op"]: (o["macs"], o["other"], o["calls"]) for o in d["ops"]}
+            ops = {o["op"]: OpCost(**_chosen(o, OpCost._fields)) for o in d["ops"]}
             counts = {**counts, "doubts": doubts, "modules": modules, "ops": ops}
         return cls(
             target=d["target"],
@@ -345,7 +340,7 @@ def to_row(r: Record) -> dict[str, Any]:
         "matmul_flops_s": _median(r.measured("matmul")),
         **{key: r.conditions[key] for key in CONDITIONS},
         **{key: r.environment[key] for key in COLUMNS if key in r.environment},
-        "notes": "; ".join([*r.notes, *r.doubts]),
+        "notes": "; ".join(r.notes),
     }
 
 
@@ -596,7 +591,7 @@ def table(records: Sequence[Record], heads: Sequence[str] = (), noted: bool = Fa
     ]
     columns = list(heads or rest)
     numeric = [i for i, head in enumerate(columns) if head not in ("model", "size", "dtype", "compile", "graph")]
-    notes = ["; ".join([*r.notes, *r.doubts, *[r.failure] * bool(r.failure)]) for r in records]
+    notes = ["; ".join([*r.notes, *[r.failure] * bool(r.failure)]) for r in records]
     if not noted:
         rows = [_row(r, columns) for r in records]
     elif any(notes):

@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -115,7 +116,14 @@ _DEVICE_QUESTIONS = {
     Tensor.get_device, Tensor.type,
     *(getattr(Tensor, name).__get__ for name in ("device", "is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps")),
 }  # fmt: skip
-_SAME_EVERYWHERE = {"torch", "timm", "torchvision", "vizoo"}  # their paths for a device cost what the others cost
+_PICKING = {  # they read of their first argument what they return
+    f"aten::{name}"
+    for name in ("index", "_unsafe_index", "index_select", "embedding", "gather", "take", "masked_select")
+}
+_OVERWRITING = {f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli")}
+_SAME_EVERYWHERE = {  # their paths for a device cost what the others cost
+    "torch", "timm", "torchvision", "vizoo", "mmengine", "mmcv", "mmdet", "mmseg",
+}  # fmt: skip
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -150,6 +158,61 @@ def parts_of(t: Tensor) -> list[Tensor]:
     if not is_traceable_wrapper_subclass(t):
         return [t]
     return [part for name in t.__tensor_flatten__()[0] for part in parts_of(getattr(t, name))]
+
+
+def _stored(t: Tensor) -> int:
+    """Bytes that the numbers of a tensor take in memory: those of an expanded or overlapping one are there once."""
+    size = t.element_size()
+    try:
+        own = size * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n)
+        return min(own, t.untyped_storage().nbytes())
+    except (NotImplementedError, RuntimeError):  # sparse and opaque layouts
+        return size * t.numel()
+
+
+def _moved(func: Any, name: str, args: Any, kwargs: Any, out: list[Tensor]) -> tuple[int, int]:
+    """Bytes that an operator reads and writes, and those of the memory where it does: what it changes is one place.
+
+    Args:
+        func: The operator.
+        name: Its name in the schema.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        out: The tensors that it returned.
+
+    Returns:
+        Both numbers.
+    """
+    short = name.partition("::")[2]
+    written = sum(map(_stored, out))
+    if short.endswith("_like") or short.startswith("new_"):  # they ask for a shape
+        return written, written
+    targets = {a.name for a in func._schema.arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write}
+    values = [v for key, v in kwargs.items() if key not in targets]
+    given = tensors_in([*args[name in _OVERWRITING :], *values])
+    sizes = list(map(_stored, given))
+    if name in _PICKING and sizes:
+        sizes[0] = min(sizes[0], written)
+    places = {id(t): size for t, size in (*zip(given, sizes, strict=True), *((t, _stored(t)) for t in out))}
+    return sum(sizes) + written, sum(places.values())
+
+
+class OpCall(NamedTuple):
+    """One call of an operator.
+
+    Attributes:
+        op: Its name.
+        flops: Two for each multiply-accumulate, and the others.
+        bytes: Read and written.
+        place: Bytes of the memory that it reads or writes.
+        seconds: Of the call; None where it was not timed.
+    """
+
+    op: str
+    flops: int
+    bytes: int
+    place: int
+    seconds: float | None
 
 
 class Origins:
@@ -233,16 +296,27 @@ def _deciding(func: Any, args: Any, given: list[Tensor]) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Prices what ``FlopCounterMode`` does not count, and names what nobody can price or nobody saw."""
+    """Prices what ``FlopCounterMode`` does not count, and names what nobody can price or nobody saw.
+
+    Args:
+        counter: The mode that counts contractions.
+        origins: Where the numbers of the model and its inputs come from.
+        engine: What the model runs on.
+        operators: What runs each operator; None for the quick way on the meta device.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, counter: FlopCounterMode, origins: Origins, engine: str) -> None:
+    def __init__(
+        self, counter: FlopCounterMode, origins: Origins, engine: str, operators: Kernels | None = None
+    ) -> None:
         super().__init__()
         self.counter, self.origins, self.engine = counter, origins, engine
         self.uncounted: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.other_of_op: Counter[str] = Counter()
+        self.bytes_of_op: Counter[str] = Counter()
+        self.listed: list[OpCall] = []  # every call, where operators are timed
         self.other: defaultdict[str, int] = defaultdict(int)
         self.acts: defaultdict[str, int] = defaultdict(int)
         self.bytes = self.kernels = self.largest = 0
@@ -250,7 +324,7 @@ class Recorder(TorchDispatchMode):
         self.doubts: set[str] = set()  # those of them that another engine may settle
         self.cells: dict[str, tuple[str, ...]] = {}  # the figures that each concerns
         self.unseen: dict[int, tuple[Any, str]] = {}  # storages that no operator wrote, and who read them where
-        self.operators = Kernels()
+        self.operators = operators or Kernels()
 
     def here(self) -> str:
         """The module that runs now."""
@@ -327,7 +401,13 @@ class Recorder(TorchDispatchMode):
             cost = cost._replace(other=of_complex(name, cost.other))
         if cost.acts is None:
             cost = cost._replace(acts=written[0].numel() if product and written else 0)
-        self._add(name, cost, given, written)
+        moved, place = _moved(func, name, args, kwargs, written)
+        moved = moved if cost.bytes is None else cost.bytes
+        self._add(name, cost, moved, written)
+        if self.operators.seconds is not None:
+            formula = self.counter.flop_registry.get(func._overloadpacket)
+            products = formula(*args, **kwargs, out_val=out) if formula else 2 * cost.macs
+            self.listed.append(OpCall(name, products + cost.other, moved, place, self.operators.seconds))
         return out
 
     def _check_stored(self, name: str, given: list[Tensor]) -> None:
@@ -343,14 +423,14 @@ class Recorder(TorchDispatchMode):
         for path in set(self.counter.mod_tracker.parents):
             self.counter.flop_counts[path][name] += 2 * cost.macs
         self.origins.write(written, True)
-        self._add(name, cost, given, written)
+        self._add(name, cost, sum(map(_stored, (*given, *written))) if cost.bytes is None else cost.bytes, written)
 
-    def _add(self, name: str, cost: Cost, given: list[Tensor], written: list[Tensor]) -> None:
-        moved = sum(t.numel() * t.element_size() for t in (*given, *written))
+    def _add(self, name: str, cost: Cost, moved: int, written: list[Tensor]) -> None:
         self.calls[name] += 1
         self.other_of_op[name] += cost.other
+        self.bytes_of_op[name] += moved
         self.kernels += 1
-        self.bytes += moved if cost.bytes is None else cost.bytes
+        self.bytes += moved
         self.largest = max([self.largest, *(t.numel() for t in written)])
         for path in set(self.counter.mod_tracker.parents):
             self.other[path] += cost.other

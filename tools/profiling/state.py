@@ -98,6 +98,26 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def nvml_energy(device: torch.device) -> Callable[[], float | None] | None:
+    """What reads the joules that a GPU has spent since its driver was loaded; None without NVML.
+
+    Of a MIG slice they are those of the whole card; the answer is None where a card does not count them.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        card = _card(device)
+    except Exception:  # the extra is not installed, or its driver is not there
+        return None
+
+    def joules() -> float | None:
+        spent = _ask("nvmlDeviceGetTotalEnergyConsumption", card)
+        return None if spent is None else spent / 1e3
+
+    return joules
+
+
 def _card(device: torch.device) -> Any:
     """NVML's handle of a GPU; of a MIG slice that of the whole, which alone has clocks, power and temperature."""
     import pynvml

@@ -261,7 +261,7 @@ def _of_torchvision(net: Any, name: str, size: tuple[int, int] | None) -> tuple[
         side = size or own
         net.transform.min_size, net.transform.max_size = (min(side),), max(side)
         return (Images([torch.empty(3, *side, device="meta")]),), side
-    weights = next((w for w in models.get_model_weights(name) if w.name == "DEFAULT" or True), None)
+    weights = getattr(models.get_model_weights(name), "DEFAULT", None)
     preset: Any = weights.transforms() if weights else None
     crop, meta = (
         getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None),
@@ -359,8 +359,8 @@ def _mm(asked: _Asked) -> _Built:
     cfg = mm.read_config(asked.name)
     config = ConfigDict(cfg.get("model") or {})
     backbone = config.get("backbone")
-    if backbone is not None and backbone.get("pretrained"):
-        backbone.pretrained = None  # weights change nothing of the cost
+    if backbone is not None and backbone.get("pretrained"):  # weights change nothing of the cost
+        backbone.pretrained = False if backbone.type == "VizooBackbone" else None
     place = contextlib.nullcontext() if asked.real or asked.reparam else torch.device("meta")
     scope = cfg.get("default_scope") or "mmengine"
     with NoValues(), DefaultScope.overwrite_default_scope(scope), place, _building(f"mm:{asked.name}"):
@@ -427,7 +427,9 @@ def _program(asked: _Asked, net: nn.Module, inputs: Sequence[Any] | None) -> _Bu
     given = tree_map_only(torch.Tensor, lambda t: t.to("meta") if t.is_floating_point() else t, tuple(given))
     side = _side_of(given)
     if asked.size not in (None, side):
-        raise UserError(f"size {asked.size[0]}x{asked.size[1]}: {asked.name!r} is made for {side}")  # type: ignore[index]
+        raise UserError(
+            f"size {asked.size[0]}x{asked.size[1]}: {asked.name!r} is made for {'x'.join(map(str, side or ()))}"
+        )  # type: ignore[index]
     return _Built(net, given, side, lambda: net, Path(asked.name).name)
 
 

@@ -15,9 +15,8 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
 from vizoo.tools.options import DTYPES
-from vizoo.tools.profiling.memory import Memory, peak_memory
 from vizoo.tools.profiling.precision import float32_products
-from vizoo.tools.profiling.state import Watch, flushes_denormal
+from vizoo.tools.profiling.state import flushes_denormal
 
 WARMUP_CALLS, WARMUP_SECONDS, MIN_RUNS = 10, 1.0, 100
 SETTLED = 0.02  # relative change of the last five medians that ends the warm-up
@@ -27,10 +26,6 @@ TRIMMED, CONFIDENCE = 0.1, 0.99  # share of the rounds left out at either end, a
 RESAMPLED = 2000  # draws of the bootstrap of several processes
 EVENTS = 25  # calls whose time on a GPU is taken by events
 SPIN = 2e9  # clocks of a GPU that are a second at least
-UNGRAPHED = {  # modes of torch.compile that replay a CUDA graph, whose memory no call allocates, and the same without
-    "reduce-overhead": "default",
-    "max-autotune": "max-autotune-no-cudagraphs",
-}
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -159,27 +154,17 @@ class Stats(NamedTuple):
             found.append(f"launch-bound: {1e3 * host:.2f} ms to launch, {1e3 * device:.2f} ms of work on the GPU")
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Statistics in milliseconds, and the samples."""
-        quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a measurement tells beside its samples, in seconds."""
         return {
             "n": self.n,
             "warmup": self.warmup,
-            "first_ms": 1e3 * self.first,
-            **{f"{name}_ms": 1e3 * self.quantile(q) for name, q in quantiles.items()},
-            "iqr_ms": 1e3 * self.iqr,
-            "host_ms": 1e3 * quantile(self.host, 0.5) if self.host else None,
-            "device_ms": 1e3 * quantile(self.device, 0.5) if self.device else None,
+            "first": self.first,
             "cpu_use": self.cpu_use,
-            "warnings": self.warnings,
-            "samples_ms": _milliseconds(self.samples),
-            "host_samples_ms": _milliseconds(self.host),
-            "device_samples_ms": _milliseconds(self.device),
+            "host": quantile(self.host, 0.5) if self.host else None,
+            "device": quantile(self.device, 0.5) if self.device else None,
         }
-
-
-def _milliseconds(seconds: Sequence[float] | None) -> list[float] | None:
-    return None if seconds is None else [1e3 * s for s in seconds]
 
 
 @contextlib.contextmanager
@@ -254,7 +239,7 @@ def _once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float
     start = clock()
     fn()
     returned = clock()
-    _wait(device)
+    wait(device)
     return clock() - start, returned - start
 
 
@@ -390,7 +375,7 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     least: float = 0.0,
 ) -> Comparison:
-    """Time functions in turn, A, B, A, B ..., in one process, so that a drift of the machine meets all of them.
+    """Time functions in turn, A, B, B, A, A, B ..., in one process, so that a drift of the machine meets all alike.
 
     Args:
         functions: At least two functions by name; the first is the one the others are compared with.
@@ -416,11 +401,11 @@ def compare(
 
     def run(f: Callable[..., Any], calls: int) -> float:
         """Seconds of a number of calls."""
-        _wait(device)
+        wait(device)
         start = clock()
         for _ in range(calls):
             f(*inputs)
-        _wait(device)
+        wait(device)
         return clock() - start
 
     calls = dict.fromkeys(functions, 1)
@@ -430,8 +415,8 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     wall = cpu = 0.0
     with quiet():
-        for _ in range(rounds):
-            for name, f in functions.items():
+        for i in range(rounds):
+            for name, f in list(functions.items())[:: -1 if i % 2 else 1]:
                 c, t = time.process_time(), time.perf_counter()
                 seconds[name].append(run(f, calls[name]) / calls[name])
                 wall += time.perf_counter() - t
@@ -442,9 +427,25 @@ def compare(
     return Comparison(seconds, use, difference)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the work of a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def time_mark(device: torch.device) -> Any:
+    """A point of time: of the host, or on a GPU an event in its queue, whose device is the current one."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds between two marks; those on a GPU must have been reached."""
+    seconds: float = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+    return seconds
 
 
 def _difference(outputs: dict[str, Any]) -> dict[str, float]:
@@ -473,8 +474,13 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
         seconds: Least length of one measurement.
 
     Returns:
-        Median over five measurements.
+        Median of :func:`back_to_back_samples`.
     """
+    return statistics.median(back_to_back_samples(fn, device, seconds))
+
+
+def back_to_back_samples(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> list[float]:
+    """Seconds a call in five runs of calls without synchronisation; arguments as of :func:`back_to_back`."""
     calls = 1
     found: list[float] = []
     with torch.cuda.device(device):  # events are recorded on the current one
@@ -490,7 +496,7 @@ def back_to_back(fn: Callable[[], Any], device: Any, seconds: float = 0.2) -> fl
                 calls = math.ceil(calls * min(10.0, 1.2 * seconds / max(elapsed, 1e-6)))
             else:
                 found.append(elapsed / calls)
-    return statistics.median(found)
+    return found
 
 
 # whole models
@@ -541,6 +547,7 @@ class Conditions(NamedTuple):
         batch: Images at once; None is 1 for latency, and 8 on a CPU or 64 on a GPU for throughput.
         min_time: As in :func:`measure`.
         max_time: As in :func:`measure`.
+        graph: Calls replay a CUDA graph.
     """
 
     device: torch.device = torch.device("cpu")
@@ -591,48 +598,6 @@ def fused(enable: bool) -> Iterator[None]:
         set_fused_attn(*before)
 
 
-class Measured(NamedTuple):
-    """Measurements of one model; what was not asked for is None.
-
-    Attributes:
-        latency: Seconds of one call of ``latency_batch`` images.
-        latency_batch: Images.
-        throughput: Images a second in calls of ``throughput_batch``.
-        throughput_batch: Images.
-        memory: Peak at ``throughput_batch``, or at ``latency_batch`` when no throughput was asked for.
-        notes: What is doubtful or was changed on the way.
-        state: Of the device and PyTorch's settings while it was timed: :func:`vizoo.tools.profiling.state.state`.
-    """
-
-    latency: Stats | None
-    latency_batch: int | None
-    throughput: float | None
-    throughput_batch: int | None
-    memory: Memory | None
-    notes: list[str]
-    state: dict[str, Any]
-    seconds = {}
-    operators = {}
-
-    @property
-    def measurements(self):
-        found = []
-        if self.latency:
-            d = {"n": self.latency.n, "first": self.latency.first, "cpu_use": self.latency.cpu_use}
-            found.append(
-                Measurement("latency", "s", self.latency_batch, [self.latency.samples], {}, self.latency.warnings, d)
-            )
-        if self.throughput:
-            found.append(Measurement("throughput", "images/s", self.throughput_batch, [[self.throughput]], {}, [], {}))
-        if self.memory:
-            found.append(
-                Measurement(
-                    "memory", "bytes", self.throughput_batch or self.latency_batch, [[self.memory.peak]], {}, [], {}
-                )
-            )
-        return found
-
-
 def compiled(module: Any, **options: Any) -> Any:
     """A module, or a function, compiled for the shapes that it is called with first.
 
@@ -647,155 +612,3 @@ def compiled(module: Any, **options: Any) -> Any:
     """
     torch._dynamo.reset()
     return torch.compile(module, dynamic=False, **options)
-
-
-class _Calls:
-    """Calls of a model with random inputs of any batch.
-
-    Args:
-        model: A module in evaluation mode, on its device and in its dtype.
-        inputs: Positional inputs at batch 1.
-        how: The conditions.
-    """
-
-    def __init__(self, model: torch.nn.Module, inputs: Sequence[Any], how: Conditions) -> None:
-        self.model, self.single, self.how = model, inputs, how
-        self.watch = Watch(how.device)
-        self.breaks = 0  # of the graphs that were compiled
-        self._last: tuple[int, list[Any], Callable[[], Any]] | None = None
-
-    def inputs(self, n: int) -> list[Any]:
-        """Inputs of ``n`` times the batch."""
-        tensors = [random_like(x, n, self.how.device, self.how.weights) for x in self.single]
-        if self.how.channels_last:
-            last = torch.channels_last
-            tensors = tree_map_only(
-                torch.Tensor, lambda x: x.contiguous(memory_format=last) if x.dim() == 4 else x, tensors
-            )
-        return tensors
-
-    def prepared(self, n: int) -> tuple[list[Any], Callable[[], Any]]:
-        """Inputs of ``n`` images and the call with them, compiled for their shapes if that was asked for."""
-        if self._last is None or self._last[0] != n:
-            self._last = None  # before there are new ones: both may not fit into memory
-            tensors, run = self.inputs(n), self.model
-            if self.how.compile:
-                run = compiled(run, mode=self.how.compile if isinstance(self.how.compile, str) else None)
-            self._last = n, tensors, self._call(run, tensors)
-        return self._last[1:]
-
-    def _call(self, run: Callable[..., Any], tensors: Sequence[Any]) -> Callable[[], Any]:
-        """The call; under autocast it casts weights each time, as one that enters autocast itself."""
-
-        def cast_and_run() -> Any:
-            try:
-                return run(*tensors)
-            finally:
-                torch.clear_autocast_cache()
-
-        return cast_and_run if self.how.amp else lambda: run(*tensors)
-
-    def time(self, n: int) -> tuple[Stats, Callable[[], Any]]:
-        """Time the call with ``n`` images; also returns it."""
-        with _memory_errors():
-            call, before, how = self.prepared(n)[1], self._graph_breaks(), self.how
-            stats = measure(call, how.device, min_time=how.min_time, max_time=how.max_time, tick=self._tick)
-        self.breaks = max(self.breaks, self._graph_breaks() - before)
-        return stats, call
-
-    def _tick(self, share: float) -> None:
-        if share:  # clocks of the warm-up are not those of the samples
-            self.watch.look()
-
-    def _graph_breaks(self) -> int:
-        """Graph breaks of whatever was compiled by now."""
-        return sum(torch._dynamo.utils.counters["graph_break"].values()) if self.how.compile else 0
-
-    def throughput(self, n: int) -> tuple[float, int, list[str]]:
-        """Images a second in calls of ``n`` images, or of half as many and so on where memory is too small.
-
-        Returns:
-            Images a second, how many at once, and what is doubtful.
-        """
-        cuda, batch = self.how.device.type == "cuda", n
-        while True:
-            try:
-                stats, call = self.time(batch)
-                speed = batch / (back_to_back(call, self.how.device) if cuda else stats.median)
-            except torch.cuda.OutOfMemoryError:
-                if batch == 1:
-                    raise
-            else:
-                notes = [f"throughput: {w}" for w in stats.warnings]
-                return speed, batch, notes + [f"out of memory: batch reduced to {batch}"] * (batch < n)
-            self._last = None  # here, for the error above kept what it had met
-            if cuda:
-                torch.cuda.empty_cache()
-            batch //= 2
-
-    def memory(self, n: int) -> Memory:
-        """Peak memory of a call with ``n`` images; on a CPU that of the uncompiled model."""
-        eager = self.how.device.type != "cuda"
-        if not eager and self.how.compile in UNGRAPHED:
-            self.how, self._last = self.how._replace(compile=UNGRAPHED[str(self.how.compile)]), None
-        with _memory_errors():
-            tensors, call = self.prepared(n)
-            call = self._call(self.model, tensors) if eager else call
-            return peak_memory(call, self.model, tensors, self.how.device)
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """What the allocator of a CPU raises is an error of its own kind, as on a GPU."""
-    try:
-        yield
-    except RuntimeError as e:
-        if "DefaultCPUAllocator" in str(e):
-            raise torch.cuda.OutOfMemoryError(str(e)) from e
-        raise
-
-
-def measure_model(
-    model: torch.nn.Module,
-    inputs: Sequence[Any],
-    modes: Sequence[str],
-    how: Conditions,
-    step: Callable[[str], None] = lambda text: None,
-) -> Measured:
-    """Latency, throughput and peak memory of a model, inside ``how.entered()``.
-
-    Args:
-        model: A module in evaluation mode, on the device and in the dtype of ``how``.
-        inputs: Positional inputs at batch 1, of which only shapes and dtypes matter where they are floating.
-        modes: Any of ``latency``, ``throughput``, ``memory``.
-        how: The conditions.
-        step: Called with a text when a new part begins.
-
-    Returns:
-        The measurements.  A batch that does not fit into a GPU's memory is halved, with a note.
-
-    Raises:
-        torch.cuda.OutOfMemoryError: If a single image does not fit, into the memory of a CPU too.
-    """
-    cuda = how.device.type == "cuda"
-    calls = _Calls(model, inputs, how)
-    small, large = how.batch or 1, how.batch or (64 if cuda else 8)
-    notes: list[str] = []
-    latency, throughput, memory = None, None, None
-    if "latency" in modes:
-        step(f"latency, batch {small}")
-        latency, _ = calls.time(small)
-        notes += [f"latency: {w}" for w in latency.warnings]
-    if "throughput" in modes:
-        step(f"throughput, batch {large}")
-        throughput, large, told = calls.throughput(large)
-        notes += told
-    if "memory" in modes:
-        step("memory")
-        memory = calls.memory(large if throughput else small)
-        notes += ["memory is that of the uncompiled model"] * bool(how.compile and not cuda)
-        notes += ["memory is that without CUDA graphs"] * (cuda and how.compile in UNGRAPHED)
-    notes += [f"compiled in pieces: {calls.breaks} graph breaks"] * bool(calls.breaks) + calls.watch.notes
-    uses_small = latency is not None or (memory is not None and throughput is None)
-    batches = small if uses_small else None, large if throughput else None
-    return Measured(latency, batches[0], throughput, batches[1], memory, notes, calls.watch.record)

@@ -12,7 +12,7 @@ from vizoo.tools.profiling.record import Record, names
 def print_notes(records: Sequence[Record]) -> None:
     """Print what is doubtful on standard error."""
     for name, r in zip(names(records), records, strict=True):
-        for note in (*r.notes, *r.doubts):
+        for note in r.notes:
             console(stderr=True).print(f"{name}: {note}", style="yellow", soft_wrap=True, markup=False)
 
 

@@ -1,0 +1,117 @@
+"""The fixture ``vizoo_cost`` in sessions of pytest of its own."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vizoo.tools.profiling import fixture
+from vizoo.tools.profiling.profile import profile
+from vizoo.tools.profiling.record import Measurement, append_record
+
+pytest_plugins = ["pytester"]
+
+BEGIN = """
+import torch
+layer = torch.nn.Linear(8, 4)
+x = torch.randn(2, 8)
+"""
+
+
+@pytest.fixture
+def session(pytester):
+    """Runs a test in a session; the numbers of outcomes, and what it prints."""
+
+    def run(*lines: str) -> tuple[dict[str, int], str]:
+        body = "\n".join(f"    {line}" for line in lines)
+        pytester.makepyfile(f"{BEGIN}\ndef test_it(vizoo_cost):\n    cost = vizoo_cost(layer, x)\n{body}\n")
+        found = pytester.runpytest_inprocess("-p", "_vizoo_pytest", "-p", "no:cacheprovider", "-rs")
+        return found.parseoutcomes(), found.stdout.str()
+
+    return run
+
+
+def test_counts(session):
+    """Of the whole batch."""
+    assert session("cost.assert_macs(64)", "cost.assert_params(36)")[0] == {"passed": 1}
+    outcome, text = session("cost.assert_macs(63)")
+    assert outcome == {"failed": 1}
+    assert "Linear has 64 multiply-accumulates, expected 63 (+1)" in text
+    assert "Linear has 36 parameters, expected 1,000 (-964)" in session("cost.assert_params(1000)")[1]
+
+
+def test_a_partial_count_fails(session, monkeypatch):
+    found = fixture.count(torch.nn.Linear(8, 4), torch.ones(2, 8))
+    partial = found._replace(doubts={**found.doubts, "macs": ["no formula"]})
+    monkeypatch.setattr(fixture, "count", lambda *args: partial)
+    assert "Linear: the count is partial: no formula" in session("cost.assert_macs(64)")[1]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A real record of the layer, of two rows at once."""
+    torch.set_num_threads(1)
+    layer = torch.nn.Linear(8, 4)
+    return profile(layer, torch.ones(1, 8), measure="latency", batch=2, min_time=0.0, max_time=0.1)
+
+
+def altered(record, factor=1.0, quality=(), fingerprint="", **conditions):
+    """The same, with other times or conditions."""
+    found = copy.deepcopy(record)
+    samples = (factor * np.random.default_rng(1).normal(1, 0.01, 50)).tolist()
+    found.measurements = [Measurement("latency", "s", 2, [samples], {}, list(quality), {})]
+    found.conditions |= conditions
+    found.notes = []
+    found.environment["fingerprint"] = fingerprint or record.environment["fingerprint"]
+    return found
+
+
+def test_times_are_compared(session, recorded, tmp_path):
+    """For real: whatever the machine does, it is not a thousand times slower than it was."""
+    append_record(tmp_path / "f.jsonl", recorded)
+    assert session(f"cost.no_slower_than({str(tmp_path / 'f.jsonl')!r}, '100000%')")[0] == {"passed": 1}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "outcome", "text"),
+    [
+        ({}, {"factor": 1.03}, "passed", ""),
+        ({"factor": 2.0}, {}, "passed", ""),
+        ({}, {"factor": 1.2}, "failed", "Linear takes 1.2* times as long as recorded (1.1* to 1.2*), allowed 1.05: * ms"),
+        ({}, {"factor": 1.2, "quality": ["machine busy: x"]}, "skipped", "Linear: machine busy: x"),
+        ({"fingerprint": "b" * 12}, {"factor": 9}, "skipped", "times of different machines are not compared"),
+        ({"dtype": "bf16"}, {"factor": 9}, "skipped", "no latency of 'Linear' with"),
+    ],
+)  # fmt: skip
+def test_no_slower_than(then, now, outcome, text, session, recorded, tmp_path, monkeypatch, pytester):
+    append_record(tmp_path / "f.jsonl", altered(recorded, **then))
+    monkeypatch.setattr(fixture.Checks, "_timed", lambda self: altered(recorded, **now))
+    found, printed = session(f"cost.no_slower_than({str(tmp_path / 'f.jsonl')!r}, '5%')")
+    assert found == {outcome: 1}
+    pytest.LineMatcher(printed.splitlines()).fnmatch_lines([f"*{text}*"])
+
+
+def test_without_a_record(session, recorded, tmp_path, monkeypatch):
+    """It fails with what makes one."""
+    monkeypatch.setattr(fixture.Checks, "_timed", lambda self: altered(recorded))
+    outcome, text = session("cost.no_slower_than('nosuch.jsonl', '5%')")
+    assert outcome == {"failed": 1}
+    assert "nosuch.jsonl does not exist" in text
+    assert "--measure latency --batch 2 --save nosuch.jsonl" in text
+    other = copy.deepcopy(recorded)
+    other.target |= {"spec": "Other", "name": "Other"}
+    append_record(tmp_path / "f.jsonl", other)
+    file = str(tmp_path / "f.jsonl")
+    assert "no record of 'Linear' with inputs of 8 each" in session(f"cost.no_slower_than({file!r}, '5%')")[1]
+
+
+def test_a_session_without_it_is_left_alone():
+    """Neither vizoo nor torch nor timm is imported by the plugin, so no model is registered."""
+    code = "import sys, _vizoo_pytest; print({'vizoo', 'torch', 'timm'} & {m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
