@@ -24,9 +24,8 @@ x = torch.randn(2, 8)
 
 
 @pytest.fixture
-def session(pytester, monkeypatch):
+def session(pytester):
     """Runs a test in a session; the numbers of outcomes, and what it prints."""
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the plugin is named, be vizoo installed or not
 
     def run(*lines: str) -> tuple[dict[str, int], str]:
         body = "\n".join(f"    {line}" for line in lines)
