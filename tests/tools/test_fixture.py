@@ -24,8 +24,9 @@ x = torch.randn(2, 8)
 
 
 @pytest.fixture
-def session(pytester):
-    """Runs a test in a session; the numbers of outcomes, and what it prints."""
+def session(pytester, monkeypatch):
+    """Runs a test in a session; the numbers of outcomes, and what it prints.  The plugin may be installed or not."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def run(*lines: str) -> tuple[dict[str, int], str]:
         body = "\n".join(f"    {line}" for line in lines)
