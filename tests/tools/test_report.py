@@ -228,7 +228,8 @@ def test_bad_input(
 
 ERRORS = "<script>const errors = []; onerror = (m) => errors.push(String(m)); console.error = onerror;</script>"
 READER = """<script>
-const seen = { errors, width: innerWidth }, all = (q) => [...document.querySelectorAll(q)], text = (q) => all(q).map((e) => e.textContent);
+const seen = { errors, width: innerWidth };
+const all = (q) => [...document.querySelectorAll(q)], text = (q) => all(q).map((e) => e.textContent);
 const head = (name) => all("#models th button").find((b) => b.textContent === name);
 const choose = (id, value) => {
   const box = one(id); box.selectedIndex = [...box.options].findIndex((o) => o.textContent === value);
