@@ -12,7 +12,7 @@ import torch
 
 from vizoo.tools.profiling import fixture
 from vizoo.tools.profiling.profile import profile
-from vizoo.tools.profiling.record import Measurement, append_record
+from vizoo.tools.profiling.record import Measurement, append_record, read_records
 
 pytest_plugins = ["pytester"]
 
@@ -31,7 +31,8 @@ def session(pytester, monkeypatch):
     def run(*lines: str) -> tuple[dict[str, int], str]:
         body = "\n".join(f"    {line}" for line in lines)
         pytester.makepyfile(f"{BEGIN}\ndef test_it(vizoo_cost):\n    cost = vizoo_cost(layer, x)\n{body}\n")
-        found = pytester.runpytest_inprocess("-p", "_vizoo_pytest", "-p", "no:cacheprovider", "-rs")
+        here = ("-W", "ignore:Module already imported")  # by the session around this one
+        found = pytester.runpytest_inprocess("-p", "_vizoo_pytest", "-p", "no:cacheprovider", *here, "-rs")
         return found.parseoutcomes(), found.stdout.str()
 
     return run
@@ -103,12 +104,23 @@ def test_without_a_record(session, recorded, tmp_path, monkeypatch):
     outcome, text = session("cost.no_slower_than('nosuch.jsonl', '5%')")
     assert outcome == {"failed": 1}
     assert "nosuch.jsonl does not exist" in text
-    assert "--measure latency --batch 2 --save nosuch.jsonl" in text
+    assert "record once what it is compared with: cost.record('nosuch.jsonl')" in text
     other = copy.deepcopy(recorded)
     other.target |= {"spec": "Other", "name": "Other"}
     append_record(tmp_path / "f.jsonl", other)
     file = str(tmp_path / "f.jsonl")
     assert "no record of 'Linear' with inputs of 8 each" in session(f"cost.no_slower_than({file!r}, '5%')")[1]
+
+
+def test_a_record_of_its_own(session, recorded, tmp_path, monkeypatch):
+    """It is made once, kept with what the file holds, and compared with from then on."""
+    monkeypatch.setattr(fixture.Checks, "_timed", lambda self: altered(recorded))
+    file = tmp_path / "f.jsonl"
+    for n in (1, 2):
+        assert session(f"cost.record({str(file)!r})")[0]["passed"] == 1
+        assert [r.name for r in read_records(file)] == ["Linear"] * n
+    assert session(f"cost.no_slower_than({str(file)!r}, '5%')")[0]["passed"] == 1
+    assert "must be .jsonl" in session("cost.record('x.csv')")[1]
 
 
 def test_a_session_without_it_is_left_alone():

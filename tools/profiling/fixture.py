@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from vizoo.tools.common import UserError
+from vizoo.tools.common import UserError, check_output
 from vizoo.tools.profiling.comparing import Unlike, Wanted, baseline, middle_of, percent, unpaired
 from vizoo.tools.profiling.counting import Count
 from vizoo.tools.profiling.profile import count, profile
-from vizoo.tools.profiling.record import Record, read_records
+from vizoo.tools.profiling.record import Record, append_record, read_records
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -63,13 +63,12 @@ class Checks:
         nor those of a busy machine: the test is skipped then.  Fails too if there is no record.
 
         Args:
-            file: Records of ``vizoo profile --save``.
+            file: Records of :meth:`record`, or of ``vizoo profile --save``.
             budget: Share that is allowed, such as ``5%``: what the lower bound of the ratio's interval may be at most.
         """
         __tracebackhide__ = True
         if not Path(file).exists():
-            how = f"vizoo profile {self.name} --device cpu --measure latency --batch {self._batch} --save {file}"
-            pytest.fail(f"{file} does not exist; what it is compared with is recorded by: {how}")
+            pytest.fail(f"{file} does not exist; record once what it is compared with: cost.record({str(file)!r})")
         records, allowed = read_records(file), percent(budget)
         now = self._timed()
         latency = now.latency
@@ -89,6 +88,20 @@ class Checks:
         figures = f"{_milliseconds(latency.samples)} now, {_milliseconds(then.samples)} in {file}"
         much = f"{ratio:.3f} times as long as recorded ({low:.3f} to {high:.3f}), allowed {1 + allowed:g}"
         pytest.fail(f"{self.name} takes {much}: {figures}")
+
+    def record(self, file: str | Path) -> None:
+        """Add a record of the call, timed now, to a file that :meth:`no_slower_than` compares with from then on.
+
+        Args:
+            file: Ends with ``.jsonl``, and may be new.
+
+        Raises:
+            UserError: If it cannot be written, or holds something else.
+        """
+        check_output(file, "file", ".jsonl")
+        found = self._timed()
+        found.target["name"] = self.name
+        append_record(file, found)
 
     @property
     def _batch(self) -> int:

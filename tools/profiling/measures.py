@@ -237,17 +237,19 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-class _Session:
-    """Measures of one model, each a method, and what they found.
+class Session:
+    """Measures of one model, each a method, and what they found, which stays if a later one fails.
 
     Args:
-        calls: Calls of the model.
-        small: Images of a call where it is one that is waited for.
-        large: Images where there are many.
+        model: As of :func:`measure_model`.
+        inputs: As of it.
+        how: As of it.
     """
 
-    def __init__(self, calls: Calls, small: int, large: int) -> None:
-        self.calls, self.how, self.small, self.large, self.trained = calls, calls.how, small, large, large
+    def __init__(self, model: torch.nn.Module, inputs: Sequence[Any], how: Conditions) -> None:
+        self.calls, self.how = Calls(model, inputs, how), how
+        self.small = how.batch or 1  # images of a call that is waited for
+        self.large = self.trained = how.batch or (64 if how.device.type == "cuda" else 8)
         self.notes: list[str] = []
         self.found: list[Measurement] = []
         self.modules: dict[str, float | None] = {}
@@ -257,6 +259,35 @@ class _Session:
         """Keep a measurement; what makes it doubtful is a note too, with its kind."""
         self.found.append(measurement)
         self.notes += [f"{measurement.kind}: {doubt}" for doubt in measurement.quality]
+
+    def run(self, measures: Sequence[str], step: Callable[[str], None]) -> None:
+        """Measure, in the order of :data:`_ORDER`.
+
+        Args:
+            measures: Any of :data:`MEASURES`.
+            step: Called with a text when a new part begins.
+
+        Raises:
+            UserError: If a CUDA graph is asked for elsewhere.
+            Failure: If the model cannot be captured, or trained.
+            torch.cuda.OutOfMemoryError: If a single image does not fit, into the memory of a CPU too.
+        """
+        cuda = self.how.device.type == "cuda"
+        if self.how.graph and not cuda:
+            raise UserError(f"--graph: needs CUDA, got --device {self.how.device}")
+        # events are recorded on the current device
+        with torch.cuda.device(self.how.device) if cuda else contextlib.nullcontext():
+            for name, text, part in _ORDER:
+                if name in measures:
+                    step(text.format(small=self.small, large=self.large))
+                    part(self)
+
+    @property
+    def measured(self) -> Measured:
+        """What was found."""
+        breaks, watch = self.calls.breaks, self.calls.watch
+        notes = [*self.notes, *[f"compiled in pieces: {breaks} graph breaks"] * bool(breaks), *watch.notes]
+        return Measured(notes, watch.record, self.found, self.modules, self.ops)
 
     def latency(self) -> None:
         """Seconds of one call."""
@@ -355,16 +386,16 @@ def _warm(calls: Calls, n: int) -> Callable[[], Any]:
     return call
 
 
-_ORDER: list[tuple[str, str, Callable[[_Session], None]]] = [  # measure, what is told, and what does it:
+_ORDER: list[tuple[str, str, Callable[[Session], None]]] = [  # measure, what is told, and what does it:
     # first what is timed as it is, then what hooks and modes look into, and what needs PyTorch's profiler last
-    ("latency", "latency, batch {small}", _Session.latency),
-    ("throughput", "throughput, batch {large}", _Session.throughput),
-    ("energy", "energy, batch {large}", _Session.energy),
-    ("train", "training step, batch {large}", _Session.train),
-    ("modules", "modules, batch {small}", _Session.module),
-    ("roofline", "operators, batch {small}", _Session.roofline),
-    ("memory", "memory", _Session.memory),
-    ("train", "memory of a training step", _Session.train_memory),
+    ("latency", "latency, batch {small}", Session.latency),
+    ("throughput", "throughput, batch {large}", Session.throughput),
+    ("energy", "energy, batch {large}", Session.energy),
+    ("train", "training step, batch {large}", Session.train),
+    ("modules", "modules, batch {small}", Session.module),
+    ("roofline", "operators, batch {small}", Session.roofline),
+    ("memory", "memory", Session.memory),
+    ("train", "memory of a training step", Session.train_memory),
 ]
 
 
@@ -388,19 +419,8 @@ def measure_model(
         The measurements.  A batch that does not fit into a GPU's memory is halved, with a note.
 
     Raises:
-        UserError: If a CUDA graph is asked for elsewhere.
-        Failure: If the model cannot be captured, or trained.
-        torch.cuda.OutOfMemoryError: If a single image does not fit, into the memory of a CPU too.
+        Exception: As :meth:`Session.run`.
     """
-    if how.graph and how.device.type != "cuda":
-        raise UserError(f"--graph: needs CUDA, got --device {how.device}")
-    calls = Calls(model, inputs, how)
-    found = _Session(calls, how.batch or 1, how.batch or (64 if how.device.type == "cuda" else 8))
-    cuda = how.device.type == "cuda"
-    with torch.cuda.device(how.device) if cuda else contextlib.nullcontext():  # events are recorded on the current one
-        for name, text, part in _ORDER:
-            if name in measures:
-                step(text.format(small=found.small, large=found.large))
-                part(found)
-    notes = [f"compiled in pieces: {calls.breaks} graph breaks"] * bool(calls.breaks) + calls.watch.notes
-    return Measured(found.notes + notes, calls.watch.record, found.found, found.modules, found.ops)
+    session = Session(model, inputs, how)
+    session.run(measures, step)
+    return session.measured

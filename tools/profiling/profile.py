@@ -18,7 +18,7 @@ from vizoo.tools.options import DTYPES, MEASURES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
-from vizoo.tools.profiling.measures import measure_model
+from vizoo.tools.profiling.measures import Measured, Session
 from vizoo.tools.profiling.record import Record
 from vizoo.tools.profiling.target import Target, evaluating, find_target
 from vizoo.tools.profiling.timing import Comparison, Conditions, random_like
@@ -283,19 +283,26 @@ def _measure(
         net = net.to(how.device, how.weights)
         if how.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with how.entered():
-            found = measure_model(net, target.inputs, measures, how, tell)
+        session = Session(net, target.inputs, how)
+        try:
+            with how.entered():
+                session.run(measures, tell)
+        finally:
+            _keep(session.measured, result)
     except torch.cuda.OutOfMemoryError:
         raise Failure(f"{result.name!r}: one image does not fit into the memory of {how.device}") from None
+    except (UserError, Failure):
+        raise
     except Exception as e:  # an operator that lacks the dtype, a compiler that is not there
         options = {"amp": how.amp, "channels-last": how.channels_last, "compile": how.compile}
         given = "".join(f" --{name}" for name, value in options.items() if value)
         text = f"{result.name!r} cannot run on {how.device} with --dtype {how.dtype}{given}: {one_line(e)}"
         raise Failure(text) from e
-    result.measurements, result.operators = (
-        found.measurements,
-        {k: (o.seconds, o.ceiling) for k, o in found.ops.items()},
-    )
+
+
+def _keep(found: Measured, result: Record) -> None:
+    result.measurements = found.measurements
+    result.operators = {op: (time.seconds, time.ceiling) for op, time in found.ops.items()}
     result.seconds = {path: seconds for path, seconds in found.modules.items() if seconds is not None}
     result.environment |= found.state
     result.notes += found.notes
