@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 
 from vizoo.tools import profiler
 from vizoo.tools.common import UserError, append_json_line
@@ -35,15 +34,6 @@ def record(counted):
     found.seconds = {"": 0.6, "stages": 0.5}
     found.operators = {"aten::addmm": (0.3, 0.5)}
     return found
-
-
-def test_the_schema_is_one():
-    from pathlib import Path
-
-    from vizoo.tools.profiling import record
-
-    schema = json.loads(Path(record.__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
-    Draft202012Validator.check_schema(schema)
 
 
 def test_what_is_written_is_read(record, tmp_path):
@@ -86,10 +76,10 @@ def test_views_tell_what_was_measured(record):
     ("change", "message"),
     [
         ({"schema": 2}, "schema 2, this vizoo reads 1"),
-        ({"counts": {}}, "is no record: counts"),
-        ({"target": None}, "is no record: target"),
-        ({"more": 1}, "is no record: "),
-        ({"measurements": [{"kind": "speed"}]}, "is no record: measurements/0"),
+        ({"counts": {}}, "it.counts must be"),
+        ({"target": None}, "is no record: it.target must be object"),
+        ({"more": 1}, "it must not contain {'more'}"),
+        ({"measurements": [{"kind": "speed"}]}, "is no record: it.measurements[0]"),
     ],
     ids=str,
 )
