@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vizoo.tools.common import UserError, check_result, compute_device, give, imports, progress, run_tool, short
+from vizoo.tools.common import (
+    UserError,
+    check_file,
+    check_result,
+    compute_device,
+    give,
+    imports,
+    progress,
+    run_tool,
+    short,
+)
 from vizoo.tools.options import MODELS, MOST, Parser, add, add_result, number, read_sizes
 from vizoo.tools.profiling.comparing import (
     LEAST_PROCESSES,
@@ -58,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(p, "--rounds", "20 in each process", default=20)
     add(p, "--size", "the model's; two values with a comma are A's and B's, 800x1280 is height and width")
+    add(p, "--input", "of both sides")
+    add(p, "--weights", "of both sides")
     add(p, "--batch", "1; two values are A's and B's", default=[1])
     add(p, "--dtype", "fp32; two values are A's and B's", default=["fp32"])
     add(p, "--threads", "physical cores; two values are A's and B's")
@@ -81,7 +93,7 @@ def _sides(args: argparse.Namespace) -> list[Side]:
         if len(given) > 2:
             raise UserError(f"--{key}: got {len(given)} values; give one, or two, of A and of B")
         values[key] = (given[0], given[-1])
-    same = {key: getattr(args, key) for key in ("device", "channels_last", "amp", "reparam")}
+    same = {key: getattr(args, key) for key in ("device", "channels_last", "amp", "reparam", "input", "weights")}
     found = [
         Side(target, **same, **{key: pair[i] for key, pair in values.items()})
         for i, target in enumerate((args.models[0], args.models[-1]))
@@ -104,6 +116,8 @@ def _check(args: argparse.Namespace) -> list[Side]:
     from vizoo.tools.profiling.profile import check_conditions
 
     check_result(args.out)
+    if args.weights is not None:
+        check_file(args.weights, "--weights")
     args.threads = args.threads or [default_threads()]
     args.size = [None] if args.size is None else read_sizes(args.size)
     compute_device(args.device)

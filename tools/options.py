@@ -428,6 +428,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--frozen-stages": {"type": number(int, -1), "metavar": "N", "help": "what stays fixed: 0 stem, 1 and stage 1"},
     # how it is computed
     "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N"},
+    "--input": {"type": shapes, "metavar": "SHAPE", "help": "of the inputs of a function or a file, as 1x3x224x224"},
+    "--weights": {"metavar": "FILE", "help": "weights to load, as timm's checkpoint_path"},
     "--batch-size": {"type": _POSITIVE, "metavar": "N", "help": "images at once in each process"},
     "--batch": {
         "type": listed(number(int, 1, MOST)),

@@ -41,7 +41,6 @@ from vizoo.tools.options import (
     listed,
     number,
     read_sizes,
-    shapes,
 )
 from vizoo.tools.training.options import check_choice
 
@@ -109,9 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_alias(p, "--mode", "measure")
     add(p, "--size", "the model's; 800 1280 or 800x1280 is height and width, 224,384 are two sizes")
-    p.add_argument(
-        "--input", type=shapes, metavar="SHAPE", help="of the inputs of a function or a file, as 1x3x224x224"
-    )
+    add(p, "--input")
     add(p, "--batch", "1; throughput 8 on a CPU, 64 on a GPU")
     add(p, "--device", "or meta")
     add(p, "--threads", "physical cores")
@@ -139,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(p, "--in-chans", "the model's")
     add(p, "--num-classes", "the model's; 0 for no head")
     add(p, "--model-kwargs")
-    p.add_argument("--weights", metavar="FILE", help="weights to load, as timm's checkpoint_path")
+    add(p, "--weights")
     add_alias(p, "--checkpoint", "weights")
     p.add_argument("--depth", type=number(int, 0), metavar="N", help="also list modules down to this depth")
     p.add_argument("--by", choices=["module", "op"], help="list modules (depth 1) or operators")

@@ -35,6 +35,8 @@ class Side(NamedTuple):
         channels_last: Model and images in channels-last memory.
         amp: Under autocast.
         reparam: Branches are merged where the model can.
+        input: Shapes of the inputs; None for the target's own.
+        weights: File of weights.
     """
 
     target: str
@@ -47,6 +49,8 @@ class Side(NamedTuple):
     channels_last: bool = False
     amp: bool = False
     reparam: bool = False
+    input: str | None = None
+    weights: str | None = None
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     from vizoo.tools.profiling.timing import Conditions
 
     torch.manual_seed(0)
-    target = find_target(side.target, size=side.size, real=True, reparam=side.reparam)
+    target = find_target(side.target, side.input, side.size, real=True, reparam=side.reparam, weights=side.weights)
     device = torch.device(side.device)
     how = Conditions(device, side.dtype, side.amp, side.channels_last, side.compile or False, side.batch)
     net = target.net.eval().to(device, how.weights)
