@@ -479,8 +479,14 @@ def test_a_broken_call_says_why():
         count(nn.Linear(4, 3), torch.randn(2, 4), engine="gpu")
 
 
+LARGE = {  # slow to build, without an operator that the others lack; counted by hand in test_hand_counts
+    *("beit_base_patch16_224", "deepseek_vit_412m", "halonet_h1", "inception_resnet_v2", "nasnetalarge"),
+    *("pnasnet5large", "qwen3_vit_88m", "samvit_base_patch16_224", "vgg11"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TIMM.split())
+@pytest.mark.parametrize("name", [name for name in TIMM.split() if name not in LARGE])
 def test_engines_agree(name):
     """Families of timm: convolution, attention of all kinds, mixing, recurrent, re-parameterised."""
     model = build(name)
