@@ -142,7 +142,8 @@ def test_console_script(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
         lines = archive.read(name).decode().split("\n")
-    assert [line.replace(" ", "") for line in lines if "=" in line] == ["vizoo=vizoo.tools.cli:main"]
+    found = [line.replace(" ", "") for line in lines if "=" in line]
+    assert found == ["vizoo=vizoo.tools.cli:main", "vizoo=_vizoo_pytest"]  # the command, and the plugin of pytest
 
 
 def test_sdist_holds_each_file_once(sdist: Path) -> None:
