@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vizoo.tools.common import atomic_write
-from vizoo.tools.profiling.published import Accuracy, accuracy, family
+from vizoo.tools.profiling.published import Accuracy, accuracy, family, zoo
 
 Plain = Mapping[str, Any]  # a record of schema 1, or a part of it
 
@@ -162,6 +162,7 @@ def _model(
         **{name: target[name] for name in ("name", "spec", "kind", "size", "weights", "kwargs")},
         "series": _key(*(target[name] for name in ("kind", "name", "weights", "kwargs"))),
         "family": family(target["name"]),
+        "ours": target["name"] in zoo(),
         "top1": list(published) if published else None,
         "counts": next((r["counts"] for r in records[::-1] if r["counts"]), None),
         "modules": [[*place, *(_share(rows[path], rows[""], k) for k in FIGURES[:2])] for path, place in drawn.items()],
