@@ -30,6 +30,7 @@ from vizoo.tools.common import (
     one_line,
     progress,
     refuse_failures,
+    read_spec,
     resolve_models,
     run_tool,
     short,
@@ -396,7 +397,8 @@ def _option(key: str) -> str:
 def _check_of_zoo(name: str) -> None:
     import timm
 
-    names = [] if name.startswith(("hf", "local-dir:")) else resolve_models([name])
+    spec = read_spec(name)
+    names = [] if ":" in name or spec.kind != "timm" or spec.suffix else resolve_models([name])
     if names != [name] or not timm.models.model_entrypoint(name.partition(".")[0]).__module__.startswith("vizoo."):
         raise UserError(f"{short(name)} is not one model of the zoo; 'vizoo models' lists them")
 

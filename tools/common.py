@@ -231,7 +231,7 @@ def read_spec(text: str) -> Spec:
     Returns:
         Its parts.
     """
-    body, suffix = re.fullmatch(r"(.*?)(@\d{1,5}(?:x\d{1,5})?)?", text, re.DOTALL).groups("")  # type: ignore[union-attr]
+    body, suffix = re.fullmatch(r"(.*?)(@[1-9]\d{0,4}(?:x[1-9]\d{0,4})?)?", text, re.DOTALL).groups("")  # type: ignore[union-attr]
     size = [int(side) for side in suffix[1:].split("x")] if suffix else None
     if body.startswith(_HUBS):
         return Spec("timm", body, size, "", suffix)

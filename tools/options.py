@@ -234,7 +234,7 @@ def read_sizes(values: Sequence[Any], name: str = "--size") -> list[tuple[int, i
             raise UserError(
                 f"{name} {got}: give one side or height and width, each at least 1 pixel and at most {MOST}"
             )
-    return [(sides[0], sides[-1]) for sides in sizes]
+    return [(int(sides[0]), int(sides[-1])) for sides in sizes]
 
 
 def window_type(values: Sequence[float]) -> tuple[float, float]:

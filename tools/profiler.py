@@ -39,6 +39,7 @@ from vizoo.tools.options import (
     add_result,
     choice,
     listed,
+    literal,
     number,
     read_sizes,
 )
@@ -191,6 +192,8 @@ def _check(args: argparse.Namespace) -> list[str]:
     for dtype, batch, compile, graph in itertools.product(args.dtype, args.batch or [None], args.compile, args.graph):
         how = {"dtype": dtype, "batch": batch, "compile": compile or False, "graph": graph}
         _, timed = check_conditions(**how, **_options(args))
+    if kept := [name for name in args.models if name.endswith(".jsonl")]:
+        raise UserError(f"model {short(kept[0])}: records are read by 'vizoo report' and 'vizoo compare --baseline'")
     args.models = resolve_models(args.models)
     if args.save is not None and Path(args.save).exists():
         read_records(args.save, "--save")
@@ -222,8 +225,9 @@ class _Case(NamedTuple):
 
 
 def _cases(args: argparse.Namespace) -> list[_Case]:
-    product = itertools.product(args.models, args.size, args.dtype, args.batch or [None], args.compile, args.graph)
-    return [_Case(*one) for one in product]
+    rest = [args.dtype, args.batch or [None], args.compile, args.graph]
+    sizes = {spec: [None] if read_spec(spec).size else args.size for spec in args.models}  # its own is meant
+    return [_Case(spec, *one) for spec in args.models for one in itertools.product(sizes[spec], *rest)]
 
 
 def _one(case: _Case, args: argparse.Namespace, step: Callable[[str], None] | None = None) -> Record:
@@ -246,7 +250,7 @@ def _command(case: _Case, args: argparse.Namespace, threads: int | None) -> str:
     words += ["--compile", case.compile] if case.compile else []
     words += ["--graph"] * case.graph
     default = build_parser().parse_args([case.spec])
-    for name in ("device", "in_chans", "num_classes", "weights", "min_time", "max_time"):
+    for name in ("device", "in_chans", "num_classes", "weights", "min_time", "max_time", "depth"):
         if getattr(args, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", f"{getattr(args, name)}"]
     for name in ("amp", "channels_last", "reparam", "features", "fvcore", "check"):
@@ -255,9 +259,16 @@ def _command(case: _Case, args: argparse.Namespace, threads: int | None) -> str:
     if args.input:
         words += ["--input", args.input]
     if args.model_kwargs:
-        words += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
-    words += ["--threads", str(threads)] if threads and args.device else []
+        words += ["--model-kwargs", *(f"{key}={_word(value)}" for key, value in args.model_kwargs.items())]
+    words += ["--threads", str(threads)] if threads and args.measure != ["count"] else []
     return shlex.join([*words, *(["--import", *args.packages] if args.packages else [])])
+
+
+def _word(value: Any) -> str:
+    """The text that :func:`vizoo.tools.options.literal` reads as a value."""
+    if isinstance(value, str):
+        return value if literal(value) == value else repr(value)
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 def _dead(case: _Case, args: argparse.Namespace, threads: int, why: Failure) -> Record:
@@ -341,7 +352,8 @@ def _profile(argv: list[str]) -> int:
         from vizoo.tools.profiling.picture import plot
 
         plot(whole, Path(args.plot))
-    refuse_failures([r.failure for r in records if r.failure], len(records), all(r.bad_input for r in records))
+    failures = [r.failure if r.name in r.failure else f"{r.name}: {r.failure}" for r in records if r.failure]
+    refuse_failures(failures, len(records), all(r.bad_input for r in records))
     partial = [f"{r.name}: {r.reasons[0]}" for r in records if r.reasons]
     if args.strict and partial:
         raise Failure(f"--strict: partial counts: {'; '.join(dict.fromkeys(partial))}")

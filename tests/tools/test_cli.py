@@ -63,6 +63,8 @@ def test_unknown_command(capsys):
         (["bench", "litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["bench", "resnet18"], "'resnet18' is not one model of the zoo"),
         (["bench", "litv2_*"], "'litv2_*' is not one model of the zoo"),
+        (["bench", "torchvision:resnet18"], "'torchvision:resnet18' is not one model of the zoo"),
+        (["bench", "litv2_s@512"], "'litv2_s@512' is not one model of the zoo"),
         (["bench", "litv2_s.nope"], "unknown tag 'nope' of model 'litv2_s'; known: alpha09_in1k, in1k"),
         (["bench", "test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
         (["bench", "test_litv2", "--size", "0"], "--size 0: give one side"),

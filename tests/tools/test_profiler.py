@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -299,6 +301,8 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
     [
         (["litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["nothing*"], "no model matches 'nothing*'"),
+        (["test_vit@0x0"], "unknown model 'test_vit@0x0'"),
+        (["speed.jsonl"], "model 'speed.jsonl': records are read by 'vizoo report'"),
         (["test_litv2", "--size", "0"], "--size 0: give one side"),
         (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
         (["test_litv2", "--device", "tpu"], "unknown device 'tpu'"),
@@ -352,6 +356,42 @@ def test_a_model_that_cannot_run_is_a_row_with_its_reason(words, reason, capsys,
     assert (found["target"]["name"], found["conditions"]["dtype"]) == ("test_litv2", "fp32")
     (row,) = rows_of(tmp_path / "x.csv")
     assert (row["status"], row["macs"]) == ("failed", "")
+
+
+NET = """
+from torch import nn
+def build(grad=True, **others):
+    return nn.Linear(8, 4).requires_grad_(grad)
+"""
+
+
+def test_any_argument_of_a_model_is_kept_and_given_again(capsys, tmp_path, here):
+    (tmp_path / "net.py").write_text(NET, encoding="utf-8")
+    given = ["a='3'", "b=-1e999", "c=({1}, b'x', None)", 'd=it\'s "x"', "e= 3"]
+    words = [f"{tmp_path}/net.py:build", "--input", "2x8", "--measure", "memory", "--threads", "1", "--depth", "0"]
+    file = tmp_path / "x.jsonl"
+    assert run(capsys, *words, *FAST, "--save", str(file), "--model-kwargs", *given)[0] == 0
+    record = profiler.read_records(file)[0]
+    assert record.target["kwargs"] == {"a": "3", "b": "-inf", "c": ["{1}", "b'x'", None], "d": 'it\'s "x"', "e": 3}
+    args, again = (
+        vars(profiler.build_parser().parse_args(w))
+        for w in ([*words, *FAST, "--model-kwargs", *given], shlex.split(record.command)[2:])
+    )
+    assert again == args
+
+
+def test_a_size_behind_a_name_is_its_only_one(capsys, here):
+    out = run(capsys, "test_vit@64", "test_vit", "--size", "32,48")[1]
+    assert re.findall(r"test_vit +(\S+)", out) == ["64x64", "32x32", "48x48"]
+
+
+def test_a_row_that_was_measured_in_part_says_why(capsys, tmp_path, here):
+    (tmp_path / "net.py").write_text(NET, encoding="utf-8")
+    words = ["--input", "2x8", "--device", "cpu", "--measure", "memory,train", "--model-kwargs", "grad=False", *FAST]
+    status, out, err = run(capsys, f"{tmp_path}/net.py:build", *words)
+    assert status == 1
+    assert "no parameter of the model requires a gradient\n" in out
+    assert "/net.py:build: train: no parameter" in err
 
 
 def test_markdown_has_notes_and_whole_rows(capsys, tmp_path, monkeypatch, here):
@@ -572,8 +612,9 @@ def test_one_input_needs_no_list():
 def test_python_interface():
     torch.set_num_threads(1)
     r = profiler.profile(
-        "test_litv2", size=64, measure=("count", "latency", "throughput"), batch=1, min_time=0, max_time=0
+        "test_litv2", size=np.array([64]), measure=("latency", "throughput"), batch=np.int64(1), min_time=0, max_time=0
     )
+    check_record(json.loads(json.dumps(r.to_dict(), allow_nan=False)))
     assert r.latency.median > 0
     assert r.throughput == pytest.approx(1 / r.latency.median, rel=5)
     assert r.memory is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from types import SimpleNamespace
@@ -110,6 +112,7 @@ def attempt(model: Any, **options: Any) -> Record:
 def _fill(result: Record, asked: SimpleNamespace) -> Record:
     """Do what the arguments of :func:`profile` ask; what is known stays in the result if the rest fails."""
     model, tell = asked.model, asked.step or (lambda text: None)
+    asked.weights = None if asked.weights is None else os.fspath(asked.weights)
     result.target = _asked_for(model, asked)
     how, timed = check_conditions(**vars(asked))
     size = result.target["size"]
@@ -151,8 +154,23 @@ def _asked_for(model: Any, asked: SimpleNamespace) -> dict[str, Any]:
         "size": None if size is None else list(read_size(size, "size")),
         "inputs": [],
         "weights": asked.weights,
-        "kwargs": dict(asked.model_kwargs or {}),
+        "kwargs": _plain(asked.model_kwargs or {}),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value of an argument as JSON can hold it; as text where it is of another kind, or no finite number."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def check_conditions(
@@ -187,6 +205,7 @@ def check_conditions(
     if not 0 <= min_time <= max_time:
         raise UserError(f"--min-time {min_time:g} --max-time {max_time:g}: need 0 <= min <= max seconds")
     place = resolve_device(device)
+    batch = None if batch is None else int(batch)
     how = Conditions(place, dtype, amp, channels_last, compile, batch, min_time, max_time, graph)
     timed = [name for name in MEASURES[1:] if name in asked or "all" in asked]
     if timed and place.type == "meta":

@@ -567,7 +567,7 @@ def footnotes(records: Sequence[Record]) -> list[str]:
 def _row(r: Record, heads: Sequence[str]) -> list[str]:
     """Cells of a table for a terminal: a reason takes the place of the figures that are missing."""
     cells = [_TABLE[head](r) for head in heads]
-    while r.failure and cells and not cells[-1]:
+    while r.failure and cells and (not cells[-1] or heads[len(cells) - 1] == "threads"):
         cells.pop()
     return [*cells, *[r.failure] * bool(r.failure)]
 
