@@ -224,6 +224,6 @@ def _in_processes(
                     found: Result | Failure = pool.submit(work, case, *args).result()
                 except BrokenProcessPool:
                     some = f"{n} thread{'s' * (n > 1)}"
-                    why = f"the process with {some} died, killed perhaps because memory ran out"
+                    why = f"the process with {some} died: memory ran out perhaps, or the model ended it"
                     found, alive = Failure(why), False
                 yield case, n, found
