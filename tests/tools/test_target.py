@@ -299,7 +299,7 @@ def test_shapes_that_onnx_cannot_tell(tmp_path, monkeypatch):
     found = profile.count(file)
     assert (found.status, found.macs) == ("complete", 5 * 4 * 3)
     monkeypatch.setattr(onnx_file.OnnxFile, "_ran", lambda self, given: {})
-    with pytest.raises(Failure, match="onnx cannot tell the shape of .*, which Expand makes"):
+    with pytest.raises(Failure, match=r"onnx cannot tell the shape of .*, which Expand makes"):
         profile.count(file)
 
 
