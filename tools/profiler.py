@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--min-time", type=number(float, 0), default=2.0, metavar="S", help="least seconds of sampling (2)")
     p.add_argument("--max-time", type=number(float, 0), default=10.0, metavar="S", help="most seconds of sampling (10)")
     add_result(p, ".json, .csv, to which rows are added, or .md")
-    p.add_argument("--save", metavar="FILE", help="add records to it, .jsonl: for vizoo report and vizoo compare")
+    p.add_argument("--save", metavar="FILE", help="add records to it, .jsonl, with modules down to --depth")
     add(p, "--plot", "speed or size over GMACs: .png, .pdf or .svg")
     p.add_argument(
         "--import", dest="packages", nargs="+", default=[], metavar="PACKAGE", help="packages that register models"

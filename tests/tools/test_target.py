@@ -18,7 +18,7 @@ from zoo import build
 
 from vizoo.tools import profiler
 from vizoo.tools.common import Failure, UserError, read_spec, resolve_model, resolve_models
-from vizoo.tools.profiling import profile
+from vizoo.tools.profiling import onnx_file, profile
 from vizoo.tools.profiling.counting import count
 from vizoo.tools.profiling.programs import _is_formula
 from vizoo.tools.profiling.target import find_target, read_inputs
@@ -279,6 +279,28 @@ def test_programs_of_one_batch_say_so(files):
         find_target(f"{files[0]}/net.onnx").net(torch.randn(1, 3, 32, 32))
     with pytest.raises(Failure, match="give --dtype fp32"):
         find_target(f"{files[0]}/net.onnx").net.to("cpu", torch.bfloat16)
+
+
+class Tokens(nn.Module):
+    """As ViT: a class token as often as there are images, whose shape onnx does not follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shapes_that_onnx_cannot_tell(tmp_path, monkeypatch):
+    net, x, file = Tokens().eval(), torch.randn(1, 4, 2, 2), str(tmp_path / "x.onnx")
+    torch.onnx.export(net, (x,), file, dynamo=False)
+    found = profile.count(file)
+    assert (found.status, found.macs) == ("complete", 5 * 4 * 3)
+    monkeypatch.setattr(onnx_file.OnnxFile, "_ran", lambda self, given: {})
+    with pytest.raises(Failure, match=r"onnx cannot tell the shape of .*, which Expand makes"):
+        profile.count(file)
 
 
 def test_unknown_nodes_are_named(files, tmp_path):

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo.backbones.ops.backend import whole_operators
-from vizoo.tools.common import UserError
+from vizoo.tools.common import Failure, UserError
 from vizoo.tools.profiling.boxes import detects, most_boxes
 from vizoo.tools.profiling.fused import flex_as_operator
 from vizoo.tools.profiling.meta import Kernels
@@ -432,6 +432,8 @@ def _first_settled(order: list[str], run_on: Callable[[str], _Run]) -> tuple[str
     for engine in order:
         try:
             found = engine, run_on(engine)
+        except Failure:  # of a file, whatever runs it
+            raise
         except Exception:
             if engine == order[-1] and found is None:
                 raise

@@ -41,6 +41,7 @@ _LIKE = {  # counterparts in PyTorch, whose prices these have
     GatherElements GatherND ScatterElements ScatterND Expand Tile Pad ConstantOfShape Range DepthToSpace SpaceToDepth
     Dropout NonZero OneHot EyeLike Trilu Compress""",
 }
+_BY_NUMBERS = {"NonZero", "Unique", "NonMaxSuppression", "Compress"}  # numbers decide the shapes of what they make
 _VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Size", "Dropout"}
 
 
@@ -222,10 +223,32 @@ class OnnxFile(nn.Module):
         feed = {v.name: t.cpu().numpy() for v, t in zip(self.inputs, given, strict=True)}
         return [torch.from_numpy(out) for out in self.session.run(None, feed)]
 
+    def _ran(self, given: Sequence[Tensor]) -> dict[str, Any]:
+        """Shape and dtype of every value as onnxruntime computes it from ones; none where numbers decide a shape."""
+        import onnx
+        from onnx.inliner import inline_local_functions
+
+        model = inline_local_functions(onnx.load(self.file))
+        names = [name for node in model.graph.node for name in node.output if name]
+        try:
+            import onnxruntime
+        except ImportError:
+            return {}
+        if any(node.op_type in _BY_NUMBERS for node in model.graph.node):
+            return {}
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        ones = {v.name: torch.ones(t.shape, dtype=t.dtype).numpy() for v, t in zip(self.inputs, given, strict=True)}
+        found = [torch.from_numpy(out) for out in session.run(names, ones)]
+        return {name: (tuple(t.shape), t.dtype) for name, t in zip(names, found, strict=True)}
+
     def _walk(self, given: Sequence[Tensor]) -> list[Tensor]:
         model, known = _with_shapes(
             self.graph, [(v.name, tuple(t.shape)) for v, t in zip(self.inputs, given, strict=True)]
         )
+        if any(name and name not in known for node in model.graph.node for name in node.output):
+            known = self._ran(given) | known
         values = {name: getattr(self, place) for name, place in self.constants.items()}
         values |= {v.name: t for v, t in zip(self.inputs, given, strict=True)}
         for node in model.graph.node:

@@ -412,7 +412,7 @@ def _onnx(asked: _Asked) -> _Built:
 
     _check_program(asked)
     net = OnnxFile(asked.name)
-    return _program(asked, net, net.images(asked.size))
+    return _program(asked, net, net.images(asked.size))._replace(anew=None)  # a run shows PyTorch no operator
 
 
 def _check_program(asked: _Asked) -> None:
