@@ -40,7 +40,7 @@ def percent(text: str) -> float:
     """Argument type: a share such as ``5%``.
 
     Args:
-        text: What was given; the sign may be left out of numbers that are no share as they stand: ``5``, not ``0.05``.
+        text: What was given; the sign may be left out of ``5``, but not of ``0.05``, which could be either.
 
     Returns:
         The share, 0.05.
