@@ -14,9 +14,11 @@ import json
 import os
 import re
 import reprlib
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -99,6 +101,24 @@ def imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def endings() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where it is not ignored, become ``SystemExit``, so that what is open inside is cleaned up."""
+
+    def end(signum: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    main = threading.current_thread() is threading.main_thread()  # no other one may set handlers
+    wanted = [s for s in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(s) is signal.SIG_DFL]
+    for s in wanted:
+        signal.signal(s, end)
+    try:
+        yield
+    finally:
+        for s in wanted:
+            signal.signal(s, signal.SIG_DFL)
 
 
 class _UnreadOutput:

@@ -17,6 +17,7 @@ from vizoo.tools.common import (
     check_file,
     check_result,
     compute_device,
+    endings,
     give,
     imports,
     progress,
@@ -161,7 +162,7 @@ def _compare(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     with imports():
         sides = _check(args)
-    with progress() as bar:
+    with endings(), progress() as bar:
         task = bar.add_task("taking turns", total=args.processes * args.rounds)
         plan = Plan(args.processes, args.rounds, args.cpu_time, tick=lambda: bar.advance(task))
         found = _against_record(args, sides[0], plan) if args.baseline else _against_each_other(args, sides, plan)

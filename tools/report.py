@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vizoo.tools import profiler
-from vizoo.tools.common import UserError, check_file, check_output, imports, run_tool
+from vizoo.tools.common import UserError, check_file, check_output, endings, imports, run_tool
 from vizoo.tools.options import Parser, add
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ def _report(argv: list[str]) -> int:
         records += [r.to_dict() for r in read_records(word, "RECORDS")]
     status = 0
     if targets:
-        with tempfile.TemporaryDirectory() as folder:
+        with endings(), tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "targets.jsonl")
             where = [] if args.device is None else ["--device", args.device]
             status = profiler.main([*targets, *where, "--save", str(file)])

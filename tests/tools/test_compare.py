@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -109,6 +111,21 @@ def test_revisions_have_places_of_their_own(machine, monkeypatch, capsys):
     assert places == ["HEAD", None] * 3 + ["HEAD", "HEAD"] * 3
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_processes_and_folders(number, status, machine, monkeypatch, tmp_path):
+    """As Ctrl-C does; afterwards it means what it did before."""
+    ended = []
+    monkeypatch.setattr(comparing.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(comparing.Process, "ask", lambda self, word: os.kill(os.getpid(), number))
+    monkeypatch.setattr(comparing.Process, "end", lambda self: ended.append(len(list(tmp_path.iterdir()))))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["compare", "m", "m", "--threads", "1"])
+    assert raised.value.code == status
+    assert (ended, list(tmp_path.iterdir())) == ([1, 1], [])
+    assert signal.getsignal(number) == before
+
+
 def stored(tmp_path, factor=1.0, **environment):
     """A file with a record of ``m`` on this machine, as it takes 1 s."""
     from vizoo.tools.profiling.record import Measurement, Record, append_record
@@ -161,6 +178,7 @@ def test_a_baseline(machine, tmp_path, monkeypatch, capsys):
         ("m --baseline nosuch.jsonl", "--baseline 'nosuch.jsonl' does not exist"),
         ("m n --budget x", "argument --budget"),
         ("m n --budget -1%", "argument --budget"),
+        ("m n --budget 0.05", "got 0.05: write 5% or 0.05%"),
         ("m n --processes 2", "argument --processes: got 2, must be a whole number between 3 and"),
         ("m n --device meta", "--device 'meta'"),
         ("m n --amp", "amp with dtype fp32"),

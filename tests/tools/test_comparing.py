@@ -155,6 +155,11 @@ def test_outputs(b, more, text, monkeypatch):
     assert comparing.measure_sides(sides(**more), (), Plan(1, 1))[2] == text
 
 
+def test_outputs_without_tensors(monkeypatch):
+    fake(monkeypatch, a=[], b=[])
+    assert comparing.measure_sides(sides(), (), Plan(1, 1))[2] == "outputs hold no tensors, and are not compared"
+
+
 def script(monkeypatch, tmp_path, text):
     """Let processes run another script."""
     file = tmp_path / "turns.py"
@@ -167,10 +172,11 @@ def script(monkeypatch, tmp_path, text):
     [
         ("import sys; sys.exit('no memory')", Failure, "'m': its process ended with status 1: no memory"),
         ("import os; os.kill(os.getpid(), 9)", Failure, "status -9, killed perhaps because memory ran out"),
+        ("import os; os._exit(7)", Failure, "its process ended with status 7$"),
         ("""print('{"error": "unknown model", "status": 2}')""", UserError, "unknown model"),
         ("""print('{"error": "no kernel", "status": 1}')""", Failure, "no kernel"),
     ],
-    ids=["exit", "killed", "input", "failure"],
+    ids=["exit", "killed", "silent", "input", "failure"],
 )
 def test_processes_that_fail(text, kind, message, monkeypatch, tmp_path):
     """One line, and nothing is left running or lying about."""

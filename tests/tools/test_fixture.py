@@ -105,6 +105,9 @@ def test_without_a_record(session, recorded, tmp_path, monkeypatch):
     assert outcome == {"failed": 1}
     assert "nosuch.jsonl does not exist" in text
     assert "record once what it is compared with: cost.record('nosuch.jsonl')" in text
+    append_record(tmp_path / "g.jsonl", recorded)
+    text = session(f"cost.no_slower_than({str(tmp_path / 'g.jsonl')!r}, '0.05')")[1]
+    assert "UserError: budget: got 0.05: write 5% or 0.05%" in text
     other = copy.deepcopy(recorded)
     other.target |= {"spec": "Other", "name": "Other"}
     append_record(tmp_path / "f.jsonl", other)

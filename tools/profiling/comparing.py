@@ -7,11 +7,13 @@ both alike.  Where a process lies in memory makes it faster or slower for all it
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,15 +40,18 @@ def percent(text: str) -> float:
     """Argument type: a share such as ``5%``.
 
     Args:
-        text: What was given; the sign may be left out.
+        text: What was given; the sign may be left out of ``5``, but not of ``0.05``, which could be either.
 
     Returns:
         The share, 0.05.
 
     Raises:
-        argparse.ArgumentTypeError: For what is no number of at least 0.
+        argparse.ArgumentTypeError: For what is no number of at least 0, or could mean two shares.
     """
-    return float(number(float, 0)(text.removesuffix("%"))) / 100
+    share = float(number(float, 0)(text.removesuffix("%")))
+    if 0 < share < 1 and not text.endswith("%"):
+        raise argparse.ArgumentTypeError(f"got {text}: write {100 * share:g}% or {share:g}%")
+    return share / 100
 
 
 # statistics
@@ -275,8 +280,10 @@ class Process:
         line = self.running.stdout.readline()
         if not line:
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            last = f": {lines[-1][:300]}" if lines else ", killed perhaps because memory ran out"
-            raise Failure(f"{self.side.target!r}: its process ended with status {self.running.wait()}{last}")
+            status = self.running.wait()
+            killed = ", killed perhaps because memory ran out" * (status == -signal.SIGKILL)
+            last = f": {lines[-1][:300]}" if lines else killed
+            raise Failure(f"{self.side.target!r}: its process ended with status {status}{last}")
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
             raise (UserError if found["status"] == 2 else Failure)(found["error"])
@@ -395,6 +402,8 @@ def _about_outputs(sides: Sequence[Side], files: Sequence[Path]) -> str:
     import torch
 
     one, other = (torch.load(file, weights_only=True) for file in files)
+    if not one and not other:
+        return "outputs hold no tensors, and are not compared"
     if [t.shape for t in one] != [t.shape for t in other]:
         return "outputs differ: other shapes"
     apart = largest = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 from collections.abc import Sequence
@@ -65,11 +66,18 @@ class Checks:
         Args:
             file: Records of :meth:`record`, or of ``vizoo profile --save``.
             budget: Share that is allowed, such as ``5%``: what the lower bound of the ratio's interval may be at most.
+
+        Raises:
+            UserError: If the file or the budget is none.
         """
         __tracebackhide__ = True
         if not Path(file).exists():
             pytest.fail(f"{file} does not exist; record once what it is compared with: cost.record({str(file)!r})")
-        records, allowed = read_records(file), percent(budget)
+        try:
+            allowed = percent(budget)
+        except argparse.ArgumentTypeError as e:
+            raise UserError(f"budget: {e}") from None
+        records = read_records(file)
         now = self._timed()
         latency = now.latency
         assert latency is not None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SETTLING = 5.0  # most seconds of the warm-up
+SETTLING = 1.5  # most seconds of the warm-up, and of the samples that tell how long a call takes
 LEAST = 0.05  # seconds of a turn at the least, if the model is that quick
 
 
@@ -92,6 +92,14 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     return Calls(net, target.inputs, how).prepared(side.batch)[1], target, how
 
 
+def _plain(t: Any) -> Any:
+    """A tensor as real numbers in float64 on the CPU."""
+    import torch
+
+    t = t.detach().cpu()
+    return (torch.view_as_real(t) if t.is_complex() else t).double()
+
+
 def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     """Build the model, leave its outputs in a file, and take turns until nobody asks for any more."""
     import torch
@@ -116,7 +124,7 @@ def _serve(asked: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> N
 
     with how.entered():
         leaves = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)]
-        torch.save([t.detach().to("cpu", torch.float64) for t in leaves], asked["outputs"])
+        torch.save([_plain(t) for t in leaves], asked["outputs"])
         say({"target": target.to_dict(), "environment": environment(how.device)})
         sys.stdin.readline()  # the other side may be at work
         warm = measure(call, how.device, min_time=0.0, max_time=SETTLING, clock=clock)
@@ -154,7 +162,7 @@ def main() -> None:
     try:
         _serve(asked, say)
     except Exception as e:  # whatever a model raises
-        status, text = explain(e) or (1, f"cannot run: {named(e)}")
+        status, text = explain(e) or (1, f"{asked['side']['target']!r} cannot run: {named(e)}")
         say({"error": text, "status": status})
 
 
