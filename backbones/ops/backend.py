@@ -116,8 +116,8 @@ def on_kernel_device(x: Tensor) -> bool:
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a oneDNN inference operator may take this call.
 
-    It takes real CPU tensors of one dtype (float32, and bfloat16 where the processor can), outside autograd, autocast, tracing, compilation,
-    export and transforms, so that those always see plain PyTorch operators.
+    It takes real CPU tensors of one dtype (float32, and bfloat16 where the processor can), outside autograd, autocast,
+    tracing, compilation, export and transforms, so that those always see plain PyTorch operators.
 
     Args:
         x: Input of any shape.

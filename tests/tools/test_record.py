@@ -171,6 +171,7 @@ def test_conditions_are_lists_with_commas():
         (["--input", "3x"], "--input: got '3x', must be shapes"),
         (["--save", "x.csv"], "--save 'x.csv': the ending must be .jsonl"),
         (["--sort", "speed"], "--sort"),
+        (["--device", "cpu", "--graph"], "--graph: needs CUDA, got --device cpu"),
     ],
     ids=" ".join,
 )

@@ -55,6 +55,16 @@ class Measured(NamedTuple):
     ops: dict[str, OpTime]
 
 
+def check_graph(graph: bool, device: torch.device) -> None:
+    """Refuse a CUDA graph on another device.
+
+    Raises:
+        UserError: If there is one.
+    """
+    if graph and device.type != "cuda":
+        raise UserError(f"--graph: needs CUDA, got --device {device}")
+
+
 def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """A call as a CUDA graph, which is replayed.
 
@@ -69,8 +79,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
         UserError: If that is no CUDA device.
         Failure: If the call cannot be captured: it waits for the device, or works on the host.
     """
-    if device.type != "cuda":
-        raise UserError(f"--graph: needs CUDA, got --device {device}")
+    check_graph(True, device)
     enabled = gc.isenabled()
     gc.disable()  # what it collects may give memory back within the graph
     try:
@@ -273,8 +282,7 @@ class Session:
             torch.cuda.OutOfMemoryError: If a single image does not fit, into the memory of a CPU too.
         """
         cuda = self.how.device.type == "cuda"
-        if self.how.graph and not cuda:
-            raise UserError(f"--graph: needs CUDA, got --device {self.how.device}")
+        check_graph(self.how.graph, self.how.device)
         # events are recorded on the current device
         with torch.cuda.device(self.how.device) if cuda else contextlib.nullcontext():
             for name, text, part in _ORDER:

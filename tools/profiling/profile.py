@@ -20,7 +20,7 @@ from vizoo.tools.options import DTYPES, MEASURES, read_size
 from vizoo.tools.profiling import counting, timing
 from vizoo.tools.profiling.counting import Count, copied, differences, fvcore_counts
 from vizoo.tools.profiling.machine import environment
-from vizoo.tools.profiling.measures import Measured, Session
+from vizoo.tools.profiling.measures import Measured, Session, check_graph
 from vizoo.tools.profiling.record import Record
 from vizoo.tools.profiling.target import Target, evaluating, find_target
 from vizoo.tools.profiling.timing import Comparison, Conditions, random_like
@@ -210,6 +210,7 @@ def check_conditions(
     timed = [name for name in MEASURES[1:] if name in asked or "all" in asked]
     if timed and place.type == "meta":
         raise UserError(f"measure {timed[0]}: the meta device computes nothing; give cpu or cuda")
+    check_graph(graph and bool(timed), place)
     if amp and dtype not in ("bf16", "fp16"):
         raise UserError(f"amp with dtype {dtype}: give dtype bf16 or fp16")
     return how, timed
