@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="fresh processes of each side, one after the other (5)",
     )
-    add(p, "--rounds", "20 in each process", default=20)
+    add(p, "--rounds", "30 in each process", default=30)
     add(p, "--size", "the model's; two values with a comma are A's and B's, 800x1280 is height and width")
     add(p, "--input", "of both sides")
     add(p, "--weights", "of both sides")

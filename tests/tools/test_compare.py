@@ -86,7 +86,7 @@ def test_the_table(machine, capsys, tmp_path):
     assert cli.main(["compare", "m", "--dtype", "fp32,bf16", "--threads", "1", "--rounds", "4", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert all(
-        word in text for word in ("dtype", "bf16", "img/s", "B takes", "outputs are equal", "5 processes, 4 rounds")
+        word in text for word in ("dtype", "bf16", "img/s", "B takes", "outputs are equal", "5 processes, 8 turns")
     )
     assert "threads" not in text
     assert "| A | m | fp32 |" in out.read_text()

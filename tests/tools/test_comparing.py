@@ -20,25 +20,29 @@ from vizoo.tools.profiling.turns import Side
 ROOT = Path(__file__).parents[2]
 
 
-def simulated(rng, processes=5, rounds=20, truth=1.0, offset=0.005):
-    """Seconds of both sides by process and round: a drift, a factor for each process, and noise of 3 % a call."""
+def simulated(rng, processes=5, rounds=30, truth=1.0, offset=0.005, disturbed=0.0):
+    """Seconds of both sides by process and turn: a drift, a factor for each process, and noise of 3 % a call.
+
+    A share of the turns takes up to 40 % longer: what else the machine does only adds time.
+    """
     a, b = [], []
     for _ in range(processes):
         one, other = rng.normal(0, offset, 2)
         drift = 1 + 0.1 * np.sin(np.linspace(0, 3, 4 * rounds) + 6 * rng.random()) + np.linspace(0, 0.1, 4 * rounds)
         turn = np.median(rng.normal(0, 0.03, (4 * rounds, 5)), axis=1)
-        t = (drift * np.exp(turn)).reshape(rounds, 4)
-        a.append(((t[:, 0] + t[:, 3]) * math.exp(one)).tolist())
-        b.append(((t[:, 1] + t[:, 2]) * truth * math.exp(other)).tolist())
+        more = np.where(rng.random(4 * rounds) < disturbed, 1 + 0.4 * rng.random(4 * rounds), 1)
+        t = (drift * more * np.exp(turn)).reshape(rounds, 4)
+        a.append((t[:, [0, 3]] * math.exp(one)).ravel().tolist())
+        b.append((t[:, [1, 2]] * truth * math.exp(other)).ravel().tolist())
     return a, b
 
 
-@pytest.mark.parametrize(("processes", "slower"), [(3, 0.75), (5, 0.95)])
-def test_the_interval_holds_the_truth(processes, slower):
+@pytest.mark.parametrize(("processes", "disturbed", "slower"), [(3, 0.0, 0.6), (5, 0.0, 0.95), (5, 0.3, 0.85)])
+def test_the_interval_holds_the_truth(processes, disturbed, slower):
     """As often as it says, and a side that takes 3 % longer is called slower; three pairs know less than five."""
-    rng, n = np.random.default_rng(1), 150
+    rng, n = np.random.default_rng(1), 80
     for truth in (1.0, 1.03):
-        found = [paired(*simulated(rng, processes, truth=truth)) for _ in range(n)]
+        found = [paired(*simulated(rng, processes, truth=truth, disturbed=disturbed)) for _ in range(n)]
         assert sum(low <= truth <= high for _, low, high in found) >= 0.95 * n
         assert all(low < ratio < high for ratio, low, high in found)
     assert slower * n <= sum(low > 1 for _, low, _ in found) <= n
@@ -54,9 +58,9 @@ def test_a_bootstrap_alone_would_be_too_narrow():
 
 
 def test_processes_that_agree_by_chance_leave_the_doubt_of_their_rounds():
-    rounds = np.log([0.9, 1.0, 1.1, 0.9, 1.0, 1.1, 1.0]).tolist()
-    found = Spread.of([rounds] * 3)
-    assert found.variance == pytest.approx(Spread.of([rounds]).variance, rel=0.2)
+    rounds = [0.9, 1.0, 1.1, 0.9, 1.0, 1.1, 1.0]
+    found = Spread.of([[rounds] * 3], 0.5)
+    assert found.variance == pytest.approx(Spread.of([[rounds]], 0.5).variance, rel=0.2)
     assert found.variance > 1e-3
 
 
@@ -131,7 +135,7 @@ def test_sides_take_turns(monkeypatch):
     assert [word for _, word in told[:3]] == ["warm up", "warm up", "run"]
     assert told.count(("a", "end")) == told.count(("b", "end")) == 3
     assert (names, len(ticks)) == (["m", "m"], 6)
-    assert seconds == [[[1.0, 1.0]] * 3, [[2.0, 2.0]] * 3]
+    assert seconds == [[[1.0] * 4] * 3, [[2.0] * 4] * 3]
     assert outputs == "outputs are equal"
     assert [note[:8] for note in notes] == ["A: noisy", "B: noisy"]
     assert all(note.endswith(" (in 3 processes)") for note in notes)

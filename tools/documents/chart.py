@@ -16,6 +16,19 @@ ZOO = (  # of whose models the plain sizes are drawn: names have room
     *("litv2_[bms]", "overlock_*", "nat_mini", "nat_tiny", "nat_small", "dinat_mini", "dinat_tiny", "dinat_s_tiny"),
     *("halo_26t", "halo_h[12]", "mobilenetv1_100_ulsam_i11_g4"),
 )
+TIMM = (  # of timm's models
+    *(
+        "convnext_*",
+        "deit_small*",
+        "efficientnet_b0",
+        "mobilenetv3_*",
+        "pvt_v2_b2",
+        "regnety_032",
+        "resnet18",
+        "resnet50",
+    ),
+    *("resnet101", "swin_small*", "swin_tiny*"),
+)
 
 
 def chosen(records: Sequence[Record]) -> list[Record]:
@@ -35,7 +48,7 @@ def chosen(records: Sequence[Record]) -> list[Record]:
         r.name: r
         for r in sorted(records, key=lambda r: str(r.environment["date"]))
         if r.throughput and all(r.conditions[key] == value for key, value in SHOWN.items())
-        if accuracy(r.target, known) and (r.name not in zoo() or match_names([r.name], ZOO))
+        if accuracy(r.target, known) and match_names([r.name], ZOO if r.name in zoo() else TIMM)
     }
     kinds = {(r.environment["fingerprint"], *map(str, r.conditions.values())) for r in found.values()}
     if len(kinds) != 1:

@@ -28,7 +28,8 @@ from vizoo.tools.options import number
 from vizoo.tools.profiling.turns import Side
 
 LEVEL = 0.95  # of intervals
-DRAWS = 2000  # of the bootstrap
+DRAWS = 400  # of the bootstrap
+FAST = 0.1  # quantile of the samples that sides are compared by
 ALIKE = 0.05  # largest difference of outputs, relative to the largest, of what still counts as agreement
 LEAST_PROCESSES = 3
 ORDER = {1: (0,), 2: (0, 1, 1, 0)}  # of a round, by the number of sides
@@ -58,10 +59,10 @@ def percent(text: str) -> float:
 
 
 class Spread(NamedTuple):
-    """Logarithms of medians by process.
+    """Logarithms of figures by process.
 
     Attributes:
-        mean: Of the medians.
+        mean: Of the processes.
         variance: Of a single one.
         processes: How many there are.
     """
@@ -71,22 +72,38 @@ class Spread(NamedTuple):
     processes: int
 
     @classmethod
-    def of(cls, logs: Sequence[Sequence[float]]) -> Spread:
-        """The spread of samples by process.
+    def of(cls, sides: Sequence[Sequence[Sequence[float]]], share: float) -> Spread:
+        """The spread of a quantile of one side's samples, or of the ratio of two sides' quantiles.
 
-        The variance is that between the medians of processes, but at least what the samples within them explain, by a
-        bootstrap with a fixed seed: a few processes may be close to each other by chance.
+        The variance is that between processes, but at least what the samples within them explain, by a bootstrap with
+        a fixed seed, for a few processes may be close to each other by chance.  Samples of two sides are drawn in
+        pairs, as they were taken, so that a drift of the machine is in both.
+
+        Args:
+            sides: Seconds by process of one side, or of B and A, whose samples stand in the order of their turns.
+            share: Of the quantile.
+
+        Returns:
+            The spread.
         """
         import numpy as np
 
-        rng, drawn = np.random.default_rng(0), []
-        for some in logs:  # the median of samples drawn again is one of them: its rank is a beta variable
-            half = (len(some) + 1) / 2
-            ranks = (rng.beta(half, half, DRAWS) * len(some)).astype(int)
-            drawn.append(np.sort(some)[np.minimum(ranks, len(some) - 1)].var())
-        medians = [statistics.median(some) for some in logs]
-        between = statistics.variance(medians) if len(medians) > 1 else 0.0
-        return cls(statistics.fmean(medians), max(between, float(np.mean(drawn))), len(medians))
+        values, drawn = [], []
+        for process in zip(*sides, strict=True):
+            logs = [np.log(some) for some in process]
+            again = np.random.default_rng(0).integers(len(logs[0]), size=(DRAWS, len(logs[0])))
+            value, draws = (
+                [np.quantile(some[picked], share, axis=-1) for some in logs] for picked in (slice(None), again)
+            )
+            values.append(float(value[0] - sum(value[1:])))
+            drawn.append(float(np.var(draws[0] - sum(draws[1:]))))
+        between = statistics.variance(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), max(between, statistics.fmean(drawn)), len(values))
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """The mean and its interval, not as logarithms."""
+        return _interval(self.mean, self.variance / self.processes, self.processes - 1)
 
 
 def _interval(middle: float, variance: float, freedom: int) -> tuple[float, float, float]:
@@ -99,7 +116,7 @@ def _interval(middle: float, variance: float, freedom: int) -> tuple[float, floa
 
 
 def middle_of(seconds: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Seconds of one side with their 95 % confidence interval.
+    """Median seconds of one side with their 95 % confidence interval.
 
     Args:
         seconds: Samples by process.
@@ -107,30 +124,28 @@ def middle_of(seconds: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     Returns:
         Middle, lower and upper bound.
     """
-    found = Spread.of([[math.log(s) for s in some] for some in seconds])
-    return _interval(found.mean, found.variance / found.processes, found.processes - 1)
+    return Spread.of([seconds], 0.5).interval
 
 
 def paired(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """B's time over A's, from the ratio of both in each round.
+    """B's time over A's where they took turns.
 
-    The median of the ratios in each pair of processes, the mean of their logarithms over the pairs, and Student's
-    interval with one degree of freedom less than pairs: a bootstrap of three processes would be too narrow.
+    The ratio of the lowest deciles in each pair of processes, for what else a machine does only adds time; the mean of
+    their logarithms over the pairs, and Student's interval with one degree of freedom less than pairs: a bootstrap of
+    three processes would be too narrow.
 
     Args:
-        a: Seconds of A by process and round.
-        b: Those of B in the same rounds.
+        a: Seconds of A by process and turn.
+        b: Those of B in the turns beside them.
 
     Returns:
-        The ratio and its 95 % confidence interval; of one pair it only knows the rounds.
+        The ratio and its 95 % confidence interval; of one pair it only knows the turns.
     """
-    logs = [[math.log(y / x) for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)]
-    found = Spread.of(logs)
-    return _interval(found.mean, found.variance / found.processes, found.processes - 1)
+    return Spread.of([b, a], FAST).interval
 
 
 def unpaired(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """B's time over A's where both were measured at different times.
+    """B's time over A's where both were measured at different times, from their lowest deciles.
 
     Processes of a side that has only one are taken to differ as those of the other side do.
 
@@ -141,7 +156,7 @@ def unpaired(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tupl
     Returns:
         The ratio and its 95 % confidence interval.
     """
-    one, other = (Spread.of([[math.log(s) for s in some] for some in side]) for side in (a, b))
+    one, other = (Spread.of([side], FAST) for side in (a, b))
     freedom = one.processes + other.processes - 2
     known = [s for s in (one, other) if s.processes > 1] or [one, other]
     least = sum(s.variance * max(1, s.processes - 1) for s in known) / sum(max(1, s.processes - 1) for s in known)
@@ -209,11 +224,11 @@ class Outcome(NamedTuple):
             figures = [*(f"{1e3 * s:.3f}" for s in (middle, low, high)), f"{side.batch / middle:.1f}"]
             rows.append([key, name, *(_text(getattr(side, k)) for k in differing), *figures])
         columns = ["", "what", *(k.replace("_", "-") for k in differing), "ms", "from", "to", "img/s"]
-        processes, rounds = len(self.seconds[1]), len(self.seconds[1][0])
+        processes, turns = len(self.seconds[1]), len(self.seconds[1][0])
         e, side = self.environment, self.sides[0]
         how = [_text(getattr(side, k)) for k in ("dtype",) if k in same]
         where = "; ".join([f"{e['machine']} ({side.device})", *how, f"torch {e['torch']}"])
-        below = [self.line, self.outputs, f"{processes} processes, {rounds} rounds in each; 95 % intervals", where]
+        below = [self.line, self.outputs, f"{processes} processes, {turns} turns in each; 95 % intervals", where]
         numeric = range(2 + len(differing), len(columns))
         return Table(columns, rows, [*numeric], below=[*below, *(f"note: {n}" for n in self.notes)])
 
@@ -322,7 +337,7 @@ class Plan(NamedTuple):
     """
 
     processes: int = 5
-    rounds: int = 20
+    rounds: int = 30
     cpu_time: bool = False
     ready: Callable[[list[dict[str, Any]]], None] = lambda answers: None
     tick: Callable[[], None] = lambda: None
@@ -346,7 +361,7 @@ def _run(sides: Sequence[Side], places: Sequence[Place], folder: Path, plan: Pla
             for i in ORDER[len(sides)]:
                 turns[i].append(running[i].ask("run")["seconds"])
             for found, turn in zip(seconds, turns, strict=True):
-                found.append(statistics.fmean(turn))
+                found += turn
             plan.tick()
         ends = [process.ask("") for process in running]
     notes = [f"{'AB'[i]}: {note}" for i, end in enumerate(ends) for note in end["notes"]]
@@ -365,7 +380,7 @@ def measure_sides(
         plan: How.
 
     Returns:
-        Names, seconds by side, process and round, a sentence about the outputs, notes, and the environment.
+        Names, seconds by side, process and turn, a sentence about the outputs, notes, and the environment.
 
     Raises:
         UserError: If a side cannot be built or run for what was given.
