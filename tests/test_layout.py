@@ -515,7 +515,9 @@ def test_no_private_path_or_host() -> None:
 
 
 def test_no_large_file() -> None:
-    assert [p for p in tracked() if p.stat().st_size > LARGEST] == []
+    """Records of the whole zoo, and their page, may be larger than the rest."""
+    recorded = {ROOT / "docs/profile.html", *(ROOT / "tools/results").glob("profile-*.jsonl")}
+    assert [p for p in tracked() if p.stat().st_size > (2 << 20 if p in recorded else LARGEST)] == []
 
 
 # how the tools hang together
