@@ -79,7 +79,7 @@ def run_fake(path, items, seconds=30.0):
 def test_dry_run(tmp_path, capsys):
     """Everything but the compilers: all sections, every operator in every form, every kind of row."""
     out = tmp_path / "gpu.jsonl"
-    assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--seconds", "400"]) == 0
+    assert cli.main(["bench", "--suite", "gpu", "--dry", "--out", str(out), "--seconds", "900"]) == 0
     start, *rows, end = rows_of(out)
     assert (start["section"], start["dry"], end["failures"]) == ("start", True, 0)
     assert list(dict.fromkeys(row["section"] for row in rows)) == [*suite.SECTIONS, "shares"]
