@@ -80,7 +80,6 @@ examples:
 
 SORTED = ("", "macs", "params", "acts", "other", "time")  # of --sort; the model's order without
 BASIC = ("count", "latency", "throughput", "memory")  # of --device without --measure
-SWEPT = ("size", "dtype", "batch", "compile", "graph")  # conditions whose product is measured, as threads are
 
 
 def __getattr__(name: str) -> Any:
@@ -190,7 +189,7 @@ def _check(args: argparse.Namespace) -> list[str]:
     args.measure = args.measure or (list(BASIC) if args.device not in (None, "meta") else ["count"])
     timed: list[str] = []
     for dtype, batch, compile, graph in itertools.product(args.dtype, args.batch or [None], args.compile, args.graph):
-        how = {"dtype": dtype, "batch": batch, "compile": compile or False, "graph": graph}
+        how = {"dtype": dtype, "batch": batch, "compile": compile, "graph": graph}
         _, timed = check_conditions(**how, **_options(args))
     if kept := [name for name in args.models if name.endswith(".jsonl")]:
         raise UserError(f"model {short(kept[0])}: records are read by 'vizoo report' and 'vizoo compare --baseline'")
@@ -218,11 +217,6 @@ class _Case(NamedTuple):
     compile: str | None
     graph: bool
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """Arguments of :func:`vizoo.tools.profiling.profile.profile`."""
-        return {**self._asdict(), "compile": self.compile or False, "model": self.spec, "spec": ...}
-
 
 def _cases(args: argparse.Namespace) -> list[_Case]:
     rest = [args.dtype, args.batch or [None], args.compile, args.graph]
@@ -235,8 +229,9 @@ def _one(case: _Case, args: argparse.Namespace, step: Callable[[str], None] | No
     from vizoo.tools.profiling.profile import attempt
 
     _import(args.packages)
-    given = {key: value for key, value in case.given.items() if key not in ("model", "spec")}
-    found = attempt(case.spec, **given, step=step, **_options(args))
+    spec, *conditions = case
+    given = dict(zip(_Case._fields[1:], conditions, strict=True))
+    found = attempt(spec, **given, step=step, **_options(args))
     found.command = _command(case, args, found.conditions["threads"])
     return found
 

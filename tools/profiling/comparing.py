@@ -319,7 +319,7 @@ class _Run(NamedTuple):
     """What the processes of one pair, or the process of a single side, found."""
 
     names: list[str]
-    seconds: list[list[float]]  # by side and round
+    seconds: list[list[float]]  # by side and turn
     outputs: list[Path]
     environment: dict[str, Any]
     notes: list[str]
@@ -357,11 +357,8 @@ def _run(sides: Sequence[Side], places: Sequence[Place], folder: Path, plan: Pla
             process.ask("warm up")
         seconds: list[list[float]] = [[] for _ in sides]
         for _ in range(plan.rounds):
-            turns: list[list[float]] = [[] for _ in sides]
             for i in ORDER[len(sides)]:
-                turns[i].append(running[i].ask("run")["seconds"])
-            for found, turn in zip(seconds, turns, strict=True):
-                found += turn
+                seconds[i].append(running[i].ask("run")["seconds"])
             plan.tick()
         ends = [process.ask("") for process in running]
     notes = [f"{'AB'[i]}: {note}" for i, end in enumerate(ends) for note in end["notes"]]

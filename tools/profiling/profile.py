@@ -36,7 +36,7 @@ def profile(
     dtype: str = "fp32",
     amp: bool = False,
     channels_last: bool = False,
-    compile: bool | str = False,
+    compile: bool | str | None = False,
     graph: bool = False,
     batch: int | None = None,
     weights: str | None = None,
@@ -179,7 +179,7 @@ def check_conditions(
     dtype: str = "fp32",
     amp: bool = False,
     channels_last: bool = False,
-    compile: bool | str = False,
+    compile: bool | str | None = False,
     graph: bool = False,
     batch: int | None = None,
     min_time: float = 2.0,
@@ -300,10 +300,7 @@ def _measure(
 ) -> None:
     try:
         net = target.net if target.own else copied(target.net)
-        net = net.to(how.device, how.weights)
-        if how.channels_last:
-            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        session = Session(net, target.inputs, how)
+        session = Session(how.placed(net), target.inputs, how)
         try:
             with how.entered():
                 session.run(measures, tell)

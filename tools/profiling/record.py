@@ -33,7 +33,6 @@ from vizoo.tools.profiling.timing import Measurement, quantile
 
 SCHEMA = 1
 OPERATOR = ("op", "calls", "macs", "other", "bytes", "seconds", "ceiling")  # of a record as JSON
-SORTED = ("macs", "params", "acts", "other", "time")  # of modules: the most expensive first
 FOOTNOTE = """\
 GMACs: multiply-accumulates of convolutions, linear layers and attention of one image, in 1e9; papers of this field
 print them as FLOPs.  GFLOPs = 2 GMACs + other GFLOPs (norms, softmax, activations, biases, by fixed costs per element).
@@ -674,19 +673,3 @@ def append_record(path: str | Path, record: Record, depth: int | None = None) ->
         Failure: If it cannot be written.
     """
     append_json_line(path, record.to_dict(depth))
-
-
-def newest(records: Sequence[Record]) -> Record | None:
-    """The last of some records that did not fail; None if there is none."""
-    return next((r for r in reversed(records) if not r.failure), None)
-
-
-def conditions_of(record: Record) -> tuple[Any, ...]:
-    """What two records have in common if their times may be compared: target, size, conditions and machine."""
-    return (
-        record.target["spec"],
-        record.size,
-        json.dumps(record.target["kwargs"], sort_keys=True),
-        *sorted((k, str(v)) for k, v in record.conditions.items()),
-        record.environment["fingerprint"],
-    )

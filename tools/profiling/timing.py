@@ -554,7 +554,7 @@ class Conditions(NamedTuple):
     dtype: str = "fp32"
     amp: bool = False
     channels_last: bool = False
-    compile: bool | str = False
+    compile: bool | str | None = False
     batch: int | None = None
     min_time: float = 2.0
     max_time: float = 10.0
@@ -570,6 +570,11 @@ class Conditions(NamedTuple):
     def weights(self) -> torch.dtype:
         """Dtype of weights and floating inputs."""
         return torch.float32 if self.amp else self.kind
+
+    def placed(self, net: torch.nn.Module) -> torch.nn.Module:
+        """A module on the device, in the dtype and the memory format of these conditions."""
+        net = net.to(self.device, self.weights)
+        return net.to(memory_format=torch.channels_last) if self.channels_last else net  # type: ignore[call-overload, no-any-return]
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -85,11 +85,8 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     torch.manual_seed(0)
     target = find_target(side.target, side.input, side.size, real=True, reparam=side.reparam, weights=side.weights)
     device = torch.device(side.device)
-    how = Conditions(device, side.dtype, side.amp, side.channels_last, side.compile or False, side.batch)
-    net = target.net.eval().to(device, how.weights)
-    if side.channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Calls(net, target.inputs, how).prepared(side.batch)[1], target, how
+    how = Conditions(device, side.dtype, side.amp, side.channels_last, side.compile, side.batch)
+    return Calls(how.placed(target.net.eval()), target.inputs, how).prepared(side.batch)[1], target, how
 
 
 def _plain(t: Any) -> Any:
