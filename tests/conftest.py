@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# One thread in every process that a test starts as well: the workers have one core each, and threads of OpenMP that
+# wait for a core spin for a whole time slice of the system, again and again (50 times as long in some processes).
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 import torch.utils._device
 

@@ -191,7 +191,6 @@ def _process(rank: int, size: int, port: int, words: list[str], log: str, fault:
     os.environ.update({name: str(value) for name, value in where.items()})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
-    torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     patch.setattr(loop, "draw_curves", draw_nothing)
     if alike:

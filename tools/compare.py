@@ -49,7 +49,7 @@ examples:
 
 'slower' and 'faster' mean that the 95 % interval of the ratio does not contain 1, 'undecided' that it does.  The exit
 status is 3 if B is slower than --budget allows beyond doubt: if the lower bound of the interval is above."""
-PAIRED = ("size", "batch", "dtype", "threads", "compile")  # conditions that each side may have a value of
+PAIRED = ("size", "batch", "dtype", "threads", "compile", "graph")  # conditions that each side may have a value of
 EXCEEDED = 3  # exit status
 
 
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(p, "--amp", "float32 weights under autocast to --dtype")
     add(p, "--channels-last")
     add(p, "--compile", "no; no,default is eager A and compiled B", default=[None])
+    add(p, "--graph", "no; no,yes is A without and B with one", default=[False])
     add(p, "--reparam")
     add(p, "--cpu-time")
     add_result(p)
@@ -113,7 +114,10 @@ def _sides(args: argparse.Namespace) -> list[Side]:
 
 def _check(args: argparse.Namespace) -> list[Side]:
     """Refuse bad input before anything runs."""
+    import torch
+
     from vizoo.tools.profiling.machine import default_threads
+    from vizoo.tools.profiling.measures import check_graph
     from vizoo.tools.profiling.profile import check_conditions
 
     check_result(args.out)
@@ -125,6 +129,7 @@ def _check(args: argparse.Namespace) -> list[Side]:
     sides = _sides(args)
     for side in sides:
         check_conditions(side.device, "latency", side.dtype, side.amp)
+        check_graph(side.graph, torch.device(side.device))
     if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
         raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
     return sides

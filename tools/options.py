@@ -461,6 +461,13 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "MODE",
         "help": f"torch.compile: {', '.join(COMPILED[:-1])} or {COMPILED[-1]}; or no",
     },
+    "--graph": {
+        "type": listed(choice(no=False, yes=True)),
+        "nargs": "?",
+        "const": [True],
+        "metavar": "WHETHER",
+        "help": "replay a CUDA graph of the call: no or yes",
+    },
     "--rounds": {"type": number(int, 1, MOST), "metavar": "N", "help": "times that sides take turns"},
     "--cpu-time": {**_SWITCH, "help": "processor time in place of wall time: for a busy machine, one thread"},
     # training

@@ -115,15 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(p, "--dtype", "of weights and input; fp32", default=["fp32"])
     add(p, "--amp", "float32 weights under autocast to --dtype")
     add(p, "--compile", default=[None])
-    p.add_argument(
-        "--graph",
-        type=listed(choice(no=False, yes=True)),
-        nargs="?",
-        const=[True],
-        default=[False],
-        metavar="WHETHER",
-        help="replay a CUDA graph of the call: no or yes",
-    )
+    add(p, "--graph", default=[False])
     add(p, "--channels-last")
     p.add_argument(
         "--fused",

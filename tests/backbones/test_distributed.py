@@ -49,7 +49,6 @@ def step(model: nn.Module, x: Tensor, checkpointing: bool = False) -> None:
 
 
 def work(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
     for name in KINDS:

@@ -36,7 +36,6 @@ def train(data: Path, folder: Path, words: list[str], *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def detector_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "det"
     assert train(shapes, folder, DETECTION, "--model", "test_litv2", "--epochs", "12") == 0
     return folder
@@ -44,7 +43,6 @@ def detector_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def segmentor_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "seg"
     words = ["--model", "test_overlock", "--arch", "upernet", "--epochs", "16"]
     assert train(shapes, folder, SEGMENTATION, *words) == 0

@@ -23,7 +23,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each task, trained; not to be changed."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
     for task in made.TASKS:
         assert made.start(task, folders, root / task) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vizoo.tools import cli
-from vizoo.tools.profiling import comparing
+from vizoo.tools.profiling import comparing, measures, turns
 from vizoo.tools.profiling.turns import Side
 
 
@@ -111,6 +111,14 @@ def test_revisions_have_places_of_their_own(machine, monkeypatch, capsys):
     assert places == ["HEAD", None] * 3 + ["HEAD", "HEAD"] * 3
 
 
+def test_a_side_may_be_a_cuda_graph(monkeypatch):
+    """Its call is captured and replayed, and it is no other side's record."""
+    monkeypatch.setattr(measures, "captured", lambda call, device: lambda: ("replayed", call()))
+    replayed, out = turns._call(Side("test_litv2", graph=True))[0]()
+    assert (replayed, out.shape) == ("replayed", (1, 1000))
+    assert [Side("m", graph=graph).conditions["graph"] for graph in (False, True)] == [False, True]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_processes_and_folders(number, status, machine, monkeypatch, tmp_path):
     """As Ctrl-C does; afterwards it means what it did before."""
@@ -182,6 +190,7 @@ def test_a_baseline(machine, tmp_path, monkeypatch, capsys):
         ("m n --processes 2", "argument --processes: got 2, must be a whole number between 3 and"),
         ("m n --device meta", "--device 'meta'"),
         ("m n --amp", "amp with dtype fp32"),
+        ("m --graph no,yes", "--graph: needs CUDA, got --device cpu"),
         ("m n --cpu-time --threads 1,2", "--cpu-time: adds up all threads"),
         ("m n --out x.txt", "--out"),
     ],

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from dicoms import dicom
 from PIL import Image
 from runs import words
@@ -272,7 +271,6 @@ def test_bad_pickles(name, folders, tmp_path, capfd) -> None:
 
 def test_good_copies_train(folders, tmp_path) -> None:
     """The faults above are what was refused."""
-    torch.set_num_threads(1)
     for task in IMAGE:
         root = folder(task, folders, tmp_path / task)
         given = command(task, root, folders, tmp_path / "out")

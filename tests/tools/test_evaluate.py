@@ -16,11 +16,6 @@ from vizoo.tools import cli
 from vizoo.tools.evaluation.classification import LARGEST_MATRIX, draw_confusion, figures
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Dark and bright images; three splits of different sizes."""
@@ -36,7 +31,6 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs")
     words = ["train", "--data", str(folder), "--model", "test_resnet", "--epochs", "2", "-b", "8", "--workers", "0"]
     words += ["--img-size", "32", "--lr", "0.05", "--output", str(out), "--experiment", "run"]

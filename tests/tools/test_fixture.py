@@ -57,7 +57,6 @@ def test_a_partial_count_fails(session, monkeypatch):
 @pytest.fixture(scope="module")
 def recorded():
     """A real record of the layer, of two rows at once."""
-    torch.set_num_threads(1)
     layer = torch.nn.Linear(8, 4)
     return profile(layer, torch.ones(1, 8), measure="latency", batch=2, min_time=0.0, max_time=0.1)
 

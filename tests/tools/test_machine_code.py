@@ -109,7 +109,7 @@ def run(*words, precision="none"):
         "import sys, torch; from vizoo.tools import bench; "
         f"torch.backends.cuda.matmul.fp32_precision = {precision!r}; sys.exit(bench.main(sys.argv[1:]))"
     )
-    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
     return subprocess.run([sys.executable, "-c", script, *words], env=env, capture_output=True, text=True, check=False)
 
 

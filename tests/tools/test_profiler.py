@@ -610,7 +610,6 @@ def test_one_input_needs_no_list():
 
 
 def test_python_interface():
-    torch.set_num_threads(1)
     r = profiler.profile(
         "test_litv2", size=np.array([64]), measure=("latency", "throughput"), batch=np.int64(1), min_time=0, max_time=0
     )

@@ -478,7 +478,6 @@ def test_split():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A model of the search task, learnt in seconds."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("scanpaths")
     words = "train --task scanpath --data search --trials 1000 --grid 2 4 --model test_oat --lr 3e-3 --epochs 3"
     assert cli.main([*words.split(), "--output", str(out), "--experiment", "run", "--device", "cpu"]) == 0

@@ -30,7 +30,6 @@ from vizoo.tools import cli
 from vizoo.tools.data.scanpaths import load_scanpaths
 from vizoo.tools.training.run import load_training_checkpoint, newest_checkpoint
 
-torch.set_num_threads(1)
 bad, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 functions = {
     "create_model": lambda f: timm.create_model("test_litv2", checkpoint_path=f),

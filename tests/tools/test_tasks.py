@@ -377,10 +377,9 @@ def test_two_processes_resume_exactly(task, fault, saved, folders, pair, tmp_pat
 
 
 DYING = """
-import os, signal, sys, torch
+import os, signal, sys
 from vizoo.tools import cli
 from vizoo.tools.training.loop import Loop
-torch.set_num_threads(1)
 backward, calls = Loop.backward, []
 def dying(*args):
     calls.append(0)
@@ -395,9 +394,8 @@ sys.exit(cli.main(sys.argv[1:]))
 @contextlib.contextmanager
 def torchrun(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
-        started = subprocess.Popen(launch, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        started = subprocess.Popen(launch, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield started
     finally:

@@ -46,11 +46,6 @@ def image_folder(root: Path, splits: tuple[str, ...] = ("train", "val"), classes
     return root
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _data(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A folder of 20 training images, which are five batches, and of 12 held-out images."""
@@ -66,7 +61,6 @@ def run(folder: Path, *options: str) -> int:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with everything random."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(folder, *RANDOM) == 0
     return folder

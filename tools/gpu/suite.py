@@ -213,11 +213,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def child_environment(mode: str) -> dict[str, str]:
-    """Environment of a child: nothing of a test run around it, and Triton's interpreter without a GPU."""
+    """Environment of a child: nothing of a test run around it; without a GPU Triton's interpreter and one thread."""
     found = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     found.pop("TRITON_INTERPRET", None)
     if mode == "dry":
-        found["TRITON_INTERPRET"] = "1"
+        found.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # of more, on busy cores, each waits for the others
     return found
 
 

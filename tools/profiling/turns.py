@@ -32,6 +32,7 @@ class Side(NamedTuple):
         device: Where.
         threads: Of a CPU.
         compile: Mode of ``torch.compile``; None for none.
+        graph: The call is a CUDA graph that is replayed.
         channels_last: Model and images in channels-last memory.
         amp: Under autocast.
         reparam: Branches are merged where the model can.
@@ -46,6 +47,7 @@ class Side(NamedTuple):
     device: str = "cpu"
     threads: int = 1
     compile: str | None = None
+    graph: bool = False
     channels_last: bool = False
     amp: bool = False
     reparam: bool = False
@@ -56,8 +58,8 @@ class Side(NamedTuple):
     def conditions(self) -> dict[str, Any]:
         """As of a record, but for the batch."""
         threads = self.threads if self.device == "cpu" else None
-        always = {"graph": False, "fused": True, "features": False}
-        given = ("device", "dtype", "amp", "channels_last", "compile", "reparam")
+        always = {"fused": True, "features": False}
+        given = ("device", "dtype", "amp", "channels_last", "compile", "graph", "reparam")
         return {**{key: getattr(self, key) for key in given}, "threads": threads, **always}
 
 
@@ -85,7 +87,7 @@ def _call(side: Side) -> tuple[Callable[[], Any], Any, Any]:
     torch.manual_seed(0)
     target = find_target(side.target, side.input, side.size, real=True, reparam=side.reparam, weights=side.weights)
     device = torch.device(side.device)
-    how = Conditions(device, side.dtype, side.amp, side.channels_last, side.compile, side.batch)
+    how = Conditions(device, side.dtype, side.amp, side.channels_last, side.compile, side.batch, graph=side.graph)
     return Calls(how.placed(target.net.eval()), target.inputs, how).prepared(side.batch)[1], target, how
 
 

@@ -51,7 +51,6 @@ def trained(tmp_path_factory, write_config, train):
     folder = tmp_path_factory.mktemp("trained")
 
     def trained(name: str, kind: str, backbone: str, extra: str = "", **values: Any) -> Run:
-        torch.set_num_threads(1)
         config, work_dir = write_config(folder / f"{name}.py", kind, backbone, extra, **values), folder / name
         runner = train(config, work_dir)
         logged = runner.message_hub.log_scalars
@@ -246,7 +245,7 @@ def test_killed_with_spawned_workers(trained, train, tmp_path):
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", "from vizoo.tools.cli import main; raise SystemExit(main())", "mm", *argv],
-            env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": SOURCE},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -305,7 +304,7 @@ def test_two_processes(write_config, tmp_path):
     work_dir = tmp_path / "work"
     argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vizoo.tools.mm"]
     argv += ["train", str(config), "--work-dir", str(work_dir), "--launcher", "pytorch", "--no-check-data"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([SOURCE, str(tmp_path)]), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([SOURCE, str(tmp_path)])}
     done = subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((work_dir / f"rank{r}.json").read_text()) for r in (0, 1))
