@@ -301,7 +301,8 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
     [
         (["litv2_x"], "unknown model 'litv2_x'; did you mean litv2_"),
         (["nothing*"], "no model matches 'nothing*'"),
-        (["test_vit@0x0"], "unknown model 'test_vit@0x0'"),
+        (["test_vit@0x0"], "unknown model 'test_vit@0x0'; a size behind a name is @224 or @800x1280"),
+        (["torchvision:resnet18@224x"], "unknown model 'torchvision:resnet18@224x'; a size behind a name is @224"),
         (["speed.jsonl"], "model 'speed.jsonl': records are read by 'vizoo report'"),
         (["test_litv2", "--size", "0"], "--size 0: give one side"),
         (["test_litv2", "--size", "1", "2", "3"], "--size 1 2 3"),
