@@ -351,6 +351,7 @@ def test_a_model_that_cannot_run_is_a_row_with_its_reason(words, reason, capsys,
         assert err.startswith("vizoo profile: error: ")
         for text in (err, path.read_text(encoding="utf-8"), "".join(out.splitlines()[3:])):
             assert reason in text
+            assert "multiply-accumulates of" not in text  # nothing is counted that it would explain
     found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))[0]
     check_record(found)
     assert (found["counts"], found["failure"]["bad_input"]) == (None, True)

@@ -559,7 +559,8 @@ def footnotes(records: Sequence[Record]) -> list[str]:
     """Why counts are partial, where batches stop to pay, and the conventions of the columns that are shown."""
     partial = [text for r in records for text in _partial(r)]
     total = any(r.fvcore_total is not None for r in records)
-    told = [*dict.fromkeys(partial), *knees(records), _conditions(records), FOOTNOTE, FVCORE if total else ""]
+    legend = FOOTNOTE if any(r.counts for r in records) else ""
+    told = [*dict.fromkeys(partial), *knees(records), _conditions(records), legend, FVCORE if total else ""]
     return list(filter(None, told))
 
 
