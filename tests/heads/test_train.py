@@ -37,7 +37,7 @@ def train(data: Path, folder: Path, words: list[str], *more: str) -> int:
 @pytest.fixture(scope="module")
 def detector_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "det"
-    assert train(shapes, folder, DETECTION, "--model", "test_litv2", "--epochs", "9") == 0
+    assert train(shapes, folder, DETECTION, "--model", "test_litv2", "--epochs", "12") == 0
     return folder
 
 

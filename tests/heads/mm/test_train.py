@@ -70,7 +70,7 @@ def trained(tmp_path_factory, write_config, train):
 
 @pytest.fixture(scope="module")
 def mask_rcnn(trained) -> Run:
-    return trained("mask_rcnn", "mask_rcnn", "test_litv2", epochs=8, options="feature_norms=(0, 1, 2, 3)")
+    return trained("mask_rcnn", "mask_rcnn", "test_litv2", epochs=10, options="feature_norms=(0, 1, 2, 3)")
 
 
 @pytest.fixture(scope="module")
