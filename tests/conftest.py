@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,14 +66,25 @@ def _no_scope() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def fast_parsing() -> Iterator[None]:
-    """mmengine reads a hundred metafiles and reloads a package for every ``mmdet::`` base: once is enough here."""
+    """mmengine reads a hundred metafiles and reloads a package for every ``mmdet::`` base, and lays the config out anew
+    for every checkpoint: once is enough here.
+    """
     from mmengine.config import config, utils
+    from yapf.yapflib.yapf_api import FormatCode
 
     import vizoo.heads.mm  # noqa: F401 - before anything of mmengine
+
+    laid_out = {}
+
+    def lay_out(text: str, **options: Any) -> Any:
+        if text not in laid_out:
+            laid_out[text] = FormatCode(text, **options)
+        return laid_out[text]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "load", functools.cache(utils.load))
         patch.setattr(config, "is_installed", functools.cache(config.is_installed))
+        patch.setattr(config, "FormatCode", lay_out)
         yield
 
 

@@ -44,7 +44,7 @@ def detector_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def segmentor_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "seg"
-    words = ["--model", "test_overlock", "--arch", "upernet", "--epochs", "16"]
+    words = ["--model", "test_dinat_s", "--arch", "upernet", "--epochs", "6"]
     assert train(shapes, folder, SEGMENTATION, *words) == 0
     return folder
 

@@ -30,7 +30,7 @@ from vizoo.tools import cli
 from vizoo.tools.data.scanpaths import load_scanpaths
 from vizoo.tools.training.run import load_training_checkpoint, newest_checkpoint
 
-bad, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+bad = json.loads(sys.argv[1])
 functions = {
     "create_model": lambda f: timm.create_model("test_litv2", checkpoint_path=f),
     "pretrained file": lambda f: timm.create_model(
@@ -45,7 +45,7 @@ functions = {
     "torch.load": torch.load,
 }
 answers = []
-for file in bad:
+for file, cases in bad.items():
     for name, function in functions.items() if os.path.isfile(file) else ():
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -73,8 +73,9 @@ YAMLS = (
 )
 
 
-def ask(files: list[Path], cases: list[list[str]], cwd: Path) -> list[list]:
-    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps([str(f) for f in files]), json.dumps(cases)]
+def ask(files: dict[Path, list[list[str]]], cwd: Path) -> list[list]:
+    """What each file or folder gets from the functions and from its commands, in one process, which imports much."""
+    words = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps({str(f): c for f, c in files.items()})]
     done = subprocess.run(
         words, env={**os.environ, "PYTHONPATH": SOURCE}, cwd=cwd, capture_output=True, text=True, check=False
     )
@@ -109,7 +110,7 @@ def test_pickles(folders: Path, runs: Path, tmp_path: Path) -> None:
         ["profile", "BAD"],
         ["bench", "BAD"],
     ]
-    answers = ask(files, cases, tmp_path)
+    answers = ask(dict.fromkeys(files, cases), tmp_path)
     assert len(answers) == len(files) * (len(cases) + 9)
     for what, file, status, errors in answers:
         assert what != "RAN", file
@@ -118,24 +119,24 @@ def test_pickles(folders: Path, runs: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files)
 
 
-@pytest.mark.parametrize("task", made.TASKS)
-def test_folders_of_runs(task: str, folders: Path, runs: Path, tmp_path: Path) -> None:
+def test_folders_of_runs(folders: Path, runs: Path, tmp_path: Path) -> None:
     """A whole run of somebody else: its checkpoints and its args.yaml run nothing, in evaluation and in going on."""
-    made_by_others = []
-    for i, key in enumerate(("exec", "partial", "os")):
-        folder = tmp_path / f"run{i}"
-        shutil.copytree(runs / task, folder)
-        for file in folder.glob("*.pth.tar"):
-            file.unlink()
-            WRITERS["zip"](file, b"\x80\x02" + RUNS[key] + b".")
-        made_by_others.append(folder)
-    for i, content in enumerate(YAMLS):
-        folder = tmp_path / f"yaml{i}"
-        folder.mkdir()
-        (folder / "args.yaml").write_text(f"task: {task}\n" * (i == 1) + content)
-        made_by_others.append(folder)
-    going_on = [*made.words(task, folders), "--output", "BAD", "--experiment", ".", "--resume"]
-    cases = [["evaluate", "BAD", "--device", "cpu"], going_on, ["train", "-c", "BAD/args.yaml", "--lr", "x"]]
-    answers = ask(made_by_others, cases, tmp_path)
-    assert [a[2] for a in answers] == [2] * len(cases) * len(made_by_others), answers
+    made_by_others = {}
+    for task in made.TASKS:
+        going_on = [*made.words(task, folders), "--output", "BAD", "--experiment", ".", "--resume"]
+        cases = [["evaluate", "BAD", "--device", "cpu"], going_on, ["train", "-c", "BAD/args.yaml", "--lr", "x"]]
+        for i, key in enumerate(("exec", "partial", "os")):
+            folder = tmp_path / f"{task}-run{i}"
+            shutil.copytree(runs / task, folder)
+            for file in folder.glob("*.pth.tar"):
+                file.unlink()
+                WRITERS["zip"](file, b"\x80\x02" + RUNS[key] + b".")
+            made_by_others[folder] = cases
+        for i, content in enumerate(YAMLS):
+            folder = tmp_path / f"{task}-yaml{i}"
+            folder.mkdir()
+            (folder / "args.yaml").write_text(f"task: {task}\n" * (i == 1) + content)
+            made_by_others[folder] = cases
+    answers = ask(made_by_others, tmp_path)
+    assert [a[2] for a in answers] == [2] * sum(map(len, made_by_others.values())), answers
     assert not (tmp_path / "ran").exists()
