@@ -73,8 +73,9 @@ def test_layer(tmp_path):
 def test_layer_against_timm(tmp_path, capsys):
     out = tmp_path / "out.csv"
     words = ["halo", "--size", "16", "--pass", "train", "--rounds", "1", "--threads", "1", "--out", str(out)]
-    assert bench.main(words) == 0
-    assert [(r["name"], r["peer"], r["shape"]) for r in rows_of(out)] == [("halo 64@16 b8 h3", "timm", "64x16x16")]
+    assert bench.main([*words, "--dtype", "float32", "bfloat16"]) == 0
+    found = [[row[c] for c in ("name", "peer", "shape", "dtype", "peer_dtype")] for row in rows_of(out)]
+    assert found == [["halo 64@16 b8 h3", "timm", "64x16x16", dtype, dtype] for dtype in ("float32", "bfloat16")]
     assert bench.main([*words, "--official", str(tmp_path)]) == 2
     assert "no official code of 'halo'" in capsys.readouterr().err
 
@@ -444,9 +445,8 @@ def test_official_layer_gets_height_and_width(tmp_path):
 
 def test_model_against_timm(tmp_path):
     out = tmp_path / "out.csv"
-    words = ["halo_26t", "--dtype", "bfloat16", "--rounds", "1", "--threads", "1", "--out", str(out)]
-    assert bench.main(words) == 0
-    assert [(r["peer"], r["shape"], r["peer_dtype"]) for r in rows_of(out)] == [("timm", "3x256x256", "bfloat16")]
+    assert bench.main(["halo_26t", "--rounds", "1", "--threads", "1", "--out", str(out)]) == 0
+    assert [(r["peer"], r["shape"], r["peer_dtype"]) for r in rows_of(out)] == [("timm", "3x256x256", "float32")]
 
 
 def test_timm_side_has_our_parameters():

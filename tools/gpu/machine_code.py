@@ -314,19 +314,28 @@ def _floor_ms(operator: Any, args: Sequence[Any], dtype: str) -> float:
     return 1e3 * max(size / BYTES_RATE, 2 * cost.macs / FLOP_RATES.get(dtype, HALF_RATE))
 
 
-@functools.lru_cache(maxsize=256)
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and listing of a compiled kernel."""
-    from triton import knobs
-
+def _told(cubin: bytes, *command: str) -> str:
+    """What a tool says about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        commands = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage"], [knobs.nvidia.nvdisasm.path, "-c"]
-        usage, listing = (
-            subprocess.run([*c, f.name], capture_output=True, text=True, check=True).stdout for c in commands
-        )
-    return usage, listing
+        return subprocess.run([*command, f.name], capture_output=True, text=True, check=True).stdout
+
+
+@functools.lru_cache(maxsize=256)
+def _usage(cubin: bytes) -> str:
+    """Resource usage of a compiled kernel."""
+    from triton import knobs
+
+    return _told(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+
+
+@functools.lru_cache(maxsize=256)
+def _listing(cubin: bytes) -> str:
+    """Instructions of a compiled kernel; an analysis of their data flow would change nothing but the time it takes."""
+    from triton import knobs
+
+    return _told(cubin, knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow")
 
 
 def _mix(lines: Sequence[str]) -> dict[str, int]:
@@ -536,9 +545,9 @@ def read(launch: Launch, model: str, operator: Any, args: Sequence[Any], dtype: 
     import torch
 
     kernel, meta = launch.kernel, launch.kernel.metadata
-    usage, listing = _disassembled(kernel.asm["cubin"])
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions, loops = read_listing(listing)
+    cubin = kernel.asm["cubin"]
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", _usage(cubin))
+    instructions, loops = read_listing(_listing(cubin))
     if resources is None or instructions == 0:
         raise Failure(f"cannot read what the disassembler says about {kernel.name}")
     registers, stack = int(resources[1]), int(resources[2])
