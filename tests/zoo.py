@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import sys
 from importlib import resources
@@ -49,10 +50,18 @@ def _one_of_each_kind(names: list[str]) -> list[str]:
     return kinds
 
 
-def _recorded_params(name: str) -> int:
-    """Parameters of a row of ``backbones/models.csv``, which a test recounts; 0 without one."""
+@functools.cache
+def recorded() -> dict[str, dict[str, str]]:
+    """Rows of ``backbones/models.csv`` by name; a test recounts them."""
     text = resources.files("vizoo.backbones").joinpath("models.csv").read_text(encoding="utf-8")
-    return next((int(row["params"]) for row in csv.DictReader(text.splitlines()) if row["name"] == name), 0)
+    rows = list(csv.DictReader(text.splitlines()))
+    table = {row["name"]: row for row in rows}
+    assert len(table) == len(rows), "a name has two rows"
+    return table
+
+
+def _is_small(name: str) -> bool:
+    return name not in recorded() or int(recorded()[name]["params"]) < LARGE
 
 
 REGISTERED = _registered()
@@ -75,7 +84,7 @@ each_map_kind = pytest.mark.parametrize(
 """Without timm's plain transformers, which norm every tap and keep their head when pruned."""
 other_models = pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS and _recorded_params(n) < LARGE],
+    [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in KINDS and _is_small(n)],
 )
 """The models that ``each_kind`` leaves out, as slow tests; of the largest, which are wide siblings, only the counts."""
 

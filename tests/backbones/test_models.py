@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ast
 import copy
-import csv
 import inspect
 import pickle
 import re
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -36,6 +34,7 @@ from zoo import (
     names_of,
     other_models,
     overlay,
+    recorded,
     sample,
 )
 
@@ -513,15 +512,6 @@ def test_init_weights_after_to_empty(name: str) -> None:
 
 
 # the recorded table
-
-
-def recorded() -> dict[str, dict[str, str]]:
-    """Rows of ``backbones/models.csv`` by name."""
-    text = resources.files("vizoo.backbones").joinpath("models.csv").read_text(encoding="utf-8")
-    rows = list(csv.DictReader(text.splitlines()))
-    table = {row["name"]: row for row in rows}
-    assert len(table) == len(rows), "a name has two rows"
-    return table
 
 
 def expected_rows() -> list[str]:
