@@ -40,7 +40,15 @@ ANCHORS = {
     "pvt_v2_b2": (224, 25_362_856, 4_026_734_592, 4_045_817_152, 27_529_592),
     "mambaout_tiny": (224, 26_545_096, 4_469_655_744, 4_486_040_064, 16_683_688),
 }
-FUSED = {"fused": True, "unfused": False}
+ATTENDING = {"vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b2"}
+"""Those that call fused attention, or not; the others are one model."""
+ANCHOR_KINDS = {
+    f"{name}-{'fused' if fused else 'unfused'}": (name, fused)
+    for name in ANCHORS
+    for fused in (True, False)
+    if fused or name in ATTENDING
+}
+each_anchor = pytest.mark.parametrize(("name", "fused"), ANCHOR_KINDS.values(), ids=ANCHOR_KINDS)
 
 
 def build(name, device="cpu", fused=True):
@@ -67,11 +75,11 @@ def both(model, *inputs):
 # anchors
 
 
-@pytest.mark.parametrize("fused", FUSED.values(), ids=FUSED)
-@pytest.mark.parametrize("name", ANCHORS)
+@each_anchor
 def test_anchor_on_meta(name, fused):
     size, params, macs, _, acts = ANCHORS[name]
     model = build(name, "meta", fused)
+    assert any(getattr(m, "fused_attn", None) is not None for m in model.modules()) == (name in ATTENDING)
     for batch in (1, 8):
         c = count(model, torch.empty(batch, 3, size, size, device="meta"))
         assert (c.params, c.macs, c.acts) == (params, batch * macs, batch * acts)
@@ -80,8 +88,7 @@ def test_anchor_on_meta(name, fused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", FUSED.values(), ids=FUSED)
-@pytest.mark.parametrize("name", ANCHORS)
+@each_anchor
 def test_anchor_on_cpu(name, fused):
     """Real tensors and the trace agree, and fvcore's own total is the one papers print, fused or not."""
     size, params, macs, total, acts = ANCHORS[name]
