@@ -271,7 +271,8 @@ class Whole(nn.Module):
             (model.roi_head.bbox_head, (1000, 256, 7, 7)),
             (model.roi_head.mask_head, (100, 256, 14, 14)),
         ):
-            out += [head(x.new_empty(shape)) for head in (heads if isinstance(heads, nn.ModuleList) else [heads])]
+            # zeros: memory that nobody wrote is counted in two passes
+            out += [head(x.new_zeros(shape)) for head in (heads if isinstance(heads, nn.ModuleList) else [heads])]
         return out
 
 
