@@ -1,7 +1,7 @@
 """README.md and the pages of docs/ and examples/ keep their promises: every command and Python block runs as written.
 
 A block that cannot run here is preceded by ``<!-- not run: REASON -->``; its commands must still parse.  Two commands
-take less time here (:data:`SHORTER`); CI also runs the first as it is.
+take less time here (:data:`SHORTER`); CI also runs the first, of two whole models, as it is.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ FOLDERS = ("backbones", "heads", "tools", "configs")
 README, CI = ROOT / "README.md", ROOT / ".ci" / "run"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 SLOW = re.compile(r"vizoo (?:train|evaluate|bench|compare)\b|vizoo profile (?!.*--mode count)")  # minutes, or timings
+LESS = ["--min-time", "0.2", "--max-time", "1", "--threads", "1"]
 SHORTER = {  # what is added to a command here: less sampling by one thread, fewer epochs and digits, nothing else
-    "vizoo profile ": ["--min-time", "0.2", "--max-time", "1", "--threads", "1"],
+    "vizoo profile litv2_s resnet50 ": [*LESS, "--batch", "1"],
+    "vizoo profile ": LESS,
     "vizoo train --model litv2_s --data digits ": ["--epochs", "1", "--only-classes", "0", "1", "2"],
 }
 PLAIN = {"", "text", "bibtex", "csv", "yaml"}  # fences that hold no code to run
