@@ -1,4 +1,4 @@
-"""Set-up of every test: Triton's interpreter without a GPU, seeds, needs of markers, poisoned ``torch.empty``."""
+"""Set-up of every test: one thread, Triton's interpreter without a GPU, seeds, needs of markers, poisoned memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # One thread in every process that a test starts as well: the workers have one core each, and threads of OpenMP that
-# wait for a core spin for a whole time slice of the system, again and again (50 times as long in some processes).
+# wait for a core spin for a whole time slice of the system, again and again.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was collected out of all garbage collections to come: millions of objects, of which none goes."""
+    """Keep what was imported and collected out of all garbage collections to come: none of it goes."""
     gc.collect()
     gc.freeze()
     gc.enable()

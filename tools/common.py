@@ -320,7 +320,7 @@ def _unknown(model: str, name: str, names: Sequence[str], remedy: str) -> UserEr
     """The error for a name that is not among those known."""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else remedy
-    if "@" in model:
+    if "@" in name:  # a right size is no part of it
         hint = "a size behind a name is @224 or @800x1280, height before width, of 1 to 99999 pixels"
     return UserError(f"unknown model {model!r}; {hint}")
 

@@ -114,10 +114,7 @@ def _sides(args: argparse.Namespace) -> list[Side]:
 
 def _check(args: argparse.Namespace) -> list[Side]:
     """Refuse bad input before anything runs."""
-    import torch
-
     from vizoo.tools.profiling.machine import default_threads
-    from vizoo.tools.profiling.measures import check_graph
     from vizoo.tools.profiling.profile import check_conditions
 
     check_result(args.out)
@@ -128,8 +125,7 @@ def _check(args: argparse.Namespace) -> list[Side]:
     compute_device(args.device)
     sides = _sides(args)
     for side in sides:
-        check_conditions(side.device, "latency", side.dtype, side.amp)
-        check_graph(side.graph, torch.device(side.device))
+        check_conditions(side.device, "latency", side.dtype, side.amp, graph=side.graph)
     if args.cpu_time and (args.threads != [1] or args.device != "cpu"):
         raise UserError("--cpu-time: adds up all threads, so it needs --threads 1 and --device cpu")
     return sides
