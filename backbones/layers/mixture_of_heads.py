@@ -143,7 +143,7 @@ def check_gates(num_heads: int, shared: int, routed: int) -> None:
     given = {"num_heads": num_heads, "shared": shared, "routed": routed}
     if routed == 0:
         need(shared == num_heads >= 2, "shared to be num_heads, at least 2, where routed is 0", **given)
-    need(0 <= shared and 0 <= routed <= num_heads - shared, "routed from 0 to num_heads - shared", **given)
+    need(shared >= 0 and 0 <= routed <= num_heads - shared, "routed from 0 to num_heads - shared", **given)
 
 
 def load_balance(model: nn.Module) -> Tensor | None:
