@@ -10,6 +10,7 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
+from .mixture_of_heads import MixtureOfHeads, load_balance
 from .neighborhood import NeighborhoodAttention
 from .panel import Panel
 from .place_code import PlaceCode, step_code
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "MixtureOfHeads",
     "NeighborhoodAttention",
     "Panel",
     "PlaceCode",
@@ -45,6 +47,7 @@ __all__ = [
     "dependency_tree",
     "freeze_backbone",
     "has_prompts",
+    "load_balance",
     "load_tcpa_state_dict",
     "saliency",
     "step_code",
