@@ -48,7 +48,7 @@ from .layers.about import About
 from .layers.aggregated_attention import AggregatedAttention, BiasCache, LengthScaledAttention
 from .layers.build import build
 from .layers.checkpoint import unwrap
-from .layers.checks import Range, check_counts, check_heads, checked, need, scaled
+from .layers.checks import Range, check_counts, check_heads, checked, is_sequence, need, scaled
 from .layers.mixture_of_heads import load_balance
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.backend import on_kernel_device
@@ -245,7 +245,8 @@ class TransNeXt(nn.Module):
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
-        window_size: Side of the attention's window, odd.
+        window_size: Side of the attention's window, odd; or that of each stage, of which those over the whole map have
+            none (None in the official code).
         sr_ratios: Side of each stage's map over that of its pooled one; 1 for attention over the whole map.
         fixed_pool_size: Side of the pooled maps, whatever the image ("linear mode"); None for ``sr_ratios``.
         mlp_ratios: Nominal ratio of the feed-forward networks of each stage.
@@ -275,7 +276,7 @@ class TransNeXt(nn.Module):
         embed_dims: Sequence[int] = (48, 96, 192, 384),
         depths: Sequence[int] = (2, 2, 15, 2),
         num_heads: Sequence[int] = (2, 4, 8, 16),
-        window_size: int = 3,
+        window_size: int | Sequence[int | None] = 3,
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         fixed_pool_size: int | None = None,
         mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0, 4.0),
@@ -298,6 +299,10 @@ class TransNeXt(nn.Module):
         need(both, "both or none of them", shared_heads=shared_heads, routed_heads=routed_heads)
         if shared_heads is not None and routed_heads is not None:
             check_counts(count, shared_heads=shared_heads, routed_heads=routed_heads)
+        windows: Any = window_size if is_sequence(window_size) else (window_size,) * count
+        check_counts(count, window_size=windows)
+        given = all(w is not None or sr == 1 for w, sr in zip(windows, sr_ratios, strict=True))
+        need(given, "a number for each stage with sr_ratios > 1", window_size=window_size, sr_ratios=sr_ratios)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -325,7 +330,7 @@ class TransNeXt(nn.Module):
                     attn = LengthScaledAttention(dim, num_heads[i], **positions)
                 else:
                     attn = AggregatedAttention(
-                        dim, num_heads[i], sr_ratios[i], window_size, fixed_pool_size, **positions
+                        dim, num_heads[i], sr_ratios[i], windows[i], fixed_pool_size, **positions
                     )
                 blocks.append(Block(dim, attn, mlp_ratios[i], rates[i][j], **dd))
             embed = OverlapPatchEmbed(in_dim, dim, 3 if i else 7, 2 if i else 4, **dd)

@@ -1,9 +1,11 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
-``HiLo``, ``NeighborhoodAttention``, ``HaloAttention`` and ``ReversedAttention`` take the place of another attention,
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``ReversedAttention``, ``AggregatedAttention`` and
+``LengthScaledAttention`` take the place of another attention,
 ``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
 """
 
+from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
 from .features import FeatureGetter
@@ -31,11 +33,13 @@ from .ulsam import ULSAM, add_ulsam
 __all__ = [
     "PROMPTS",
     "ULSAM",
+    "AggregatedAttention",
     "ContMixBlock",
     "Dependency",
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "LengthScaledAttention",
     "MixtureOfHeads",
     "NeighborhoodAttention",
     "Panel",
