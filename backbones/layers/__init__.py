@@ -1,8 +1,9 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
 ``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``ReversedAttention``, ``AggregatedAttention`` and
-``LengthScaledAttention`` take the place of another attention,
-``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
+``LengthScaledAttention`` take the place of another attention, ``ULSAM`` and ``ContMixBlock`` that of a block;
+``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole
+model.
 """
 
 from .aggregated_attention import AggregatedAttention, LengthScaledAttention
@@ -12,7 +13,7 @@ from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
-from .mixture_of_heads import MixtureOfHeads, load_balance
+from .mixture_of_heads import MixtureOfHeads, load_balance, moh
 from .neighborhood import NeighborhoodAttention
 from .panel import Panel
 from .place_code import PlaceCode, step_code
@@ -53,6 +54,7 @@ __all__ = [
     "has_prompts",
     "load_balance",
     "load_tcpa_state_dict",
+    "moh",
     "saliency",
     "step_code",
     "subtrees",

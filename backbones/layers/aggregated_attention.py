@@ -179,8 +179,7 @@ class _PositionedAttention(nn.Module):
         of_rows, of_cols = self._regions(sides[0], sides[1])
         bias = self._bias_of(x, sides[0], sides[1], of_rows, of_cols)  # resized over keys, then over queries
         bias = resize(bias.unflatten(2, (of_rows, of_cols)), rows, cols).flatten(2).transpose(1, 2)
-        bias = resize(bias.unflatten(2, sides), H, W).flatten(2).transpose(1, 2)
-        return bias.contiguous()
+        return resize(bias.unflatten(2, sides), H, W).flatten(2).transpose(1, 2)
 
     def _bias_of(self, x: Tensor, H: int, W: int, rows: int, cols: int) -> Tensor:
         down, row_index = relative_positions(H, rows, x.device)
@@ -193,7 +192,8 @@ class _PositionedAttention(nn.Module):
         else:
             table = project_wide(self.cpb_fc2, F.relu(project_wide(self.cpb_fc1, distances.to(x.dtype))))
         table = table.permute(2, 0, 1).index_select(1, row_index.flatten()).index_select(2, col_index.flatten())
-        return table.reshape(-1, H, rows, W, cols).transpose(2, 3).reshape(-1, H * W, rows * cols)
+        # keys before queries in memory, as aggregated attention reads it
+        return table.reshape(-1, H, rows, W, cols).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2).transpose(1, 2)
 
     def _regions(self, H: int, W: int) -> tuple[int, int]:
         """Rows and columns of the pooled map."""

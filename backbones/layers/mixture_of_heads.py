@@ -7,18 +7,30 @@ A gate of 0 drops a head for a token, and the head is computed nevertheless.  At
 by skipping it: a gather of the tokens of each head costs what their scores save.
 """
 
-from typing import Any, Optional
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Optional, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import Attention, AttentionRope, get_device_dtype, register_notrace_module
+from timm.models import (
+    beit,
+    eva,
+    swin_transformer,
+    swin_transformer_v2,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+)
 from torch import Tensor, nn
 
 from ..ops.backend import plain_only
-from .checks import NATURAL, checked, need
+from .checks import NATURAL, Range, checked, is_sequence, need
 from .plain import has_bias, is_plain, tensors
 
-__all__ = ["MixtureOfHeads", "load_balance"]
+__all__ = ["MixtureOfHeads", "check_gates", "load_balance", "moh"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @register_notrace_module  # picks its path by the layers
@@ -155,6 +167,132 @@ def load_balance(model: nn.Module) -> Tensor | None:
     Returns:
         A scalar, to be weighed with 0.01 and added to the loss (Eq. 9); None if there is no value.
     """
-    values = [m.aux_loss for m in model.modules() if isinstance(m, MixtureOfHeads)]
-    found = [value for value in values if value is not None]
+    return _mean([m for m in model.modules() if isinstance(m, MixtureOfHeads)])
+
+
+def _mean(gates: list[MixtureOfHeads]) -> Tensor | None:
+    found = [gate.aux_loss for gate in gates if gate.aux_loss is not None]
     return torch.stack(found).mean() if found else None
+
+
+class _Pass:
+    """An attention during one pass: what first reads all heads, beside each other, gets them times their gates."""
+
+    def __init__(self, attn: nn.Module, gates: Tensor) -> None:
+        self._attn, self._gates = attn, gates
+        self._reads = "norm" if hasattr(attn, "norm") else "proj"
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._attn, name)
+        return partial(self._read, found) if name == self._reads else found
+
+    def _read(self, layer: nn.Module, heads: Tensor) -> Tensor:
+        """Heads ``[..., h * d]`` times gates ``[..., h]`` of as many tokens, through the layer."""
+        gates = self._gates.to(heads.dtype).reshape(*heads.shape[:-1], -1, 1)
+        return layer((heads.unflatten(-1, (gates.shape[-2], -1)) * gates).flatten(-2))
+
+
+class _Gated(nn.Module):
+    """Gates of an attention, whose own forward runs; mixed into its class."""
+
+    plain: ClassVar[type[nn.Module]]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens, and what else the attention takes, to what it gives."""
+        return self.plain.forward(_Pass(self, self.gates(x)), x, *args, **kwargs)  # type: ignore[no-any-return, operator]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (self.plain,), self.__dict__
+
+
+GATED: dict[type[nn.Module], type[nn.Module]] = {
+    plain: type(f"Gated{plain.__name__}", (_Gated, plain), {"plain": plain, "__doc__": f"{plain.__name__} with gates."})
+    for plain in (
+        Attention,
+        AttentionRope,
+        beit.Attention,
+        eva.EvaAttention,
+        swin_transformer.WindowAttention,
+        swin_transformer_v2.WindowAttention,
+        vision_transformer_relpos.RelPosAttention,
+        vision_transformer_sam.Attention,
+    )
+}
+"""timm's attentions -> with gates: those that give all heads, beside each other, to ``norm`` if any, else ``proj``."""
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    """An empty one, for copies and pickles."""
+    return GATED[plain].__new__(GATED[plain])
+
+
+class _ExtraLoss:
+    """The hook ``extra_loss()`` of a model; it knows the gates and not the model, which would never be freed."""
+
+    def __init__(self, gates: list[MixtureOfHeads], weight: float) -> None:
+        self.gates, self.weight = gates, weight
+
+    def __call__(self) -> Tensor | None:
+        value = _mean(self.gates)
+        return None if value is None else self.weight * value
+
+
+@checked(shared=NATURAL, routed=NATURAL, aux_weight=Range(0))
+def moh(model: _Model, shared: int | Sequence[int], routed: int | Sequence[int], *, aux_weight: float = 0.01) -> _Model:
+    """Give every attention of a vision transformer of timm a gate, in place; all its parameter names stay.
+
+    The new :class:`MixtureOfHeads` are ``gates`` of the attentions, in the state dict as well.  Their weights are zero,
+    so that all gates are 1 and a model with pretrained weights begins as itself, bit for bit, where no head is dropped:
+    with ``routed = num_heads - shared``, or with 0 and all heads shared.  With fewer, every token begins without the
+    same heads.  The authors continued from weights without gates for a language model; those of images they trained
+    from the start::
+
+        model = moh(timm.create_model("deit_small_patch16_224", pretrained=True), shared=2, routed=3)
+        loss = criterion(model(images), targets) + 0.01 * load_balance(model)
+
+    ``vizoo train`` adds that loss by the hook ``extra_loss``, which the model gets.  All heads are computed: the gates
+    cost time and save none.  The model compiles, exports and traces; TorchScript cannot compile it.
+
+    Args:
+        model: Any model with attentions of timm's vision transformers: ``Attention``, ``AttentionRope``,
+            ``EvaAttention``, and those of BEiT, Swin (also V2), SAM and of relative positions.
+        shared: Heads that work for all tokens; a number, or one for each attention.
+        routed: Heads of the others that each token keeps, likewise.
+        aux_weight: Weight of the load-balance value in ``extra_loss``; with 0 the model gets no such hook.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If numbers of heads do not fit, or the model has no such attention, gates or a hook already.
+    """
+    found: list[Any] = [m for m in model.modules() if type(m) in GATED]
+    if any(isinstance(m, _Gated) for m in model.modules()):
+        raise ValueError("model has gates already")
+    if not found:
+        known = ", ".join(sorted(f"{c.__module__}.{c.__name__}" for c in GATED))
+        raise ValueError(f"got model={type(model).__name__} without an attention that takes gates, need one of {known}")
+    if aux_weight and hasattr(model, "extra_loss"):
+        raise ValueError(f"got aux_weight={aux_weight} for a model with an extra_loss of its own, need 0")
+    counts = [_counts(len(found), **{name: value}) for name, value in (("shared", shared), ("routed", routed))]
+    for attn, s, r in zip(found, *counts, strict=True):
+        check_gates(attn.num_heads, s, r)
+    for attn, s, r in zip(found, *counts, strict=True):
+        reads = attn.qkv if attn.qkv is not None else attn.q_proj
+        attn.gates = MixtureOfHeads(reads.in_features, attn.num_heads, s, r, **get_device_dtype(attn))
+        for parameter in attn.gates.parameters():
+            nn.init.zeros_(parameter)
+        attn.gates.train(attn.training)
+        attn.__class__ = GATED[type(attn)]
+    if aux_weight:
+        model.extra_loss = _ExtraLoss([attn.gates for attn in found], aux_weight)  # type: ignore[assignment]
+    return model
+
+
+def _counts(count: int, **values: Any) -> Sequence[int]:
+    """A number, or one for each of ``count`` attentions, as a sequence."""
+    ((name, value),) = values.items()
+    if not is_sequence(value):
+        return [value] * count
+    need(len(value) == count, f"a number, or {count}, one for each attention", **{name: value})
+    return value  # type: ignore[no-any-return]
