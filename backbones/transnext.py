@@ -44,13 +44,15 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from .layers import Panel
 from .layers.about import About
 from .layers.aggregated_attention import AggregatedAttention, BiasCache, LengthScaledAttention
 from .layers.build import build
 from .layers.checkpoint import unwrap
-from .layers.checks import Range, check_counts, check_heads, checked, is_sequence, need, scaled
-from .layers.mixture_of_heads import load_balance
-from .layers.plain import depthwise, fuses, project, tensors
+from .layers.checks import ANY, Range, check_counts, check_heads, check_positions, checked, is_sequence, need, scaled
+from .layers.mixture_of_heads import MixtureOfHeads, load_balance
+from .layers.panel import cell_at, seen_by, tiled
+from .layers.plain import depthwise, fuses, tensors
 from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.depthwise3x3 import depthwise3x3
@@ -72,7 +74,11 @@ ABOUT = About(
         ),
     ),
     golden=("moh_*",),
-    limits=(),
+    limits=(
+        "Weights of MoH-ViT are at huggingface.co/Chat-UniVi (``MoH-ViT-S-80``, ``MoH-ViT-S-75``, ``MoH-ViT-B-75``, "
+        "``MoH-ViT-B-50``), under names of files that we could not look up: download one and give "
+        "``pretrained=True, pretrained_cfg_overlay={'file': 'FILE.pth'}``.",
+    ),
     example="""
         # a mixture of heads for any ViT of timm; gates that keep all heads change nothing at first
         from vizoo.backbones.layers import load_balance, moh
@@ -233,6 +239,33 @@ class Stage(nn.Module):
         else:
             x = self.blocks(x)
         return self.norm(x).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def _attention(name: str, attn: nn.Module, x: Tensor, image: Tensor, pixels: int, point: tuple[float, float]) -> Panel:
+    """What a token of a map ``[1, H, W, C]``, whose tokens are as many pixels wide, attends to."""
+    sides = pixels / image.shape[2], pixels / image.shape[3]
+    row, col = cell_at(point, x.shape[1:3], sides)
+    points = torch.tensor([[(row + 0.5) * sides[0], (col + 0.5) * sides[1]]])
+    area, boxes = tiled(image, x[0, :, :, 0], (pixels, pixels)), None
+    if isinstance(attn, AggregatedAttention):
+        near, heat = attn.weights_at(x, row, col)
+        name += f": pooled map; the window has {near[0].mean(0).sum():.0%}"
+        reach = attn.window_size / 2
+        corners = (row + 0.5 - reach, col + 0.5 - reach, row + 0.5 + reach, col + 0.5 + reach)
+        boxes = torch.tensor([corners]) * torch.tensor([*sides, *sides])
+    else:
+        assert isinstance(attn, LengthScaledAttention)  # for mypy
+        name, heat = f"{name}: whole map", attn.weights_at(x, row, col)
+    heat = heat[0].float().mean(0)
+    return Panel(title=name, heat=heat, area=area, boxes=boxes, points=points, bar="attention")
+
+
+@torch.no_grad()
+def _chosen(name: str, gates: MixtureOfHeads, x: Tensor) -> Panel:
+    """Which head each token of a map ``[1, H, W, C]`` weighs most of those that it may choose."""
+    weights = gates(x)[0, ..., gates.shared :]
+    return Panel(title=f"{name}: strongest of {weights.shape[-1]} routed heads", parts=weights.argmax(-1))
 
 
 class TransNeXt(nn.Module):
@@ -434,6 +467,42 @@ class TransNeXt(nn.Module):
         loss = self.aux_loss()
         return None if loss is None else self.aux_weight * loss
 
+    @torch.jit.ignore
+    @checked(blocks=ANY)
+    def explain(
+        self, image: Tensor, point: tuple[float, float] = (0.5, 0.5), blocks: Sequence[int] | None = None
+    ) -> list[Panel]:
+        """What the token at a point attends to, and which heads the tokens choose.
+
+        Args:
+            image: ``[1, in_chans, height, width]``, normalised.
+            point: Row and column as fractions of the image.
+            blocks: Blocks counted from 0 over all stages; None for the last of each stage.
+
+        Returns:
+            For each of the blocks the token's attention to the pooled map, or to the whole one, the mean of the heads,
+            with a box around its window; and if the block routes heads, the one with the largest gate at each token.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        layers: list[tuple[int, int, Any]] = [
+            (i, j, block.attn)
+            for i, stage in enumerate(self.stages)
+            for j, block in enumerate(stage.blocks)  # type: ignore[union-attr, arg-type]
+        ]
+        if blocks is None:
+            blocks = [*{i: n for n, (i, _, _) in enumerate(layers)}.values()]
+        check_positions(len(layers), blocks=blocks)
+        chosen = [layers[i] for i in blocks]
+        panels = []
+        for (i, j, attn), ((x, *_), _) in zip(chosen, seen_by(self, image, [a for _, _, a in chosen]), strict=True):
+            name = f"Stage {i}, block {j}"
+            panels.append(_attention(name, attn, x, image, self.feature_info[i]["reduction"], point))
+            if attn.gates is not None and attn.gates.routed:
+                panels.append(_chosen(name, attn.gates, x))
+        return panels
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -607,9 +676,7 @@ def _create_transnext(variant: str, pretrained: bool, model_args: dict[str, Any]
     tag = cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", cfg)
     form = {"bias_size": _DENSE_TAGS[tag]} if tag in _DENSE_TAGS else {}
     kwargs = {**model_args, **form, **kwargs}
-    model = build(
-        TransNeXt, variant, pretrained, checkpoint_filter_fn, flatten_sequential=True, **kwargs
-    )
+    model = build(TransNeXt, variant, pretrained, checkpoint_filter_fn, flatten_sequential=True, **kwargs)
     update_model_args(model, **{k: kwargs[k] for k in form})
     return model
 

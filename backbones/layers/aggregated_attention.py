@@ -20,7 +20,7 @@ from ..ops.aggregated_attention import aggregated_attention, reference_aggregate
 from ..ops.attention import attention
 from .checks import Range, check_multiple, checked, need
 from .mixture_of_heads import MixtureOfHeads
-from .plain import fuses, project, project_wide
+from .plain import fuses, project, project_wide, tensors
 from .resampling import region_mean, resize
 
 __all__ = ["AggregatedAttention", "BiasCache", "LengthScaledAttention"]
@@ -164,7 +164,7 @@ class _PositionedAttention(nn.Module):
             # counters see the network in every pass
             if fuses(x, self.cpb_fc1, self.cpb_fc2, compiled=False) and _len_torch_dispatch_stack() == 0:
                 key = (x.shape[1:3], rows, cols, self.bias_map, self.pretrain_map)
-                weights = [p for layer in (self.cpb_fc1, self.cpb_fc2) for p in layer.parameters()]
+                weights = tensors(self.cpb_fc1, self.cpb_fc2)
                 bias = self.cache.find(self, key, weights)
                 if bias is None:
                     bias = self._position_bias(x, rows, cols)
@@ -311,7 +311,9 @@ class AggregatedAttention(_PositionedAttention):
 
     def extra_repr(self) -> str:
         """Heads, window and pooling for ``print(model)``."""
-        pool = f"sr_ratio={self.sr_ratio}" if self.fixed_pool_size is None else f"fixed_pool_size={self.fixed_pool_size}"
+        pool = (
+            f"sr_ratio={self.sr_ratio}" if self.fixed_pool_size is None else f"fixed_pool_size={self.fixed_pool_size}"
+        )
         return f"{super().extra_repr()}, window_size={self.window_size}, {pool}"
 
     def _regions(self, H: int, W: int) -> tuple[int, int]:
@@ -324,6 +326,38 @@ class AggregatedAttention(_PositionedAttention):
         x = x.permute(0, 3, 1, 2)
         x = F.gelu(self.sr(x) if torch.jit.is_scripting() else project(self.sr, x))
         return self.norm(region_mean(x, rows, cols).flatten(2).transpose(1, 2))
+
+    @torch.jit.ignore
+    def weights_at(self, x: Tensor, row: int, col: int) -> tuple[Tensor, Tensor]:
+        """The softmax weights of one query of a map ``[B, H, W, C]``, for pictures, without those of the learned query.
+
+        Args:
+            x: The map.
+            row: Row of the query.
+            col: Its column.
+
+        Returns:
+            Those of the map ``[B, h, H, W]``, 0 outside the window, and of the pooled map ``[B, h, rows, cols]``.
+        """
+        rows, cols = self._regions(x.shape[1], x.shape[2])
+        with torch.enable_grad():  # the weights of a sum of values are its derivatives by them
+            kv, pooled_kv = (self.kv(t).detach().requires_grad_() for t in (x, self._pooled(x, rows, cols)))
+            out = reference_aggregated_attention(
+                self.q(x),
+                kv,
+                pooled_kv,
+                self.num_heads,
+                self.query_embedding,
+                self.temperature,
+                self.relative_pos_bias_local,
+                self.position_bias(x, rows, cols),
+                torch.zeros_like(self.learnable_tokens),
+                torch.zeros_like(self.learnable_bias),
+            )
+            first = out[:, row, col].unflatten(-1, (self.num_heads, -1))[..., 0]  # channel of each head
+            found = torch.autograd.grad(first.sum(), (kv, pooled_kv))
+        near, far = (t.unflatten(-1, (2, self.num_heads, -1))[..., 1, :, 0] for t in found)
+        return near.permute(0, 3, 1, 2), far.transpose(1, 2).unflatten(2, (rows, cols))
 
     def _attend(self, x: Tensor) -> Tensor:
         rows, cols = self._regions(x.shape[1], x.shape[2])
@@ -400,7 +434,25 @@ class LengthScaledAttention(_PositionedAttention):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.reset_parameters()
 
-    def _attend(self, x: Tensor) -> Tensor:
+    @torch.jit.ignore
+    def weights_at(self, x: Tensor, row: int, col: int) -> Tensor:
+        """The softmax weights ``[B, h, H, W]`` of one query of a map ``[B, H, W, C]``, for pictures.
+
+        Args:
+            x: The map.
+            row: Row of the query.
+            col: Its column.
+
+        Returns:
+            The weights.
+        """
+        q, k, _, bias = self._parts(x)
+        i = row * x.shape[2] + col
+        scores = q[:, :, i : i + 1] @ k.transpose(2, 3) + bias[:, :, i : i + 1]
+        return scores.float().softmax(-1).squeeze(2).unflatten(2, x.shape[1:3])
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scaled queries, unit keys, values ``[B, h, N, d]``, and bias ``[1, h, N, N]`` of a map ``[B, H, W, C]``."""
         B, H, W, C = x.shape
         qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -409,9 +461,11 @@ class LengthScaledAttention(_PositionedAttention):
         q = F.normalize(q.to(wide), dim=-1) + self.query_embedding
         q = (q * F.softplus(self.temperature.to(wide)) * length).to(v.dtype)
         k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
-        bias = self.position_bias(x, H, W).to(v.dtype).unsqueeze(0)
-        if self.fused_attn:
-            out = attention(q, k, v, bias, scale=1.0)
-        else:
+        return q, k, v, self.position_bias(x, H, W).to(v.dtype).unsqueeze(0)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v, bias = self._parts(x)
+        if not self.fused_attn:
             out = (q @ k.transpose(2, 3) + bias).softmax(-1) @ v
-        return out.transpose(1, 2).reshape(B, H, W, C)
+            return out.transpose(1, 2).reshape(x.shape)
+        return attention(q, k, v, bias, scale=1.0).transpose(1, 2).reshape(x.shape)

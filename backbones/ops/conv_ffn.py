@@ -1,9 +1,9 @@
 """Feed-forward networks with a depthwise 3x3 convolution inside, channels-last (ConvFFN; LITv2, Sec. 3.3).
 
-``fc2(gelu(dwconv(fc1(x))))`` with the exact GELU and a zero-padded convolution; or gated (ConvGLU; TransNeXt, Sec. 3.4),
-``fc2(gelu(dwconv(a)) * b)`` with ``a, b = fc1(x)``.  Per token of width ``C`` and hidden width ``M`` this is
-``2 C M + 9 M`` multiply-accumulates, gated ``3 C M + 9 M``, and the hidden map is the largest tensor of the network.  On
-a CPU the inference path works on a few images at a time, so that the hidden map stays in the cache and its memory is
+``fc2(gelu(dwconv(fc1(x))))`` with the exact GELU and a zero-padded convolution; or gated (ConvGLU; TransNeXt, Sec.
+3.4), ``fc2(gelu(dwconv(a)) * b)`` with ``a, b = fc1(x)``.  Per token of width ``C`` and hidden width ``M`` this is
+``2 C M + 9 M`` multiply-accumulates, gated ``3 C M + 9 M``, and the hidden map is the largest tensor of the network.
+On a CPU the inference path works on a few images at a time, so that the hidden map stays in the cache and its memory is
 used again, and lets oneDNN apply bias and GELU while it writes the convolution's result.  On a GPU one kernel does the
 same (:mod:`.depthwise`).
 """

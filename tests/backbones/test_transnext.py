@@ -1,4 +1,4 @@
-"""TransNeXt and MoH-ViT: official outputs, reproduced through ``checkpoint_filter_fn``, and what a mixture of heads is."""
+"""TransNeXt and MoH-ViT: official outputs, reproduced through ``checkpoint_filter_fn``, and the mixture of heads."""
 
 import re
 
