@@ -31,15 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import neighborhood  # noqa: F401 - its operators are in BODIES
 from ._derivative import plain_gradients
 from .backend import KernelModule, plain_only, use_triton, without_autocast
 from .cost import Cost, register_cost
-from .operators import operator
+from .operators import BODIES, operator
 
 kernels = KernelModule("_aggregated_attention_kernels")
 MAX_CHANNELS = 128  # of a head, for the Triton kernels
 _EPS = 1e-12  # least length of a vector that becomes a unit vector, as in torch.nn.functional.normalize
-_WORKSPACE = 1 << 20  # bytes of logits at once on a CPU, so that they stay in the cache
+_WORKSPACE = 4 << 20  # bytes of logits at once on a CPU, so that they stay in the cache
 
 
 def _check(
@@ -360,8 +361,8 @@ class _Laid:
         self.pooled_length = _make_unit(self.pooled_k, 3)
         self.qs = (self.qn + self.embedding).mul_(self.scale)
 
-    def logits(self, band: _Band) -> Tensor:
-        """``[B, h, K * K + P, positions]``, taps first."""
+    def weights(self, band: _Band) -> tuple[Tensor, Tensor]:
+        """Weights of the softmax ``[B, h, K * K + P, positions]``, taps first, and the sum by which to divide them."""
         qs = self.qs[..., band.own]
         B, h, _, n = qs.shape
         logits = qs.new_empty(B, h, self.taps + self.pooled_k.shape[2], n)
@@ -372,37 +373,33 @@ class _Laid:
         near += self.local_bias[..., band.own]
         torch.bmm(self.pooled_k.flatten(0, 1), qs.flatten(0, 1), out=far.flatten(0, 1))
         self.flat.inside(far).add_(self.pool_bias[..., band.rows, :])
-        return logits
+        logits.sub_(logits.amax(2, keepdim=True)).exp_()
+        return logits, logits.sum(2, keepdim=True)
 
     def token_weights(self, band: _Band) -> Tensor:
         """``[B, h, K * K, positions]``."""
         return torch.matmul(self.tokens, self.qn[..., band.own]).add_(self.token_bias)
 
 
-def _fast_forward(tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, W, h * d]``, and log-sum of each query's logits ``[B, h, H, W]``."""
+def _fast_forward(tensors: tuple[Tensor, ...], num_heads: int) -> Tensor:
     laid = _Laid(tensors, num_heads)
     B, H, W, C = tensors[0].shape
     out = tensors[0].new_empty(B, H, W, num_heads, C // num_heads)
-    lse = tensors[0].new_empty(B, num_heads, H, W, dtype=laid.dtype)
     for images in laid.groups:
         laid.take(images)
         pooled_v = laid.pooled_v.transpose(2, 3).flatten(0, 1)
         for band in laid.bands:
-            weights = laid.logits(band)
-            peak = weights.amax(2, keepdim=True)
-            total = weights.sub_(peak).exp_().sum(2, keepdim=True)
+            weights, total = laid.weights(band)
             near, far = weights[:, :, : laid.taps], weights[:, :, laid.taps :]
             of_taps = laid.token_weights(band).mul_(total).add_(near)
             found = torch.bmm(pooled_v, far.flatten(0, 1)).unflatten(0, (-1, num_heads))
             for tap, shifted in enumerate(band.shifted):
                 found.addcmul_(of_taps[:, :, tap : tap + 1], laid.v[..., shifted])
             out[images, band.rows].copy_(laid.flat.heads(found.div_(total)))
-            lse[images, :, band.rows].copy_(laid.flat.inside(peak.add_(total.log_()).squeeze(2)))
-    return out.flatten(3), lse
+    return out.flatten(3)
 
 
-def _fast_backward(dout: Tensor, tensors: tuple[Tensor, ...], lse: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+def _fast_backward(dout: Tensor, tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, ...]:
     laid = _Laid(tensors, num_heads)
     flat, taps, h, dtype = laid.flat, laid.taps, num_heads, laid.dtype
     maps = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:3]]
@@ -413,13 +410,13 @@ def _fast_backward(dout: Tensor, tensors: tuple[Tensor, ...], lse: Tensor, num_h
         laid.take(images)
         dq, dkv, dpooled_kv = (t[images].unflatten(-1, (n, h, -1)) for t, n in zip(maps, (1, 2, 2), strict=True))
         grad = flat.lay_heads(dout[images].unflatten(-1, (h, -1)), dtype)
-        log_sum = flat.lay(lse[images].to(dtype)).unsqueeze(2)
         dqn, dqs = torch.zeros_like(laid.qn), torch.empty_like(laid.qs)
         dk, dv = torch.zeros_like(laid.k), torch.zeros_like(laid.v)
         dpooled_k, dpooled_v = torch.zeros_like(laid.pooled_k), torch.zeros_like(laid.pooled_v)
         for band in laid.bands:
             qn, qs, dout_, found = (t[..., band.own] for t in (laid.qn, laid.qs, grad, dqs))
-            weights = laid.logits(band).sub_(log_sum[..., band.own]).exp_()
+            weights, total = laid.weights(band)
+            weights.div_(total)  # a saved log-sum near 34 would be off by more
             near, far = weights[:, :, :taps], weights[:, :, taps:]
             of_taps = laid.token_weights(band).add_(near)
             dweights = torch.empty_like(weights)
@@ -457,6 +454,78 @@ def _fast_backward(dout: Tensor, tensors: tuple[Tensor, ...], lse: Tensor, num_h
     return *maps, *(g.to(t.dtype) for g, t in zip(shared, tensors[3:], strict=True))
 
 
+class _Vectors:
+    """The inputs of one call as the kernels take them, in float32: maps and ``qn`` are ``[B, H, W, h, d]``."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], num_heads: int):
+        q, kv, pooled_kv, *parameters = tensors
+        self.embedding, self.temperature, local_bias, self.pool_bias, self.tokens, token_bias = (
+            t.float() for t in parameters
+        )
+        h, self.K = num_heads, _window(local_bias)
+        _, H, W, _ = q.shape
+        # copies: they become unit vectors in place
+        self.qn = q.unflatten(-1, (h, -1)).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        k, v = kv.unflatten(-1, (2, h, -1)).unbind(3)
+        pooled_k, pooled_v = pooled_kv.unflatten(-1, (2, h, -1)).unbind(2)
+        self.k, self.pooled_k = (
+            t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (k, pooled_k)
+        )
+        self.v, self.pooled_v = (t.float().contiguous() for t in (v, pooled_v))
+        self.q_length, self.k_length, self.pooled_length = (_make_unit(t, -1) for t in (self.qn, self.k, self.pooled_k))
+        lengths = _log_lengths(_outside_map(H, W, self.K, q.device), pooled_kv.shape[1], torch.float32)
+        self.log_lengths = lengths.unsqueeze(2).unsqueeze(3)  # [H, W, 1, 1]
+        self.scale = F.softplus(self.temperature).flatten(1) * self.log_lengths  # [H, W, h, 1]
+        self.biased = self.qn + self.embedding.squeeze(1)
+        self.weights = (self.tokens.transpose(1, 2) @ self.of_heads(self.qn)).add_(token_bias.transpose(1, 2))
+        table = F.pad(local_bias.unflatten(1, (self.K, self.K)), [self.K // 2] * 4)  # the rest is never read
+        #: what neighbourhood attention takes, without its options
+        self.attended = self.biased * self.scale, self.k, self.v, table, self.pooled_k, self.pooled_v, self.pool_bias
+        self.options = [self.K] * 2, [1, 1], [1, 1], True, 1.0, True
+
+    @staticmethod
+    def of_heads(t: Tensor) -> Tensor:
+        """``[B, H, W, h, d]`` -> ``[B, h, d, H * W]``."""
+        return t.flatten(1, 2).permute(0, 2, 3, 1)
+
+
+def _triton_forward(tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = _Vectors(tensors, num_heads)
+    attended, lse = BODIES["vizoo::neighborhood_attention"](*vectors.attended, *vectors.options)
+    out = kernels.taps_forward(vectors.weights, vectors.v, attended, vectors.K, tensors[0].dtype)
+    return out.flatten(3), attended, lse
+
+
+def _triton_backward(
+    dout: Tensor, tensors: tuple[Tensor, ...], attended: Tensor, lse: Tensor, num_heads: int
+) -> tuple[Tensor, ...]:
+    vectors = _Vectors(tensors, num_heads)
+    dout = dout.unflatten(-1, (num_heads, -1)).float().contiguous()
+    dqs, dk, dv, dtable, dpooled_k, dpooled_v, dpool_bias = BODIES["vizoo::neighborhood_attention_backward"](
+        dout, *vectors.attended, attended, lse, *vectors.options
+    )
+    dweights = kernels.taps_backward(dout, vectors.weights, vectors.v, dv, vectors.K).transpose(2, 3)  # by positions
+    dtokens = (vectors.of_heads(vectors.qn) @ dweights).sum(0)
+    dtoken_bias = dweights.sum((0, 2)).unsqueeze(1)
+    dtemperature = ((dqs * vectors.biased).sum(-1, keepdim=True) * vectors.log_lengths).sum((0, 1, 2)).unsqueeze(2)
+    dqs *= vectors.scale
+    dembedding = dqs.sum((0, 1, 2)).unsqueeze(1)
+    dqn = dqs + (dweights @ vectors.tokens.transpose(1, 2)).transpose(1, 2).reshape(dqs.shape)
+    dq = _unit_gradient(dqn, vectors.qn, vectors.q_length, -1)
+    dk = _unit_gradient(dk, vectors.k, vectors.k_length, -1)
+    dpooled_k = _unit_gradient(dpooled_k, vectors.pooled_k, vectors.pooled_length, -1)
+    r = vectors.K // 2
+    dlocal = dtable[:, r : r + vectors.K, r : r + vectors.K]
+    dtemperature *= torch.sigmoid(vectors.temperature)
+    found = (
+        dq,
+        torch.stack([dk, dv], 3),
+        torch.stack([dpooled_k, dpooled_v], 2),
+        *(dembedding, dtemperature, dlocal, dpool_bias, dtokens, dtoken_bias),
+    )
+    return tuple(g.reshape(t.shape).to(t.dtype).contiguous() for g, t in zip(found, tensors, strict=True))
+
+
 @operator
 def _aggregated_attention(
     q: Tensor,
@@ -470,18 +539,21 @@ def _aggregated_attention(
     token_bias: Tensor,
     num_heads: int,
     triton_kernel: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output; and for the kernels that of the softmax alone, and log-sums of the logits, else empty."""
     tensors = q, kv, pooled_kv, query_embedding, temperature, local_bias, pool_bias, tokens, token_bias
     with without_autocast(q):
         if triton_kernel:
-            return kernels.kernel_forward(tensors, num_heads)
-        return _fast_forward(tensors, num_heads)
+            return _triton_forward(tensors, num_heads)
+        none = q.new_empty(0, dtype=torch.float32)
+        return _fast_forward(tensors, num_heads), none, none.clone()
 
 
 @torch.library.register_fake("vizoo::aggregated_attention")
 def _(q, kv, pooled_kv, query_embedding, temperature, local_bias, pool_bias, tokens, token_bias, num_heads, triton):
     B, H, W, C = q.shape
-    return q.new_empty(B, H, W, C), q.new_empty(B, num_heads, H, W, dtype=_wide(q))
+    others = (B, H, W, num_heads, C // num_heads), (B, num_heads, H, W)
+    return q.new_empty(q.shape), *(q.new_empty(s if triton else 0, dtype=torch.float32) for s in others)
 
 
 @operator
@@ -496,14 +568,16 @@ def _aggregated_attention_backward(
     pool_bias: Tensor,
     tokens: Tensor,
     token_bias: Tensor,
+    attended: Tensor,
     lse: Tensor,
     num_heads: int,
     triton_kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = q, kv, pooled_kv, query_embedding, temperature, local_bias, pool_bias, tokens, token_bias
     with without_autocast(q):
-        form = kernels.kernel_backward if triton_kernel else _fast_backward
-        return form(dout, tensors, lse, num_heads)  # type: ignore[return-value]
+        if triton_kernel:
+            return _triton_backward(dout, tensors, attended, lse, num_heads)  # type: ignore[return-value]
+        return _fast_backward(dout, tensors, num_heads)  # type: ignore[return-value]
 
 
 @torch.library.register_fake("vizoo::aggregated_attention_backward")
@@ -513,12 +587,12 @@ def _(dout, *arguments):
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.num_heads, ctx.triton_kernel = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dout, _):
-    *tensors, lse = ctx.saved_tensors
+def _differentiate(ctx, dout, *_):
+    *tensors, attended, lse = ctx.saved_tensors
     needed = ctx.needs_input_grad[:9]
     if torch.is_grad_enabled():
 
@@ -528,7 +602,7 @@ def _differentiate(ctx, dout, _):
 
         found = plain_gradients(form, tensors, dout, needed)
     else:
-        found = _aggregated_attention_backward(dout, *tensors, lse, ctx.num_heads, ctx.triton_kernel)
+        found = _aggregated_attention_backward(dout, *tensors, attended, lse, ctx.num_heads, ctx.triton_kernel)
     return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None
 
 
