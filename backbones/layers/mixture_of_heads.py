@@ -118,7 +118,7 @@ class MixtureOfHeads(nn.Module):
             return (logits.softmax(-1) * s).to(x.dtype)
         rest = self.num_heads - s
         heads, others = logits[..., :rest], logits[..., rest:]
-        top, kept = heads.topk(r, -1)
+        top, kept = heads.topk(r, -1, sorted=False)
         # all of softmax, divided by its sum over the kept, is the softmax over them; the sum is at least r / E
         gates = torch.zeros_like(heads).scatter(-1, kept, top.softmax(-1) * r)
         if self.training:
