@@ -118,7 +118,7 @@ class MixtureOfHeads(nn.Module):
             return (logits.softmax(-1) * s).to(x.dtype)
         rest = self.num_heads - s
         heads, others = logits[..., :rest], logits[..., rest:]
-        top, kept = heads.topk(r, -1)
+        top, kept = heads.topk(r, -1, sorted=False)
         # all of softmax, divided by its sum over the kept, is the softmax over them; the sum is at least r / E
         gates = torch.zeros_like(heads).scatter(-1, kept, top.softmax(-1) * r)
         if self.training:
@@ -131,19 +131,20 @@ class MixtureOfHeads(nn.Module):
 
     def _balance(self, p: Tensor, kept: Tensor) -> None:
         """Set ``aux_loss`` of shares ``[..., E]`` and positions of the kept ``[..., r]``."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if _passes_again():
-                return
         rest = p.shape[-1]
         load = torch.zeros_like(p).scatter(-1, kept, 1.0)
         mean = p.reshape(-1, rest).mean(0) * load.reshape(-1, rest).mean(0)
-        self.aux_loss = mean.mean() * (rest * rest)
+        value = mean.mean() * (rest * rest)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if _is_lost():
+                return
+        self.aux_loss = value
 
 
-def _passes_again() -> bool:
-    """Whether the pass is that of checkpointing inside of the backward pass, or one whose attributes are not kept.
+def _is_lost() -> bool:
+    """Whether a value in training is of no use: a program drops it, or checkpointing computes it anew in backward.
 
-    Its value would come after the loss, and keep alive what checkpointing means to free.
+    Then it would come after the loss, and keep alive what checkpointing means to free.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
