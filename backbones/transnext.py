@@ -132,8 +132,8 @@ class OverlapPatchEmbed(nn.Module):
         self.norm = LayerNorm(dim, eps=1e-5, **dd)  # unlike all other norms
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, in_chans]`` to ``[B, ceil(H / stride), ceil(W / stride), dim]``."""
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        """``[B, in_chans, H, W]`` to ``[B, ceil(H / stride), ceil(W / stride), dim]``."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 @register_notrace_module  # picks its path by the device of its input
@@ -221,7 +221,7 @@ class Stage(nn.Module):
     """Patch embedding, unless it is the first stage, blocks and norm.
 
     Args:
-        downsample: The embedding.
+        downsample: The embedding, or None.
         blocks: The blocks.
         dim: Channels.
         device: Device of the parameters.
@@ -230,7 +230,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        downsample: nn.Module,
+        downsample: nn.Module | None,
         blocks: Sequence[nn.Module],
         dim: int,
         device: torch.device | str | None = None,
@@ -244,7 +244,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, in_dim]`` to the normed one ``[B, H', W', dim]``."""
-        x = self.downsample(x)
+        if self.downsample is not None:
+            x = self.downsample(x.permute(0, 3, 1, 2))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
@@ -380,7 +381,7 @@ class TransNeXt(nn.Module):
                         dim, num_heads[i], sr_ratios[i], windows[i], fixed_pool_size, **positions
                     )
                 blocks.append(Block(dim, attn, mlp_ratios[i], rates[i][j], **dd))
-            downsample = OverlapPatchEmbed(in_dim, dim, 3, 2, **dd) if i > 0 else nn.Identity()
+            downsample = OverlapPatchEmbed(in_dim, dim, 3, 2, **dd) if i > 0 else None
             stages.append(Stage(downsample, blocks, dim, **dd))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
             in_dim = dim
@@ -542,7 +543,7 @@ class TransNeXt(nn.Module):
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         features: list[Tensor] = []
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = self.patch_embed(x)
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice the stages
             stages = self.stages
         else:
@@ -579,7 +580,7 @@ class TransNeXt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to the normed last map ``[B, H, W, num_features]``."""
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = self.patch_embed(x)
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

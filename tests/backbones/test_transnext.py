@@ -217,7 +217,8 @@ def test_explain_transnext():
     ]
     with torch.no_grad():
         block = model.stages[3].blocks[0]
-        seen = block.norm1(model.stages[3].downsample(model.stages[:3](model.patch_embed(x.permute(0, 2, 3, 1)))))
+        seen = model.stages[:3](model.patch_embed(x)).permute(0, 3, 1, 2)
+        seen = block.norm1(model.stages[3].downsample(seen))
         close(panels[5].heat, block.attn.weights_at(seen, 0, 3)[0].mean(0), "rerun")
         assert torch.equal(panels[6].parts, block.attn.gates(seen)[0, ..., 3:].argmax(-1))
     close(panels[5].heat.sum(), torch.tensor(1.0), "rerun")
