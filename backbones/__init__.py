@@ -12,4 +12,5 @@ from . import ninformer as ninformer
 from . import oat as oat
 from . import overlock as overlock
 from . import tcpa as tcpa
+from . import transnext as transnext
 from . import ulsam as ulsam

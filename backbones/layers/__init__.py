@@ -1,15 +1,19 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
-``HiLo``, ``NeighborhoodAttention``, ``HaloAttention`` and ``ReversedAttention`` take the place of another attention,
-``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``ReversedAttention``, ``AggregatedAttention`` and
+``LengthScaledAttention`` take the place of another attention, ``ULSAM`` and ``ContMixBlock`` that of a block;
+``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole
+model.
 """
 
+from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
 from .features import FeatureGetter
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
+from .mixture_of_heads import MixtureOfHeads, load_balance, moh
 from .neighborhood import NeighborhoodAttention
 from .panel import Panel
 from .place_code import PlaceCode, step_code
@@ -30,11 +34,14 @@ from .ulsam import ULSAM, add_ulsam
 __all__ = [
     "PROMPTS",
     "ULSAM",
+    "AggregatedAttention",
     "ContMixBlock",
     "Dependency",
     "FeatureGetter",
     "HaloAttention",
     "HiLo",
+    "LengthScaledAttention",
+    "MixtureOfHeads",
     "NeighborhoodAttention",
     "Panel",
     "PlaceCode",
@@ -45,7 +52,9 @@ __all__ = [
     "dependency_tree",
     "freeze_backbone",
     "has_prompts",
+    "load_balance",
     "load_tcpa_state_dict",
+    "moh",
     "saliency",
     "step_code",
     "subtrees",

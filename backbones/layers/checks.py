@@ -69,7 +69,8 @@ POSITIVE, SHARE, RATE = Range(0, open=(0,)), Range(0, 1), Range(0, 1, open=(1,))
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 RANGES: dict[str, Bounds] = {
     **dict.fromkeys(("final_dim", "halo_size", "head_width", "num_classes", "num_features"), NATURAL),
-    **dict.fromkeys(("pe_alpha", "reg_tokens", "training_rounds", "window_size"), NATURAL),
+    **dict.fromkeys(("pe_alpha", "reg_tokens", "routed_heads", "shared_heads", "training_rounds"), NATURAL),
+    "window_size": NATURAL,
     **dict.fromkeys(("conv_stages", "feature_norms", "prune_blocks", "stages"), ANY),  # positions: by check_stages, ...
     **dict.fromkeys(("out_indices", "ulsam_insert", "ulsam_replace"), ANY),
     **dict.fromkeys(("C", "head_dim_scale", "mlp_ratio", "norm", "pe_norm", "pe_sigma", "qk_ratio"), POSITIVE),

@@ -121,12 +121,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ContMixBlock": (layers.ContMixBlock, {}),
     "HaloAttention": (layers.HaloAttention, {"dim": 16}),
     "HiLo": (layers.HiLo, {"dim": 16}),
+    "MixtureOfHeads": (layers.MixtureOfHeads, {"dim": 16, "num_heads": 4, "shared": 1, "routed": 2}),
     "NeighborhoodAttention": (layers.NeighborhoodAttention, {"dim": 16}),
     "NeighborhoodBlock": (NeighborhoodBlock, {"dim": 16, "num_heads": 2}),
     "PlaceCode": (layers.PlaceCode, {"dim": 96, "grid": (3, 5)}),
     "ReversedAttention": (layers.ReversedAttention, {"dim": 24}),
     "ULSAM": (layers.ULSAM, {"dim": 16}),
     "medusa": (medusa, {"model": timm.create_model("resnet10t", device="meta")}),
+    "moh": (layers.moh, {"model": VIT, "shared": 1, "routed": 1}),
     "subtrees": (layers.subtrees, {"dependency": None, "tree": None, "k": 2}),
     "tcpa": (layers.tcpa, {"model": VIT}),
     "vpt": (layers.vpt, {"model": VIT}),
@@ -140,6 +142,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 MEANINGFUL = {("PlaceCode", "alpha"): (1.5,), ("FeatureLevels", "frozen_stages"): (-1, 0)}
 MEANINGFUL |= {(head, "frozen_stages"): (-1, 0) for head in ("detector", "segmentor")}
 MEANINGFUL |= {("tcpa", f"cls_{name}"): (0,) for name in ("pool", "topk", "len")}  # refused with a class token
+MEANINGFUL |= {(name, "shared"): (0,) for name in ("MixtureOfHeads", "moh")}
 MEANINGFUL[("detector", "min_size")] = ((99,) * 19,)
 PATHS = {"pretrained", "backbone", "backbone_kwargs"}  # a file, a name, and the arguments of another constructor
 

@@ -9,11 +9,13 @@ from vizoo.backbones.ops.linear import linear
 SIZES = [(1, 1, 1, 3, 5), (2, 3, 7, 8, 16), (3, 5, 2, 7, 13), (5, 9, 4, 16, 64)]  # B, H, W, C, hidden
 LACKING = pytest.mark.skipif(torch.bfloat16 not in backend.onednn_dtypes(), reason="no bfloat16 on this processor")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=LACKING)]
+gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
-def tensors(B, H, W, C, M):
+def tensors(B, H, W, C, M, gated=False):
     g = torch.Generator().manual_seed(42)
-    shapes = [(B, H, W, C), (M, C), (M,), (M, 1, 3, 3), (M,), (C, M), (C,)]
+    first = 2 * M if gated else M
+    shapes = [(B, H, W, C), (first, C), (first,), (M, 1, 3, 3), (M,), (C, M), (C,)]
     scales = [1, C**-0.5, 1, 1 / 3, 1, M**-0.5, 1]
     return [s * torch.randn(*shape, generator=g, dtype=torch.float64) for s, shape in zip(scales, shapes, strict=True)]
 
@@ -21,6 +23,7 @@ def tensors(B, H, W, C, M):
 def loop(x, w1, b1, wd, bd, w2, b2):
     B, H, W, _ = x.shape
     hidden = x @ w1.T + b1
+    hidden, factor = hidden[..., : len(wd)], hidden[..., len(wd) :]
     mixed = torch.zeros_like(hidden)
     for y in range(H):
         for p in range(W):
@@ -30,27 +33,30 @@ def loop(x, w1, b1, wd, bd, w2, b2):
                         mixed[:, y, p] += hidden[:, y + i - 1, p + j - 1] * wd[:, 0, i, j]
     mixed = mixed + bd
     gelu = mixed * 0.5 * (1 + torch.erf(mixed / 2**0.5))
-    return gelu @ w2.T + b2
+    return (gelu * factor if len(w1) > len(wd) else gelu) @ w2.T + b2
 
 
+@gating
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_reference_is_the_definition(size):
-    args = tensors(*size)
+def test_reference_is_the_definition(size, gated):
+    args = tensors(*size, gated)
     op_close(conv_ffn.reference_conv_ffn(*args), loop(*args))
 
 
-def test_gradcheck():
-    args = [t.requires_grad_() for t in tensors(1, 2, 3, 2, 3)]
+@gating
+def test_gradcheck(gated):
+    args = [t.requires_grad_() for t in tensors(1, 2, 3, 2, 3, gated)]
     assert torch.autograd.gradcheck(conv_ffn.reference_conv_ffn, args)
 
 
 @pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
+@gating
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_onednn(size, bias, dtype, monkeypatch):
+def test_onednn(size, bias, dtype, gated, monkeypatch):
     """The inference path, also cut into chunks of uneven size, against float64."""
-    args = [t if bias or t.dim() > 1 else None for t in tensors(*size)]
+    args = [t if bias or t.dim() > 1 else None for t in tensors(*size, gated)]
     half = [None if t is None else t.to(dtype) for t in args]
     truth = conv_ffn.reference_conv_ffn(*(None if t is None else t.double() for t in half))
     plain = conv_ffn.reference_conv_ffn(*half)
@@ -77,10 +83,11 @@ def test_onednn_reads_strided_inputs(dtype):
 
 
 @pytest.mark.skipif(bool(backend.onednn_missing()), reason=f"no oneDNN path: {backend.onednn_missing()}")
+@gating
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [*SIZES, (0, 3, 2, 4, 8)], ids=str)
-def test_compiled_operators(size, bias):
-    args = [t.float() if bias or t.dim() > 1 else None for t in tensors(*size)]
+def test_compiled_operators(size, bias, gated):
+    args = [t.float() if bias or t.dim() > 1 else None for t in tensors(*size, gated)]
     strided = args[0].transpose(1, 2)
     for x in (args[0], strided):
         torch.library.opcheck(torch.ops.vizoo.conv_ffn.default, (x, *args[1:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -192,9 +194,53 @@ def litv2(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     return model
 
 
-def hilo(checkout: Path, **arguments: Any) -> nn.Module:
+def hilo(checkout: Path, side: int, **arguments: Any) -> nn.Module:
     """The official stand-alone HiLo layer, called as ``layer(tokens, H, W)``."""
     layer: nn.Module = _import(checkout, "hilo", {}).HiLo(**arguments)
+    return layer
+
+
+# what new releases of setuptools and timm lack; the official code asks the first for its CUDA extension
+_TRANSNEXT: dict[str, dict[str, Any]] = {
+    "pkg_resources": {"get_distribution": importlib.metadata.distribution, "DistributionNotFound": ImportError},
+    "timm.models.layers": vars(timm.layers),
+}
+
+
+def transnext(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official TransNeXt of one of our names, with its attention in PyTorch."""
+    name = name.replace("aaaa", "AAAA")
+    trained = 256 if name.endswith("AAAA") else 224
+    code = _import(checkout / "classification", "transnext", _TRANSNEXT)
+    model: nn.Module = getattr(code, name)(img_size=size, pretrain_size=trained)
+    return model
+
+
+def moh_vit(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official MoH-ViT of one of our names, with its attention in PyTorch."""
+    code = _import(checkout / "MoH-ViT", "transnext", _TRANSNEXT)
+    name = name.replace("moh_vit", "moh_transnext")
+    model: nn.Module = getattr(code, name)(img_size=size, pretrain_size=224)
+    return model
+
+
+def aggregated(
+    checkout: Path, side: int, dim: int, num_heads: int, sr_ratio: int, pretrain_map: int, **others: Any
+) -> nn.Module:
+    """The official aggregated attention in PyTorch, called as ``layer(tokens, H, W)``."""
+    code = _import(checkout / "classification", "transnext", _TRANSNEXT)
+    index, table = code.get_relative_position_cpb((side,) * 2, (side // sr_ratio,) * 2, (pretrain_map,) * 2)
+
+    class Layer(code.AggregatedAttention):  # type: ignore[misc, name-defined]
+        """With the positions that the official model hands in."""
+
+        def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+            out: Tensor = super().forward(x, H, W, self.index, self.table)
+            return out
+
+    layer: nn.Module = Layer(dim, (side, side), num_heads, sr_ratio=sr_ratio, **others)
+    layer.register_buffer("index", index, persistent=False)
+    layer.register_buffer("table", table, persistent=False)
     return layer
 
 

@@ -169,8 +169,20 @@ CASES = {  # by name of a layer, or pattern of names of models; the first that f
             tokens=True,
         ),
     ),
+    "aggregated": Case(
+        Official("aggregated", "classification/attention_native.py"),
+        layer=Layer(
+            ours="AggregatedAttention",
+            label="aggregated {dim}@{side} h{num_heads} sr{sr_ratio}",
+            side=56,
+            arguments={"dim": 72, "num_heads": 3, "sr_ratio": 8, "pretrain_map": 56},
+            tokens=True,
+        ),
+    ),
     "litv2_*": Case(Official("litv2", "classification/models/litv2.py")),
     "overlock_*": Case(Official("overlock", "models/overlock.py")),
+    "transnext_*": Case(Official("transnext", "classification/transnext.py")),
+    "moh_vit_*": Case(Official("moh_vit", "MoH-ViT/transnext.py")),
     "nat_*": Case(Official("nat", "classification/nat.py")),
     "dinat_*": Case(Official("nat", "classification/nat.py")),
     "vitrpb_*": Case(Official("nat", "classification/nat.py")),
@@ -250,7 +262,7 @@ def build_sides(
     if official is not None:
         code = find_official(name)
         model = {"name": name.partition(".")[0], "size": size[0], "reparam": reparam}
-        peer = official_side(code.adapter, official, code.file, **(given if layer else model))
+        peer = official_side(code.adapter, official, code.file, **({**given, "side": size[0]} if layer else model))
         more = size if layer and layer.tokens else ()
     elif case.peer is not None:
         peer = case.peer(**given)
