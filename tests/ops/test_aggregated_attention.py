@@ -196,7 +196,7 @@ def test_an_image_alone_is_as_in_a_batch():
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
-@pytest.mark.parametrize("case", [(2, 3, 5, 2, 4, 3, 3), (1, 3, 2, 1, 17, 1, 5)], ids=ids)
+@pytest.mark.parametrize("case", [(2, 2, 3, 2, 4, 3, 3), (1, 3, 2, 1, 17, 1, 5)], ids=ids)
 def test_kernels(case, dtype):
     check(triton_form, case, dtype, DEVICE)
 
@@ -223,9 +223,9 @@ def taps(weights, v, K):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
-@pytest.mark.parametrize("case", [(2, 5, 7, 2, 3, 3), (1, 3, 11, 1, 18, 5)], ids=ids)
+@pytest.mark.parametrize("case", [(1, 5, 7, 2, 3, 3), (2, 3, 6, 1, 18, 5)], ids=ids)
 def test_kernels_of_the_taps(monkeypatch, case, dtype):
-    """Three tiles of positions; the output is in the dtype of the operator, the rest in float32."""
+    """Several tiles of positions; the output is in the dtype of the operator, the rest in float32."""
     monkeypatch.setattr(kernels, "ELEMENTS", 16)
     B, H, W, h, C, K = case
     weights = torch.randn(B, h, K * K, H * W, device=DEVICE)
@@ -383,9 +383,9 @@ def test_counts_are_those_of_the_definition(case, device):
 class Attention(torch.nn.Module):
     """With a pooled map of the keys and a bias that depends on the map."""
 
-    def __init__(self, K=3):
+    def __init__(self):
         super().__init__()
-        tensors = inputs(1, 1, 1, 2, 3, 1, K)
+        tensors = inputs(1, 1, 1, 2, 3, 1, 3)
         names = [name for name in PARAMETERS if name != "pool_bias"]
         for name, t in zip(names, [*tensors[3:6], *tensors[7:]], strict=True):
             self.register_parameter(name, torch.nn.Parameter(t.float()))
@@ -414,10 +414,9 @@ def test_compiles_without_a_break_for_any_size():
             close(a, b, "rerun", str(size))
 
 
-@pytest.mark.parametrize("K", [3, 5])
-def test_exports_plain_operators_for_any_size(K):
+def test_exports_plain_operators_for_any_size():
     """Recorded at one size, run at others, maps smaller than the window included."""
-    model, dim = Attention(K), torch.export.Dim
+    model, dim = Attention(), torch.export.Dim
     sizes = {0: dim("batch", min=1, max=8), 1: dim("height", min=1, max=64), 2: dim("width", min=1, max=64)}
     program = torch.export.export(model, (image(2, 6, 5),), dynamic_shapes=(sizes,), strict=False)
     assert "vizoo" not in str(program.graph)
