@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vizoo.backbones.ops import aggregated_attention as aa
 from vizoo.backbones.ops import contmix as cm
 from vizoo.backbones.ops import conv_ffn as cf
 from vizoo.backbones.ops import deform_merge as dm
@@ -142,24 +143,21 @@ def neighborhood(H: int, h: int, d: int, K: int, D: int = 1, bias: bool = True, 
 
 
 def aggregated(H: int, h: int, d: int, P: int, batch: int = 128) -> Case:
-    """Attention to a masked 3x3 window and to keys that all queries see, in one softmax, as in TransNeXt."""
+    """Attention to a 3x3 window and to pooled keys, in one softmax, with more weights from learnable tokens."""
 
     def inputs(B: int, device: torch.device) -> Inputs:
-        maps = [draw(device, B, H, H, h, d) for _ in range(3)]
-        return [*maps, *(draw(device, B, P, h, d) for _ in range(2)), draw(device, h, H * H, P)]
+        maps = [draw(device, B, H, H, h * d), draw(device, B, H, H, 2 * h * d), draw(device, B, P, 2 * h * d)]
+        shapes = (h, 1, d), (h, 1, 1), (h, 9), (h, H * H, P), (h, d, 9), (h, 1, 9)
+        return [*maps, *(draw(device, *shape) for shape in shapes)]
 
     def by(form: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-        def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-            more = {"additional_keys": keys, "additional_values": values, "additional_bias": bias}
-            return form(q, k, v, 3, boundary="mask", **more, **options)
+        return lambda q, kv, pooled_kv, *parameters: form(q, kv, pooled_kv, h, *parameters, **options)
 
-        return call
-
-    reference = by(nb.reference_neighborhood_attention)
-    forms: Forms = {backend: by(nb.neighborhood_attention, backend=backend) for backend in ("triton", "torch")}
+    reference = by(aa.reference_aggregated_attention)
+    forms: Forms = {backend: by(aa.aggregated_attention, backend=backend) for backend in ("triton", "torch")}
     forms["reference"] = reference
-    name, flops = f"aggregated {H}x{H} h{h} d{d} P{P}", 4 * H * H * h * d * (9 + P)
-    return Case(name, batch, inputs, frozenset(range(5)), reference, forms, flops, ("reference",))
+    name, flops = f"aggregated {H}x{H} h{h} d{d} P{P}", 2 * H * H * h * d * (3 * 9 + 2 * P)
+    return Case(name, batch, inputs, frozenset(range(3)), reference, forms, flops, ("reference",))
 
 
 def halo_attention(H: int, h: int, d: int, block: int, halo_size: int, stride: int = 1, batch: int = 128) -> Case:
@@ -464,4 +462,5 @@ def cases(dry: bool) -> Iterator[Case]:
     yield depthwise3x3(384, 56, True)
     yield depthwise3x3(384, 14, False)
     yield subspace_attention(512, 4, 14)
-    yield aggregated(28, 6, 24, 49)
+    yield aggregated(56, 3, 24, 49)
+    yield aggregated(14, 12, 24, 49)
