@@ -251,8 +251,8 @@ def moh(model: _Model, shared: int | Sequence[int], routed: int | Sequence[int],
         model = moh(timm.create_model("deit_small_patch16_224", pretrained=True), shared=2, routed=3)
         loss = criterion(model(images), targets) + 0.01 * load_balance(model)
 
-    ``vizoo train`` adds that loss by the hook ``extra_loss``, which the model gets.  All heads are computed: the gates
-    cost time and save none.  The model compiles, exports and traces; TorchScript cannot compile it.
+    The model also gets the hook ``extra_loss``, by which ``vizoo train`` adds that term.  All heads are computed: the
+    gates cost time and save none.  The model compiles, exports and traces; TorchScript cannot compile it.
 
     Args:
         model: Any model with attentions of timm's vision transformers: ``Attention``, ``AttentionRope``,
