@@ -1,12 +1,14 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
-``HiLo``, ``NeighborhoodAttention``, ``HaloAttention`` and ``ReversedAttention`` take the place of another attention,
-``ULSAM`` and ``ContMixBlock`` that of a block; ``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``FlowAttention``, ``FlowCrossAttention`` and
+``ReversedAttention`` take the place of another attention, ``ULSAM`` and ``ContMixBlock`` that of a block;
+``add_ulsam``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
 """
 
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
 from .features import FeatureGetter
+from .flow_attention import FlowAttention, FlowCrossAttention
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
@@ -33,6 +35,8 @@ __all__ = [
     "ContMixBlock",
     "Dependency",
     "FeatureGetter",
+    "FlowAttention",
+    "FlowCrossAttention",
     "HaloAttention",
     "HiLo",
     "NeighborhoodAttention",

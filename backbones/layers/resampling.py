@@ -2,10 +2,17 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module, to_2tuple
+from timm.layers import (
+    is_exporting,
+    register_notrace_function,
+    register_notrace_module,
+    resample_abs_pos_embed_nhwc,
+    to_2tuple,
+)
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["RegionPool", "region_mean", "resize", "resize_smoothly"]
+__all__ = ["RegionPool", "position_map", "region_mean", "resize", "resize_smoothly"]
 
 
 def _fixed_order(x: Tensor) -> bool:
@@ -64,3 +71,15 @@ def resize_smoothly(x: Tensor, height: int, width: int) -> Tensor:
 
 def _smooth(x: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(x, size=[height, width], mode="bilinear", align_corners=False, antialias=True)
+
+
+@register_notrace_function
+def position_map(pos_embed: Tensor, H: int, W: int) -> Tensor:
+    """Position embedding ``[1, h, w, C]`` at ``H x W`` tokens, by timm's bicubic resampling."""
+    if torch.jit.is_scripting() or not is_exporting():
+        same = pos_embed.shape[1] == H and pos_embed.shape[2] == W
+    else:  # a size that is free in the exported program is resampled to, which changes nothing at the table's own
+        same = statically_known_true(pos_embed.shape[1] == H) and statically_known_true(pos_embed.shape[2] == W)
+    if same:
+        return pos_embed
+    return resample_abs_pos_embed_nhwc(pos_embed, [H, W])

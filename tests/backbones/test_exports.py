@@ -23,6 +23,7 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "test_dependencyvit": {"depth": 2, "gate_init": 0.0},
     "test_dependencyvit_lite": {"depth": 2, "prune_blocks": (1, 2), "gate_init": 0.0},
     "test_dinat_s": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (2, 1)},
+    "test_flowformer": {"depths": (1, 1), "embed_dims": (16, 32)},
     "test_halonet": {"depths": (1, 1, 1), "num_heads": (2, 2, 4)},
     "test_litv2": {"depths": (1, 1, 1), "num_heads": (1, 4, 8), "window_size": (0, 2, 1)},
     "test_nat": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (1, 2)},
