@@ -15,6 +15,7 @@ feed-forward network, 0 in the released model, is left out; ``drop_rate`` is the
 ``drop_path_rate``, 0.2 in the official training, is 0 unless given, as in timm.
 """
 
+import argparse
 import math
 import re
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ from .layers.resampling import position_map
 __all__ = ["Flowformer"]
 
 ABOUT = About(
-    "Flowformer (Flow-Attention)",
+    "Flowformer",
     "github.com/thuml/Flowformer, commit 61f5d8c, MIT; weights on a share page that its README names.",
     (
         (
@@ -85,6 +86,44 @@ ABOUT = About(
 )
 
 _norm_layer = partial(LayerNorm, eps=1e-6)
+
+
+@register_notrace_module  # resamples by the size of its input
+class PositionEmbedding(nn.Module):
+    """Learned vector of each token of a grid, resampled for maps of any other size.
+
+    Args:
+        grid: Rows and columns.
+        dim: Channels.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, *grid, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Truncated normal."""
+        trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add it to a map ``[B, H, W, C]``."""
+        return x + position_map(self.weight, x.shape[1], x.shape[2])
+
+    @torch.jit.ignore
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resample the vectors for another grid, once and for all."""
+        resampled = position_map(self.weight.detach(), *grid)
+        self.weight = nn.Parameter(resampled.clone(), requires_grad=self.weight.requires_grad)
 
 
 @register_notrace_module  # pads by the size of its input
@@ -281,7 +320,7 @@ class Flowformer(nn.Module):
             **dd,
         )
         grid: Any = self.patch_embed.grid_size
-        self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims[0], **dd))
+        self.pos_embed = PositionEmbedding(grid, embed_dims[0], **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         in_dim = embed_dims[0]
@@ -314,7 +353,7 @@ class Flowformer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as the official code: truncated normal for linear layers and positions.
+        """Initialise as the official code: truncated normal for linear layers.
 
         Args:
             needs_reset: First give every layer PyTorch's default, as after ``to_empty()``.
@@ -326,12 +365,11 @@ class Flowformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        trunc_normal_(self.pos_embed, std=0.02)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay would only shrink."""
-        return {"pos_embed"}
+        return {"pos_embed.weight"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -381,15 +419,9 @@ class Flowformer(nn.Module):
         """
         size = to_2tuple(img_size)
         self.patch_embed.set_input_size(img_size=size)
-        if self.pos_embed.shape[1:3] != self.patch_embed.grid_size:
-            resampled = position_map(self.pos_embed.detach(), *self.patch_embed.grid_size)
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        grid: Any = self.patch_embed.grid_size
+        self.pos_embed.set_grid(grid)
         update_model_input_size(self, size)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        """Images ``[B, in_chans, height, width]`` to tokens with positions ``[B, H, W, C]``."""
-        x = self.patch_embed(x)
-        return x + position_map(self.pos_embed, x.shape[1], x.shape[2])
 
     def forward_intermediates(
         self,
@@ -416,7 +448,7 @@ class Flowformer(nn.Module):
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         features: list[Tensor] = []
-        x = self._embed(x)
+        x = self.pos_embed(self.patch_embed(x))
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice the stages
             stages = self.stages
         else:
@@ -459,7 +491,7 @@ class Flowformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to the normed last map ``[B, H, W, num_features]``."""
-        x = self._embed(x)
+        x = self.pos_embed(self.patch_embed(x))
         x = self.stages(x)
         return self.norm(x)
 
@@ -532,15 +564,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     state_dict = unwrap(state_dict, dense=True)
     renamed = {}
     for k, v in state_dict.items():
+        k = re.sub(r"^pos_embed$", "pos_embed.weight", k)
         k = re.sub(r"^patch_embed\.0\.", "patch_embed.", k)
         k = re.sub(r"^patch_embed\.(\d+)\.", r"stages.\1.downsample.", k)
         k = re.sub(r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", k)
         k = re.sub(r"^(stages\.\d+\.blocks\.\d+)\.gamma$", r"\1.layer_scale.gamma", k)
         k = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", k)
         renamed[k] = v
-    if "pos_embed" in renamed:
-        positions: Any = model.pos_embed
-        renamed["pos_embed"] = position_map(_as_map(renamed["pos_embed"]), *positions.shape[1:3])
+    if "pos_embed.weight" in renamed:
+        positions = model.get_parameter("pos_embed.weight")
+        weight = _as_map(renamed["pos_embed.weight"])
+        renamed["pos_embed.weight"] = position_map(weight, positions.shape[1], positions.shape[2])
     return renamed
 
 
@@ -583,7 +617,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_flowformer(variant: str, pretrained: bool = False, **kwargs: Any) -> Flowformer:
-    return build(Flowformer, variant, pretrained, checkpoint_filter_fn, flatten_sequential=True, rounds=None, **kwargs)
+    # the official training code stores its command line beside the weights
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return build(
+            Flowformer, variant, pretrained, checkpoint_filter_fn, flatten_sequential=True, rounds=None, **kwargs
+        )
 
 
 @register_model
