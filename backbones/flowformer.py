@@ -319,7 +319,7 @@ class Flowformer(nn.Module):
             output_fmt="NHWC",
             **dd,
         )
-        grid: Any = self.patch_embed.grid_size
+        grid = self.patch_embed.dynamic_feat_size(to_2tuple(img_size))
         self.pos_embed = PositionEmbedding(grid, embed_dims[0], **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -419,8 +419,7 @@ class Flowformer(nn.Module):
         """
         size = to_2tuple(img_size)
         self.patch_embed.set_input_size(img_size=size)
-        grid: Any = self.patch_embed.grid_size
-        self.pos_embed.set_grid(grid)
+        self.pos_embed.set_grid(self.patch_embed.dynamic_feat_size(size))
         update_model_input_size(self, size)
 
     def forward_intermediates(
@@ -539,7 +538,10 @@ class Flowformer(nn.Module):
         shown = {
             f"Competition of the sources, {place}": (competition, "weight of a token's value"),
             f"Allocation of the sinks, {place}": (allocation, "share of a token's result"),
-            f"What the token at the point takes, {place}": (taken * taken.shape[-1], "times what all take on average"),
+            f"What the token at the point takes, {place}": (
+                taken * taken.shape[-1],
+                "weight of a value, times their number",
+            ),
         }
         panels = []
         for title, (flow, bar) in shown.items():
