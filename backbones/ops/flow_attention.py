@@ -65,7 +65,7 @@ def _check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
 
 
 def reference_flow_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, eps_outer: bool = False) -> Tensor:
-    """Flow-Attention as it is written (Sec. 3.2 and 3.3 and the official code), with every sum of tokens stored.
+    """Flow-Attention as the official code writes it, with every sum of tokens stored.
 
     Args:
         q: Queries of the sinks ``[B, h, n, d]``, before their sigmoid.
@@ -209,7 +209,8 @@ def flow_attention(
         q: Queries of the sinks ``[B, h, n, d]``, before their sigmoid.
         k: Keys of the sources ``[B, h, m, d]``, likewise.
         v: Values of the sources ``[B, h, m, D]``.
-        causal: Sums run over the tokens so far; needs ``n = m``.
+        causal: Sums run over the tokens so far; needs ``n = m``.  On a GPU ``torch.use_deterministic_algorithms(True)``
+            refuses it, as PyTorch's cumulative sums there have no fixed order.
         eps_outer: Add ``EPS`` to the four products with a sum too, as the official code for images does.
         query_padding_mask: ``[B, n]``, True for padding, where the output is 0; None for none.
         key_padding_mask: ``[B, m]``, True for padding, None for none; in self-attention the same as of the queries.
