@@ -209,8 +209,7 @@ def flow_attention(
         q: Queries of the sinks ``[B, h, n, d]``, before their sigmoid.
         k: Keys of the sources ``[B, h, m, d]``, likewise.
         v: Values of the sources ``[B, h, m, D]``.
-        causal: Sums run over the tokens so far; needs ``n = m``.  On a GPU ``torch.use_deterministic_algorithms(True)``
-            refuses it, as PyTorch's cumulative sums there have no fixed order.
+        causal: Sums run over the tokens so far; needs ``n = m``.
         eps_outer: Add ``EPS`` to the four products with a sum too, as the official code for images does.
         query_padding_mask: ``[B, n]``, True for padding, where the output is 0; None for none.
         key_padding_mask: ``[B, m]``, True for padding, None for none; in self-attention the same as of the queries.

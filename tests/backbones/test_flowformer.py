@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from golden import image, load, weights
 from panels import check_family_explains, explained
-from tolerance import close, golden_close
+from tolerance import close, golden_close, op_close
 
 from vizoo.backbones import flowformer
 from vizoo.backbones.flowformer import checkpoint_filter_fn
+from vizoo.backbones.layers import resampling
 from vizoo.tools.profiler import count
 
 MINI = {"img_size": 64, "embed_dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1), "num_classes": 10}
@@ -86,6 +87,23 @@ def test_set_input_size_is_the_resampled_pass():
         assert model.pos_embed.weight.shape == (1, 16, 33, 16)
         close(model(x), expected, "same")
     assert timm.models.get_model_input_config(model)["input_size"] == (3, 64, 130)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positions_in_a_fixed_order(dtype, monkeypatch):
+    """What stands in for a resampling without gradients of a fixed order gives the same, and the same gradient."""
+    found = []
+    for fixed in (False, True):
+        monkeypatch.setattr(resampling, "_fixed_order", lambda x, fixed=fixed: fixed)
+        positions = image((1, 7, 5, 3)).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = resampling.position_map(positions, 4, 9)
+        out.backward(image(out.shape, 1).to(dtype))
+        assert out.dtype == dtype
+        found.append((out.detach(), positions.grad))
+    for actual, expected in zip(*found, strict=True):
+        op_close(actual, expected.double(), grad=True)
+    assert resampling.position_map(positions, 7, 5) is positions
 
 
 def test_counted_cost():
