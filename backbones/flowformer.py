@@ -72,7 +72,7 @@ ABOUT = About(
         "``pretrained=True`` downloads nothing: the official weights lie on a share page (cloud.tsinghua.edu.cn/d/"
         "82d93375f97f4ca58886), of whose files we have seen none.  A file from there loads by ``pretrained=True, "
         'pretrained_cfg_overlay={"file": "PATH"}``, strictly.  The accuracy is the paper\'s.',
-        "Linear cost pays at high resolution.  We claim no speed: on a CPU a pass takes as long as the official one.",
+        "Linear cost pays at high resolution.  We claim no speed over the official code, whose form is linear too.",
         NAMED_SIZES.format("all models"),
     ),
     example="""
