@@ -1,9 +1,9 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
-``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``FlowAttention``, ``FlowCrossAttention``, ``ReversedAttention``,
-``AggregatedAttention`` and ``LengthScaledAttention`` take the place of another attention, ``ULSAM`` and
-``ContMixBlock`` that of a block; ``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``, ``swap_halo``,
-``tcpa`` and ``vpt`` change a whole model.
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``FlowAttention``, ``FlowCrossAttention``,
+``ReversedAttention``, ``AggregatedAttention`` and ``LengthScaledAttention`` take the place of another attention,
+``ULSAM`` and ``ContMixBlock`` that of a block; ``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``,
+``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
 """
 
 from .aggregated_attention import AggregatedAttention, LengthScaledAttention
