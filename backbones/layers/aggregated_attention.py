@@ -456,8 +456,8 @@ class LengthScaledAttention(_PositionedAttention):
         B, H, W, C = x.shape
         qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        length = torch.ones(H * W, dtype=torch.float32, device=x.device).sum().log()
         wide = torch.promote_types(q.dtype, torch.float32)
+        length = torch.ones(H * W, dtype=wide, device=x.device).sum().log()
         q = F.normalize(q.to(wide), dim=-1) + self.query_embedding
         q = (q * F.softplus(self.temperature.to(wide)) * length).to(v.dtype)
         k = F.normalize(k.to(wide), dim=-1).to(v.dtype)

@@ -110,7 +110,7 @@ def _outside_map(H: int, W: int, K: int, device: torch.device) -> Tensor:
 
 def _log_lengths(outside: Tensor, P: int, dtype: torch.dtype) -> Tensor:
     """Logarithm of the number of keys that each query sees, from what :func:`_outside_map` gives: ``[H, W]``."""
-    return ((~outside).sum(-1) + P).to(dtype).log()
+    return ((~outside).sum(-1) + P).float().log().to(dtype)  # also in float64 a constant of float32, as officially
 
 
 def _heads(t: Tensor, parts: int, num_heads: int) -> list[Tensor]:

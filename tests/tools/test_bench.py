@@ -303,7 +303,7 @@ def test_official_code_leaves_no_trace(tmp_path, monkeypatch):
         )
 
     torchs, before = set(sys.modules), state()
-    layer = official.official_side("hilo", tmp_path, "hilo.py")
+    layer = official.official_side("hilo", tmp_path, "hilo.py", side=14)
     assert layer.where == "checkout"
     assert state() == before
     assert sys.modules["mine"] is mine
@@ -416,7 +416,7 @@ def test_every_case_is_there():
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["test_litv2"], "no official code is known for 'test_litv2'; it is known for hilo, litv2_*, overlock_*"),
+        (["test_litv2"], "no official code is known for 'test_litv2'; it is known for hilo, aggregated, litv2_*"),
         (["halo_26t"], "there is no official code of HaloNet"),
         (["litv2_s"], "no classification/models/litv2.py there"),
         (["hilo", "--size", "4", "8"], "--size 4 8: 'hilo' takes the tokens of a square map; give one side"),
@@ -523,6 +523,82 @@ def test_official_nat_from_a_checkout(tmp_path):
             golden_close(peer(x), layer(x), f"{name} {size}")
     assert sys.modules.get("natten") is natten
     assert timm.models.model_entrypoint("nat_mini").__module__ == "vizoo.backbones.nat"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("transnext_micro_aaaa", "transnext_micro_AAAA {'img_size': 96, 'pretrain_size': 256}"),
+        ("transnext_base", "transnext_base {'img_size': 96, 'pretrain_size': 224}"),
+        ("moh_vit_small_80", "moh_transnext_small_80 {'img_size': 96, 'pretrain_size': 224}"),
+    ],
+)
+def test_official_transnext_from_a_checkout(name, asked, tmp_path):
+    """It takes the attention in PyTorch, as it finds no package of its CUDA extension."""
+    code = sides.find_official(name)
+    (tmp_path / code.file).parent.mkdir()
+    (tmp_path / code.file).write_text(
+        "import pkg_resources, torch\n"
+        "from timm.models.layers import DropPath\n"
+        "try:\n"
+        "    pkg_resources.get_distribution('swattention')\n"
+        "except pkg_resources.DistributionNotFound:\n"
+        "    from attention_native import found\n"
+        f"def {asked.partition(' ')[0]}(**kwargs):\n"
+        f"    return found(f'{asked.partition(' ')[0]} {{kwargs}}')\n",
+        encoding="utf-8",
+    )
+    (tmp_path / code.file).with_name("attention_native.py").write_text(
+        "import torch\ndef found(asked):\n    module = torch.nn.Identity()\n    module.asked = asked\n"
+        "    return module\n",
+        encoding="utf-8",
+    )
+    peer = official.official_side(code.adapter, tmp_path, code.file, name=name, size=96, reparam=False)
+    assert peer.asked == asked
+    assert "pkg_resources" not in sys.modules or sys.modules["pkg_resources"].__file__
+
+
+def test_official_aggregated_attention_from_a_checkout(tmp_path):
+    """The layer gets the positions that the official model hands in."""
+    folder = tmp_path / "classification"
+    folder.mkdir()
+    (folder / "transnext.py").write_text(
+        "from attention_native import AggregatedAttention\n"
+        "import torch\n"
+        "def get_relative_position_cpb(*sizes):\n"
+        "    return tuple(torch.tensor(sizes[i:]) for i in (0, 2))\n",
+        encoding="utf-8",
+    )
+    (folder / "attention_native.py").write_text(
+        "from vizoo.backbones.layers import AggregatedAttention as Ours\n"
+        "class AggregatedAttention(Ours):\n"
+        "    def __init__(self, dim, input_resolution, num_heads, sr_ratio):\n"
+        "        super().__init__(dim, num_heads, sr_ratio, pretrain_map=56)\n"
+        "        assert input_resolution == (8, 8)\n"
+        "    def forward(self, x, H, W, index, table):\n"
+        "        assert index.tolist() == [[8, 8], [1, 1], [56, 56]] and table.tolist() == [[56, 56]]\n"
+        "        return super().forward(x, [H, W])\n",
+        encoding="utf-8",
+    )
+    found = sides.build_sides("aggregated", (8, 8), tmp_path)
+    assert found.more == (8, 8)
+    x = torch.randn(1, *found.shape)
+    golden_close(found.peer(x, *found.more), found.ours(x))
+
+
+def test_official_flowformer_from_a_checkout(tmp_path):
+    code = sides.find_official("flowformer_19")
+    (tmp_path / code.file).parent.mkdir()
+    (tmp_path / code.file).write_text(
+        "import cv2\nfrom numpy.lib.arraypad import pad\nfrom timm.models.layers import trunc_normal_\n"
+        "from torch import nn\n"
+        "class Flowformer(nn.Identity):\n    def __init__(self, **kwargs):\n"
+        "        super().__init__()\n        self.kwargs = kwargs\n",
+        encoding="utf-8",
+    )
+    peer = official.official_side(code.adapter, tmp_path, code.file, name="flowformer_19", size=64, reparam=False)
+    assert (peer.kwargs["img_size"], peer.kwargs["depth"], peer.kwargs["init_values"]) == (64, [3, 3, 10, 3], 1e-5)
+    assert "cv2" not in sys.modules or sys.modules["cv2"].__file__
 
 
 @pytest.mark.parametrize("name", sides.LAYERS)

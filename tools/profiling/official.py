@@ -224,6 +224,22 @@ def moh_vit(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     return model
 
 
+def flowformer(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official Flowformer with the arguments of its training script."""
+    unused: dict[str, dict[str, Any]] = {"cv2": {}, "numpy.lib.arraypad": {"pad": None}}
+    stubs = {**unused, "timm.models.layers": vars(timm.layers)}
+    code = _import(checkout / "Flowformer_CV", "flowformer", stubs)
+    model: nn.Module = code.Flowformer(
+        img_size=size,
+        embed_dim=[96, 192, 384, 768],
+        depth=[3, 3, 10, 3],
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        drop_path_rate=0.2,
+        init_values=1e-5,
+    )
+    return model
+
+
 def aggregated(
     checkout: Path, side: int, dim: int, num_heads: int, sr_ratio: int, pretrain_map: int, **others: Any
 ) -> nn.Module:

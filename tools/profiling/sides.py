@@ -183,6 +183,7 @@ CASES = {  # by name of a layer, or pattern of names of models; the first that f
     "overlock_*": Case(Official("overlock", "models/overlock.py")),
     "transnext_*": Case(Official("transnext", "classification/transnext.py")),
     "moh_vit_*": Case(Official("moh_vit", "MoH-ViT/transnext.py")),
+    "flowformer_*": Case(Official("flowformer", "Flowformer_CV/flowformer.py")),
     "nat_*": Case(Official("nat", "classification/nat.py")),
     "dinat_*": Case(Official("nat", "classification/nat.py")),
     "vitrpb_*": Case(Official("nat", "classification/nat.py")),
