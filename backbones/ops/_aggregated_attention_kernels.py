@@ -1,9 +1,9 @@
 """Triton kernels of aggregated attention: see ``aggregated_attention`` for the formula.
 
-They do the sum of the values of all taps with weights that are outside the softmax, and its gradients; the softmax is
-done by the kernels of neighbourhood attention.  A program owns ``BLOCK`` neighbouring positions of one head and image
-and goes through the taps: a few products for each vector that it reads.  Maps are dense ``[B, H, W, h, C]``, weights
-``[B, h, K * K, H * W]``, and every sum has a fixed order.
+One makes the vectors that the kernels of neighbourhood attention take, which do the softmax; the others do the sum of
+the values of all taps with weights that are outside the softmax, and its gradients.  A program owns ``BLOCK``
+neighbouring positions of one head and image and goes through the taps: a few products for each vector that it reads.
+Maps are dense ``[B, H, W, h, C]``, weights ``[B, h, K * K, H * W]``, and every sum has a fixed order.
 
 The sizes of a map and the number of heads are run-time numbers: a model compiles each kernel once.
 """
@@ -31,19 +31,64 @@ if HAS_TRITON:
 
     @triton.jit
     def _place(heads, rows, cols, C: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-        """First element of the program's image and head in a map, and in weights of one tap; and its positions."""
+        """Head, first element of the program's image and head in a map, and in weights of one tap; and positions."""
         tiles = tl.cdiv(rows * cols, BLOCK)
         pid = tl.program_id(0)
         n = pid % tiles * BLOCK + tl.arange(0, BLOCK)
         head, image = pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
         scalar = image * heads + head
-        return (image * rows * cols * heads + head) * C, scalar * rows * cols, n.to(INDEX)
+        return head, (image * rows * cols * heads + head) * C, scalar * rows * cols, n.to(INDEX)
 
     @triton.jit
     def _neighbor(n, tap, rows, cols, K: tl.constexpr):
         """Positions of a tap of the positions ``n``, and which of them are on the map."""
         y, x = n // cols + (tap // K - K // 2), n % cols + (tap % K - K // 2)
         return y * cols + x, (y >= 0) & (y < rows) & (x >= 0) & (x < cols) & (n < rows * cols)
+
+    @triton.jit
+    def _unit(t, EPS: tl.constexpr):
+        """Unit vectors ``[n, CP]``, and the lengths by which they were divided."""
+        length = tl.maximum(tl.sqrt(tl.sum(t * t, 1)), EPS)
+        return t / length[:, None], length
+
+    @triton.jit(do_not_specialize=_COUNTS)
+    def aggregated_vectors_kernel(
+        q_ptr,
+        kv_ptr,
+        embedding_ptr,
+        factor_ptr,
+        log_lengths_ptr,
+        qn_ptr,
+        qs_ptr,
+        k_ptr,
+        v_ptr,
+        q_length_ptr,
+        k_length_ptr,
+        heads,
+        rows,
+        cols,
+        C: tl.constexpr,
+        CP: tl.constexpr,
+        EPS: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Unit queries, those of the logits, unit keys and values, all in float32."""
+        head, vector, _, n = _place(heads, rows, cols, C, INDEX, BLOCK)
+        on_map = n < rows * cols
+        place, channel = n * (heads * C), tl.arange(0, CP)
+        embedding = tl.load(embedding_ptr + head * C + channel, mask=channel < C, other=0.0)
+        scale = tl.load(log_lengths_ptr + n, mask=on_map, other=0.0) * tl.load(factor_ptr + head)
+        lengths = vector // C + n * heads
+        qn, length = _unit(load_vectors(q_ptr + vector, place, on_map, C, CP).to(tl.float32), EPS)
+        tl.store(q_length_ptr + lengths, length, mask=on_map)
+        store_vectors(qn_ptr + vector, place, qn, on_map, C, CP)
+        store_vectors(qs_ptr + vector, place, (qn + embedding[None, :]) * scale[:, None], on_map, C, CP)
+        kv_ptr += 2 * vector - head * C  # keys and values of all heads lie behind each other
+        k, length = _unit(load_vectors(kv_ptr, 2 * place, on_map, C, CP).to(tl.float32), EPS)
+        tl.store(k_length_ptr + lengths, length, mask=on_map)
+        store_vectors(k_ptr + vector, place, k, on_map, C, CP)
+        store_vectors(v_ptr + vector, place, load_vectors(kv_ptr + heads * C, 2 * place, on_map, C, CP), on_map, C, CP)
 
     @triton.jit(do_not_specialize=_COUNTS)
     def aggregated_taps_fwd_kernel(
@@ -61,7 +106,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
     ):
         """Add the weighted values of all taps to what the softmax gave."""
-        vector, scalar, n = _place(heads, rows, cols, C, INDEX, BLOCK)
+        _, vector, scalar, n = _place(heads, rows, cols, C, INDEX, BLOCK)
         on_map = n < rows * cols
         weights = weights_ptr + scalar * (K * K) + n
         acc = load_vectors(base_ptr + vector, n * (heads * C), on_map, C, CP)
@@ -92,7 +137,7 @@ if HAS_TRITON:
 
         A value has its part in the query at a tap by the weight of the opposite tap.
         """
-        vector, scalar, n = _place(heads, rows, cols, C, INDEX, BLOCK)
+        _, vector, scalar, n = _place(heads, rows, cols, C, INDEX, BLOCK)
         on_map = n < rows * cols
         dweights = dweights_ptr + scalar * (K * K) + n
         opposite = weights_ptr + (scalar + rows * cols) * (K * K)
@@ -109,28 +154,55 @@ if HAS_TRITON:
         store_vectors(dv_ptr + vector, n * (heads * C), dv, on_map, C, CP)
 
 
-def _run(kernel: Any, v: Tensor, weights: Tensor, K: int, **pointers: Tensor) -> None:
-    """One program for each tile of positions of each head and image."""
-    B, H, W, h, C = v.shape
+def _run(kernel: Any, like: Tensor, index: Any, **others: Any) -> None:
+    """One program for each tile of positions of each head and image of a map ``[B, H, W, h, C]``."""
+    B, H, W, h, C = like.shape
     CP = power_of_two(C)
     BLOCK = max(16, ELEMENTS // CP)
-    sizes = {"heads": h, "rows": H, "cols": W, "K": K, "C": C, "CP": CP, "BLOCK": BLOCK}
-    if v.numel() > 0:
-        with on_device(v):
-            kernel[(B * h * cdiv(H * W, BLOCK),)](
-                weights_ptr=weights, v_ptr=v, INDEX=index_type(v, weights), num_warps=4, **sizes, **pointers
-            )
+    sizes = {"heads": h, "rows": H, "cols": W, "C": C, "CP": CP, "BLOCK": BLOCK}
+    if like.numel() > 0:
+        with on_device(like):
+            kernel[(B * h * cdiv(H * W, BLOCK),)](**sizes, **others, INDEX=index, num_warps=4)
+
+
+def vectors(
+    q: Tensor, kv: Tensor, embedding: Tensor, factor: Tensor, log_lengths: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    """What the softmax and the sum of the taps are made of.
+
+    Args:
+        q: Queries ``[B, H, W, h, C]``.
+        kv: Keys and values ``[B, H, W, 2, h, C]``.
+        embedding: Summand of the unit queries ``[h, C]``.
+        factor: Scale of each head's logits ``[h]``.
+        log_lengths: And of each query's ``[H, W]``.
+        eps: Least length by which a vector is divided.
+
+    Returns:
+        Unit queries, queries of the logits, unit keys, values, each ``[B, H, W, h, C]``; and the lengths of queries and
+        of keys ``[B, H, W, h, 1]``.  All are float32.
+    """
+    q, kv = q.contiguous(), kv.contiguous()
+    names = "qn_ptr", "qs_ptr", "k_ptr", "v_ptr"
+    maps = {name: torch.empty_like(q, dtype=torch.float32) for name in names}
+    lengths = {name: maps["qn_ptr"].new_empty(*q.shape[:4], 1) for name in ("q_length_ptr", "k_length_ptr")}
+    given = {"embedding_ptr": embedding, "factor_ptr": factor, "log_lengths_ptr": log_lengths}
+    options: dict[str, Any] = {name: t.contiguous() for name, t in given.items()} | maps | lengths
+    _run(aggregated_vectors_kernel, q, index_type(kv), q_ptr=q, kv_ptr=kv, EPS=eps, **options)
+    return *maps.values(), *lengths.values()
 
 
 def taps_forward(weights: Tensor, v: Tensor, base: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     """Weighted values of all taps and ``base`` together: ``[B, H, W, h, C]``."""
     out = torch.empty_like(base, dtype=dtype)
-    _run(aggregated_taps_fwd_kernel, v, weights, K, base_ptr=base, out_ptr=out)
+    options = {"weights_ptr": weights, "v_ptr": v, "base_ptr": base, "out_ptr": out}
+    _run(aggregated_taps_fwd_kernel, v, index_type(v, weights), K=K, **options)
     return out
 
 
 def taps_backward(dout: Tensor, weights: Tensor, v: Tensor, dv: Tensor, K: int) -> Tensor:
     """Gradient of the weights; that of the values is added to ``dv``."""
     dweights = torch.empty_like(weights)
-    _run(aggregated_taps_bwd_kernel, v, weights, K, dout_ptr=dout, dweights_ptr=dweights, dv_ptr=dv)
+    options = {"weights_ptr": weights, "v_ptr": v, "dout_ptr": dout, "dweights_ptr": dweights, "dv_ptr": dv}
+    _run(aggregated_taps_bwd_kernel, v, index_type(v, weights), K=K, **options)
     return dweights

@@ -176,7 +176,8 @@ def reference_aggregated_attention(
 ) -> Tensor:
     """Attention to a window and to pooled keys in one softmax, by a gather of all windows (TransNeXt, Sec. 3.1 to 3.3).
 
-    Everything is computed in float32, or in float64 when ``q`` is float64.
+    Everything is computed in float32, or in float64 when ``q`` is float64, but for the logarithm of the number of keys,
+    which the official code keeps in float32.
 
     Args:
         q: Queries ``[B, H, W, h * d]``, channels laid out as ``[h, d]``; the operator makes unit vectors of them.
@@ -455,32 +456,29 @@ def _fast_backward(dout: Tensor, tensors: tuple[Tensor, ...], num_heads: int) ->
 
 
 class _Vectors:
-    """The inputs of one call as the kernels take them, in float32: maps and ``qn`` are ``[B, H, W, h, d]``."""
+    """The inputs of one call as the kernels take them, in float32: maps are ``[B, H, W, h, d]``."""
 
     def __init__(self, tensors: tuple[Tensor, ...], num_heads: int):
         q, kv, pooled_kv, *parameters = tensors
-        self.embedding, self.temperature, local_bias, self.pool_bias, self.tokens, token_bias = (
+        self.embedding, self.temperature, local_bias, pool_bias, self.tokens, token_bias = (
             t.float() for t in parameters
         )
         h, self.K = num_heads, _window(local_bias)
         _, H, W, _ = q.shape
-        # copies: they become unit vectors in place
-        self.qn = q.unflatten(-1, (h, -1)).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        k, v = kv.unflatten(-1, (2, h, -1)).unbind(3)
-        pooled_k, pooled_v = pooled_kv.unflatten(-1, (2, h, -1)).unbind(2)
-        self.k, self.pooled_k = (
-            t.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for t in (k, pooled_k)
+        outside = _outside_map(H, W, self.K, q.device)
+        self.log_lengths = _log_lengths(outside, pooled_kv.shape[1], torch.float32)
+        self.factor = F.softplus(self.temperature).flatten()
+        maps = q.unflatten(-1, (h, -1)), kv.unflatten(-1, (2, h, -1))
+        self.qn, qs, self.k, self.v, self.q_length, self.k_length = kernels.vectors(
+            *maps, self.embedding.squeeze(1), self.factor, self.log_lengths, _EPS
         )
-        self.v, self.pooled_v = (t.float().contiguous() for t in (v, pooled_v))
-        self.q_length, self.k_length, self.pooled_length = (_make_unit(t, -1) for t in (self.qn, self.k, self.pooled_k))
-        lengths = _log_lengths(_outside_map(H, W, self.K, q.device), pooled_kv.shape[1], torch.float32)
-        self.log_lengths = lengths.unsqueeze(2).unsqueeze(3)  # [H, W, 1, 1]
-        self.scale = F.softplus(self.temperature).flatten(1) * self.log_lengths  # [H, W, h, 1]
-        self.biased = self.qn + self.embedding.squeeze(1)
+        pooled_k, pooled_v = pooled_kv.unflatten(-1, (2, h, -1)).unbind(2)
+        self.pooled_k = pooled_k.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self.pooled_length = _make_unit(self.pooled_k, -1)
         self.weights = (self.tokens.transpose(1, 2) @ self.of_heads(self.qn)).add_(token_bias.transpose(1, 2))
         table = F.pad(local_bias.unflatten(1, (self.K, self.K)), [self.K // 2] * 4)  # the rest is never read
         #: what neighbourhood attention takes, without its options
-        self.attended = self.biased * self.scale, self.k, self.v, table, self.pooled_k, self.pooled_v, self.pool_bias
+        self.attended = qs, self.k, self.v, table, self.pooled_k, pooled_v.float().contiguous(), pool_bias
         self.options = [self.K] * 2, [1, 1], [1, 1], True, 1.0, True
 
     @staticmethod
@@ -507,8 +505,10 @@ def _triton_backward(
     dweights = kernels.taps_backward(dout, vectors.weights, vectors.v, dv, vectors.K).transpose(2, 3)  # by positions
     dtokens = (vectors.of_heads(vectors.qn) @ dweights).sum(0)
     dtoken_bias = dweights.sum((0, 2)).unsqueeze(1)
-    dtemperature = ((dqs * vectors.biased).sum(-1, keepdim=True) * vectors.log_lengths).sum((0, 1, 2)).unsqueeze(2)
-    dqs *= vectors.scale
+    log_lengths = vectors.log_lengths.unsqueeze(2).unsqueeze(3)  # [H, W, 1, 1]
+    biased = vectors.qn + vectors.embedding.squeeze(1)
+    dtemperature = ((dqs * biased).sum(-1, keepdim=True) * log_lengths).sum((0, 1, 2)).unsqueeze(2)
+    dqs *= vectors.factor.unsqueeze(1) * log_lengths
     dembedding = dqs.sum((0, 1, 2)).unsqueeze(1)
     dqn = dqs + (dweights @ vectors.tokens.transpose(1, 2)).transpose(1, 2).reshape(dqs.shape)
     dq = _unit_gradient(dqn, vectors.qn, vectors.q_length, -1)
