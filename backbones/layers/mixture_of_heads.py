@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar, Optional, TypeVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, get_device_dtype, register_notrace_module
 from timm.models import (
     beit,
@@ -93,12 +92,12 @@ class MixtureOfHeads(nn.Module):
         return f"num_heads={self.num_heads}, shared={self.shared}, routed={self.routed}"
 
     def _logits(self, x: Tensor) -> Tensor:
-        """Outputs of ``wg``, ``wg_0`` and ``wg_1``, those that exist, one after the other ``[..., O]``."""
+        """Outputs ``[O, T]`` of ``wg``, ``wg_0`` and ``wg_1``, those that exist, below each other, for all tokens."""
         if not torch.jit.is_scripting():
             layers = list(self.children())
             plain = all(is_plain(m, nn.Linear) and not has_bias(m) for m in layers)
             if plain and not (torch.is_grad_enabled() or plain_only()):
-                return F.linear(x, torch.cat(tensors(*layers)[::2]))
+                return torch.cat(tensors(*layers)[::2]) @ x.reshape(-1, x.shape[-1]).t()
         out: list[Tensor] = []
         if self.wg is not None:
             out.append(self.wg(x))
@@ -106,34 +105,33 @@ class MixtureOfHeads(nn.Module):
             out.append(self.wg_0(x))
         if self.wg_1 is not None:
             out.append(self.wg_1(x))
-        return torch.cat(out, -1)
+        return torch.cat([logits.reshape(-1, logits.shape[-1]).t() for logits in out])
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[..., dim]`` to the gates of their heads ``[..., num_heads]``, in the dtype of ``x``."""
-        logits = self._logits(x)
+        logits = self._logits(x)  # tokens last: softmaxes over a few neighbours in memory take three times as long
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         s, r = self.shared, self.routed
         if r == 0:
-            return (logits.softmax(-1) * s).to(x.dtype)
-        rest = self.num_heads - s
-        heads, others = logits[..., :rest], logits[..., rest:]
-        top, kept = heads.topk(r, -1, sorted=False)
-        # all of softmax, divided by its sum over the kept, is the softmax over them; the sum is at least r / E
-        gates = torch.zeros_like(heads).scatter(-1, kept, top.softmax(-1) * r)
-        if self.training:
-            self._balance(heads.softmax(-1), kept)
-        if s > 0:
-            w = others[..., :2].softmax(-1) * 2
-            shared = others[..., 2:].softmax(-1) * s if s > 1 else torch.ones_like(w[..., :1])
-            gates = torch.cat([w[..., :1] * shared, w[..., 1:] * gates], -1)
-        return gates.to(x.dtype)
+            gates = logits.softmax(0) * s
+        else:
+            rest = self.num_heads - s
+            heads, others = logits[:rest], logits[rest:]
+            top, kept = heads.topk(r, 0, sorted=False)
+            # all of softmax, divided by its sum over the kept, is the softmax over them; the sum is at least r / E
+            gates = torch.zeros_like(heads).scatter(0, kept, top.softmax(0) * r)
+            if self.training:
+                self._balance(heads.softmax(0), kept)
+            if s > 0:
+                w = others[:2].softmax(0) * 2
+                shared = others[2:].softmax(0) * s if s > 1 else torch.ones_like(w[:1])
+                gates = torch.cat([w[:1] * shared, w[1:] * gates])
+        return gates.t().to(x.dtype).contiguous().reshape(x.shape[:-1] + (self.num_heads,))  # noqa: RUF005 - TorchScript
 
     def _balance(self, p: Tensor, kept: Tensor) -> None:
-        """Set ``aux_loss`` of shares ``[..., E]`` and positions of the kept ``[..., r]``."""
-        rest = p.shape[-1]
-        load = torch.zeros_like(p).scatter(-1, kept, 1.0)
-        mean = p.reshape(-1, rest).mean(0) * load.reshape(-1, rest).mean(0)
-        value = mean.mean() * (rest * rest)
+        """Set ``aux_loss`` of shares ``[E, T]`` and positions of the kept ``[r, T]``."""
+        load = torch.zeros_like(p).scatter(0, kept, 1.0)
+        value = (p.mean(1) * load.mean(1)).mean() * len(p) ** 2
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
             if _is_lost():
                 return
