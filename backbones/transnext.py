@@ -2,7 +2,7 @@
 
 Papers: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", D. Shi, CVPR 2024,
 https://arxiv.org/abs/2311.17132; "MoH: Multi-Head Attention as Mixture-of-Head Attention", P. Jin, B. Zhu, L. Yuan,
-S. Yan, 2024, https://arxiv.org/abs/2410.11842.  Official code and weights: github.com/DaiShiResearch/TransNeXt and
+S. Yan, ICML 2025, https://arxiv.org/abs/2410.11842.  Official code and weights: github.com/DaiShiResearch/TransNeXt and
 github.com/SkyworkAI/MoH (both Apache-2.0), whose outputs these models reproduce; names of parameters are changed by
 :func:`checkpoint_filter_fn`.
 
@@ -80,7 +80,7 @@ ABOUT = About(
             "2311.17132",
         ),
         (
-            'P. Jin, B. Zhu, L. Yuan, S. Yan, "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024',
+            'P. Jin, B. Zhu, L. Yuan, S. Yan, "MoH: Multi-Head Attention as Mixture-of-Head Attention", ICML 2025',
             "2410.11842",
         ),
     ),
@@ -468,7 +468,7 @@ class TransNeXt(nn.Module):
     def aux_loss(self) -> Tensor | None:
         """Load-balance value of the last forward pass in training mode, the mean over the layers that route heads.
 
-        MoH, Sec. 3.3: for ``E`` heads to choose from, ``E^2`` times the mean over them of the product of their mean
+        MoH, Sec. 3: for ``E`` heads to choose from, ``E^2`` times the mean over them of the product of their mean
         probability and the share of tokens that chose them; ``routed_heads`` where all are chosen alike.
 
         Returns:
@@ -620,7 +620,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 _HUB = "https://huggingface.co/DaiShiResearch/"
-_DENSE_TAGS = {"maskrcnn_1x_coco": 800, "upernet_ade20k": 512}  # bias_size of the released detectors and segmentors
+_DENSE_TAGS = {  # bias_size of the released detectors and segmentors
+    "maskrcnn_1x_coco": 800,
+    "dino_4scale_12e_coco": 800,
+    "dino_5scale_12e_coco": 800,
+    "upernet_ade20k": 512,
+    "mask2former_ade20k_semantic": 512,
+}
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -651,6 +657,15 @@ _moh_cfg = partial(
 )
 _384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
 _SIZES = ("micro", "tiny", "small", "base")
+_DENSE_FILES = {
+    "maskrcnn_1x_coco": "maskrcnn-transnext-{0}-coco/resolve/main/mask_rcnn_transnext_{0}_fpn_1x_coco_in1k.pth",
+    "dino_4scale_12e_coco": "dino-4scale-transnext-{0}-coco/resolve/main/dino_4scale_transnext_{0}_12e_in1k.pth",
+    "dino_5scale_12e_coco": "dino-5scale-transnext-{0}-coco/resolve/main/dino_5scale_transnext_{0}_12e_in1k.pth",
+    "upernet_ade20k": "upernet-transnext-{0}-ade/resolve/main/upernet_transnext_{0}_512x512_160k_ade20k_in1k.pth",
+    "mask2former_ade20k_semantic": (
+        "mask2former-transnext-{0}-ade/resolve/main/mask2former_transnext_{0}_512x512_160k_ade20k_in1k.pth"
+    ),
+}
 _MOHS = ("small_80", "small_75", "base_75", "base_50")
 
 default_cfgs = generate_default_cfgs(
@@ -670,17 +685,9 @@ default_cfgs = generate_default_cfgs(
         ),
         # backbones of detectors and segmentors
         **{
-            f"transnext_{s}.maskrcnn_1x_coco": _cfg(
-                f"maskrcnn-transnext-{s}-coco/resolve/main/mask_rcnn_transnext_{s}_fpn_1x_coco_in1k.pth", num_classes=0
-            )
-            for s in _SIZES[1:]
-        },
-        **{
-            f"transnext_{s}.upernet_ade20k": _cfg(
-                f"upernet-transnext-{s}-ade/resolve/main/upernet_transnext_{s}_512x512_160k_ade20k_in1k.pth",
-                num_classes=0,
-            )
-            for s in _SIZES[1:]
+            f"transnext_{s}.{tag}": _cfg(file.format(s), num_classes=0)
+            for tag, file in _DENSE_FILES.items()
+            for s in (_SIZES[1:2] if "4scale" in tag else _SIZES[1:])
         },
         # released under huggingface.co/Chat-UniVi, by names of files that we could not verify
         **{f"moh_vit_{s}.in1k": _moh_cfg() for s in _MOHS},
