@@ -84,7 +84,7 @@ def _check(
 
 
 def _window(local_bias: Tensor) -> int:
-    """Side of the window, rounded down."""
+    """Side of the window, if the number of its taps is a square."""
     return int(math.sqrt(len(local_bias.unbind(1))) + 0.5)  # sizes are tensors while tracing, this number is none
 
 
@@ -345,7 +345,8 @@ class _Laid:
         self.local_bias = flat.lay(near)
         self.pool_bias = pool_bias.transpose(1, 2).unflatten(2, (H, W))
         self.tokens, self.token_bias = tokens.transpose(1, 2), token_bias.transpose(1, 2)  # [h, K * K, d or 1]
-        most = _WORKSPACE // (num_heads * (self.taps + P) * q.new_empty(0, dtype=dtype).element_size())
+        budget = _WORKSPACE if q.device.type == "cpu" else 64 * _WORKSPACE
+        most = budget // (num_heads * (self.taps + P) * self.scale.element_size())  # positions
         images, rows = max(1, most // flat.size), max(1, most // flat.width)
         self.groups = [slice(b, b + images) for b in range(0, B, images)]
         self.bands = [_Band(flat, y, min(y + rows, H)) for y in range(0, H, rows)]
