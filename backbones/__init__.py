@@ -4,6 +4,7 @@ if not __name__.startswith("vizoo."):
     raise ImportError("this folder is the package vizoo.backbones; import it by that name")
 
 from . import dependencyvit as dependencyvit
+from . import flowformer as flowformer
 from . import halonet as halonet
 from . import litv2 as litv2
 from . import medusa as medusa

@@ -32,9 +32,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     is_exporting,
-    register_notrace_function,
     register_notrace_module,
-    resample_abs_pos_embed_nhwc,
     resample_patch_embed,
     to_2tuple,
     trunc_normal_,
@@ -43,7 +41,6 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .layers import Dependency, Panel, ReversedAttention, Tree, dependency_tree, saliency, subtrees
 from .layers.about import About
@@ -51,6 +48,7 @@ from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import COUNT, Range, check_multiple, check_patches, checked, need, scaled
 from .layers.panel import seen_by
+from .layers.resampling import position_map
 from .layers.reversed_attention import SCORES
 from .ops.reversed_attention import dependency_mask
 
@@ -90,18 +88,6 @@ ABOUT = About(
 MOST_TOKENS = 4096  # of a picture: every block has a dependency of each on each other one
 MESSAGE_POOLS = ("message", "message_mean", "avg")
 _norm_layer = partial(LayerNorm, eps=1e-6)
-
-
-@register_notrace_function
-def position_map(pos_embed: Tensor, H: int, W: int) -> Tensor:
-    """Position embedding ``[1, h, w, C]`` at ``H x W`` tokens."""
-    if torch.jit.is_scripting() or not is_exporting():
-        same = pos_embed.shape[1] == H and pos_embed.shape[2] == W
-    else:  # a size that is free in the exported program is resampled to, which changes nothing at the table's own
-        same = statically_known_true(pos_embed.shape[1] == H) and statically_known_true(pos_embed.shape[2] == W)
-    if same:
-        return pos_embed
-    return resample_abs_pos_embed_nhwc(pos_embed, [H, W])
 
 
 def put_back(x: Tensor, index: Tensor | None, dense: Tensor) -> Tensor:

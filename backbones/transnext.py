@@ -49,7 +49,18 @@ from .layers.about import About
 from .layers.aggregated_attention import AggregatedAttention, BiasCache, LengthScaledAttention
 from .layers.build import build
 from .layers.checkpoint import unwrap
-from .layers.checks import ANY, Range, check_counts, check_heads, check_positions, checked, is_sequence, need, scaled
+from .layers.checks import (
+    ANY,
+    Range,
+    check_counts,
+    check_heads,
+    check_lengths,
+    check_positions,
+    checked,
+    is_sequence,
+    need,
+    scaled,
+)
 from .layers.mixture_of_heads import MixtureOfHeads, load_balance
 from .layers.panel import cell_at, seen_by, tiled
 from .layers.plain import depthwise, fuses, tensors
@@ -207,10 +218,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks and norm.
+    """Patch embedding, unless it is the first stage, blocks and norm.
 
     Args:
-        patch_embed: The embedding.
+        downsample: The embedding, or None.
         blocks: The blocks.
         dim: Channels.
         device: Device of the parameters.
@@ -219,7 +230,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        patch_embed: nn.Module,
+        downsample: nn.Module | None,
         blocks: Sequence[nn.Module],
         dim: int,
         device: torch.device | str | None = None,
@@ -227,18 +238,19 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.grad_checkpointing = False
-        self.patch_embed = patch_embed
+        self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.norm = _norm_layer(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_dim, H, W]`` to the normed map ``[B, dim, H', W']``, channels-last in memory."""
-        x = self.patch_embed(x)
+        """Map ``[B, H, W, in_dim]`` to the normed one ``[B, H', W', dim]``."""
+        if self.downsample is not None:
+            x = self.downsample(x.permute(0, 3, 1, 2))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        return self.norm(x).permute(0, 3, 1, 2)
+        return self.norm(x)
 
 
 @torch.no_grad()
@@ -326,7 +338,9 @@ class TransNeXt(nn.Module):
     ):
         super().__init__()
         count = len(embed_dims)
-        check_counts(count, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios, mlp_ratios=mlp_ratios)
+        check_lengths(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios, mlp_ratios=mlp_ratios
+        )
         check_heads(embed_dims, num_heads, embed_dims=embed_dims, num_heads=num_heads)
         both = (shared_heads is None) == (routed_heads is None)
         need(both, "both or none of them", shared_heads=shared_heads, routed_heads=routed_heads)
@@ -344,9 +358,10 @@ class TransNeXt(nn.Module):
         self.output_fmt = "NHWC"
         self.feature_info: list[dict[str, Any]] = []
 
+        self.patch_embed = OverlapPatchEmbed(in_chans, embed_dims[0], 7, 4, **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        in_dim = in_chans
+        in_dim = embed_dims[0]
         for i, dim in enumerate(embed_dims):
             positions: dict[str, Any] = {
                 "qkv_bias": qkv_bias,
@@ -366,8 +381,8 @@ class TransNeXt(nn.Module):
                         dim, num_heads[i], sr_ratios[i], windows[i], fixed_pool_size, **positions
                     )
                 blocks.append(Block(dim, attn, mlp_ratios[i], rates[i][j], **dd))
-            embed = OverlapPatchEmbed(in_dim, dim, 3 if i else 7, 2 if i else 4, **dd)
-            stages.append(Stage(embed, blocks, dim, **dd))
+            downsample = OverlapPatchEmbed(in_dim, dim, 3, 2, **dd) if i > 0 else None
+            stages.append(Stage(downsample, blocks, dim, **dd))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
             in_dim = dim
         self.stages = nn.Sequential(*stages)
@@ -415,11 +430,11 @@ class TransNeXt(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that order the parameters by depth, for layer-wise learning rates."""
         return {
-            "stem": r"^stages\.0\.patch_embed",
+            "stem": r"^patch_embed",
             "blocks": r"^stages\.(\d+)"
             if coarse
             else [
-                (r"^stages\.(\d+)\.patch_embed", (0,)),
+                (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)\.norm", (99999,)),
             ],
@@ -528,6 +543,7 @@ class TransNeXt(nn.Module):
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be one of NCHW or NHWC."
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         features: list[Tensor] = []
+        x = self.patch_embed(x)
         if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice the stages
             stages = self.stages
         else:
@@ -535,10 +551,10 @@ class TransNeXt(nn.Module):
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
-                features.append(x.contiguous() if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+                features.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x)
         if intermediates_only:
             return features
-        return x.permute(0, 2, 3, 1), features
+        return x, features
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -564,7 +580,8 @@ class TransNeXt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, height, width]`` to the normed last map ``[B, H, W, num_features]``."""
-        return self.stages(x).permute(0, 2, 3, 1)
+        x = self.patch_embed(x)
+        return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map ``[B, H, W, num_features]`` to logits, or to the pooled features with ``pre_logits``."""
@@ -592,7 +609,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     renamed = {}
     for k, v in state_dict.items():
-        k = re.sub(r"^(patch_embed|norm)(\d)\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}.", k)
+        k = re.sub(r"^patch_embed1\.", "patch_embed.", k)
+        k = re.sub(r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.", k)
+        k = re.sub(r"^norm(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.norm.", k)
         k = re.sub(r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", k)
         k = re.sub(r"\.attn\.(wg|wg_0|wg_1)\.", r".attn.gates.\1.", k)
         k = k.replace(".mlp.dwconv.dwconv.", ".mlp.dwconv.")
@@ -614,7 +633,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.patch_embed.proj",
+        "first_conv": "patch_embed.proj",
         "classifier": "head.fc",
         "license": "apache-2.0",
         "origin_url": "https://github.com/DaiShiResearch/TransNeXt",

@@ -1,15 +1,16 @@
 """Modules for other networks, which users put into models of their own, and what the families share.
 
-``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``ReversedAttention``, ``AggregatedAttention`` and
-``LengthScaledAttention`` take the place of another attention, ``ULSAM`` and ``ContMixBlock`` that of a block;
-``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``, ``swap_halo``, ``tcpa`` and ``vpt`` change a whole
-model.
+``HiLo``, ``NeighborhoodAttention``, ``HaloAttention``, ``FlowAttention``, ``FlowCrossAttention``,
+``ReversedAttention``, ``AggregatedAttention`` and ``LengthScaledAttention`` take the place of another attention,
+``ULSAM`` and ``ContMixBlock`` that of a block; ``MixtureOfHeads`` weighs the heads of one; ``add_ulsam``, ``moh``,
+``swap_halo``, ``tcpa`` and ``vpt`` change a whole model.
 """
 
 from .aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .contmix import ContMixBlock
 from .dependency import Dependency, Tree, dependency_tree, saliency, subtrees
 from .features import FeatureGetter
+from .flow_attention import FlowAttention, FlowCrossAttention
 from .halo import HaloAttention, swap_halo
 from .hilo import HiLo
 from .layout import to_fast_layout
@@ -38,6 +39,8 @@ __all__ = [
     "ContMixBlock",
     "Dependency",
     "FeatureGetter",
+    "FlowAttention",
+    "FlowCrossAttention",
     "HaloAttention",
     "HiLo",
     "LengthScaledAttention",

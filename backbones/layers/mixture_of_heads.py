@@ -35,7 +35,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @register_notrace_module  # picks its path by the layers
 class MixtureOfHeads(nn.Module):
-    """Gates that multiply the heads of an attention before its projection, of each query token (Eq. 5 to 8).
+    """Gates that multiply the heads of an attention before its projection, of each query token (Sec. 3).
 
     The first ``s = shared`` heads work for all tokens, and of the ``E`` others each token keeps the ``r = routed`` with
     the largest logits.  With softmaxes over heads in float32 at least::
@@ -45,8 +45,7 @@ class MixtureOfHeads(nn.Module):
         other heads   0
 
     A single shared head has no ``wg_1`` and a softmax of 1.  Without shared heads, or without routed ones, there is no
-    ``wg_0`` and no ``w``.  The gates of a token sum to ``s * w_0 + r * w_1``, with weights of zero they
-    are 1 and 0.
+    ``wg_0`` and no ``w``.  The gates of a token sum to ``s * w_0 + r * w_1``; where all weights are 0, they are 1 or 0.
 
     ``aux_loss`` is the load-balance value of the last pass in training, ``E^2 * mean_e(mean(p_e) * mean(e is kept))``
     with ``p = softmax(wg x)`` and means over all tokens of the batch: ``r`` if all heads work alike.  Only ``p`` has a
@@ -166,7 +165,7 @@ def load_balance(model: nn.Module) -> Tensor | None:
         model: Any model with :class:`MixtureOfHeads`.
 
     Returns:
-        A scalar, to be weighed with 0.01 and added to the loss (Eq. 9); None if there is no value.
+        A scalar, to be weighed with 0.01 and added to the loss; None if there is no value.
     """
     return _mean([m for m in model.modules() if isinstance(m, MixtureOfHeads)])
 
@@ -244,15 +243,15 @@ def moh(model: _Model, shared: int | Sequence[int], routed: int | Sequence[int],
 
     The new :class:`MixtureOfHeads` are ``gates`` of the attentions, in the state dict as well.  Their weights are zero,
     so that all gates are 1 and a model with pretrained weights begins as itself, bit for bit, where no head is dropped:
-    with ``routed = num_heads - shared``, or with 0 and all heads shared.  With fewer, every token begins without the
-    same heads.  The authors continued from weights without gates for a language model; those of images they trained
-    from the start::
+    with ``routed = num_heads - shared``, or with 0 and all heads shared (up to 40 of them: in float32 41 times a 41st
+    is not 1).  With fewer, every token begins without the same heads.  The authors continued from weights without gates
+    for a language model; models of images they trained from the start::
 
         model = moh(timm.create_model("deit_small_patch16_224", pretrained=True), shared=2, routed=3)
         loss = criterion(model(images), targets) + 0.01 * load_balance(model)
 
-    ``vizoo train`` adds that loss by the hook ``extra_loss``, which the model gets.  All heads are computed: the gates
-    cost time and save none.  The model compiles, exports and traces; TorchScript cannot compile it.
+    The model also gets the hook ``extra_loss``, by which ``vizoo train`` adds that term.  All heads are computed: the
+    gates cost time and save none.  The model compiles, exports and traces; TorchScript cannot compile it.
 
     Args:
         model: Any model with attentions of timm's vision transformers: ``Attention``, ``AttentionRope``,

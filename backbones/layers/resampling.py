@@ -1,11 +1,22 @@
 """Resizing of maps that exports at any size and, where PyTorch is asked for it, adds up in a fixed order on a GPU."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module, to_2tuple
+from timm.layers import (
+    is_exporting,
+    register_notrace_function,
+    register_notrace_module,
+    resample_abs_pos_embed_nhwc,
+    to_2tuple,
+)
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["RegionPool", "region_mean", "resize", "resize_smoothly"]
+from ..ops.backend import without_autocast
+
+__all__ = ["RegionPool", "position_map", "region_mean", "resize", "resize_smoothly"]
 
 
 def _fixed_order(x: Tensor) -> bool:
@@ -53,14 +64,40 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 def resize_smoothly(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resizing of a map in float32 or float64, with antialiasing where it becomes smaller."""
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-        if _fixed_order(x):  # by its two matrices, which are what it makes of unit vectors
-            H, W = x.shape[2], x.shape[3]
-            eye = torch.eye(max(H, W), dtype=x.dtype, device=x.device)
-            with torch.no_grad():
-                rows, cols = _smooth(eye[None, None, :H, :H], height, H), _smooth(eye[None, None, :W, :W], W, width)
-            return rows @ x @ cols
+        if _fixed_order(x):
+            return _by_matrices(_smooth, x, height, width)
     return _smooth(x, height, width)
 
 
 def _smooth(x: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(x, size=[height, width], mode="bilinear", align_corners=False, antialias=True)
+
+
+def _by_matrices(form: Callable[[Tensor, int, int], Tensor], x: Tensor, height: int, width: int) -> Tensor:
+    """Separable resizing by its two matrices, which are what it makes of unit vectors."""
+    H, W = x.shape[2], x.shape[3]
+    eye = torch.eye(max(H, W), dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        rows, cols = form(eye[None, None, :H, :H], height, H), form(eye[None, None, :W, :W], W, width)
+    with without_autocast(x):
+        return rows @ x @ cols
+
+
+def _bicubic(x: Tensor, height: int, width: int) -> Tensor:
+    return resample_abs_pos_embed_nhwc(x.permute(0, 2, 3, 1), [height, width]).permute(0, 3, 1, 2)
+
+
+@register_notrace_function
+def position_map(pos_embed: Tensor, H: int, W: int) -> Tensor:
+    """Position embedding ``[1, h, w, C]`` at ``H x W`` tokens, by timm's bicubic resampling."""
+    if torch.jit.is_scripting() or not is_exporting():
+        same = pos_embed.shape[1] == H and pos_embed.shape[2] == W
+    else:  # a size that is free in the exported program is resampled to, which changes nothing at the table's own
+        same = statically_known_true(pos_embed.shape[1] == H) and statically_known_true(pos_embed.shape[2] == W)
+    if same:
+        return pos_embed
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if _fixed_order(pos_embed):
+            wide = pos_embed.permute(0, 3, 1, 2).float()
+            return _by_matrices(_bicubic, wide, H, W).permute(0, 2, 3, 1).to(pos_embed.dtype)
+    return resample_abs_pos_embed_nhwc(pos_embed, [H, W])

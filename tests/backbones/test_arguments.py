@@ -119,6 +119,8 @@ def test_models(name: str) -> None:
 VIT = timm.create_model("test_vit", device="meta")
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ContMixBlock": (layers.ContMixBlock, {}),
+    "FlowAttention": (layers.FlowAttention, {"dim": 16}),
+    "FlowCrossAttention": (layers.FlowCrossAttention, {"dim": 16}),
     "HaloAttention": (layers.HaloAttention, {"dim": 16}),
     "HiLo": (layers.HiLo, {"dim": 16}),
     "MixtureOfHeads": (layers.MixtureOfHeads, {"dim": 16, "num_heads": 4, "shared": 1, "routed": 2}),
@@ -190,6 +192,10 @@ BAD_PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("test_dependencyvit", {"prune_blocks": (9,)}),
     ("test_dependencyvit", {"mlp_ratio": 1e-9}),
     ("test_dependencyvit_lite", {"prune_ratio": 0.5}),
+    ("test_flowformer", {"embed_dims": (16, 32, 66, 128)}),
+    ("test_flowformer", {"embed_dims": (16, 32)}),
+    ("test_flowformer", {"num_heads": 3}),
+    ("test_flowformer", {"mlp_ratio": 1e-9}),
     ("test_halonet", {"embed_dim": 7}),
     ("test_halonet", {"rv": 0.01}),
     ("test_halonet", {"rv": 1.3}),

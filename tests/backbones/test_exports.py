@@ -23,6 +23,7 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "test_dependencyvit": {"depth": 2, "gate_init": 0.0},
     "test_dependencyvit_lite": {"depth": 2, "prune_blocks": (1, 2), "gate_init": 0.0},
     "test_dinat_s": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (2, 1)},
+    "test_flowformer": {"depths": (1, 1), "embed_dims": (16, 32)},
     "test_halonet": {"depths": (1, 1, 1), "num_heads": (2, 2, 4)},
     "test_litv2": {"depths": (1, 1, 1), "num_heads": (1, 4, 8), "window_size": (0, 2, 1)},
     "test_nat": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (1, 2)},
@@ -146,9 +147,9 @@ def test_any_size(name: str, tmp_path: Path) -> None:
     sizes = [(2, 96, 96), (3, 64, 128)]
     if "overlock" in name:
         sizes = [(2, 224, 256), (3, 288, 224), (1, 231, 299)]
-    if "dependencyvit" in name:  # messages and positions that count, resampled up and down and not at all
+    if "dependencyvit" in name or "flowformer" in name:  # positions that count, resampled up and down and not at all
         sizes = [(2, 96, 128), (1, 96, 96), (3, 64, 160), (2, 101, 135), (2, 224, 224), (1, 32, 32)]
-        torch.nn.init.normal_(model.pos_embed)
+        torch.nn.init.normal_(getattr(model.pos_embed, "weight", model.pos_embed))
     images = [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
     free = ({0: "batch", 2: "height", 3: "width"},)
     with torch.no_grad():

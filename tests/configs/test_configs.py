@@ -343,6 +343,7 @@ def test_published_multiply_adds(name: str) -> None:
         "litv2_s_retinanet_8xb2-1x_coco",
         "litv2_s_mask-rcnn_8xb2-1x_coco",
         "overlock_t_upernet_8xb2-160k_ade20k-512x512",
+        "transnext_tiny_mask-rcnn_8xb2-1x_coco",
         "dinat_s_tiny_cascade-mask-rcnn_8xb2-3x_coco",
         "halo_50ts_retinanet_8xb2-1x_coco",
         "dependencyvit_small_upernet_8xb2-160k_ade20k-512x512",

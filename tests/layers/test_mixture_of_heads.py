@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from changes import check_calls, check_changed_layers, check_trace, check_transforms
+from golden import image, load, weights
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -17,7 +18,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from tolerance import close, op_close
+from tolerance import close, golden_close, op_close
 from torch import nn
 from torch.func import functional_call
 
@@ -229,6 +230,19 @@ def test_functional_call_has_the_value_of_its_parameters():
 def test_refused_numbers(heads, message):
     with pytest.raises(ValueError, match=message):
         MixtureOfHeads(12, *heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"), [("aggregated_s2_r1", 0), ("aggregated_s1_r2", 1), ("global_s3_r4", 3), ("global_s0_r3", 4)]
+)
+def test_official_load_balance(name, seed):
+    """The value that the official attention records, of its weights by their own names."""
+    case = load(f"moh_{name}")
+    args = case.meta["args"]
+    gate = MixtureOfHeads(args["dim"], args["num_heads"], args["shared_head"], args["routed_head"])
+    gate.load_state_dict({k: v for k, v in weights(case.keys).items() if k.startswith("wg")})
+    gate(image(case.input_shape, seed))
+    golden_close(gate.aux_loss.reshape(1), case.outputs["aux"], "load balance")
 
 
 # transformers with gates

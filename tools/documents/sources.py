@@ -19,7 +19,8 @@ PAGES = ("README.md", "docs/**/*.md", "configs/*/README.md")
 RECORDED = {"name", "peer", "median_ms", "peer_median_ms", "ratio"}  # columns that make a CSV file a benchmark
 CHOICES = ("Deviations", "Our choices")  # begin the paragraphs of a family's docstring that its card quotes
 NAMES = "Names"  # begins those about the names of models
-OFFICIAL = ("constructor", "create_model", "call", "cls", "model", "role")  # what ran: the first of these in metadata
+# what ran: the first of these in metadata
+OFFICIAL = ("constructor", "create_model", "call", "cls", "model", "role", "kind")
 ADDRESS = re.compile(r"(?<![\w/])(?:https?://)?(github\.com/[\w./-]*\w)")
 LIMIT = re.compile(r"^([A-Z]\w*) = ([\d.e-]+)\b", re.MULTILINE)
 CODE = re.compile(r"(?<!`)`(?!`)[^`]+`(?!`)")  # in a line of text

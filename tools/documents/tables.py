@@ -89,12 +89,13 @@ def families_table(zoo: Sequence[Any], cards: Path, page: Path) -> str:
         ordered = by_cost(models)
         params = [f"{e.params / 1e6:.1f}" for e in sorted(models, key=lambda e: e.params)]
         best = max(models, key=lambda e: e.paper_top1 or 0.0)
+        names = f"`{ordered[0].name}` to `{ordered[-1].name}`, {len(models)} models"
+        span = (names, f"{params[0]} to {params[-1]}")
         rows.append(
             [
                 f"[{family.about.name}]({link(cards / f'{family.name}.md', page)})",
                 family.sentence,
-                f"`{ordered[0].name}` to `{ordered[-1].name}`, {len(models)} models",
-                f"{params[0]} to {params[-1]}",
+                *(span if len(models) > 1 else (f"`{ordered[0].name}`", params[0])),
                 f"{best.paper_top1} (`{best.name}`)" if best.paper_top1 else "",
                 _weights(models),
             ]
@@ -106,8 +107,9 @@ def families_table(zoo: Sequence[Any], cards: Path, page: Path) -> str:
 def _weights(models: Sequence[Any]) -> str:
     """Whose weights there are, and of how many models where they differ."""
     kinds = {"official weights": "official", "timm weights": "timm's"}
+    by_hand = {"official weights on a share page": "official, on a share page"}
     found = Counter(
-        (kinds.get(e.source, "timm's of the backbone") if e.weights else "none")
+        (kinds.get(e.source, "timm's of the backbone") if e.weights else by_hand.get(e.source, "none"))
         + (" (reconstruction)" if e.source == "reconstruction" else "")
         for e in models
     )

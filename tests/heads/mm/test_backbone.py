@@ -29,6 +29,7 @@ TINY = {  # name -> arguments, channels, and indices among timm's features
     "test_overlock": ({"dense": "det"}, [16, 24, 44, 60], [0, 1, 2, 3]),
     "test_nat": ({"feature_norms": (0, 1, 2, 3)}, [16, 32, 64, 128], [0, 1, 2, 3]),
     "test_dinat_s": ({}, [16, 32, 64, 128], [0, 1, 2, 3]),
+    "test_transnext": ({"bias_size": 64}, None, [0, 1, 2, 3]),
     "test_halonet": ({}, [40, 80, 160, 192], [1, 2, 3, 4]),
     "test_medusa": ({}, None, None),
     "test_ulsam": ({}, None, None),
@@ -141,7 +142,9 @@ def test_norm_eval():
     assert not any(m.training for m in norms)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_litv2", "test_overlock", "test_nat", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "test_litv2", "test_overlock", "test_nat", "test_moh_vit", "mobilenetv3_small_050"]
+)
 def test_with_cp_has_equal_gradients(name):
     torch.manual_seed(0)
     plain = mm.VizooBackbone(name, norm_eval=True)
@@ -245,7 +248,7 @@ def test_init_cfg(tmp_path):
 LITV2_STRIDES = {"litv2_s_det": (1, 2, 3), "litv2_s_seg_oddsize": (0, 1, 2, 3)}
 
 
-@pytest.mark.parametrize("case", [*LITV2_STRIDES, "overlock_t_seg_192x256"])
+@pytest.mark.parametrize("case", [*LITV2_STRIDES, "overlock_t_seg_192x256", "transnext_dense_interp_96x160"])
 def test_official_dense_backbones(case, tmp_path):
     """Levels of the official detection and segmentation code, from their checkpoints, through the adapter."""
     keys, meta, shape, outputs = load(case)
@@ -255,13 +258,17 @@ def test_official_dense_backbones(case, tmp_path):
     if case in LITV2_STRIDES:
         name, form = "litv2_s", {"feature_norms": LITV2_STRIDES[case]}
         thin = {k: (s[0], s[1]) for k, s in meta["outputs"]["feat_strides_c_s"].items()}
+    elif case.startswith("transnext"):
+        args = {k: meta["args"][k] for k in ("embed_dims", "num_heads", "depths", "pretrain_size")}
+        name, form = "test_transnext", {**args, "bias_size": meta["args"]["img_size"]}
+        thin = {f"feat{i}": (1, 1) for i in range(4)}
     else:
         name, form = "overlock_t", {"dense": "seg"}
         thin = dict(zip([f"feat{i}" for i in range(4)], ((8, 4), (8, 2), (16, 1), (16, 1)), strict=True))
     backbone = mm.VizooBackbone(name, pretrained=str(tmp_path / "task.pth"), **form).eval()
     backbone.init_weights()
     with torch.no_grad():
-        features = backbone(image(shape))
+        features = backbone(image(shape, int(case.startswith("transnext"))))
     assert len(features) == len(thin) == 4
     for feature, (level, (c, s)) in zip(features, sorted(thin.items()), strict=True):
         golden_close(feature[:, ::c, ::s, ::s], outputs[level], level)
