@@ -173,6 +173,12 @@ def _halo(out: Any, /, q: Tensor, k: Tensor, v: Tensor, up: Any, left: Any, *arg
     return queries * (w**2 * (d + v.shape[-1]) + 2 * (2 * w - 1) * d)
 
 
+def _aggregated(out: Any, /, q: Tensor, kv: Tensor, pooled_kv: Tensor, *args: Any) -> int:
+    """Each query of each head has all taps and pooled keys twice, and more weights for the taps."""
+    taps = args[2].shape[-1]
+    return q.numel() * (2 * (taps + pooled_kv.shape[1]) + taps)
+
+
 def _weighted_sum(out: Any, /, attn: Tensor, value: Tensor, kernel_size: int, *args: Any) -> int:
     return value.numel() * kernel_size**2
 
@@ -198,6 +204,7 @@ OPERATORS: dict[str, Callable[..., int]] = {
     "torchvision::deform_conv2d": _deformable,
     "vizoo::neighborhood_attention": _neighborhood,
     "vizoo::halo_attention": _halo,
+    "vizoo::aggregated_attention": _aggregated,
     "vizoo::na2d_av": _weighted_sum,
 }
 

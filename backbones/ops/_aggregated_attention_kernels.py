@@ -10,6 +10,7 @@ The sizes of a map and the number of heads are run-time numbers: a model compile
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,16 +80,82 @@ if HAS_TRITON:
         place, channel = n * (heads * C), tl.arange(0, CP)
         embedding = tl.load(embedding_ptr + head * C + channel, mask=channel < C, other=0.0)
         scale = tl.load(log_lengths_ptr + n, mask=on_map, other=0.0) * tl.load(factor_ptr + head)
-        lengths = vector // C + n * heads
+        first, lengths = vector // C, n * heads
         qn, length = _unit(load_vectors(q_ptr + vector, place, on_map, C, CP).to(tl.float32), EPS)
-        tl.store(q_length_ptr + lengths, length, mask=on_map)
+        tl.store(q_length_ptr + first + lengths, length, mask=on_map)
         store_vectors(qn_ptr + vector, place, qn, on_map, C, CP)
         store_vectors(qs_ptr + vector, place, (qn + embedding[None, :]) * scale[:, None], on_map, C, CP)
         kv_ptr += 2 * vector - head * C  # keys and values of all heads lie behind each other
         k, length = _unit(load_vectors(kv_ptr, 2 * place, on_map, C, CP).to(tl.float32), EPS)
-        tl.store(k_length_ptr + lengths, length, mask=on_map)
+        tl.store(k_length_ptr + first + lengths, length, mask=on_map)
         store_vectors(k_ptr + vector, place, k, on_map, C, CP)
         store_vectors(v_ptr + vector, place, load_vectors(kv_ptr + heads * C, 2 * place, on_map, C, CP), on_map, C, CP)
+
+    @triton.jit
+    def _unit_gradient(grad, unit, length, EPS: tl.constexpr):
+        """Gradient of the vectors from that of the unit vectors; shorter ones than ``EPS`` were only multiplied."""
+        along = tl.where(length > EPS, tl.sum(grad * unit, 1), 0.0)
+        return (grad - along[:, None] * unit) / length[:, None]
+
+    @triton.jit(do_not_specialize=_COUNTS)
+    def aggregated_vectors_bwd_kernel(
+        dqs_ptr,
+        dweights_ptr,
+        dk_ptr,
+        dv_ptr,
+        qn_ptr,
+        k_ptr,
+        q_length_ptr,
+        k_length_ptr,
+        embedding_ptr,
+        factor_ptr,
+        log_lengths_ptr,
+        tokens_ptr,
+        dq_ptr,
+        dkv_ptr,
+        dembedding_ptr,
+        dfactor_ptr,
+        heads,
+        rows,
+        cols,
+        K: tl.constexpr,
+        C: tl.constexpr,
+        CP: tl.constexpr,
+        EPS: tl.constexpr,
+        INDEX: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Gradients of queries, keys and values; of embedding and factor one share of each program."""
+        head, vector, scalar, n = _place(heads, rows, cols, C, INDEX, BLOCK)
+        on_map = n < rows * cols
+        place, channel = n * (heads * C), tl.arange(0, CP)
+        first, lengths = vector // C, n * heads
+        embedding = tl.load(embedding_ptr + head * C + channel, mask=channel < C, other=0.0)
+        log_length = tl.load(log_lengths_ptr + n, mask=on_map, other=0.0)
+        qn = load_vectors(qn_ptr + vector, place, on_map, C, CP)
+        grad = load_vectors(dqs_ptr + vector, place, on_map, C, CP) * log_length[:, None]
+        pid = tl.program_id(0).to(tl.int64)
+        tl.store(dfactor_ptr + pid, tl.sum(tl.sum(grad * (qn + embedding[None, :]), 1), 0))
+        grad *= tl.load(factor_ptr + head)
+        tl.store(dembedding_ptr + pid * C + channel, tl.sum(grad, 0), mask=channel < C)
+        dweights = dweights_ptr + scalar * (K * K) + n
+        tokens = tokens_ptr + head * (K * K * C) + channel
+        for _ in range(K * K):
+            token = tl.load(tokens, mask=channel < C, other=0.0)
+            grad += tl.load(dweights, mask=on_map, other=0.0)[:, None] * token[None, :]
+            dweights += rows * cols
+            tokens += C
+        length = tl.load(q_length_ptr + first + lengths, mask=on_map, other=1.0)
+        store_vectors(dq_ptr + vector, place, _unit_gradient(grad, qn, length, EPS), on_map, C, CP)
+        dkv_ptr += 2 * vector - head * C
+        k, length = (
+            load_vectors(k_ptr + vector, place, on_map, C, CP),
+            tl.load(k_length_ptr + first + lengths, mask=on_map, other=1.0),
+        )
+        dk = _unit_gradient(load_vectors(dk_ptr + vector, place, on_map, C, CP), k, length, EPS)
+        store_vectors(dkv_ptr, 2 * place, dk, on_map, C, CP)
+        dv = load_vectors(dv_ptr + vector, place, on_map, C, CP)
+        store_vectors(dkv_ptr + heads * C, 2 * place, dv, on_map, C, CP)
 
     @triton.jit(do_not_specialize=_COUNTS)
     def aggregated_taps_fwd_kernel(
@@ -154,15 +221,18 @@ if HAS_TRITON:
         store_vectors(dv_ptr + vector, n * (heads * C), dv, on_map, C, CP)
 
 
+def _tile(C: int) -> int:
+    """Positions of a program."""
+    return max(16, ELEMENTS // power_of_two(C))
+
+
 def _run(kernel: Any, like: Tensor, index: Any, **others: Any) -> None:
     """One program for each tile of positions of each head and image of a map ``[B, H, W, h, C]``."""
     B, H, W, h, C = like.shape
-    CP = power_of_two(C)
-    BLOCK = max(16, ELEMENTS // CP)
-    sizes = {"heads": h, "rows": H, "cols": W, "C": C, "CP": CP, "BLOCK": BLOCK}
+    sizes = {"heads": h, "rows": H, "cols": W, "C": C, "CP": power_of_two(C), "BLOCK": _tile(C)}
     if like.numel() > 0:
         with on_device(like):
-            kernel[(B * h * cdiv(H * W, BLOCK),)](**sizes, **others, INDEX=index, num_warps=4)
+            kernel[(B * h * cdiv(H * W, _tile(C)),)](**sizes, **others, INDEX=index, num_warps=4)
 
 
 def vectors(
@@ -190,6 +260,47 @@ def vectors(
     options: dict[str, Any] = {name: t.contiguous() for name, t in given.items()} | maps | lengths
     _run(aggregated_vectors_kernel, q, index_type(kv), q_ptr=q, kv_ptr=kv, EPS=eps, **options)
     return *maps.values(), *lengths.values()
+
+
+def vectors_backward(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Gradients of what :func:`vectors` takes.
+
+    Args:
+        grads: Of the queries of the logits, of the weights of all taps ``[B, h, K * K, H * W]``, of unit keys and of
+            values.
+        vectors: Unit queries and keys, and the lengths of both.
+        parameters: Embedding, factor, logarithms, as :func:`vectors` takes them; and tokens ``[h, K * K, C]``, whose
+            products with the unit queries the weights of the taps are.
+        eps: As :func:`vectors` takes it.
+        dtype: Of the gradients of queries, keys and values.
+
+    Returns:
+        Gradients of the queries ``[B, H, W, h, C]``, of keys and values ``[B, H, W, 2, h, C]``, of the embedding
+        ``[h, C]`` and of the factor ``[h]``, the last two in float32.
+    """
+    dqs = grads[0]
+    B, H, W, h, C = dqs.shape
+    tiles, taps = cdiv(H * W, _tile(C)), parameters[3].shape[1]
+    found = {
+        "dq_ptr": torch.empty_like(dqs, dtype=dtype),
+        "dkv_ptr": dqs.new_empty(B, H, W, 2, h, C, dtype=dtype),
+        "dembedding_ptr": dqs.new_empty(B, h, tiles, C),
+        "dfactor_ptr": dqs.new_empty(B, h, tiles),
+    }
+    options: dict[str, Any] = dict(zip(("dqs_ptr", "dweights_ptr", "dk_ptr", "dv_ptr"), grads, strict=True))
+    options |= dict(zip(("qn_ptr", "k_ptr", "q_length_ptr", "k_length_ptr"), vectors, strict=True))
+    names = "embedding_ptr", "factor_ptr", "log_lengths_ptr", "tokens_ptr"
+    options |= {name: t.contiguous() for name, t in zip(names, parameters, strict=True)}
+    index = index_type(found["dkv_ptr"], grads[1])
+    _run(aggregated_vectors_bwd_kernel, dqs, index, K=math.isqrt(taps), EPS=eps, **options, **found)
+    dq, dkv, dembedding, dfactor = found.values()
+    return dq, dkv, dembedding.sum((0, 2)), dfactor.sum((0, 2))
 
 
 def taps_forward(weights: Tensor, v: Tensor, base: Tensor, K: int, dtype: torch.dtype) -> Tensor:

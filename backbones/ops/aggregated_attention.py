@@ -18,7 +18,8 @@ The reference gathers the windows of all queries.  The fast form lays the rows o
 ``K // 2`` zeros between them, channels first, so that each tap is the whole map at one shift: its logits are a product
 and a sum of whole maps, and nothing is copied ``K^2`` times.  It works on some rows at a time, whose logits stay in the
 cache, and its backward pass makes them again.  The Triton kernels of neighbourhood attention do the softmax, with
-logits in float32, for they reach 34 and more; those of this operator do the sum with the weights from tokens.
+logits in float32, for they reach 34 and more; those of this operator make the vectors for it, in one pass over ``q``
+and ``kv``, and do the sum with the weights from tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _check(
 
 
 def _window(local_bias: Tensor) -> int:
-    """Side of the window, rounded down."""
+    """Side of the window, if the number of its taps is a square."""
     return int(math.sqrt(len(local_bias.unbind(1))) + 0.5)  # sizes are tensors while tracing, this number is none
 
 
@@ -345,7 +346,8 @@ class _Laid:
         self.local_bias = flat.lay(near)
         self.pool_bias = pool_bias.transpose(1, 2).unflatten(2, (H, W))
         self.tokens, self.token_bias = tokens.transpose(1, 2), token_bias.transpose(1, 2)  # [h, K * K, d or 1]
-        most = _WORKSPACE // (num_heads * (self.taps + P) * q.new_empty(0, dtype=dtype).element_size())
+        budget = _WORKSPACE if q.device.type == "cpu" else 64 * _WORKSPACE
+        most = budget // (num_heads * (self.taps + P) * self.scale.element_size())  # positions
         images, rows = max(1, most // flat.size), max(1, most // flat.width)
         self.groups = [slice(b, b + images) for b in range(0, B, images)]
         self.bands = [_Band(flat, y, min(y + rows, H)) for y in range(0, H, rows)]
@@ -460,22 +462,18 @@ class _Vectors:
 
     def __init__(self, tensors: tuple[Tensor, ...], num_heads: int):
         q, kv, pooled_kv, *parameters = tensors
-        self.embedding, self.temperature, local_bias, pool_bias, self.tokens, token_bias = (
-            t.float() for t in parameters
-        )
+        embedding, self.temperature, local_bias, pool_bias, tokens, token_bias = (t.float() for t in parameters)
         h, self.K = num_heads, _window(local_bias)
         _, H, W, _ = q.shape
-        outside = _outside_map(H, W, self.K, q.device)
-        self.log_lengths = _log_lengths(outside, pooled_kv.shape[1], torch.float32)
-        self.factor = F.softplus(self.temperature).flatten()
+        lengths = _log_lengths(_outside_map(H, W, self.K, q.device), pooled_kv.shape[1], torch.float32)
+        self.parameters = embedding.squeeze(1), F.softplus(self.temperature).flatten(), lengths
         maps = q.unflatten(-1, (h, -1)), kv.unflatten(-1, (2, h, -1))
-        self.qn, qs, self.k, self.v, self.q_length, self.k_length = kernels.vectors(
-            *maps, self.embedding.squeeze(1), self.factor, self.log_lengths, _EPS
-        )
+        self.qn, qs, self.k, self.v, self.q_length, self.k_length = kernels.vectors(*maps, *self.parameters, _EPS)
         pooled_k, pooled_v = pooled_kv.unflatten(-1, (2, h, -1)).unbind(2)
         self.pooled_k = pooled_k.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.pooled_length = _make_unit(self.pooled_k, -1)
-        self.weights = (self.tokens.transpose(1, 2) @ self.of_heads(self.qn)).add_(token_bias.transpose(1, 2))
+        self.tokens = tokens.transpose(1, 2)
+        self.weights = (self.tokens @ self.of_heads(self.qn)).add_(token_bias.transpose(1, 2))
         table = F.pad(local_bias.unflatten(1, (self.K, self.K)), [self.K // 2] * 4)  # the rest is never read
         #: what neighbourhood attention takes, without its options
         self.attended = qs, self.k, self.v, table, self.pooled_k, pooled_v.float().contiguous(), pool_bias
@@ -502,27 +500,21 @@ def _triton_backward(
     dqs, dk, dv, dtable, dpooled_k, dpooled_v, dpool_bias = BODIES["vizoo::neighborhood_attention_backward"](
         dout, *vectors.attended, attended, lse, *vectors.options
     )
-    dweights = kernels.taps_backward(dout, vectors.weights, vectors.v, dv, vectors.K).transpose(2, 3)  # by positions
-    dtokens = (vectors.of_heads(vectors.qn) @ dweights).sum(0)
-    dtoken_bias = dweights.sum((0, 2)).unsqueeze(1)
-    log_lengths = vectors.log_lengths.unsqueeze(2).unsqueeze(3)  # [H, W, 1, 1]
-    biased = vectors.qn + vectors.embedding.squeeze(1)
-    dtemperature = ((dqs * biased).sum(-1, keepdim=True) * log_lengths).sum((0, 1, 2)).unsqueeze(2)
-    dqs *= vectors.factor.unsqueeze(1) * log_lengths
-    dembedding = dqs.sum((0, 1, 2)).unsqueeze(1)
-    dqn = dqs + (dweights @ vectors.tokens.transpose(1, 2)).transpose(1, 2).reshape(dqs.shape)
-    dq = _unit_gradient(dqn, vectors.qn, vectors.q_length, -1)
-    dk = _unit_gradient(dk, vectors.k, vectors.k_length, -1)
+    dweights = kernels.taps_backward(dout, vectors.weights, vectors.v, dv, vectors.K)
+    dq, dkv, dembedding, dfactor = kernels.vectors_backward(
+        (dqs, dweights, dk, dv),
+        (vectors.qn, vectors.k, vectors.q_length, vectors.k_length),
+        (*vectors.parameters, vectors.tokens),
+        _EPS,
+        tensors[0].dtype,
+    )
+    dtokens = (vectors.of_heads(vectors.qn) @ dweights.transpose(2, 3)).sum(0)
     dpooled_k = _unit_gradient(dpooled_k, vectors.pooled_k, vectors.pooled_length, -1)
     r = vectors.K // 2
     dlocal = dtable[:, r : r + vectors.K, r : r + vectors.K]
-    dtemperature *= torch.sigmoid(vectors.temperature)
-    found = (
-        dq,
-        torch.stack([dk, dv], 3),
-        torch.stack([dpooled_k, dpooled_v], 2),
-        *(dembedding, dtemperature, dlocal, dpool_bias, dtokens, dtoken_bias),
-    )
+    dtemperature = dfactor * torch.sigmoid(vectors.temperature).flatten()
+    dpooled_kv = torch.stack([dpooled_k, dpooled_v], 2)
+    found = dq, dkv, dpooled_kv, dembedding, dtemperature, dlocal, dpool_bias, dtokens, dweights.sum((0, 3))
     return tuple(g.reshape(t.shape).to(t.dtype).contiguous() for g, t in zip(found, tensors, strict=True))
 
 

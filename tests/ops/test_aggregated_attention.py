@@ -197,8 +197,9 @@ def test_an_image_alone_is_as_in_a_batch():
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
-@pytest.mark.parametrize("case", [(2, 2, 3, 2, 4, 3, 3), (1, 3, 2, 1, 17, 1, 5)], ids=ids)
-def test_kernels(case, dtype):
+@pytest.mark.parametrize("case", [(2, 3, 6, 2, 4, 3, 3), (1, 3, 2, 1, 17, 1, 5)], ids=ids)
+def test_kernels(monkeypatch, case, dtype):
+    monkeypatch.setattr(kernels, "ELEMENTS", 16)  # two tiles of positions
     check(triton_form, case, dtype, DEVICE)
 
 
@@ -253,13 +254,16 @@ class Recorder:
 
 def launches(monkeypatch, *size, K=3):
     recorder = Recorder()
-    for name in ("vectors", "taps_fwd", "taps_bwd"):
+    for name in ("vectors", "vectors_bwd", "taps_fwd", "taps_bwd"):
         monkeypatch.setattr(kernels, f"aggregated_{name}_kernel", recorder)
     v = torch.empty(*size, device="meta")
     weights = torch.empty(size[0], size[3], K * K, size[1] * size[2], device="meta")
     kernels.taps_forward(weights, v, v, K, torch.float32)
     kernels.taps_backward(v, weights, v, v, K)
-    kernels.vectors(v, torch.stack([v, v], 3), v[0, 0, 0], v[0, 0, 0, :, 0], v[0, :, :, 0, 0], 1e-12)
+    parameters = v[0, 0, 0], v[0, 0, 0, :, 0], v[0, :, :, 0, 0]
+    kernels.vectors(v, torch.stack([v, v], 3), *parameters, 1e-12)
+    tokens, lengths = torch.empty(size[3], K * K, size[4], device="meta"), v[..., :1]
+    kernels.vectors_backward((v, weights, v, v), (v, v, lengths, lengths), (*parameters, tokens), 1e-12, v.dtype)
     return recorder.calls
 
 
@@ -271,13 +275,13 @@ def test_kernels_are_compiled_once_for_a_model(monkeypatch):
         for found in launches(monkeypatch, 2, size, size, heads, 24):
             constants.append(str({k: v for k, v in found.items() if k.isupper() or k.startswith("num_")}))
             assert found["grid"] == (2 * heads * -(-size * size // found["BLOCK"]),)
-    assert len(constants) == 15
-    assert len(set(constants)) == 2  # that of the vectors knows no window
+    assert len(constants) == 20
+    assert len(set(constants)) == 3  # the vectors know no window, their gradients know all
 
 
 @needs_triton
 def test_offsets_are_wide_where_an_image_needs_it(monkeypatch):
-    for width, bits in ((64, [32, 32, 32]), (1 << 13, [32, 32, 64]), (1 << 14, [64, 64, 64])):
+    for width, bits in ((64, [32] * 4), (1 << 13, [32, 32, 64, 64]), (1 << 14, [64] * 4)):
         calls = launches(monkeypatch, 1, 1 << 13, width, 1, 16)
         assert [c["INDEX"].primitive_bitwidth for c in calls] == bits, width  # keys and values together are larger
 

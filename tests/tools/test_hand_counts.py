@@ -12,6 +12,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from zoo import REGISTERED, build, input_shape, recorded
 
+from vizoo.backbones.ops.aggregated_attention import aggregated_attention
 from vizoo.backbones.ops.halo import halo_attention
 from vizoo.backbones.ops.na2d_av import na2d_av
 from vizoo.backbones.ops.neighborhood import neighborhood_attention
@@ -189,6 +190,14 @@ def halo(H, W, heads, d, dv, b, h):
         q @ numbers(d, 2 * w - 1)  # columns
 
 
+def aggregated(H, W, heads, d, P, K):
+    """Of every query the window, at borders too, and the pooled keys; then the weights from learnable tokens."""
+    for _ in range(H * W * heads):
+        q = numbers(1, d)
+        attention(q, numbers(K * K + P, d), numbers(K * K + P, d))
+        q @ numbers(d, K * K)
+
+
 def weighted_sum(H, W, K, C):
     for _ in range(H * W):
         numbers(1, K * K) @ numbers(K * K, C)
@@ -278,6 +287,11 @@ DEFINITIONS = {  # a call, shapes of its tensors, and what multiplies
         lambda q, k, v, up, left: halo_attention(q, k, v, up, left, 2, 1),
         [(1, 5, 4, 2, 3), (1, 5, 4, 2, 3), (1, 5, 4, 2, 2), (7, 3), (7, 3)],
         lambda: halo(5, 4, 2, 3, 2, 2, 1),
+    ),
+    "aggregated": (
+        lambda q, kv, pooled_kv, *parameters: aggregated_attention(q, kv, pooled_kv, 2, *parameters),
+        [(1, 4, 5, 6), (1, 4, 5, 12), (1, 2, 12), (2, 1, 3), (2, 1, 1), (2, 9), (2, 20, 2), (2, 3, 9), (2, 1, 9)],
+        lambda: aggregated(4, 5, 2, 3, 2, 3),
     ),
     "weighted sum": (
         lambda a, v: na2d_av(a, v, 3),
