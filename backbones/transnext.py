@@ -711,7 +711,7 @@ _MICRO = {"embed_dims": (48, 96, 192, 384), "depths": (2, 2, 15, 2), "num_heads"
 _TINY = {"embed_dims": (72, 144, 288, 576), "depths": (2, 2, 15, 2), "num_heads": (3, 6, 12, 24)}
 _SMALL = {"embed_dims": (72, 144, 288, 576), "depths": (5, 5, 22, 5), "num_heads": (3, 6, 12, 24)}
 _BASE = {"embed_dims": (96, 192, 384, 768), "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32)}
-_TEST = {"embed_dims": (24, 48, 72, 96), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4), "pretrain_size": 96}
+_TEST = {"embed_dims": (20, 40, 60, 80), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4), "pretrain_size": 96}
 
 
 @register_model

@@ -166,8 +166,8 @@ def test_no_weight_decay():
         ({"shared_heads": (2, 2, 2, 2)}, "got shared_heads=(2, 2, 2, 2) and routed_heads=None, need both or none"),
         ({"shared_heads": (1, 1), "routed_heads": (1, 1)}, "need 4 numbers, one for each stage"),
         ({"shared_heads": (1, 2, 3, 4), "routed_heads": (0, 0, 0, 0)}, "shared to be num_heads, at least 2"),
-        ({"num_heads": (5, 2, 3, 4)}, "need heads that divide the channels of their stages, 24, 48, 72, 96"),
-        ({"mlp_ratios": (0.01, 4, 4, 4)}, "need a ratio that leaves one of 24 channels"),
+        ({"num_heads": (7, 2, 3, 4)}, "need heads that divide the channels of their stages, 20, 40, 60, 80"),
+        ({"mlp_ratios": (0.01, 4, 4, 4)}, "need a ratio that leaves one of 20 channels"),
     ],
     ids=str,
 )
