@@ -53,9 +53,8 @@ class Entry(NamedTuple):
         merged_macs: Its multiply-accumulates.
         size: Height and width in pixels.
         paper_top1: ImageNet-1k top-1 accuracy in percent that the paper or its code published; None if there is none.
-        source: ``official weights``, ``official weights on a share page`` (they are downloaded by hand), ``timm
-            weights``, ``reconstruction`` (neither official code nor weights exist), ``no published weights`` or ``for
-            tests``.
+        source: ``official weights``, ``official weights by hand`` (no address of a file is known), ``timm weights``,
+            ``reconstruction`` (neither official code nor weights exist), ``no published weights`` or ``for tests``.
         licence: Licence of code and weights.
         weights: Address of the weights of each tag that has some.
     """

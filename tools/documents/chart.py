@@ -14,7 +14,8 @@ RECORDS = "profile-*.jsonl"  # written by ``vizoo profile --save``
 SHOWN = {"device": "cpu", "dtype": "fp32", "batch": 8, "compile": None}  # conditions of the records that are drawn
 ZOO = (  # of whose models the plain sizes are drawn: names have room
     *("litv2_[bms]", "overlock_*", "nat_mini", "nat_tiny", "nat_small", "dinat_mini", "dinat_tiny", "dinat_s_tiny"),
-    *("halo_26t", "halo_h[12]", "mobilenetv1_100_ulsam_i11_g4"),
+    *("halo_26t", "halo_h[12]", "mobilenetv1_100_ulsam_i11_g4", "flowformer_19"),
+    *("transnext_micro", "transnext_tiny", "transnext_small", "transnext_base"),
 )
 TIMM = (  # of timm's models
     *(

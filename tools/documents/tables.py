@@ -107,7 +107,7 @@ def families_table(zoo: Sequence[Any], cards: Path, page: Path) -> str:
 def _weights(models: Sequence[Any]) -> str:
     """Whose weights there are, and of how many models where they differ."""
     kinds = {"official weights": "official", "timm weights": "timm's"}
-    by_hand = {"official weights on a share page": "official, on a share page"}
+    by_hand = {"official weights by hand": "official, by hand"}
     found = Counter(
         (kinds.get(e.source, "timm's of the backbone") if e.weights else by_hand.get(e.source, "none"))
         + (" (reconstruction)" if e.source == "reconstruction" else "")

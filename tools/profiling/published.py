@@ -21,6 +21,9 @@ FAMILIES = {  # beginnings of names, the first that fits, and what a legend says
     "dinat_s_": "DiNAT_s",
     "dinat_": "DiNAT",
     "halo_": "HaloNet",
+    "flowformer": "Flowformer",
+    "moh_vit": "MoH-ViT",
+    "transnext": "TransNeXt",
     "mobilenetv1": "ULSAM (MobileNetV1)",
     "mobilenetv2": "ULSAM (MobileNetV2)",
 }
