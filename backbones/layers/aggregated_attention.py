@@ -82,14 +82,23 @@ def relative_positions(length: int, regions: int, device: torch.device) -> tuple
         to each region ``[length, regions]``.
     """
     position, region = torch.arange(length, device=device).unsqueeze(1), torch.arange(regions, device=device)
-    if isinstance(length, int) and isinstance(regions, int) and length % regions == 0:
-        ratio = length // regions
-        distance = torch.arange(2 * length - ratio, device=device) - (length - ratio)
-        return distance.float() - (ratio - 1) / 2, position - region * ratio + (length - ratio)
-    # in halves: some of these occur nowhere, but nothing has to be looked for
+    # in halves: regions of one size are where each distance is a whole step of two from the next
+    whole, ratio = divides(regions, length), length // regions
     middle = region * length // regions + ((region + 1) * length + (regions - 1)) // regions - 1
-    distance = torch.arange(4 * length - 3, device=device) - 2 * (length - 1)
-    return distance.float() / 2, 2 * position - middle + 2 * (length - 1)
+    least = whole * (1 + ratio - 2 * length) + (1 - whole) * (2 - 2 * length)
+    count = whole * (2 * length - ratio) + (1 - whole) * (4 * length - 3)  # without steps some occur nowhere
+    distance = torch.arange(count, device=device) * (1 + whole) + least
+    return distance.float() / 2, (2 * position - middle - least) // (1 + whole)
+
+
+def divides(regions: int, length: int) -> int:
+    """1 if a number divides another, else 0; also a number while tracing, and 0 for free sizes of exported programs."""
+    if not torch.jit.is_scripting():
+        if isinstance(length, Tensor) or isinstance(regions, Tensor):
+            return torch.as_tensor(length % regions == 0).long()  # type: ignore[return-value]
+        if isinstance(length, torch.SymInt) or isinstance(regions, torch.SymInt):
+            return 0
+    return int(length % regions == 0)
 
 
 def at_least_one(n: int) -> int:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
 # each kind of block and what lies between blocks once, as a second one only costs time; gates open
+_TWO_STAGES = {"embed_dims": (20, 40), "depths": (1, 1), "sr_ratios": (4, 1), "mlp_ratios": (4.0, 4.0)}  # of TransNeXt
 SHALLOW: dict[str, dict[str, Any]] = {
     "test_dependencyvit": {"depth": 2, "gate_init": 0.0},
     "test_dependencyvit_lite": {"depth": 2, "prune_blocks": (1, 2), "gate_init": 0.0},
@@ -26,10 +27,12 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "test_flowformer": {"depths": (1, 1), "embed_dims": (16, 32)},
     "test_halonet": {"depths": (1, 1, 1), "num_heads": (2, 2, 4)},
     "test_litv2": {"depths": (1, 1, 1), "num_heads": (1, 4, 8), "window_size": (0, 2, 1)},
+    "test_moh_vit": {**_TWO_STAGES, "num_heads": (2, 4), "shared_heads": (1, 2), "routed_heads": (1, 1)},
     "test_nat": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (1, 2)},
     "test_nat_isotropic": {"depths": (1, 1), "dilations": (1, 2)},
     "test_ninformer": {"depth": 2},
     "test_overlock": {"depths": (1, 1, 1, 1), "sub_depths": (1, 1)},
+    "test_transnext": {**_TWO_STAGES, "num_heads": (1, 2)},
     "test_ulsam": {
         "stages": ("ds_r1_k3_s1_c16", "ir_r2_k3_s2_e2_c24", "ir_r2_k3_s2_e2_c40"),
         "ulsam_replace": (4,),
