@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -40,30 +41,33 @@ class BiasCache:
 
     def __init__(self, limit: int = 64 << 20):
         self.limit = limit
-        self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Tensor]]
+        self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor | None], Tensor]]
         self._entries = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What copies and pickles are made of."""
         return BiasCache, (self.limit,)
 
-    def find(self, layer: nn.Module, key: Any, weights: list[Tensor]) -> Tensor | None:
+    def find(self, layer: nn.Module, key: Any, weights: list[Tensor | None]) -> Tensor | None:
         """The bias of a layer for a key, made of the same weights; None if there is none."""
         entry = self._entries.get(layer)
         if entry is None or entry[0] != key:
             return None
-        same = all(
-            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-            for a, b in zip(entry[1], weights, strict=True)
-        )
+        same = all(starmap(_are_same, zip(entry[1], weights, strict=True)))
         return entry[2] if same else None
 
-    def keep(self, layer: nn.Module, key: Any, weights: list[Tensor], bias: Tensor) -> None:
+    def keep(self, layer: nn.Module, key: Any, weights: list[Tensor | None], bias: Tensor) -> None:
         """Keep the bias of a layer, its last one only, if there is room."""
         self._entries.pop(layer, None)
         others = sum(entry[2].nbytes for entry in list(self._entries.values()))
         if others + bias.nbytes <= self.limit:
-            self._entries[layer] = key, [t.detach().clone() for t in weights], bias
+            self._entries[layer] = key, [None if t is None else t.detach().clone() for t in weights], bias
+
+
+def _are_same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 @register_notrace_function
@@ -199,7 +203,8 @@ class _PositionedAttention(nn.Module):
         if torch.jit.is_scripting():
             table = self.cpb_fc2(F.relu(self.cpb_fc1(distances.to(x.dtype))))
         else:
-            table = project_wide(self.cpb_fc2, F.relu(project_wide(self.cpb_fc1, distances.to(x.dtype))))
+            distances = distances.to(torch.promote_types(x.dtype, torch.float32))
+            table = project_wide(self.cpb_fc2, F.relu(project_wide(self.cpb_fc1, distances)))
         table = table.permute(2, 0, 1).index_select(1, row_index.flatten()).index_select(2, col_index.flatten())
         # keys before queries in memory, as aggregated attention reads it
         return table.reshape(-1, H, rows, W, cols).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2).transpose(1, 2)

@@ -104,8 +104,9 @@ def test_position_bias(kind, bias_map):
         lambda layer: setattr(layer, "pretrain_map", (9, 9)),
         lambda layer: setattr(layer, "bias_map", (4, 4)),
         lambda layer: layer.cpb_fc1.register_forward_hook(lambda module, args, out: out * 1.5),
+        lambda layer: setattr(layer.cpb_fc1, "bias", None),
     ],
-    ids=["data", "loaded", "pretrain_map", "bias_map", "hook"],
+    ids=["data", "loaded", "pretrain_map", "bias_map", "hook", "bias"],
 )
 def test_kept_biases_are_never_stale(kind, change):
     layer, x = attention(kind), torch.randn(1, 6, 5, 24)
