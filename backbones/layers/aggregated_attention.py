@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from ..ops.aggregated_attention import aggregated_attention, reference_aggregated_attention
 from ..ops.attention import attention
+from ..ops.neighborhood import at_least
 from .checks import Range, check_multiple, checked, need
 from .mixture_of_heads import MixtureOfHeads
 from .plain import fuses, project, project_wide, tensors
@@ -103,15 +104,6 @@ def divides(regions: int, length: int) -> int:
         if isinstance(length, torch.SymInt) or isinstance(regions, torch.SymInt):
             return 0
     return int(length % regions == 0)
-
-
-def at_least_one(n: int) -> int:
-    """A number of regions, perhaps a symbol of the exporter or, while tracing, a tensor."""
-    if not torch.jit.is_scripting():
-        if isinstance(n, Tensor):
-            return n.clamp(min=1)  # type: ignore[return-value]
-        return torch.sym_max(n, 1)  # type: ignore[return-value]
-    return max(n, 1)
 
 
 class _PositionedAttention(nn.Module):
@@ -333,7 +325,7 @@ class AggregatedAttention(_PositionedAttention):
     def _regions(self, H: int, W: int) -> tuple[int, int]:
         if self.fixed_pool_size is not None:
             return self.fixed_pool_size, self.fixed_pool_size
-        return at_least_one(H // self.sr_ratio), at_least_one(W // self.sr_ratio)
+        return at_least(H // self.sr_ratio, 1), at_least(W // self.sr_ratio, 1)
 
     def _pooled(self, x: Tensor, rows: int, cols: int) -> Tensor:
         """Tokens ``[B, rows * cols, C]`` of the pooled map."""

@@ -128,7 +128,8 @@ def _check_additional(q: Tensor, v: Tensor, keys: Tensor | None, values: Tensor 
             )
 
 
-def _at_least(L: int, least: int) -> int:
+def at_least(L: int, least: int) -> int:
+    """The larger of a size, perhaps a symbol of the exporter or a tensor while tracing, and a number."""
     if not torch.jit.is_scripting():
         if isinstance(L, Tensor):  # while tracing
             return L.clamp(min=least)  # type: ignore[return-value]
@@ -141,8 +142,8 @@ def _padded(t: Tensor, fill: Tensor | None, window: _Window) -> Tensor:
     if window.masked:
         return t
     H, W = t.shape[1], t.shape[2]
-    rows = _at_least(H, window.kernel[0] * window.dilation[0])
-    cols = _at_least(W, window.kernel[1] * window.dilation[1])
+    rows = at_least(H, window.kernel[0] * window.dilation[0])
+    cols = at_least(W, window.kernel[1] * window.dilation[1])
     if isinstance(H, int) and isinstance(W, int) and rows == H and cols == W:
         return t
     y, x = torch.arange(rows, device=t.device), torch.arange(cols, device=t.device)
