@@ -165,7 +165,9 @@ class DeformableTokenMerging(nn.Module):
                 f"got a {x.shape[1]}x{x.shape[2]} map to merge, need at least 2x2 tokens: "
                 "use images of at least 32x32 pixels (29x29 is the smallest that works)"
             )
-        offset = self.offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H/2, W/2, 8]
+        offset = x.permute(0, 3, 1, 2)
+        offset = self.offset(offset) if torch.jit.is_scripting() else project(self.offset, offset)
+        offset = offset.permute(0, 2, 3, 1)  # [B, H/2, W/2, 8]
         x = deform_sample(x, offset) if self.fused else reference_deform_sample(x, offset)  # [B, H or H - 1, ..., C]
         x = x.permute(0, 3, 1, 2)
         x = self.conv(x) if torch.jit.is_scripting() else project(self.conv, x)

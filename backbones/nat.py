@@ -61,6 +61,7 @@ from .layers.checks import (
 from .layers.layout import to_channels_last
 from .layers.neighborhood import NeighborhoodAttention, NeighborhoodBlock, resize_rpb
 from .layers.panel import cell_at, seen_by
+from .layers.plain import project
 
 __all__ = ["NAT"]
 
@@ -167,7 +168,9 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, H, W, dim]`` to ``[B, H / 2, W / 2, 2 * dim]``, rounded up."""
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        x = self.reduction(x) if torch.jit.is_scripting() else project(self.reduction, x)
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Stage(nn.Module):

@@ -63,7 +63,7 @@ from .layers.checks import (
 )
 from .layers.mixture_of_heads import MixtureOfHeads, load_balance
 from .layers.panel import cell_at, seen_by, tiled
-from .layers.plain import depthwise, fuses, tensors
+from .layers.plain import depthwise, fuses, project, tensors
 from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.depthwise3x3 import depthwise3x3
@@ -133,7 +133,8 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_chans, H, W]`` to ``[B, ceil(H / stride), ceil(W / stride), dim]``."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = self.proj(x) if torch.jit.is_scripting() else project(self.proj, x)
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 @register_notrace_module  # picks its path by the device of its input

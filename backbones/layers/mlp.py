@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..ops.linear import onednn_linear
 from .plain import fuses, project, tensors
 
 
@@ -44,7 +45,7 @@ class Mlp(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The activated and dropped first half: ``[..., C]`` to ``[..., hidden_dim]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if fuses(x, self.fc1, compiled=False):  # GELU while the product is written
-                return self.drop(torch.ops.mkldnn._linear_pointwise(x, *tensors(self.fc1), "gelu", [], "none"))
+            if fuses(x, self.fc1):
+                return self.drop(onednn_linear(x, *tensors(self.fc1), gelu=True))
         x = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
         return self.drop(F.gelu(x))

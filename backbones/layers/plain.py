@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..ops.backend import use_compiled_onednn, use_onednn, without_autocast
+from ..ops.convolution import convolution
 from ..ops.linear import onednn_linear
 
 __all__ = [
+    "convolves",
     "depthwise",
     "fold",
     "folds",
@@ -27,7 +29,6 @@ __all__ = [
     "is_plain",
     "is_watched",
     "keeps_size",
-    "patchwise",
     "pointwise",
     "project",
     "project_wide",
@@ -79,17 +80,11 @@ def has_bias(layer: Any) -> bool:
 
 def pointwise(layer: Any, groups: int = 1) -> bool:
     """Whether a plain convolution is linear over (a group of) the channels of every pixel, or of every ``s``-th."""
-    return patchwise(layer, groups) and layer.kernel_size == (1, 1)
-
-
-def patchwise(layer: Any, groups: int = 1) -> bool:
-    """Whether a plain convolution is linear over (a group of) the channels of patches that do not overlap."""
     return (
         is_plain(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
         and layer.stride[0] == layer.stride[1]
-        and layer.kernel_size in ((1, 1), layer.stride)
         and layer.padding == (0, 0)
-        and layer.dilation == (1, 1)
         and layer.groups == groups
     )
 
@@ -114,6 +109,11 @@ def depthwise(layer: Any, kernel_size: int, dilation: int = 1, types: tuple[type
         and layer.dilation == (dilation, dilation)
         and keeps_size(layer)
     )
+
+
+def convolves(layer: Any) -> bool:
+    """Whether a plain convolution pads with zeros, as many as it says."""
+    return is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def folds(norm: Any) -> bool:
@@ -154,7 +154,9 @@ def fuses(x: Tensor, *layers: Any, types: tuple[type, ...] = (nn.Linear,), compi
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """``layer(x)``, by oneDNN where a plain linear layer, or a convolution of pixels or patches, infers on a CPU.
+    """``layer(x)``, by oneDNN where a plain linear layer, or a convolution of pixels, infers on a CPU.
+
+    Other convolutions of channels-last maps are operators of ours in compiled inference (:mod:`..ops.convolution`).
 
     Args:
         layer: Any module that maps ``[..., C]`` to ``[..., O]``, or ``[B, C, H, W]`` to ``[B, O, H', W']`` if it is a
@@ -166,15 +168,13 @@ def project(layer: Any, x: Tensor) -> Tensor:
     """
     if fuses(x, layer):
         return onednn_linear(x, *tensors(layer))
-    if patchwise(layer) and fuses(x, layer, types=(nn.Conv2d,), compiled=False):
-        (weight, bias), s, k = tensors(layer), layer.stride[0], layer.kernel_size[0]
+    if pointwise(layer) and fuses(x, layer, types=(nn.Conv2d,)):
+        (weight, bias), s = tensors(layer), layer.stride[0]
         x = x.permute(0, 2, 3, 1)
-        if k > 1:
-            x = x[:, : x.shape[1] // k * k, : x.shape[2] // k * k]
-            x = x.unflatten(1, (-1, k)).unflatten(3, (-1, k)).transpose(2, 3).flatten(3)  # [B, H / k, W / k, k * k * C]
-        elif s > 1:
-            x = x[:, ::s, ::s]
-        return onednn_linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+        x = x if s == 1 else x[:, ::s, ::s]
+        return onednn_linear(x, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if torch.compiler.is_compiling() and convolves(layer) and fuses(x, layer, types=(nn.Conv2d,)):
+        return convolution(x, *tensors(layer), layer.stride, layer.padding, layer.dilation, layer.groups)
     return layer(x)
 
 

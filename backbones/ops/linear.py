@@ -31,25 +31,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`linear` for a call that ``use_onednn`` or ``use_compiled_onednn`` has found to fit."""
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """:func:`linear`, and its exact GELU, for a call that ``use_onednn`` or ``use_compiled_onednn`` has found to fit."""
     if torch.compiler.is_compiling():
-        return torch.ops.vizoo.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.vizoo.linear(x, weight, bias, gelu)
+    # the last argument names the exact GELU
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
 
 
 @operator
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     if x.numel() == 0:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn_linear(x, weight, bias, gelu)
 
 
 @torch.library.register_fake("vizoo::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @register_cost("vizoo::linear")
-def _cost(x: Any, weight: Any, bias: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(x) * weight[0], other=prod(out) * (bias is not None))
+def _cost(x: Any, weight: Any, bias: Any, gelu: bool = False, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(x) * weight[0], other=prod(out) * ((bias is not None) + 8 * gelu))  # GELU as in conv_ffn
