@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
+from torch._dynamo.testing import CompileCounterWithBackend
 from tolerance import close
 from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample, spread
 
@@ -108,16 +109,20 @@ def test_fx_gradients(name: str) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compile(name: str, training: bool) -> None:
-    """One graph without a break: of inference, and of training forward and backward."""
+    """One graph without a break for every batch: of inference, and of training forward and backward."""
     model = shallow(name, drop_path_rate=0.0).train(training)
-    x = sample(model, batch=2)
-    with torch.set_grad_enabled(training):
-        expected = model(x)
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-    close(out, expected, "layout")
-    if training:
-        out.mean().backward()
-        gradients(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (2, 3):
+        x = sample(model, batch=batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.set_grad_enabled(training):
+            out, expected = compiled(x), model(x)
+        close(out, expected, "layout")
+        if training:
+            out.mean().backward()
+            gradients(model)
+    assert counter.frame_count == 1
 
 
 @each_kind
