@@ -110,10 +110,9 @@ class ConvFFN(nn.Module):
             if self.fused and depthwise(self.dwconv, 3):
                 if fuses(x, self.fc1, self.fc2):
                     return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
-                if on_kernel_device(x):
-                    weight, bias = tensors(self.dwconv)
-                    x = depthwise3x3(self.fc1(x).permute(0, 3, 1, 2), weight, bias, gelu=True)
-                    return self.fc2(x.permute(0, 2, 3, 1))
+                weight, bias = tensors(self.dwconv)
+                x = depthwise3x3(self.fc1(x).permute(0, 3, 1, 2), weight, bias, gelu=True)
+                return self.fc2(x.permute(0, 2, 3, 1))
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))  # [B, H, W, M] -> [B, M, H, W], channels-last in memory
         return self.fc2(F.gelu(x.permute(0, 2, 3, 1)))
 

@@ -170,11 +170,10 @@ class ConvGLU(nn.Module):
             if self.fused and depthwise(self.dwconv, 3):
                 if fuses(x, self.fc1, self.fc2):
                     return conv_ffn(x, *tensors(self.fc1, self.dwconv, self.fc2))
-                if on_kernel_device(x):
-                    weight, bias = tensors(self.dwconv)
-                    gate, value = self.fc1(x).chunk(2, -1)
-                    gate = depthwise3x3(gate.permute(0, 3, 1, 2), weight, bias, gelu=True)
-                    return self.fc2(gate.permute(0, 2, 3, 1) * value)
+                weight, bias = tensors(self.dwconv)
+                gate, value = self.fc1(x).chunk(2, -1)
+                gate = depthwise3x3(gate.permute(0, 3, 1, 2), weight, bias, gelu=True)
+                return self.fc2(gate.permute(0, 2, 3, 1) * value)
         gate, value = self.fc1(x).chunk(2, -1)
         gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last in memory
         return self.fc2(F.gelu(gate) * value)

@@ -420,8 +420,8 @@ def _compile(args: argparse.Namespace) -> None:
         _check_of_zoo(name)
     if len(args.batch or [0]) > 1:
         raise UserError(f"--batch: {option} takes one number, got {' '.join(map(str, args.batch))}")
-    if "tf32" in (args.dtype or []):
-        raise UserError(f"--dtype: {option} takes fp32, bf16 and fp16, got tf32")
+    if other := {"tf32", "int8"} & set(args.dtype or []):
+        raise UserError(f"--dtype: {option} takes fp32, bf16 and fp16, got {min(other)}")
     columns = code.WARM_COLUMNS if args.warm else code.COLUMNS
     check_result(args.out, columns)
     names, dtypes = args.name or [m.name for m in measured() if m.kernels], [DTYPES[d] for d in args.dtype or ["bf16"]]
@@ -523,6 +523,10 @@ def _bench(argv: list[str]) -> int:
     if kind:
         _compile(args)
         return 0
+    if "int8" in (args.dtype or []):
+        raise UserError(
+            "--dtype: got int8, which vizoo compare times against fp32: vizoo compare NAME --dtype fp32,int8"
+        )
     args.name, args.batch, args.dtype = args.name[0], args.batch or [1], args.dtype or ["fp32"]
     _check(args)
     cases, numbers = list(itertools.product(args.dtype, args.batch)), args.threads or [torch.get_num_threads()]

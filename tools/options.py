@@ -263,7 +263,8 @@ class _Window(argparse.Action):
             raise argparse.ArgumentError(self, str(e)) from None
 
 
-DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of --dtype, and torch's
+# of --dtype, and torch's of what they hold; int8 are the products of linear layers only
+DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "float32"}
 
 
 def dtype(text: str) -> str:
@@ -451,7 +452,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "action": Joined,
         "metavar": "DTYPE",
-        "help": "fp32, tf32, bf16 or fp16",
+        "help": "fp32, tf32, bf16 or fp16; of profile and compare also int8: dynamic, in linear layers, on a CPU",
     },
     "--channels-last": {**_TOGGLE, "help": "channels-last memory layout of images and weights"},
     "--compile": {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backend import on_kernel_device, use_compiled_onednn, use_onednn
 from .cost import Cost, register_cost
-from .depthwise3x3 import depthwise3x3
+from .depthwise3x3 import depthwise3x3, onednn_depthwise3x3_gelu
 from .operators import operator
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once; measured: past 8 MiB page faults dominate
@@ -80,8 +80,7 @@ def _onednn_conv_ffn(
     out = []
     for chunk in x.split(size):
         t = ops._linear_pointwise(chunk, w1, b1, "none", [], "").permute(0, 3, 1, 2)
-        t = ops._convolution_pointwise(t, wd, bd, [1, 1], [1, 1], [1, 1], hidden, "gelu", [], "none")
-        t = t.permute(0, 2, 3, 1)
+        t = onednn_depthwise3x3_gelu(t, wd, bd).permute(0, 2, 3, 1)
         if second:  # oneDNN's own product of two results is slower
             t.mul_(ops._linear_pointwise(chunk, second[0], second_bias[0], "none", [], ""))
         out.append(ops._linear_pointwise(t, w2, b2, "none", [], ""))

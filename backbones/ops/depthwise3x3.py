@@ -3,7 +3,8 @@
     y = act(conv(x, weight) + bias [+ x])         zero-padded, act: identity or the exact GELU
 
 A convolution with 9 multiply-accumulates an element is bound by the bytes that it moves, and so is all that follows.
-PyTorch's operators move the map once more for a residual and for GELU; the Triton kernels read it once and write once.
+PyTorch's operators move the map once more for a residual and for GELU; the Triton kernels read it once and write once,
+and on a CPU oneDNN applies GELU while it writes.
 
 With ``g = dy * act'(conv(x, weight) + bias [+ x])`` the gradients are sums over the same 3x3 neighbourhoods:
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import empty_map
-from .backend import KernelModule, autocast_dtype, use_triton, without_autocast
+from .backend import KernelModule, autocast_dtype, use_onednn, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
@@ -117,7 +119,7 @@ def depthwise3x3(
 ) -> Tensor:
     """:func:`reference_depthwise3x3` in one pass over the map: same result and errors.
 
-    Exported and traced programs, transforms of ``torch.func`` and all that is not on a GPU see the plain operators.
+    Exported and traced programs, transforms of ``torch.func``, and training on a CPU see the plain operators.
 
     Args:
         x: Map ``[B, C, H, W]``, contiguous or channels-last.
@@ -137,7 +139,15 @@ def depthwise3x3(
         limits = "" if torch.jit.is_tracing() else _limits(x, weight, bias)  # traces warn of comparisons of sizes
         if use_triton(backend, x, limits):
             return _depthwise3x3(_cast(x, residual), weight, bias, residual, gelu)
+        if backend == "auto" and gelu and not residual and not limits and use_onednn(x, weight):
+            return onednn_depthwise3x3_gelu(x, weight, bias)
     return reference_depthwise3x3(x, weight, bias, residual, gelu)
+
+
+def onednn_depthwise3x3_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolution and GELU for a call that ``use_onednn`` has found to fit."""
+    geometry: Any = [1, 1], [1, 1], [1, 1], weight.shape[0]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "gelu", [], "none")
 
 
 def _cast(x: Tensor, residual: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """The profiler as a user meets it: one table, files, pictures, errors; conditions recorded with every result."""
 
+import copy
 import csv
 import json
 import re
@@ -20,6 +21,7 @@ from vizoo.tools.common import Failure, UserError
 from vizoo.tools.profiling import machine
 from vizoo.tools.profiling.profile import attempt
 from vizoo.tools.profiling.record import COLUMNS, check_record
+from vizoo.tools.profiling.timing import quantized
 
 FOUR = ("count", "latency", "throughput", "memory")
 FAST = ["--min-time", "0", "--max-time", "0"]
@@ -312,7 +314,7 @@ def test_counts_do_not_depend_on_the_conditions(capsys):
         (["test_litv2", "--batch", "0"], "--batch: got 0, must be a whole number between 1"),
         (["test_litv2", "--threads", "0"], "--threads: got 0, must be a whole number between 1"),
         (["test_litv2", "--threads", "1,x"], "--threads: got x, must be a whole number"),
-        (["test_litv2", "--dtype", "int8"], "--dtype: got 'int8', must be one of fp32, tf32, bf16, fp16"),
+        (["test_litv2", "--dtype", "int4"], "--dtype: got 'int4', must be one of fp32, tf32, bf16, fp16, int8"),
         (["test_litv2", "--out", "x.txt"], "the ending must be .json or .csv or .md"),
         (["test_litv2", "--out", "/nowhere/x.csv"], "no such folder"),
         (["test_litv2", "--plot", "x.gif"], "the ending must be .png"),
@@ -644,7 +646,7 @@ def test_any_module():
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"measure": "speed"}, {"dtype": "int8"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
+        {"measure": "speed"}, {"dtype": "int4"}, {"dtype": "int8", "measure": "train"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
         {"measure": 3}, {"batch": 1.5}, {"batch": "7"}, {"size": "64"},
         {"min_time": 3, "max_time": 1}, {"min_time": -1},
     ],
@@ -761,6 +763,23 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
     shown = run(capsys, *words, "--batch", "2", "--dtype", "bf16")[1]
     assert "(cpu); bf16; ms: median of one call, batch 2; torch" in shown
     assert "dtype" not in shown
+
+
+def test_int8_multiplies_in_linear_layers_only(capsys):
+    """Dynamic quantisation, of a copy: what a Python caller gave stays as it is, and the counts are those of the model."""
+    words = ("test_nat", "--device", "cpu", "--measure", "latency", "--size", "64", "--threads", "1", *FAST)
+    status, shown, _ = run(capsys, *words, "--dtype", "fp32", "int8")
+    rows = [line.split()[2:5] for line in shown.splitlines() if line.split()[:1] == ["test_nat"]]
+    assert (status, [row[0] for row in rows]) == (0, ["fp32", "int8"])
+    assert rows[0][1:] == rows[1][1:]  # parameters and multiply-accumulates
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 8)).eval()
+    x = torch.randn(5, 64)
+    profiler.profile(model, (x,), measure="latency", dtype="int8", min_time=0, max_time=0)
+    assert type(model[0]) is torch.nn.Linear
+    changed = quantized(copy.deepcopy(model))
+    assert [type(layer) is torch.nn.Linear for layer in changed] == [False] * 3
+    error = (changed(x) - model(x)).norm() / model(x).norm()
+    assert 1e-4 < error < 0.05, error
 
 
 def test_memory_says_its_batch(capsys):

@@ -59,7 +59,8 @@ def profile(
         measure: Any of ``count, latency, throughput, memory, train, modules, roofline, energy``, or ``all``.  Counts
             are always made.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
+        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.  ``int8`` is
+            dynamic quantisation of linear layers on a CPU, and float32 for all else.
         amp: Keep float32 weights and run under autocast.
         channels_last: Model and image in channels_last memory.
         compile: ``torch.compile``; a string is its mode.
@@ -213,6 +214,11 @@ def check_conditions(
     check_graph(graph and bool(timed), place)
     if amp and dtype not in ("bf16", "fp16"):
         raise UserError(f"amp with dtype {dtype}: give dtype bf16 or fp16")
+    if dtype == "int8":
+        if place.type != "cpu":
+            raise UserError(f"dtype int8 on {place}: dynamic quantisation runs on a CPU")
+        if "train" in timed:
+            raise UserError("dtype int8 with measure train: a quantised model has no gradients; give fp32 or bf16")
     return how, timed
 
 

@@ -7,6 +7,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -540,7 +541,8 @@ class Conditions(NamedTuple):
 
     Attributes:
         device: Where.
-        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
+        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.  ``int8`` is
+            float32 but for the products of linear layers (:func:`quantized`).
         amp: Keep float32 weights and run under autocast.
         channels_last: Model and images in channels_last memory.
         compile: ``torch.compile``; a string is its mode.
@@ -574,6 +576,7 @@ class Conditions(NamedTuple):
     def placed(self, net: torch.nn.Module) -> torch.nn.Module:
         """A module on the device, in the dtype and the memory format of these conditions."""
         net = net.to(self.device, self.weights)
+        net = quantized(net) if self.dtype == "int8" else net
         return net.to(memory_format=torch.channels_last) if self.channels_last else net  # type: ignore[call-overload, no-any-return]
 
     @contextlib.contextmanager
@@ -590,6 +593,22 @@ class Conditions(NamedTuple):
                 yield
         finally:
             torch.backends.cudnn.benchmark = before
+
+
+def quantized(net: torch.nn.Module) -> torch.nn.Module:
+    """A module whose linear layers multiply in int8: PyTorch's dynamic quantisation, one scale for each output.
+
+    Args:
+        net: On a CPU, in float32; it is changed.
+
+    Returns:
+        The module, or what replaces it.
+    """
+    quantization = torch.ao.quantization
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but torchao's has no fast operator on a CPU
+        layers = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+        return quantization.quantize_dynamic(net, layers, torch.qint8, inplace=True)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
