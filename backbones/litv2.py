@@ -42,7 +42,6 @@ from .layers.checkpoint import unwrap
 from .layers.checks import ANY, check_heads, check_lengths, check_stages, checked, is_sequence, need, scaled
 from .layers.panel import seen_by, tiled
 from .layers.plain import depthwise, fuses, project, tensors
-from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.deform_merge import deform_sample, reference_deform_sample
 from .ops.depthwise3x3 import depthwise3x3

@@ -64,7 +64,6 @@ from .layers.checks import (
 from .layers.mixture_of_heads import MixtureOfHeads, load_balance
 from .layers.panel import cell_at, seen_by, tiled
 from .layers.plain import depthwise, fuses, project, tensors
-from .ops.backend import on_kernel_device
 from .ops.conv_ffn import conv_ffn
 from .ops.depthwise3x3 import depthwise3x3
 

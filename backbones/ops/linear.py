@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """:func:`linear`, and its exact GELU, for a call that ``use_onednn`` or ``use_compiled_onednn`` has found to fit."""
+    """:func:`linear`, perhaps with the exact GELU, for a call that oneDNN fits (``use_onednn``, also compiled)."""
     if torch.compiler.is_compiling():
         return torch.ops.vizoo.linear(x, weight, bias, gelu)
     # the last argument names the exact GELU

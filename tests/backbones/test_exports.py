@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
-from torch._dynamo.testing import CompileCounterWithBackend
 from tolerance import close
+from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample, spread
 
 # timm still promises TorchScript, which torch announces to retire

@@ -646,7 +646,8 @@ def test_any_module():
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"measure": "speed"}, {"dtype": "int4"}, {"dtype": "int8", "measure": "train"}, {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
+        {"measure": "speed"}, {"dtype": "int4"}, {"dtype": "int8", "measure": "train"},
+        {"device": "cuda:99"}, {"batch": 0}, {"size": -4},
         {"measure": 3}, {"batch": 1.5}, {"batch": "7"}, {"size": "64"},
         {"min_time": 3, "max_time": 1}, {"min_time": -1},
     ],
@@ -766,7 +767,7 @@ def test_a_row_for_every_dtype_and_batch(capsys, tmp_path):
 
 
 def test_int8_multiplies_in_linear_layers_only(capsys):
-    """Dynamic quantisation, of a copy: what a Python caller gave stays as it is, and the counts are those of the model."""
+    """Of a copy: what a Python caller gave stays as it is, and the counts are those of the model."""
     words = ("test_nat", "--device", "cpu", "--measure", "latency", "--size", "64", "--threads", "1", *FAST)
     status, shown, _ = run(capsys, *words, "--dtype", "fp32", "int8")
     rows = [line.split()[2:5] for line in shown.splitlines() if line.split()[:1] == ["test_nat"]]

@@ -59,8 +59,8 @@ def profile(
         measure: Any of ``count, latency, throughput, memory, train, modules, roofline, energy``, or ``all``.  Counts
             are always made.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.  ``int8`` is
-            dynamic quantisation of linear layers on a CPU, and float32 for all else.
+        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
+            ``int8`` is dynamic quantisation of linear layers on a CPU, and float32 for all else.
         amp: Keep float32 weights and run under autocast.
         channels_last: Model and image in channels_last memory.
         compile: ``torch.compile``; a string is its mode.

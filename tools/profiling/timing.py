@@ -541,8 +541,8 @@ class Conditions(NamedTuple):
 
     Attributes:
         device: Where.
-        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.  ``int8`` is
-            float32 but for the products of linear layers (:func:`quantized`).
+        dtype: ``fp32``, ``tf32``, ``bf16`` or ``fp16`` of weights and input; with ``amp`` that of autocast.
+            ``int8`` is float32 but for the products of linear layers (:func:`quantized`).
         amp: Keep float32 weights and run under autocast.
         channels_last: Model and images in channels_last memory.
         compile: ``torch.compile``; a string is its mode.
