@@ -8,6 +8,7 @@ from records import measurement, record
 
 from vizoo.tools.common import UserError
 from vizoo.tools.documents import chart
+from vizoo.tools.documents.tables import cpu_table
 from vizoo.tools.profiling.record import Record
 
 
@@ -41,6 +42,27 @@ def test_the_newest_of_batch_8_in_float32() -> None:
 def test_figures_that_do_not_belong_together(change: dict) -> None:
     with pytest.raises(UserError, match="2 sets of conditions and machines, need one"):
         chart.chosen(records({"name": "resnet18", **change}))
+
+
+def test_table_of_the_zoo_beside_others(tmp_path: Path) -> None:
+    """Rates are relative to resnet50, gains to float32; the newest record counts, and only those of its machine."""
+
+    def timed(name: str, seconds: float, date: int, fingerprint: str = "a", **conditions: object) -> str:
+        latency = [measurement("latency", "s", seconds)]
+        told = {"date": f"2026-11-{date}T12:00:00+00:00", "fingerprint": fingerprint * 12}
+        made = record(name, environment=told, conditions={"batch": 1, **conditions}, measurements=latency)
+        return json.dumps(Record.from_dict(made).to_dict()) + "\n"
+
+    lines = [timed(name, 0.2, 20) + timed(name, second, 20, batch=8) for name, second in (("resnet50", 2), ("nat", 1))]
+    lines += [timed("nat", 0.1, 21), timed("nat", 0.05, 21, dtype="int8"), timed("nat", 9.0, 21, threads=2)]
+    lines += [timed("resnet18", 0.3, 19, "b")]
+    assert cpu_table(tmp_path, set()) == "Not measured yet.\n"
+    (tmp_path / "profile-cpu.jsonl").write_text("".join(lines))
+    macs = f"{Record.from_dict(record('nat', 1.0)).macs / 1e9:.2f}"
+    assert cpu_table(tmp_path, {"nat"}).splitlines()[2:] == [
+        f"| `resnet50` | 224x224 | {macs} | 200.0 | 4.0 | 1.00 |  |  |",
+        f"| **`nat`** | 224x224 | {macs} | 100.0 | 8.0 | 2.00 |  | 2.00x |",
+    ]
 
 
 def test_picture(tmp_path: Path) -> None:

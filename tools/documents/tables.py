@@ -17,6 +17,7 @@ from typing import Any
 from vizoo.tools.common import UserError, markdown
 from vizoo.tools.documents.sources import benchmarks, families
 from vizoo.tools.gpu.suite import FIELDS, read_record
+from vizoo.tools.profiling.record import Record, read_records
 
 CONFIG_HEAD = re.compile(
     r"(?P<head>.+?) on (?P<backbone>.+?), (?:COCO|ADE20K), (?P<schedule>[\d,]+ \w+)\. "
@@ -31,6 +32,7 @@ WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": Fa
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
 SPEEDS = 5  # rows of the short table
+TIMED_AS = {"device": "cpu", "threads": 1, "compile": None, "amp": False, "channels_last": False, "fused": True}
 
 
 def listed(zoo: Sequence[Any]) -> list[Any]:
@@ -147,6 +149,54 @@ def speeds_table(folder: Path, names: Collection[str]) -> str:
     return records_table(sorted(best.values(), key=rank, reverse=True)[:SPEEDS])
 
 
+def cpu_table(folder: Path, names: Collection[str]) -> str:
+    """What every recorded model takes on the CPU of the newest records, the zoo's in bold, by multiply-accumulates.
+
+    The rate is multiply-accumulates per second over those of timm's resnet50, in float32 and batches of 8; the gains of
+    other dtypes are those of one image.
+
+    Args:
+        folder: Holds records ``profile-*.jsonl`` of one thread; of a repeated measurement the newest counts.
+        names: The zoo's models.
+    """
+    records = [r for path in sorted(folder.glob("profile-*.jsonl")) for r in read_records(path)]
+    found = {
+        (r.name, r.size, r.conditions["dtype"], r.conditions["batch"]): r
+        for r in sorted(records, key=lambda r: str(r.environment["date"]))
+        if r.latency and all(r.conditions[key] == value for key, value in TIMED_AS.items())
+    }
+    if not found:
+        return NOT_MEASURED
+    newest = max(found.values(), key=lambda r: str(r.environment["date"])).environment["fingerprint"]
+    seconds = {key: r.latency.median for key, r in found.items() if r.latency}
+    found = {key: r for key, r in found.items() if r.environment["fingerprint"] == newest}
+    models = {key[:2]: r for key, r in found.items() if key[2:] == ("fp32", 1)}
+
+    def rate(r: Record) -> float | None:
+        taken = seconds.get((r.name, r.size, "fp32", 8))
+        return 8 * r.macs / taken if taken else None
+
+    reference = next((rate(r) for (name, _), r in models.items() if name == "resnet50"), None)
+    rows = []
+    for (name, size), r in sorted(models.items(), key=lambda item: item[1].macs):
+        once = seconds[name, size, "fp32", 1]
+        several, own = seconds.get((name, size, "fp32", 8)), rate(r)
+        gains = [seconds.get((name, size, dtype, 1)) for dtype in ("bf16", "int8")]
+        rows.append(
+            [
+                f"**`{name}`**" if name.partition(".")[0] in names else f"`{name}`",
+                "" if size is None else f"{size[0]}x{size[1]}",
+                f"{r.macs / 1e9:.2f}",
+                f"{1e3 * once:.1f}",
+                f"{8 / several:.1f}" if several else "",
+                f"{own / reference:.2f}" if own and reference else "",
+                *(f"{once / gain:.2f}x" if gain else "" for gain in gains),
+            ]
+        )
+    columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", "bf16", "int8"]
+    return markdown(columns, rows, (2, 3, 4, 5, 6, 7))
+
+
 def gpu_table(folder: Path, names: Collection[str] | None = None) -> str:
     """Operators and models measured on GPUs by ``vizoo bench --suite gpu``, as two Markdown tables.
 
@@ -261,6 +311,7 @@ def rewrite(text: str, page: Path, root: Path, zoo: Sequence[Any]) -> str:
         "citations": citations,
         "speed": lambda: speed_table(results),
         "speeds": lambda: speeds_table(results, {e.name for e in zoo}),
+        "cpu": lambda: cpu_table(results, {e.name for e in zoo}),
         "gpu": lambda: gpu_table(results),
         "detection": lambda: configs_table(root / "configs/detection", page),
         "segmentation": lambda: configs_table(root / "configs/segmentation", page),
