@@ -343,7 +343,7 @@ def test_layers(build, shape):
     assert seen == [1]
     handle.remove()
     if DEVICE == "cpu":
-        assert torch.equal(layer(x), watched)
+        close(layer(x), watched, "rerun")
     close(fast, watched, "rerun")
     watched.square().sum().backward()
     for a, p in zip(grads, layer.parameters(), strict=True):
