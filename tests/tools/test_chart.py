@@ -55,13 +55,13 @@ def test_table_of_the_zoo_beside_others(tmp_path: Path) -> None:
 
     lines = [timed(name, 0.2, 20) + timed(name, second, 20, batch=8) for name, second in (("resnet50", 2), ("nat", 1))]
     lines += [timed("nat", 0.1, 21), timed("nat", 0.05, 21, dtype="int8"), timed("nat", 9.0, 21, threads=2)]
-    lines += [timed("resnet18", 0.3, 19, "b")]
+    lines += [timed("nat", 0.08, 21, compile="default"), timed("resnet18", 0.3, 19, "b")]
     assert cpu_table(tmp_path, set()) == "Not measured yet.\n"
     (tmp_path / "profile-cpu.jsonl").write_text("".join(lines))
     macs = f"{Record.from_dict(record('nat', 1.0)).macs / 1e9:.2f}"
     assert cpu_table(tmp_path, {"nat"}).splitlines()[2:] == [
-        f"| `resnet50` | 224x224 | {macs} | 200.0 | 4.0 | 1.00 |  |  |",
-        f"| **`nat`** | 224x224 | {macs} | 100.0 | 8.0 | 2.00 |  | 2.00x |",
+        f"| `resnet50` | 224x224 | {macs} | 200.0 | 4.0 | 1.00 |  |  |  |",
+        f"| **`nat`** | 224x224 | {macs} | 100.0 | 8.0 | 2.00 | 1.25x |  | 2.00x |",
     ]
 
 

@@ -32,7 +32,7 @@ WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": Fa
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
 SPEEDS = 5  # rows of the short table
-TIMED_AS = {"device": "cpu", "threads": 1, "compile": None, "amp": False, "channels_last": False, "fused": True}
+TIMED_AS = {"device": "cpu", "threads": 1, "amp": False, "channels_last": False, "fused": True}
 
 
 def listed(zoo: Sequence[Any]) -> list[Any]:
@@ -153,7 +153,7 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
     """What every recorded model takes on the CPU of the newest records, the zoo's in bold, by multiply-accumulates.
 
     The rate is multiply-accumulates per second over those of timm's resnet50, in float32 and batches of 8; the gains of
-    other dtypes are those of one image.
+    other dtypes and of ``torch.compile`` are those of one image.
 
     Args:
         folder: Holds records ``profile-*.jsonl`` of one thread; of a repeated measurement the newest counts.
@@ -161,7 +161,7 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
     """
     records = [r for path in sorted(folder.glob("profile-*.jsonl")) for r in read_records(path)]
     found = {
-        (r.name, r.size, r.conditions["dtype"], r.conditions["batch"]): r
+        (r.name, r.size, r.conditions["batch"], r.conditions["dtype"], r.conditions["compile"]): r
         for r in sorted(records, key=lambda r: str(r.environment["date"]))
         if r.latency and all(r.conditions[key] == value for key, value in TIMED_AS.items())
     }
@@ -170,18 +170,18 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
     newest = max(found.values(), key=lambda r: str(r.environment["date"])).environment["fingerprint"]
     seconds = {key: r.latency.median for key, r in found.items() if r.latency}
     found = {key: r for key, r in found.items() if r.environment["fingerprint"] == newest}
-    models = {key[:2]: r for key, r in found.items() if key[2:] == ("fp32", 1)}
+    models = {key[:2]: r for key, r in found.items() if key[2:] == (1, "fp32", None)}
 
     def rate(r: Record) -> float | None:
-        taken = seconds.get((r.name, r.size, "fp32", 8))
+        taken = seconds.get((r.name, r.size, 8, "fp32", None))
         return 8 * r.macs / taken if taken else None
 
     reference = next((rate(r) for (name, _), r in models.items() if name == "resnet50"), None)
     rows = []
     for (name, size), r in sorted(models.items(), key=lambda item: item[1].macs):
-        once = seconds[name, size, "fp32", 1]
-        several, own = seconds.get((name, size, "fp32", 8)), rate(r)
-        gains = [seconds.get((name, size, dtype, 1)) for dtype in ("bf16", "int8")]
+        once = seconds[name, size, 1, "fp32", None]
+        several, own = seconds.get((name, size, 8, "fp32", None)), rate(r)
+        gains = [seconds.get((name, size, 1, *form)) for form in (("fp32", "default"), ("bf16", None), ("int8", None))]
         rows.append(
             [
                 f"**`{name}`**" if name.partition(".")[0] in names else f"`{name}`",
@@ -193,8 +193,8 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
                 *(f"{once / gain:.2f}x" if gain else "" for gain in gains),
             ]
         )
-    columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", "bf16", "int8"]
-    return markdown(columns, rows, (2, 3, 4, 5, 6, 7))
+    columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", "compiled", "bf16", "int8"]
+    return markdown(columns, rows, (2, 3, 4, 5, 6, 7, 8))
 
 
 def gpu_table(folder: Path, names: Collection[str] | None = None) -> str:
