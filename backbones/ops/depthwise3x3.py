@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import empty_map
-from .backend import KernelModule, autocast_dtype, use_onednn, use_triton, without_autocast
+from .backend import KernelModule, autocast_dtype, use_compiled_onednn, use_onednn, use_triton, without_autocast
+from .convolution import convolution
 from .cost import Cost, register_cost
 from .operators import operator
 
@@ -47,9 +48,11 @@ def reference_depthwise3x3(
     Returns:
         ``[B, C, H, W]``.
     """
-    y = F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
-    if residual:
-        y = x + y
+    return _finish(F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0]), x, residual, gelu)
+
+
+def _finish(y: Tensor, x: Tensor, residual: bool, gelu: bool) -> Tensor:
+    y = x + y if residual else y
     return F.gelu(y) if gelu else y
 
 
@@ -141,6 +144,9 @@ def depthwise3x3(
             return _depthwise3x3(_cast(x, residual), weight, bias, residual, gelu)
         if backend == "auto" and gelu and not residual and not limits and use_onednn(x, weight):
             return onednn_depthwise3x3_gelu(x, weight, bias)
+        if backend == "auto" and not limits and use_compiled_onednn(x, weight):
+            y = convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), weight.shape[0])
+            return _finish(y, x, residual, gelu)
     return reference_depthwise3x3(x, weight, bias, residual, gelu)
 
 
