@@ -1,0 +1,190 @@
+"""Convolutional blocks of timm with fewer passes over the map, for inference on a CPU.
+
+A norm, an activation and a residual after a convolution each read and write the map again, which takes longer than the
+convolution itself where that is small or depthwise.  :func:`run` folds the norm into the weights, lets oneDNN add the
+residual as it writes, keeps maps channels-last, and works on a few images at a time where maps would leave the cache.
+ReLU stays a pass of its own, in place: that of oneDNN turns NaN into 0.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath
+from timm.models import _efficientnet_blocks, byobnet, resnet
+from torch import Tensor, nn
+
+from ..ops.backend import use_onednn
+from .layout import to_channels_last
+from .plain import convolves, fold, folds, is_plain, is_watched, tensors
+
+__all__ = ["run", "speed_up"]
+
+_CHUNK_BYTES = 6 << 20  # largest map inside a block that is worked on at once
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
+_IDLE = (nn.Identity, DropPath, nn.Dropout)
+_SEQUENCES = (nn.Sequential, ConvNormAct, byobnet.DownsampleAvg)  # whose children run in order
+
+
+def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
+    """``act(modules(x) + add)``, the modules one after the other.
+
+    Args:
+        x: Map ``[B, C, H, W]``.
+        modules: What to run, in order; None is left out.
+        add: Map in the shape of the result; None adds nothing.
+        act: Activation after that; None for none.
+
+    Returns:
+        The result, up to rounding.
+    """
+    if isinstance(x, torch.fx.Proxy) or x.dim() != 4 or not use_onednn(x, x):
+        for module in modules:
+            x = x if module is None else module(x)
+        x = x if add is None else x + add
+        return x if act is None else act(x)
+    todo, after = list(_flat(modules)), list(_flat((act,)))
+    if add is None:
+        todo, after = todo + after, []
+    size = _images(todo, x)
+    if size >= x.shape[0]:
+        return _run(todo, x, add, after)
+    adds: Any = [None] * x.shape[0] if add is None else add.split(size)
+    return torch.cat([_run(todo, part, other, after) for part, other in zip(x.split(size), adds, strict=False)])
+
+
+def _flat(modules: Iterable[nn.Module | None]) -> Iterator[Any]:
+    """Modules without those that return their input, and with the children of sequences in their place."""
+    for module in modules:
+        if module is None or (is_plain(module, *_IDLE) and (type(module) is nn.Identity or not module.training)):
+            continue
+        if type(module) in _SEQUENCES and not is_watched(module):
+            yield from _flat(module.children())
+        else:
+            yield module
+
+
+def _run(todo: list[Any], x: Tensor, add: Tensor | None, after: list[Any]) -> Tensor:
+    ops, i = torch.ops.mkldnn, 0
+    while i < len(todo):
+        conv = todo[i]
+        i += 1
+        if not _takes(conv, x.shape):
+            x = conv(x)
+            continue
+        (weight, bias), shape, act = tensors(conv), _shape(conv, x.shape), None
+        # a norm costs a pass over the map, or over the weights if it is folded into them
+        if i < len(todo) and _folds(todo[i]) and weight.numel() <= math.prod(shape):
+            scale, shift = fold(todo[i], torch.float32)
+            if bias is not None:
+                shift = torch.addcmul(shift, bias.float(), scale)
+            weight, bias = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype), shift.to(x.dtype)
+            act = getattr(todo[i], "act", None)
+            act = None if type(act) is nn.Identity else act
+            i += 1
+        if act is None and i < len(todo) and is_plain(todo[i], *_ACTIVATIONS):
+            act = todo[i]
+            i += 1
+        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+        if i == len(todo) and act is None and add is not None and add.dtype == x.dtype and add.shape == shape:
+            maps = to_channels_last(x), to_channels_last(add)
+            x = ops._convolution_pointwise.binary(*maps, weight, bias, *geometry, "add", 1.0, None, [], None)
+            add = None
+        else:
+            name = "swish" if isinstance(act, nn.SiLU) else "none"
+            x = ops._convolution_pointwise(to_channels_last(x), weight, bias, *geometry, name, [], "")
+            x = x if act is None or name != "none" else _activate(act, x)
+    if add is not None:
+        x = x + add
+    for act in after:
+        x = _activate(act, x)
+    return x
+
+
+def _takes(conv: Any, shape: Sequence[int]) -> bool:
+    """Whether oneDNN can run a layer on a map of this shape; otherwise the layer says what is wrong."""
+    return convolves(conv) and conv.in_channels == shape[1] and min(_shape(conv, shape)) > 0
+
+
+def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of what a convolution makes of a map."""
+    geometry: Any = zip(shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    return (shape[0], conv.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry))
+
+
+def _folds(norm: Any) -> bool:
+    """Whether a norm, with its activation if it has one, can be part of the convolution before it."""
+    if type(norm) is not BatchNormAct2d:
+        return folds(norm)
+    known = is_plain(norm.act, nn.Identity, *_ACTIVATIONS)
+    return known and folds(norm, BatchNormAct2d) and not list(_flat((norm.drop,)))
+
+
+def _activate(act: nn.Module, x: Tensor) -> Tensor:
+    """An activation, in the memory of a map that nobody else has if it is known."""
+    if is_plain(act, nn.ReLU):
+        return x.relu_()
+    return F.hardtanh_(x, 0.0, 6.0) if is_plain(act, nn.ReLU6) else act(x)
+
+
+def _images(todo: list[Any], x: Tensor) -> int:
+    """How many images to work on at once: all, unless the modules treat each by itself and nobody counts them."""
+    shape, largest = tuple(x.shape), 1
+    for i, module in enumerate(todo if x.shape[0] > 1 else ()):
+        largest = max(largest, math.prod(shape[1:])) if i else 1
+        if _takes(module, shape):
+            shape = _shape(module, shape)
+        elif is_plain(module, nn.MaxPool2d) and isinstance(module.stride, int):
+            shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
+        elif not (_folds(module) or is_plain(module, *_ACTIVATIONS)):
+            return x.shape[0]
+    return _CHUNK_BYTES // (largest * x.element_size()) + 1
+
+
+class DepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
+    """timm's block of MobileNet-V1, without space to depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chs, H, W]`` to the block's output."""
+        shortcut = x
+        if not torch.jit.is_scripting():
+            first = self.conv_dw, self.bn1, self.aa, self.se, self.conv_pw, self.bn2
+            if self.has_skip:
+                return run(x, *first, self.drop_path, add=shortcut)
+            return run(x, *first)
+        x = self.aa(self.bn1(self.conv_dw(x)))
+        x = self.bn2(self.conv_pw(self.se(x)))
+        return self.drop_path(x) + shortcut if self.has_skip else x
+
+
+class InvertedResidual(_efficientnet_blocks.InvertedResidual):
+    """timm's block of MobileNet-V2, without space to depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chs, H, W]`` to the block's output."""
+        shortcut = x
+        if not torch.jit.is_scripting():
+            first = self.conv_pw, self.bn1, self.conv_dw, self.bn2, self.aa, self.se, self.conv_pwl, self.bn3
+            if self.has_skip:
+                return run(x, *first, self.drop_path, add=shortcut)
+            return run(x, *first)
+        x = self.bn1(self.conv_pw(x))
+        x = self.se(self.aa(self.bn2(self.conv_dw(x))))
+        x = self.bn3(self.conv_pwl(x))
+        return self.drop_path(x) + shortcut if self.has_skip else x
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    _efficientnet_blocks.DepthwiseSeparableConv: DepthwiseSeparableConv,
+    _efficientnet_blocks.InvertedResidual: InvertedResidual,
+}
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let the blocks of timm in a model that :func:`run` knows call it: they get a subclass of their class."""
+    for module in model.modules():
+        fast = _FAST.get(type(module))
+        if fast is not None and getattr(module, "conv_s2d", None) is None:
+            module.__class__ = fast
