@@ -46,6 +46,7 @@ from .layers.checks import (
     is_sequence,
     need,
 )
+from .layers.convnet import run, speed_up
 from .layers.panel import cell_at, seen_by
 
 __all__ = ["HaloNet", "HaloResNet"]
@@ -131,6 +132,9 @@ class HaloBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chs, H, W]`` to ``[B, out_chs, ceil(H / stride), ceil(W / stride)]``."""
         shortcut = self.shortcut(x)
+        if not torch.jit.is_scripting():
+            layers = self.conv1_1x1, self.self_attn, self.post_attn, self.conv3_1x1, self.drop_path
+            return run(x, *layers, add=shortcut, act=self.act)
         x = self.conv1_1x1(x)
         x = self.self_attn(x)
         x = self.post_attn(x)
@@ -201,6 +205,7 @@ class HaloResNet(ByobNet):
         except AssertionError as e:
             need(False, f"what timm's ByobNet takes{f': {e}' if str(e) else ''}", **kwargs)
         self.zero_init_last = zero_init_last
+        speed_up(self)
         first: nn.Module = next(m for m in self.stem.modules() if isinstance(m, nn.Conv2d))
         first.__class__ = StemConv
 

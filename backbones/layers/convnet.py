@@ -25,7 +25,6 @@ __all__ = ["run", "speed_up"]
 _CHUNK_BYTES = 6 << 20  # largest map inside a block that is worked on at once
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
 _IDLE = (nn.Identity, DropPath, nn.Dropout)
-_SEQUENCES = (nn.Sequential, ConvNormAct, byobnet.DownsampleAvg)  # whose children run in order
 
 
 def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
@@ -176,15 +175,113 @@ class InvertedResidual(_efficientnet_blocks.InvertedResidual):
         return self.drop_path(x) + shortcut if self.has_skip else x
 
 
+class NormedConv(ConvNormAct):
+    """timm's convolution with norm and activation, without anti-aliasing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chs, H, W]`` to the activated output."""
+        if not torch.jit.is_scripting():
+            return run(x, self.conv, self.bn)
+        return self.bn(self.conv(x))
+
+
+class Stem(byobnet.Stem):
+    """timm's convolutions and pooling before the first stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image ``[B, in_chs, height, width]`` to the first map."""
+        if not torch.jit.is_scripting():
+            return run(x, *self)
+        for module in self:
+            x = module(x)
+        return x
+
+
+class BottleneckBlock(byobnet.BottleneckBlock):
+    """timm's configurable bottleneck block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chs, H, W]`` to the block's output."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        if not torch.jit.is_scripting():
+            layers = self.conv1_1x1, self.conv2_kxk, self.conv2b_kxk, self.attn, self.conv3_1x1, self.attn_last
+            add = None if self.shortcut is None else shortcut
+            return run(x, *layers, self.drop_path, add=add, act=self.act)
+        x = self.attn(self.conv2b_kxk(self.conv2_kxk(self.conv1_1x1(x))))
+        x = self.drop_path(self.attn_last(self.conv3_1x1(x)))
+        return self.act(x if self.shortcut is None else x + shortcut)
+
+
+class SelfAttnBlock(byobnet.SelfAttnBlock):
+    """timm's configurable bottleneck block with self-attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_chs, H, W]`` to the block's output."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        if not torch.jit.is_scripting():
+            layers = self.conv1_1x1, self.conv2_kxk, self.self_attn, self.post_attn, self.conv3_1x1
+            add = None if self.shortcut is None else shortcut
+            return run(x, *layers, self.drop_path, add=add, act=self.act)
+        x = self.post_attn(self.self_attn(self.conv2_kxk(self.conv1_1x1(x))))
+        x = self.drop_path(self.conv3_1x1(x))
+        return self.act(x if self.shortcut is None else x + shortcut)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """timm's block of a ResNet-18."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, inplanes, H, W]`` to the block's output."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if not torch.jit.is_scripting():
+            layers = self.conv1, self.bn1, self.drop_block, self.act1, self.aa, self.conv2, self.bn2, self.se
+            return run(x, *layers, self.drop_path, add=shortcut, act=self.act2)
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return self.act2(x + shortcut)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """timm's block of a ResNet-50."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, inplanes, H, W]`` to the block's output."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if not torch.jit.is_scripting():
+            first = self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.drop_block, self.act2, self.aa
+            layers = *first, self.conv3, self.bn3, self.se
+            return run(x, *layers, self.drop_path, add=shortcut, act=self.act3)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return self.act3(x + shortcut)
+
+
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
+    ConvNormAct: NormedConv,
     _efficientnet_blocks.DepthwiseSeparableConv: DepthwiseSeparableConv,
     _efficientnet_blocks.InvertedResidual: InvertedResidual,
+    byobnet.BottleneckBlock: BottleneckBlock,
+    byobnet.SelfAttnBlock: SelfAttnBlock,
+    byobnet.Stem: Stem,
+    resnet.BasicBlock: BasicBlock,
+    resnet.Bottleneck: Bottleneck,
 }
+_WITHOUT = {ConvNormAct: "aa", **dict.fromkeys(list(_FAST)[1:3], "conv_s2d")}  # parts that these know not
+_SEQUENCES = (nn.Sequential, ConvNormAct, NormedConv, byobnet.DownsampleAvg)  # whose children run in order
 
 
 def speed_up(model: nn.Module) -> None:
     """Let the blocks of timm in a model that :func:`run` knows call it: they get a subclass of their class."""
     for module in model.modules():
-        fast = _FAST.get(type(module))
-        if fast is not None and getattr(module, "conv_s2d", None) is None:
-            module.__class__ = fast
+        kind = type(module)
+        if kind in _FAST and getattr(module, _WITHOUT.get(kind, ""), None) is None:
+            module.__class__ = _FAST[kind]
