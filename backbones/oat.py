@@ -30,6 +30,7 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import NATURAL, SHARE, check_model_name, check_multiple, checked, need
+from .layers.convnet import infers, run
 from .layers.panel import evaluating
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
 from .layers.plain import tensors
@@ -65,6 +66,7 @@ ABOUT = About(
 )
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
+_RELU_AND_POOL = nn.ReLU(), nn.MaxPool2d(5)
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
 SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
 
@@ -105,8 +107,10 @@ class CropNet(nn.Module):
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need crop_size={self.crop_size}, or a model with spp")
         if min(size) < SMALLEST_CROP:
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need at least {SMALLEST_CROP}x{SMALLEST_CROP}")
-        x = F.max_pool2d(F.relu(self.conv1(x)), 5)
-        x = F.relu(self.conv2(x))
+        if infers(x):
+            x = run(x, self.conv1, *_RELU_AND_POOL, self.conv2, _RELU_AND_POOL[0])
+        else:
+            x = F.relu(self.conv2(F.max_pool2d(F.relu(self.conv1(x)), 5)))
         return self.fc(torch.cat([pyramid_level(x, 2**i) for i in range(self.spp)], 1) if self.spp else self._pool(x))
 
     def _pool(self, x: Tensor) -> Tensor:

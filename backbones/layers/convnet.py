@@ -20,11 +20,18 @@ from ..ops.backend import use_onednn
 from .layout import to_channels_last
 from .plain import convolves, fold, folds, is_plain, is_watched, tensors
 
-__all__ = ["run", "speed_up"]
+__all__ = ["infers", "run", "speed_up"]
 
 _CHUNK_BYTES = 6 << 20  # largest map inside a block that is worked on at once
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU)
+_FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions are faster channels-first
+_IN_PLACE = (nn.ReLU, nn.ReLU6)
+_ACTIVATIONS = (*_IN_PLACE, nn.SiLU)
 _IDLE = (nn.Identity, DropPath, nn.Dropout)
+
+
+def infers(x: Tensor) -> bool:
+    """Whether :func:`run` takes the fast form for a map ``[B, C, H, W]``."""
+    return not isinstance(x, torch.fx.Proxy) and x.dim() == 4 and use_onednn(x, x)
 
 
 def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
@@ -39,7 +46,7 @@ def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: n
     Returns:
         The result, up to rounding.
     """
-    if isinstance(x, torch.fx.Proxy) or x.dim() != 4 or not use_onednn(x, x):
+    if not infers(x):
         for module in modules:
             x = x if module is None else module(x)
         x = x if add is None else x + add
@@ -74,11 +81,14 @@ def _run(todo: list[Any], x: Tensor, add: Tensor | None, after: list[Any]) -> Te
             x = conv(x)
             continue
         (weight, bias), shape, act = tensors(conv), _shape(conv, x.shape), None
-        # a norm costs a pass over the map, or over the weights if it is folded into them
-        if i < len(todo) and _folds(todo[i]) and weight.numel() <= math.prod(shape):
-            scale, shift = fold(todo[i], torch.float32)
+        if i < len(todo) and _folds(todo[i]):
+            share = weight.numel() / math.prod(shape)
+            if share > 1:  # a norm costs a pass over the map, or over the weights if it is folded into them
+                x = conv(x.contiguous() if share > _FEW_POSITIONS and conv.kernel_size != (1, 1) else x)
+                continue
+            scale, shift = fold(todo[i], None if x.dtype == torch.float32 else torch.float32)
             if bias is not None:
-                shift = torch.addcmul(shift, bias.float(), scale)
+                shift = torch.addcmul(shift, bias.to(shift.dtype), scale)
             weight, bias = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype), shift.to(x.dtype)
             act = getattr(todo[i], "act", None)
             act = None if type(act) is nn.Identity else act
@@ -94,7 +104,11 @@ def _run(todo: list[Any], x: Tensor, add: Tensor | None, after: list[Any]) -> Te
         else:
             name = "swish" if isinstance(act, nn.SiLU) else "none"
             x = ops._convolution_pointwise(to_channels_last(x), weight, bias, *geometry, name, [], "")
-            x = x if act is None or name != "none" else _activate(act, x)
+            if isinstance(act, _IN_PLACE):
+                if i < len(todo) and is_plain(todo[i], nn.MaxPool2d):  # of the maxima it is the same, and smaller
+                    x = todo[i](x)
+                    i += 1
+                x = _activate(act, x)
     if add is not None:
         x = x + add
     for act in after:
