@@ -22,7 +22,7 @@ from .plain import convolves, fold, folds, is_plain, is_watched, tensors
 
 __all__ = ["infers", "run", "speed_up"]
 
-_CHUNK_BYTES = 6 << 20  # largest map inside a block that is worked on at once
+_CHUNK_BYTES = 8 << 20  # largest map inside a block that is worked on at once; past it page faults dominate
 _FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions are faster channels-first
 _IN_PLACE = (nn.ReLU, nn.ReLU6)
 _ACTIVATIONS = (*_IN_PLACE, nn.SiLU)
@@ -144,16 +144,17 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
 
 def _images(todo: list[Any], x: Tensor) -> int:
     """How many images to work on at once: all, unless the modules treat each by itself and nobody counts them."""
-    shape, largest = tuple(x.shape), 1
+    shape, largest = tuple(x.shape), 0
     for i, module in enumerate(todo if x.shape[0] > 1 else ()):
-        largest = max(largest, math.prod(shape[1:])) if i else 1
+        largest = max(largest, math.prod(shape)) if i else 0  # of the maps between the first and the last
         if _takes(module, shape):
             shape = _shape(module, shape)
         elif is_plain(module, nn.MaxPool2d) and isinstance(module.stride, int):
             shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
         elif not (_folds(module) or is_plain(module, *_ACTIVATIONS)):
             return x.shape[0]
-    return _CHUNK_BYTES // (largest * x.element_size()) + 1
+    parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))
+    return math.ceil(x.shape[0] / parts)
 
 
 class DepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
