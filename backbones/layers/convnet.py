@@ -6,6 +6,7 @@ residual as it writes, keeps maps channels-last, and works on a few images at a 
 ReLU stays a pass of its own, in place: that of oneDNN turns NaN into 0.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -54,11 +55,16 @@ def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: n
     todo, after = list(_flat(modules)), list(_flat((act,)))
     if add is None:
         todo, after = todo + after, []
-    size = _images(todo, x)
-    if size >= x.shape[0]:
-        return _run(todo, x, add, after)
-    adds: Any = [None] * x.shape[0] if add is None else add.split(size)
-    return torch.cat([_run(todo, part, other, after) for part, other in zip(x.split(size), adds, strict=False)])
+    groups = [(by_image, list(group)) for by_image, group in itertools.groupby(todo, _by_image)]
+    for i, (by_image, group) in enumerate(groups):
+        size = _images(group, x) if by_image else x.shape[0]
+        end = (add, after) if i == len(groups) - 1 else (None, [])
+        if size == x.shape[0]:
+            x = _run(group, x, *end)
+            continue
+        adds: Any = [None] * x.shape[0] if end[0] is None else end[0].split(size)
+        x = torch.cat([_run(group, part, other, end[1]) for part, other in zip(x.split(size), adds, strict=False)])
+    return x
 
 
 def _flat(modules: Iterable[nn.Module | None]) -> Iterator[Any]:
@@ -142,17 +148,21 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.hardtanh_(x, 0.0, 6.0) if is_plain(act, nn.ReLU6) else act(x)
 
 
+def _by_image(module: Any) -> bool:
+    """Whether a module treats each image by itself and nobody counts its calls."""
+    pools = is_plain(module, nn.MaxPool2d) and isinstance(module.stride, int)
+    return convolves(module) or _folds(module) or pools or is_plain(module, *_ACTIVATIONS)
+
+
 def _images(todo: list[Any], x: Tensor) -> int:
-    """How many images to work on at once: all, unless the modules treat each by itself and nobody counts them."""
+    """How many images to work on at once, so that the maps between the first and the last module stay in the cache."""
     shape, largest = tuple(x.shape), 0
-    for i, module in enumerate(todo if x.shape[0] > 1 else ()):
-        largest = max(largest, math.prod(shape)) if i else 0  # of the maps between the first and the last
+    for i, module in enumerate(todo):
+        largest = max(largest, math.prod(shape)) if i else 0
         if _takes(module, shape):
             shape = _shape(module, shape)
-        elif is_plain(module, nn.MaxPool2d) and isinstance(module.stride, int):
+        elif type(module) is nn.MaxPool2d:
             shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
-        elif not (_folds(module) or is_plain(module, *_ACTIVATIONS)):
-            return x.shape[0]
     parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))
     return math.ceil(x.shape[0] / parts)
 
