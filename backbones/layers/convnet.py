@@ -257,10 +257,10 @@ class BasicBlock(resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, inplanes, H, W]`` to the block's output."""
-        shortcut = x if self.downsample is None else self.downsample(x)
         if not torch.jit.is_scripting():
             layers = self.conv1, self.bn1, self.drop_block, self.act1, self.aa, self.conv2, self.bn2, self.se
-            return run(x, *layers, self.drop_path, add=shortcut, act=self.act2)
+            return run(x, *layers, self.drop_path, add=run(x, self.downsample), act=self.act2)
+        shortcut = x if self.downsample is None else self.downsample(x)
         x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
         x = self.bn2(self.conv2(x))
         if self.se is not None:
@@ -275,11 +275,11 @@ class Bottleneck(resnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, inplanes, H, W]`` to the block's output."""
-        shortcut = x if self.downsample is None else self.downsample(x)
         if not torch.jit.is_scripting():
             first = self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.drop_block, self.act2, self.aa
             layers = *first, self.conv3, self.bn3, self.se
-            return run(x, *layers, self.drop_path, add=shortcut, act=self.act3)
+            return run(x, *layers, self.drop_path, add=run(x, self.downsample), act=self.act3)
+        shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         x = self.bn3(self.conv3(x))
