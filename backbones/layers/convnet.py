@@ -162,7 +162,8 @@ def _images(todo: list[Any], x: Tensor) -> int:
         if _takes(module, shape):
             shape = _shape(module, shape)
         elif type(module) is nn.MaxPool2d:
-            shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
+            stride: Any = module.stride
+            shape = (*shape[:2], *(n // stride for n in shape[2:]))
     parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))
     return math.ceil(x.shape[0] / parts)
 
@@ -178,7 +179,7 @@ class DepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):
             if self.has_skip:
                 return run(x, *first, self.drop_path, add=shortcut)
             return run(x, *first)
-        x = self.aa(self.bn1(self.conv_dw(x)))
+        x = self.aa(self.bn1(self.conv_dw(x)))  # type: ignore[misc]
         x = self.bn2(self.conv_pw(self.se(x)))
         return self.drop_path(x) + shortcut if self.has_skip else x
 
@@ -195,7 +196,7 @@ class InvertedResidual(_efficientnet_blocks.InvertedResidual):
                 return run(x, *first, self.drop_path, add=shortcut)
             return run(x, *first)
         x = self.bn1(self.conv_pw(x))
-        x = self.se(self.aa(self.bn2(self.conv_dw(x))))
+        x = self.se(self.aa(self.bn2(self.conv_dw(x))))  # type: ignore[misc]
         x = self.bn3(self.conv_pwl(x))
         return self.drop_path(x) + shortcut if self.has_skip else x
 
@@ -261,7 +262,7 @@ class BasicBlock(resnet.BasicBlock):
             layers = self.conv1, self.bn1, self.drop_block, self.act1, self.aa, self.conv2, self.bn2, self.se
             return run(x, *layers, self.drop_path, add=run(x, self.downsample), act=self.act2)
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
         x = self.bn2(self.conv2(x))
         if self.se is not None:
             x = self.se(x)
@@ -281,7 +282,7 @@ class Bottleneck(resnet.Bottleneck):
             return run(x, *layers, self.drop_path, add=run(x, self.downsample), act=self.act3)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))  # type: ignore[misc]
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
@@ -291,22 +292,25 @@ class Bottleneck(resnet.Bottleneck):
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
-    ConvNormAct: NormedConv,
-    _efficientnet_blocks.DepthwiseSeparableConv: DepthwiseSeparableConv,
-    _efficientnet_blocks.InvertedResidual: InvertedResidual,
-    byobnet.BottleneckBlock: BottleneckBlock,
-    byobnet.SelfAttnBlock: SelfAttnBlock,
-    byobnet.Stem: Stem,
-    resnet.BasicBlock: BasicBlock,
-    resnet.Bottleneck: Bottleneck,
+    module.__bases__[0]: module
+    for module in (
+        NormedConv,
+        DepthwiseSeparableConv,
+        InvertedResidual,
+        BottleneckBlock,
+        SelfAttnBlock,
+        Stem,
+        BasicBlock,
+        Bottleneck,
+    )
 }
-_WITHOUT = {ConvNormAct: "aa", **dict.fromkeys(list(_FAST)[1:3], "conv_s2d")}  # parts that these know not
 _SEQUENCES = (nn.Sequential, ConvNormAct, NormedConv, byobnet.DownsampleAvg)  # whose children run in order
 
 
 def speed_up(model: nn.Module) -> None:
     """Let the blocks of timm in a model that :func:`run` knows call it: they get a subclass of their class."""
     for module in model.modules():
-        kind = type(module)
-        if kind in _FAST and getattr(module, _WITHOUT.get(kind, ""), None) is None:
-            module.__class__ = _FAST[kind]
+        # anti-aliasing of the one and space to depth of the other are left to timm
+        unknown = getattr(module, "aa" if type(module) is ConvNormAct else "conv_s2d", None)
+        if type(module) in _FAST and unknown is None:
+            module.__class__ = _FAST[type(module)]
