@@ -8,7 +8,7 @@ ReLU stays a pass of its own, in place: that of oneDNN turns NaN into 0.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = ["infers", "run", "speed_up"]
 
 _CHUNK_BYTES = 8 << 20  # largest map inside a block that is worked on at once; past it page faults dominate
 _FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions are faster channels-first
+_FOLDING = 1 << 15  # elements of a map over which a norm takes as long as the small operators that fold one
 _IN_PLACE = (nn.ReLU, nn.ReLU6)
 _ACTIVATIONS = (*_IN_PLACE, nn.SiLU)
 _IDLE = (nn.Identity, DropPath, nn.Dropout)
@@ -52,13 +53,13 @@ def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: n
             x = x if module is None else module(x)
         x = x if add is None else x + add
         return x if act is None else act(x)
-    todo, after = list(_flat(modules)), list(_flat((act,)))
+    todo, after = _flat(modules), _flat((act,))
     if add is None:
         todo, after = todo + after, []
-    groups = [(by_image, list(group)) for by_image, group in itertools.groupby(todo, _by_image)]
-    for i, (by_image, group) in enumerate(groups):
-        size = _images(group, x) if by_image else x.shape[0]
+    groups = [list(group) for _, group in itertools.groupby(todo, lambda entry: entry[0] != "other")]
+    for i, group in enumerate(groups):
         end = (add, after) if i == len(groups) - 1 else (None, [])
+        size = _images(group, x) if x.shape[0] > 1 else 1
         if size == x.shape[0]:
             x = _run(group, x, *end)
             continue
@@ -67,103 +68,116 @@ def run(x: Tensor, *modules: nn.Module | None, add: Tensor | None = None, act: n
     return x
 
 
-def _flat(modules: Iterable[nn.Module | None]) -> Iterator[Any]:
+Todo = list[tuple[str, Any]]  # modules, each with what it is to :func:`run`
+
+
+def _flat(modules: Iterable[nn.Module | None]) -> Todo:
     """Modules without those that return their input, and with the children of sequences in their place."""
+    out: Todo = []
     for module in modules:
-        if module is None or (is_plain(module, *_IDLE) and (type(module) is nn.Identity or not module.training)):
+        kind = type(module)
+        if module is None or (
+            kind in _IDLE and (kind is nn.Identity or not module.training) and is_plain(module, kind)
+        ):
             continue
-        if type(module) in _SEQUENCES and not is_watched(module):
-            yield from _flat(module.children())
+        if kind in _SEQUENCES and not is_watched(module):
+            out += _flat(module.children())
+        elif kind is nn.Conv2d and convolves(module):
+            out.append(("conv", module))
+        elif kind in (nn.BatchNorm2d, BatchNormAct2d) and _folds(module):
+            out.append(("norm", module))
+        elif kind in _ACTIVATIONS and is_plain(module, kind):
+            out.append(("act", module))
+        elif kind is nn.MaxPool2d and isinstance(module.stride, int) and not is_watched(module):
+            out.append(("pool", module))
         else:
-            yield module
-
-
-def _run(todo: list[Any], x: Tensor, add: Tensor | None, after: list[Any]) -> Tensor:
-    ops, i = torch.ops.mkldnn, 0
-    while i < len(todo):
-        conv = todo[i]
-        i += 1
-        if not _takes(conv, x.shape):
-            x = conv(x)
-            continue
-        (weight, bias), shape, act = tensors(conv), _shape(conv, x.shape), None
-        if i < len(todo) and _folds(todo[i]):
-            share = weight.numel() / math.prod(shape)
-            if share > 1:  # a norm costs a pass over the map, or over the weights if it is folded into them
-                x = conv(x.contiguous() if share > _FEW_POSITIONS and conv.kernel_size != (1, 1) else x)
-                continue
-            scale, shift = fold(todo[i], None if x.dtype == torch.float32 else torch.float32)
-            if bias is not None:
-                shift = torch.addcmul(shift, bias.to(shift.dtype), scale)
-            weight, bias = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype), shift.to(x.dtype)
-            act = getattr(todo[i], "act", None)
-            act = None if type(act) is nn.Identity else act
-            i += 1
-        if act is None and i < len(todo) and is_plain(todo[i], *_ACTIVATIONS):
-            act = todo[i]
-            i += 1
-        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        if i == len(todo) and act is None and add is not None and add.dtype == x.dtype and add.shape == shape:
-            maps = to_channels_last(x), to_channels_last(add)
-            x = ops._convolution_pointwise.binary(*maps, weight, bias, *geometry, "add", 1.0, None, [], None)
-            add = None
-        else:
-            name = "swish" if isinstance(act, nn.SiLU) else "none"
-            x = ops._convolution_pointwise(to_channels_last(x), weight, bias, *geometry, name, [], "")
-            if isinstance(act, _IN_PLACE):
-                if i < len(todo) and is_plain(todo[i], nn.MaxPool2d):  # of the maxima it is the same, and smaller
-                    x = todo[i](x)
-                    i += 1
-                x = _activate(act, x)
-    if add is not None:
-        x = x + add
-    for act in after:
-        x = _activate(act, x)
-    return x
-
-
-def _takes(conv: Any, shape: Sequence[int]) -> bool:
-    """Whether oneDNN can run a layer on a map of this shape; otherwise the layer says what is wrong."""
-    return convolves(conv) and conv.in_channels == shape[1] and min(_shape(conv, shape)) > 0
-
-
-def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of what a convolution makes of a map."""
-    geometry: Any = zip(shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-    return (shape[0], conv.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry))
+            out.append(("other", module))
+    return out
 
 
 def _folds(norm: Any) -> bool:
     """Whether a norm, with its activation if it has one, can be part of the convolution before it."""
-    if type(norm) is not BatchNormAct2d:
+    if type(norm) is nn.BatchNorm2d:
         return folds(norm)
     known = is_plain(norm.act, nn.Identity, *_ACTIVATIONS)
-    return known and folds(norm, BatchNormAct2d) and not list(_flat((norm.drop,)))
+    return known and folds(norm, BatchNormAct2d) and not _flat((norm.drop,))
+
+
+def _run(todo: Todo, x: Tensor, add: Tensor | None, after: Todo) -> Tensor:
+    i = 0
+    while i < len(todo):
+        kind, conv = todo[i]
+        i += 1
+        shape = _shape(conv, x.shape) if kind == "conv" else ()
+        if kind != "conv" or conv.in_channels != x.shape[1] or min(shape) < 1:  # the layer says what is wrong
+            x = conv(x)
+            continue
+        (weight, bias), act = tensors(conv), None
+        if i < len(todo) and todo[i][0] == "norm":
+            norm, out = todo[i][1], math.prod(shape)
+            # a norm costs a pass over the map, or, folded into the weights, one over them and small operators
+            if weight.numel() + _FOLDING > out:
+                few = weight.numel() > _FEW_POSITIONS * out and conv.kernel_size != (1, 1)
+                x = conv(x.contiguous() if few else x)
+                continue
+            scale, shift = fold(norm, None if x.dtype == torch.float32 else torch.float32)
+            if bias is not None:
+                shift = torch.addcmul(shift, bias.to(shift.dtype), scale)
+            weight, bias = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype), shift.to(x.dtype)
+            if type(norm) is BatchNormAct2d and type(norm.act) is not nn.Identity:
+                act = norm.act
+            i += 1
+        if act is None and i < len(todo) and todo[i][0] == "act":
+            act = todo[i][1]
+            i += 1
+        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+        if i == len(todo) and act is None and add is not None and add.dtype == x.dtype and add.shape == shape:
+            maps = to_channels_last(x), to_channels_last(add)
+            x = torch.ops.mkldnn._convolution_pointwise.binary(
+                *maps, weight, bias, *geometry, "add", 1.0, None, [], None
+            )
+            add = None
+            continue
+        name = "swish" if isinstance(act, nn.SiLU) else "none"
+        x = torch.ops.mkldnn._convolution_pointwise(to_channels_last(x), weight, bias, *geometry, name, [], "")
+        if isinstance(act, _IN_PLACE):
+            if i < len(todo) and todo[i][0] == "pool":  # of the maxima it is the same, and smaller
+                x = todo[i][1](x)
+                i += 1
+            x = _activate(act, x)
+    if add is not None:
+        x = x + add
+    for kind, module in after:
+        x = _activate(module, x) if kind == "act" else module(x)
+    return x
 
 
 def _activate(act: nn.Module, x: Tensor) -> Tensor:
-    """An activation, in the memory of a map that nobody else has if it is known."""
-    if is_plain(act, nn.ReLU):
+    """A known activation, in the memory of a map that nobody else has."""
+    if isinstance(act, nn.ReLU):
         return x.relu_()
-    return F.hardtanh_(x, 0.0, 6.0) if is_plain(act, nn.ReLU6) else act(x)
+    return F.hardtanh_(x, 0.0, 6.0) if isinstance(act, nn.ReLU6) else F.silu(x, inplace=True)
 
 
-def _by_image(module: Any) -> bool:
-    """Whether a module treats each image by itself and nobody counts its calls."""
-    pools = is_plain(module, nn.MaxPool2d) and isinstance(module.stride, int)
-    return convolves(module) or _folds(module) or pools or is_plain(module, *_ACTIVATIONS)
+def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of what a convolution makes of a map."""
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    ph, pw = conv.padding  # type: ignore[misc]
+    height, width = shape[2] + 2 * ph - dh * (kh - 1) - 1, shape[3] + 2 * pw - dw * (kw - 1) - 1  # type: ignore
+    return shape[0], conv.out_channels, height // sh + 1, width // sw + 1
 
 
-def _images(todo: list[Any], x: Tensor) -> int:
+def _images(todo: Todo, x: Tensor) -> int:
     """How many images to work on at once, so that the maps between the first and the last module stay in the cache."""
     shape, largest = tuple(x.shape), 0
-    for i, module in enumerate(todo):
+    if todo[0][0] == "other":  # it may tell images apart, or somebody counts its calls
+        return x.shape[0]
+    for i, (kind, module) in enumerate(todo):
         largest = max(largest, math.prod(shape)) if i else 0
-        if _takes(module, shape):
+        if kind == "conv":
             shape = _shape(module, shape)
-        elif type(module) is nn.MaxPool2d:
-            stride: Any = module.stride
-            shape = (*shape[:2], *(n // stride for n in shape[2:]))
+        elif kind == "pool":
+            shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
     parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))
     return math.ceil(x.shape[0] / parts)
 
