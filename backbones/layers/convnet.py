@@ -81,7 +81,7 @@ def _flat(modules: Iterable[nn.Module | None]) -> Todo:
         ):
             continue
         if kind in _SEQUENCES and not is_watched(module):
-            out += _flat(module.children())
+            out += _flat(module._modules.values())  # children() would leave out a module that is there twice
         elif kind is nn.Conv2d and convolves(module):
             out.append(("conv", module))
         elif kind in (nn.BatchNorm2d, BatchNormAct2d) and _folds(module):

@@ -151,6 +151,13 @@ def test_pooled_before_activation() -> None:
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+def test_one_module_in_two_places() -> None:
+    act, conv = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+    layers, x = nn.Sequential(conv, act, conv, act), torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        close(run(x, layers), layers(x), "rerun")
+
+
 def test_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of small maps neither the norm is folded nor the layout kept."""
     plain, fast = drawn(resnet.BasicBlock(64, 64)), drawn(resnet.BasicBlock(64, 64))
