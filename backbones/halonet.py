@@ -23,14 +23,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, get_device_dtype, register_notrace_module
+from timm.layers import DropPath, get_device_dtype
 from timm.models import generate_default_cfgs, get_pretrained_cfg, named_apply, register_model
 from timm.models._features import FeatureListNet
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, interleave_blocks
 from torch import Tensor, nn
 
-from .layers import HaloAttention, Panel, to_fast_layout
+from .layers import HaloAttention, Panel
 from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
@@ -46,7 +46,7 @@ from .layers.checks import (
     is_sequence,
     need,
 )
-from .layers.convnet import run, speed_up
+from .layers.convnet import StemConv, run, speed_up
 from .layers.panel import cell_at, seen_by
 
 __all__ = ["HaloNet", "HaloResNet"]
@@ -140,15 +140,6 @@ class HaloBlock(nn.Module):
         x = self.post_attn(x)
         x = self.conv3_1x1(x)
         return self.act(self.drop_path(x) + shortcut)
-
-
-@register_notrace_module  # a leaf like any convolution
-class StemConv(nn.Conv2d):
-    """First convolution: it decides the memory format of all maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image ``[B, in_chans, height, width]`` to a map."""
-        return self._conv_forward(to_fast_layout(x), self.weight, self.bias)
 
 
 class HaloResNet(ByobNet):

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, ConvNormAct, DropPath
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, register_notrace_module
 from timm.models import _efficientnet_blocks, byobnet, resnet
 from torch import Tensor, nn
 
 from ..ops.backend import use_onednn
-from .layout import to_channels_last
+from .layout import to_channels_last, to_fast_layout
 from .plain import convolves, fold, folds, is_plain, is_watched, tensors
 
-__all__ = ["infers", "run", "speed_up"]
+__all__ = ["StemConv", "infers", "run", "speed_up"]
 
 _CHUNK_BYTES = 8 << 20  # largest map inside a block that is worked on at once; past it page faults dominate
 _FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions are faster channels-first
@@ -82,7 +82,7 @@ def _flat(modules: Iterable[nn.Module | None]) -> Todo:
             continue
         if kind in _SEQUENCES and not is_watched(module):
             out += _flat(module._modules.values())  # children() would leave out a module that is there twice
-        elif kind is nn.Conv2d and convolves(module):
+        elif kind in (nn.Conv2d, StemConv) and convolves(module, kind):
             out.append(("conv", module))
         elif kind in (nn.BatchNorm2d, BatchNormAct2d) and _folds(module):
             out.append(("norm", module))
@@ -180,6 +180,15 @@ def _images(todo: Todo, x: Tensor) -> int:
             shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
     parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))
     return math.ceil(x.shape[0] / parts)
+
+
+@register_notrace_module  # a leaf like any convolution
+class StemConv(nn.Conv2d):
+    """First convolution: it decides the memory format of all maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image ``[B, in_chans, height, width]`` to a map."""
+        return self._conv_forward(to_fast_layout(x), self.weight, self.bias)
 
 
 class DepthwiseSeparableConv(_efficientnet_blocks.DepthwiseSeparableConv):

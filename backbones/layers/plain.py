@@ -117,9 +117,9 @@ def depthwise(layer: Any, kernel_size: int, dilation: int = 1, types: tuple[type
     )
 
 
-def convolves(layer: Any) -> bool:
-    """Whether a plain convolution pads with zeros, as many as it says."""
-    return is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def convolves(layer: Any, kind: type = nn.Conv2d) -> bool:
+    """Whether a plain convolution of a class pads with zeros, as many as it says."""
+    return is_plain(layer, kind) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def folds(norm: Any, *types: type) -> bool:
