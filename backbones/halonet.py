@@ -23,14 +23,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, get_device_dtype, register_notrace_module
+from timm.layers import DropPath, get_device_dtype
 from timm.models import generate_default_cfgs, get_pretrained_cfg, named_apply, register_model
 from timm.models._features import FeatureListNet
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, interleave_blocks
 from torch import Tensor, nn
 
-from .layers import HaloAttention, Panel, to_fast_layout
+from .layers import HaloAttention, Panel
 from .layers.about import NAMED_SIZES, About
 from .layers.build import build
 from .layers.checkpoint import unwrap
@@ -46,6 +46,7 @@ from .layers.checks import (
     is_sequence,
     need,
 )
+from .layers.convnet import StemConv, run, speed_up
 from .layers.panel import cell_at, seen_by
 
 __all__ = ["HaloNet", "HaloResNet"]
@@ -131,20 +132,14 @@ class HaloBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chs, H, W]`` to ``[B, out_chs, ceil(H / stride), ceil(W / stride)]``."""
         shortcut = self.shortcut(x)
+        if not torch.jit.is_scripting():
+            layers = self.conv1_1x1, self.self_attn, self.post_attn, self.conv3_1x1, self.drop_path
+            return run(x, *layers, add=shortcut, act=self.act)
         x = self.conv1_1x1(x)
         x = self.self_attn(x)
         x = self.post_attn(x)
         x = self.conv3_1x1(x)
         return self.act(self.drop_path(x) + shortcut)
-
-
-@register_notrace_module  # a leaf like any convolution
-class StemConv(nn.Conv2d):
-    """First convolution: it decides the memory format of all maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image ``[B, in_chans, height, width]`` to a map."""
-        return self._conv_forward(to_fast_layout(x), self.weight, self.bias)
 
 
 class HaloResNet(ByobNet):
@@ -201,6 +196,7 @@ class HaloResNet(ByobNet):
         except AssertionError as e:
             need(False, f"what timm's ByobNet takes{f': {e}' if str(e) else ''}", **kwargs)
         self.zero_init_last = zero_init_last
+        speed_up(self)
         first: nn.Module = next(m for m in self.stem.modules() if isinstance(m, nn.Conv2d))
         first.__class__ = StemConv
 

@@ -29,6 +29,7 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import check_counts, check_positions, checked, need
+from .layers.convnet import run, speed_up
 from .layers.panel import evaluating
 from .layers.resampling import resize_smoothly
 
@@ -133,11 +134,13 @@ class AttentionBody(nn.Module):
         """Gray images ``[B, 1, H, W]`` to the map ``[B, 1, H, W]``, before the sigmoid with ``logits``."""
         skips: list[Tensor] = []
         for i, block in enumerate(self.down):
-            x = block(x if i == 0 else self.pool(x))
+            x = x if i == 0 else self.pool(x)
+            x = block(x) if torch.jit.is_scripting() else run(x, block)
             skips.append(x)
         x = skips.pop()
         for up, merge in zip(self.up, self.merge):  # noqa: B905 - TorchScript knows no strict
-            x = merge(torch.cat([up(x), skips.pop()], dim=1))
+            x = torch.cat([up(x), skips.pop()], dim=1)
+            x = merge(x) if torch.jit.is_scripting() else run(x, merge)
         x = self.out(x)
         return x if logits else x.sigmoid()
 
@@ -183,7 +186,8 @@ class AttentionHead(nn.Module):
     def attention(self, global_map: Tensor, height: int, width: int) -> Tensor:
         """The local map ``[B, 1 or dim, height, width]`` in (0, 1)."""
         local = resize_map(global_map, height, width)
-        return self.conv2(F.relu(self.bn1(self.conv1(local)))).sigmoid()
+        x = self.bn1(self.conv1(local)) if torch.jit.is_scripting() else run(local, self.conv1, self.bn1)
+        return self.conv2(F.relu(x)).sigmoid()
 
     def forward(self, x: Tensor, global_map: Tensor) -> Tensor:
         """Gate a stage's output ``[B, dim, H, W]`` by the global map ``[B, 1, S, S]``."""
@@ -281,6 +285,7 @@ class MEDUSA(ResNet):
             zero_init_last=zero_init_last,
             **dd,
         )
+        speed_up(self)
         self.body_size = body_size
         self.training_rounds = training_rounds
         self.phase = "all"
@@ -404,7 +409,10 @@ class MEDUSA(ResNet):
 
     def _pyramid(self, x: Tensor, global_map: Tensor, last: int) -> list[Tensor]:
         """Gated outputs of the stages up to a level."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        else:
+            x = run(x, self.conv1, self.bn1, self.act1, self.maxpool)
         x = self.attention1(self.layer1(x), global_map)  # type: ignore[operator]
         levels = [x]
         if last >= 1:  # noqa: SIM102 - TorchScript decides the inner conditions before it compiles

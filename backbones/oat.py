@@ -21,6 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
+from timm.models._features import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
@@ -30,9 +31,10 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import NATURAL, SHARE, check_model_name, check_multiple, checked, need
+from .layers.convnet import infers, run, speed_up
 from .layers.panel import evaluating
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
-from .layers.plain import tensors
+from .layers.plain import is_watched, tensors
 from .ops.attention import attention
 from .ops.backend import is_transforming, plain_only
 
@@ -65,6 +67,7 @@ ABOUT = About(
 )
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
+_RELU_AND_POOL = nn.ReLU(), nn.MaxPool2d(5)
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
 SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
 
@@ -105,8 +108,10 @@ class CropNet(nn.Module):
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need crop_size={self.crop_size}, or a model with spp")
         if min(size) < SMALLEST_CROP:
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need at least {SMALLEST_CROP}x{SMALLEST_CROP}")
-        x = F.max_pool2d(F.relu(self.conv1(x)), 5)
-        x = F.relu(self.conv2(x))
+        if infers(x):
+            x = run(x, self.conv1, *_RELU_AND_POOL, self.conv2, _RELU_AND_POOL[0])
+        else:
+            x = F.relu(self.conv2(F.max_pool2d(F.relu(self.conv1(x)), 5)))
         return self.fc(torch.cat([pyramid_level(x, 2**i) for i in range(self.spp)], 1) if self.spp else self._pool(x))
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -487,6 +492,7 @@ class OAT(nn.Module):
             self.appearance = CropNet(half, in_chans, self.crop_size, spp, **dd)
         else:
             self.backbone = _stride_16(backbone, backbone_pretrained, in_chans, dd)
+            speed_up(self.backbone)
             self.appearance = nn.Linear(self.backbone.feature_info.channels()[-1], half, **dd)  # type: ignore
         layer = (embed_dim, num_heads, mlp_dim, drop_rate)
         self.encoder = nn.ModuleList(EncoderLayer(*layer, **dd) for _ in range(enc_depth))
@@ -588,8 +594,15 @@ class OAT(nn.Module):
     def _look(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Appearance ``[B, N + 1, E / 2]`` of boxed objects and of an all-ones crop."""
         if self.backbone is None:
-            return self._look_at_crops(self._cut(image, boxes, self.crop_size).unflatten(0, boxes.shape[:2]))
-        (features,) = self.backbone(image)
+            scenes = [(image, boxes)]
+            if infers(image) and not any(map(is_watched, self.appearance.modules())):
+                scenes = list(zip(image.split(1), boxes.split(1), strict=True))  # crops of many are slow to allocate
+            crops = (self._cut(*scene, self.crop_size).unflatten(0, scene[1].shape[:2]) for scene in scenes)
+            return torch.cat([self._look_at_crops(c) for c in crops])
+        if type(self.backbone) is FeatureListNet and not is_watched(self.backbone):
+            features = run(image, *self.backbone.values())
+        else:
+            (features,) = self.backbone(image)
         pooled = self._cut(features, boxes, (7, 7), 1 / 16).mean((2, 3)).unflatten(0, boxes.shape[:2])
         blank = torch.ones_like(pooled[:, :1])
         return self.appearance(torch.cat((pooled, blank), 1))

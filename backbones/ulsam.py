@@ -42,7 +42,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import ANY, checked, need
+from .layers.convnet import run, speed_up
 from .layers.panel import seen_by, tiled
 from .ops.ulsam import subspace_maps
 
@@ -170,6 +171,7 @@ class MobileNetULSAM(EfficientNet):
             global_pool=global_pool,
             **dd,
         )
+        speed_up(self)
         self._place(ulsam_replace, ulsam_insert, num_splits=num_splits, bn_momentum=ulsam_bn_momentum, **dd)
 
     def _place(self, replace: Sequence[int], insert: Sequence[int], **kwargs: Any) -> None:
@@ -220,6 +222,15 @@ class MobileNetULSAM(EfficientNet):
                 (r"^conv_head|bn2", (99999,)),
             ],
         }
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, height, width]`` to the last map."""
+        x = self.bn1(self.conv_stem(x)) if torch.jit.is_scripting() else run(x, self.conv_stem, self.bn1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x, flatten=True)
+        else:
+            x = self.blocks(x)
+        return self.bn2(self.conv_head(x)) if torch.jit.is_scripting() else run(x, self.conv_head, self.bn2)
 
     @checked()
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

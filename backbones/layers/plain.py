@@ -111,15 +111,23 @@ def depthwise(layer: Any, kernel_size: int, dilation: int = 1, types: tuple[type
     )
 
 
-def convolves(layer: Any) -> bool:
-    """Whether a plain convolution pads with zeros, as many as it says."""
-    return is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def convolves(layer: Any, kind: type = nn.Conv2d) -> bool:
+    """Whether a plain convolution of a class pads with zeros, as many as it says."""
+    return is_plain(layer, kind) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def folds(norm: Any) -> bool:
-    """Whether a plain batch norm is a fixed factor and summand for each channel: it evaluates, and has both."""
+def folds(norm: Any, *types: type) -> bool:
+    """Whether a plain batch norm is a fixed factor and summand for each channel: it evaluates, and has both.
+
+    Args:
+        norm: Any module.
+        types: Classes to take; none for ``nn.BatchNorm2d``.
+
+    Returns:
+        True if it is so.
+    """
     return (
-        is_plain(norm, nn.BatchNorm2d)
+        is_plain(norm, *(types or (nn.BatchNorm2d,)))
         and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None

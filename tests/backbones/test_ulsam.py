@@ -98,10 +98,9 @@ def test_weights_of_plain_mobilenets_load():
     kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "source": ""}, "width": 0.5}
     model = timm.create_model("mobilenetv2_100_ulsam_r14_17_g4", ulsam_insert=(18,), **kwargs).eval()
     x = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        found, expected = (m.forward_intermediates(x, intermediates_only=True) for m in (model, plain))
-        for a, b in zip(found[:3], expected[:3], strict=True):
-            close(a, b, "rerun")
+    found, expected = (m.forward_intermediates(x, intermediates_only=True) for m in (model, plain))
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        close(a, b, "rerun")
     close(model.classifier.weight, plain.classifier.weight, "same")
     filtered = checkpoint_filter_fn({"state_dict": {f"module.{k}": v for k, v in state.items()}}, model)
     assert filtered.keys() == model.state_dict().keys()
