@@ -162,8 +162,8 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
 def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of what a convolution makes of a map."""
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    ph, pw = conv.padding  # type: ignore[misc]
-    height, width = shape[2] + 2 * ph - dh * (kh - 1) - 1, shape[3] + 2 * pw - dw * (kw - 1) - 1  # type: ignore
+    padding: Any = conv.padding
+    height, width = shape[2] + 2 * padding[0] - dh * (kh - 1) - 1, shape[3] + 2 * padding[1] - dw * (kw - 1) - 1
     return shape[0], conv.out_channels, height // sh + 1, width // sw + 1
 
 
