@@ -13,7 +13,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops.backend import on_kernel_device, plain_only, use_onednn, without_autocast
+from ..ops.backend import on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv
 from ..ops.depthwise3x3 import depthwise3x3
@@ -303,8 +303,9 @@ def merge_branches(
 
 
 def convolve(conv: Any, x: Tensor) -> Tensor:
-    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU."""
-    if on_kernel_device(x) and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
+    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU."""
+    runs = on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x))
+    if runs and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
         weight, bias = tensors(conv)
         return depthwise_conv(x, weight, bias, conv.dilation[0])
     return conv(x)
