@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
-from .layers import Panel
+from .layers import Panel, to_fast_layout
 from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
@@ -111,7 +111,8 @@ class CropNet(nn.Module):
         if infers(x):
             x = run(x, self.conv1, *_RELU_AND_POOL, self.conv2, _RELU_AND_POOL[0])
         else:
-            x = F.relu(self.conv2(F.max_pool2d(F.relu(self.conv1(x)), 5)))
+            x = F.relu(F.max_pool2d(self.conv1(to_fast_layout(x)), 5))  # as after a ReLU, with 25 times fewer values
+            x = F.relu(self.conv2(x))
         return self.fc(torch.cat([pyramid_level(x, 2**i) for i in range(self.spp)], 1) if self.spp else self._pool(x))
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops.backend import on_kernel_device, plain_only, use_onednn, without_autocast
+from ..ops.backend import on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv
 from ..ops.depthwise3x3 import depthwise3x3
@@ -155,7 +155,8 @@ class GlobalResponseNorm(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         dtype = torch.promote_types(x.dtype, torch.float32)  # the norm of a large map overflows float16
         if _infers(x):  # up to 10 times faster on channels-last maps, but without a gradient at zero
-            norm = x.to(dtype).square().sum(dim=(2, 3), keepdim=True).sqrt()
+            wide = x.to(dtype) if x.dtype == torch.float16 else x  # sums of bfloat16 are float32 inside
+            norm = wide.square().sum(dim=(2, 3), keepdim=True).sqrt()
         elif torch.jit.is_scripting():
             norm = torch.linalg.vector_norm(x.to(dtype), dim=(2, 3), keepdim=True)
         else:
@@ -167,7 +168,7 @@ class GlobalResponseNorm(nn.Module):
 
 @register_notrace_module  # picks its path by the device of its input
 class FusedSequential(nn.Sequential):
-    """Sequence that a CPU runs with fewer passes over the map, for inference in float32.
+    """Sequence that a CPU runs with fewer passes over the map, for inference in dtypes that oneDNN knows.
 
     Norms are folded into the convolution before them, activations applied as its output is written, and images worked
     on a few at a time where the widest map would leave the cache.  Modules with hooks run by themselves.
@@ -176,7 +177,7 @@ class FusedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` as the modules do one after the other."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if use_onednn(x, x) and x.dtype == torch.float32:
+            if use_onednn(x, x):
                 out = [run_fused(list(self), chunk) for chunk in x.split(self._images(x))]
                 return out[0] if len(out) == 1 else torch.cat(out)
         for module in self:
@@ -202,21 +203,21 @@ def _activation(module: Any) -> tuple[str, str]:
 
 
 def run_fused(modules: list[Any], x: Tensor) -> Tensor:
-    """Run modules on a float32 map, each convolution together with the norm and activation after it.
+    """Run modules on a map, each convolution together with the norm and activation after it.
 
     Args:
         modules: What to run, in order; those that are not plain run by themselves.
         x: Map ``[B, C, H, W]`` on a CPU, outside autograd.
 
     Returns:
-        What the modules give one after the other, up to rounding.
+        What the modules give one after the other, up to rounding.  Norms of bfloat16 are folded in float32.
     """
     i = 0
     while i < len(modules):
         conv = modules[i]
         i += 1
-        if not _fusible(conv):
-            x = conv(x)
+        if not _fusible(conv, x.dtype):
+            x = project(conv, x)
             continue
         if isinstance(conv, DilatedReparamBlock):
             weight, bias, conv = *conv.kernel(), conv.lk_origin
@@ -225,10 +226,11 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
             weight = conv.residual_weight() if isinstance(conv, ResDWConv) else weight
         # a norm costs a pass over the map, or over the weights if it is folded into them
         if i < len(modules) and folds(modules[i]) and weight.numel() < x.numel():
-            scale, shift = fold(modules[i])
+            scale, shift = fold(modules[i], torch.float32)
             i += 1
-            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+            bias = shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale)
             weight = weight * scale.reshape(-1, 1, 1, 1)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         activation, algorithm = "none", ""
         if i < len(modules) and is_plain(modules[i], *_ACTIVATIONS):
             activation, algorithm = _activation(modules[i])
@@ -242,11 +244,11 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
     return x
 
 
-def _fusible(module: nn.Module) -> bool:
+def _fusible(module: nn.Module, dtype: torch.dtype) -> bool:
     if isinstance(module, DilatedReparamBlock):
         return is_plain(module, DilatedReparamBlock) and module.mergeable()
-    if isinstance(module, ResDWConv):
-        return is_plain(module, ResDWConv) and keeps_size(module)
+    if isinstance(module, ResDWConv):  # which adds its input by itself where its weight would not be exact
+        return dtype == torch.float32 and is_plain(module, ResDWConv) and keeps_size(module)
     return is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
@@ -303,8 +305,9 @@ def merge_branches(
 
 
 def convolve(conv: Any, x: Tensor) -> Tensor:
-    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU."""
-    if on_kernel_device(x) and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
+    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU."""
+    runs = on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x))
+    if runs and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
         weight, bias = tensors(conv)
         return depthwise_conv(x, weight, bias, conv.dilation[0])
     return conv(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype, is_exporting, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from ..ops.backend import on_kernel_device
+from ..ops.backend import on_kernel_device, trains_by_onednn
 from ..ops.ulsam import reference_subspace_attention, subspace_attention, subspace_maps, ulsam_logits
 from .checks import ANY, check_multiple, checked
 from .contmix import as_written
@@ -69,7 +69,7 @@ class ULSAM(nn.Module):
                 if self._folds(x):
                     return ulsam_logits(x, *self._fold())
                 weight, bias = tensors(self.conv_point)
-                return self.bn_point(ulsam_logits(self.bn_dws(self.conv_dws(x)), weight.flatten(1), bias))
+                return self.bn_point(ulsam_logits(self.bn_dws(self._scaled(x)), weight.flatten(1), bias))
         peaks = F.max_pool2d(F.relu(self.bn_dws(self.conv_dws(x))), 3, stride=1, padding=1)
         return self.bn_point(self.conv_point(peaks))
 
@@ -77,6 +77,14 @@ class ULSAM(nn.Module):
     def _reads(self) -> bool:
         """Whether the operator may sum with the weights of the second convolution."""
         return pointwise(self.conv_point, self.num_splits) and has_bias(self.conv_point)
+
+    @torch.jit.unused
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What ``conv_dws`` gives; in training on a CPU PyTorch may run one convolution for every channel."""
+        if trains_by_onednn(x) and pointwise(self.conv_dws, x.shape[1]) and has_bias(self.conv_dws):
+            weight, bias = tensors(self.conv_dws)
+            return torch.addcmul(bias.reshape(-1, 1, 1), x, weight.reshape(-1, 1, 1))
+        return self.conv_dws(x)
 
     @torch.jit.unused
     def _folds(self, x: Tensor) -> bool:

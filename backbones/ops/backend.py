@@ -142,6 +142,28 @@ def use_compiled_onednn(x: Tensor, weight: Tensor) -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and _fits_onednn(x, weight)
 
 
+def trains_by_onednn(x: Tensor) -> bool:
+    """Whether an operator of ours that hands PyTorch's convolutions of oneDNN other shapes may take this call.
+
+    Unlike :func:`use_onednn` it may while a gradient is recorded, and while a program is compiled.
+
+    Args:
+        x: Input of any shape.
+
+    Returns:
+        True for float32 CPU tensors, outside autocast, tracing, export and transforms.
+    """
+    return (
+        _ONEDNN
+        and x.device.type == "cpu"
+        and not on_kernel_device(x)
+        and x.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not plain_only()
+    )
+
+
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _ONEDNN

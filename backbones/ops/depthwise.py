@@ -8,6 +8,14 @@ The reference is PyTorch's own convolution.  On a GPU, for channels first, cuDNN
 ones only; all others go to a native kernel that takes every product one by one, with its own loads and tests of the
 border.  The Triton kernels make products of matrices instead, about twice as many multiplications, but for tensor
 cores: see ``_depthwise_kernels.py``.  They add up in a fixed order, and keep the memory format.
+
+On a CPU oneDNN is fast, but not at dilated kernels that reach far, nor at gradients of weights.  So training asks it
+for what it is fast at, without a multiplication more.  Positions whose row and column have the same remainders by the
+dilation see only each other, so that a dilated convolution is a dense one of ``d^2`` smaller maps.  The gradient of
+``x`` is the convolution with the flipped kernel; and that of the weights, for each image, the convolution of ``x`` with
+the output's gradient as a kernel as large as the map, at every ``d``-th place, in bands of rows:
+
+    dweight[c, i, j] = sum over y, x of dout[c, y, x] * in[c, y + d * (i - K // 2), x + d * (j - K // 2)]
 """
 
 from __future__ import annotations
@@ -17,13 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._derivative import plain_gradients
-from ._kernels import empty_map
-from .backend import KernelModule, autocast_dtype, use_triton, without_autocast
+from ._kernels import cdiv, empty_map, memory_format
+from .backend import KernelModule, autocast_dtype, trains_by_onednn, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
 kernels = KernelModule("_depthwise_kernels")
-MAX_REACH = 15  # columns left and right of a column that its result depends on
+MAX_REACH = 15  # columns left and right of a column that its result depends on, for the Triton kernels
+_DILATED_REACH = 4  # the same of dilated kernels, for which oneDNN has a fast one with AVX2
+_TERMS = 320  # of one sum of a weight's gradient, about as many as in blocks of a matrix product
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
@@ -63,71 +73,117 @@ def reference_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = No
     return _plain_form(x, weight, bias, dilation)
 
 
+def _phases_form(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Channels-last, in the memory format of ``x``; dilated kernels that reach far on the phases of the map."""
+    B, C, H, W = x.shape
+    d, half = dilation, weight.shape[2] // 2
+    y = x.contiguous(memory_format=torch.channels_last)
+    if d == 1 or d * half <= _DILATED_REACH:
+        y = F.conv2d(y, weight, bias, padding=d * half, dilation=d, groups=C)
+    else:
+        h, w = cdiv(H, d), cdiv(W, d)
+        y = F.pad(y.permute(0, 2, 3, 1), [0, 0, 0, w * d - W, 0, h * d - H])
+        y = y.reshape(B, h, d, w, d, C).permute(2, 4, 0, 1, 3, 5).reshape(d * d * B, h, w, C)
+        y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=half, groups=C).permute(0, 2, 3, 1)
+        y = y.reshape(d, d, B, h, w, C).permute(2, 3, 0, 4, 1, 5).reshape(B, h * d, w * d, C)
+        y = y[:, :H, :W].permute(0, 3, 1, 2)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _weight_gradient(dout: Tensor, x: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """``[C, 1, K, K]``, in bands of rows: all images at once would be a copy, and long sums in float32 less exact."""
+    (B, C, H, W), reach = x.shape, dilation * (kernel_size // 2)
+    total = x.new_zeros(1, C, kernel_size, kernel_size)
+    rows = cdiv(H, cdiv(H * W, _TERMS))
+    y = x.contiguous(memory_format=torch.channels_last)
+    y = F.pad(y.permute(0, 2, 3, 1), [0, 0, 0, 0, reach, reach]).permute(0, 3, 1, 2)
+    for b in range(B):
+        for i in range(0, H, rows):
+            grad = dout[b, :, i : i + rows].unsqueeze(1)  # [C, 1, rows, W]
+            band = y[b : b + 1, :, i : i + grad.shape[2] + 2 * reach]
+            total += F.conv2d(band, grad, stride=dilation, padding=(0, reach), groups=C)
+    return total.transpose(0, 1)
+
+
 @operator
-def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    return kernels.kernel_forward(x, weight, bias, dilation)
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, triton_kernel: bool) -> Tensor:
+    if triton_kernel:
+        return kernels.kernel_forward(x, weight, bias, dilation)
+    with without_autocast(x):
+        return _phases_form(x, weight, bias, dilation)
 
 
 @torch.library.register_fake("vizoo::depthwise_conv")
-def _(x, weight, bias, dilation):
+def _(x, weight, bias, dilation, triton_kernel):
     return empty_map(x)
 
 
 @operator
 def _depthwise_conv_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool
+    dout: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, triton_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``weight``, empty where they are not needed."""
-    dx = kernels.kernel_forward(dout, weight, None, dilation, flip=True) if need_x else x.new_empty(0)
-    if not need_weight:
-        return dx, weight.new_empty(0)
-    return dx, kernels.kernel_weight_gradient(dout, x, weight.shape[2], dilation).to(weight.dtype)
+    dx, dweight, K = x.new_empty(0), weight.new_empty(0), weight.shape[2]
+    if triton_kernel:
+        if need_x:
+            dx = kernels.kernel_forward(dout, weight, None, dilation, flip=True)
+        if need_weight:
+            dweight = kernels.kernel_weight_gradient(dout, x, K, dilation).to(weight.dtype)
+        return dx, dweight
+    with without_autocast(x):
+        if need_x:
+            dx = _phases_form(dout, weight.flip(2, 3), None, dilation)
+        if need_weight:
+            dweight = _weight_gradient(dout, x, K, dilation)
+    return dx, dweight.contiguous()
 
 
 @torch.library.register_fake("vizoo::depthwise_conv_backward")
-def _(dout, x, weight, dilation, need_x, need_weight):
+def _(dout, x, weight, dilation, need_x, need_weight, triton_kernel):
     dx = empty_map(dout) if need_x else x.new_empty(0)
     return dx, weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.dilation = inputs
+    x, weight, bias, ctx.dilation, ctx.triton_kernel = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx, dout):
     x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     dbias = dout.sum((0, 2, 3), dtype=ctx.bias_dtype) if need_bias else None
     if torch.is_grad_enabled():  # create_graph=True
         with without_autocast(x):
             found = plain_gradients(
                 lambda x, weight: _plain_form(x, weight, None, ctx.dilation), (x, weight), dout, (need_x, need_weight)
             )
-        return *found, dbias, None
-    dx, dweight = _depthwise_conv_backward(dout, x, weight, ctx.dilation, need_x, need_weight)
-    return dx if need_x else None, dweight if need_weight else None, dbias, None
+        return *found, dbias, None, None
+    dx, dweight = _depthwise_conv_backward(dout, x, weight, ctx.dilation, need_x, need_weight, ctx.triton_kernel)
+    return dx if need_x else None, dweight if need_weight else None, dbias, None, None
 
 
 torch.library.register_autograd("vizoo::depthwise_conv", _differentiate, setup_context=_save)
 
 
 @register_cost("vizoo::depthwise_conv", torch.ops.vizoo.depthwise_conv)
-def _(x, weight, bias, dilation, out=None) -> Cost:
+def _(x, weight, bias, dilation, triton_kernel, out=None) -> Cost:
     elements = x[0] * x[1] * x[2] * x[3]
     return Cost(macs=elements * weight[2] ** 2, other=0 if bias is None else elements)
 
 
 @register_cost("vizoo::depthwise_conv_backward", torch.ops.vizoo.depthwise_conv_backward)
-def _(dout, x, weight, dilation, need_x, need_weight, out=None) -> Cost:
+def _(dout, x, weight, dilation, need_x, need_weight, triton_kernel, out=None) -> Cost:
     return Cost(macs=x[0] * x[1] * x[2] * x[3] * weight[2] ** 2 * (need_x + need_weight))
 
 
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, backend: str = "auto"
 ) -> Tensor:
-    """:func:`reference_depthwise_conv` by Triton kernels on a GPU: same result and errors.
+    """:func:`reference_depthwise_conv` by Triton kernels on a GPU, and by oneDNN's best in training on a CPU.
+
+    Result and errors are the same.
 
     Args:
         x: Map ``[B, C, H, W]``.
@@ -135,7 +191,8 @@ def depthwise_conv(
         bias: ``[C]``, or None.
         dilation: Distance of neighbouring taps.
         backend: ``"torch"``; ``"triton"`` (no float64, taps up to 15 pixels from the centre); or ``"auto"``: Triton
-            where it can run, but for undilated kernels up to 5x5, which cuDNN has.
+            where it can run, but for undilated kernels up to 5x5, which cuDNN has; and on a CPU, while gradients are
+            recorded in float32, what oneDNN is fast at, but for undilated 3x3 kernels.
 
     Returns:
         ``[B, C, H, W]``.
@@ -144,13 +201,16 @@ def depthwise_conv(
         ValueError: If the shapes do not fit each other, an argument is outside its range, or ``backend`` cannot run.
     """
     _check(x, weight, bias, dilation)
+    trains = backend == "auto" and torch.is_grad_enabled() and (dilation > 1 or weight.shape[2] > 3)
     if backend == "auto" and dilation == 1 and weight.shape[2] <= 5:
         backend = "torch"
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)  # as a convolution
     if use_triton(backend, x, _kernel_limits(x, weight.shape[2], dilation)):
-        return _depthwise_conv(x, weight, bias, dilation)
+        return _depthwise_conv(x, weight, bias, dilation, True)
+    if trains and trains_by_onednn(x) and weight.dtype == x.dtype:
+        return _depthwise_conv(x, weight, bias, dilation, False)
     return _plain_form(x, weight, bias, dilation)
 
 

@@ -1,14 +1,23 @@
 """ContMixBlock: recorded official blocks, the merge of its kernels, its response norm."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from golden import image, load, weights
 from tolerance import close, golden_close, golden_gradients, op_close
+from torch import nn
 
 from vizoo.backbones.layers import ContMixBlock
-from vizoo.backbones.layers.contmix import BRANCHES, DilatedReparamBlock, GlobalResponseNorm
+from vizoo.backbones.layers.contmix import (
+    BRANCHES,
+    DilatedReparamBlock,
+    FusedSequential,
+    GlobalResponseNorm,
+    residual_conv,
+)
+from vizoo.backbones.ops import backend
 
 TRAINED = ("rpb1", "rpb2", "weight_proj.weight", "weight_proj.bias")  # with recorded gradients
 BLOCKS = {
@@ -106,3 +115,44 @@ def test_kernels_are_those_of_the_block(size, dtype):
                 halves.append((kernel.unsqueeze(2) * window).sum((3, 4)).flatten())
             found[0, :, row, col] = torch.cat(halves)
     op_close(out, found, grad=dtype == torch.bfloat16)  # there logits are rounded before the softmax, not after
+
+
+@pytest.mark.skipif(bool(backend.onednn_missing()), reason="needs oneDNN, which PyTorch was built without")
+@pytest.mark.parametrize("size", [(5, 7), (14, 14)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_bfloat16_runs_in_as_few_operators(batch, size, monkeypatch):
+    """Each convolution with its norm and activation; where the processor has none of them, in operators that round."""
+    ops, ran = torch.ops.mkldnn, []
+    if torch.bfloat16 not in backend.onednn_dtypes():
+        monkeypatch.setattr(backend, "_ONEDNN_DTYPES", (torch.float32, torch.bfloat16))
+        runs = {name: getattr(ops, name) for name in ("_linear_pointwise", "_convolution_pointwise")}
+
+        def rounding(name, x, w, b, *args):
+            ran.append((x.dtype, w.dtype, None if b is None else b.dtype))
+            return runs[name](x.float(), w.float(), None if b is None else b.float(), *args).to(x.dtype)
+
+        for name in runs:
+            monkeypatch.setattr(ops, name, partial(rounding, name))
+    torch.manual_seed(0)
+    modules = FusedSequential(
+        DilatedReparamBlock(24, 5),
+        nn.BatchNorm2d(24),
+        nn.Conv2d(24, 40, 1),
+        nn.GELU(),
+        residual_conv(40),
+        GlobalResponseNorm(40),
+        nn.Conv2d(40, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+    ).eval()
+    for name, t in modules.state_dict().items():
+        if t.is_floating_point():
+            t.copy_(torch.rand_like(t) + 0.5 if name.endswith("var") else 0.3 * torch.randn_like(t))
+    modules, x = modules.bfloat16(), torch.randn(batch, 24, *size).bfloat16()
+    with torch.enable_grad():  # the modules one after the other
+        plain = nn.Sequential(*modules)(x).detach()
+    found = modules(x)
+    assert all(set(dtypes) <= {torch.bfloat16, None} for dtypes in ran)
+    assert len(ran) in (0, 3)
+    op_close(found, nn.Sequential(*modules.double())(x.double()), plain)

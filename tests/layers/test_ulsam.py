@@ -68,6 +68,29 @@ def test_inference_is_the_loop(case, layout):
     op_close(effect(ours, x).detach(), expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_float32_trains_as_float64(batch, layout):
+    """Where one product scales the channels, and by the convolution itself where it is watched."""
+    _, ours = pair(12, 3)
+    x = torch.randn(batch, 12, 5, 7, dtype=torch.float64)
+    grad = torch.randn_like(x)
+
+    def outcome(dtype):
+        given = x.to(dtype, memory_format=layout).requires_grad_()
+        layer = ours.to(dtype)
+        out = layer._scaled(given)
+        return out, *torch.autograd.grad(out, [given, *layer.conv_dws.parameters()], grad.to(dtype))
+
+    found, seen = outcome(torch.float32), []
+    with ours.conv_dws.register_forward_hook(lambda *a: seen.append(a)):
+        watched = outcome(torch.float32)
+    assert "Convolution" not in type(found[0].grad_fn).__name__
+    assert len(seen) == 1
+    for i, truth in enumerate(outcome(torch.float64)):
+        op_close(found[i].detach(), truth.detach(), watched[i].detach(), grad=i > 0)
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is not installed")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_kernels_are_the_loop(training):

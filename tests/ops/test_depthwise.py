@@ -84,12 +84,73 @@ def test_is_the_definition(case):
     op_close(reference_depthwise_conv(*inputs(*case), case[-1]), loop(*inputs(*case), case[-1]))
 
 
-def test_cpus_run_pytorchs_convolution():
-    """To the last bit, and not as an operator of ours."""
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": channels_last,
+    "part": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "part of channels last": lambda x: channels_last(torch.cat([x, x], 1))[:, : x.shape[1]],
+    "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+# for training on a CPU
+
+
+def cpu_form(x, weight, bias=None, dilation=1):
+    return torch.ops.vizoo.depthwise_conv(x, weight, bias, dilation, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [*CASES, (3, 8, 11, 13, 3, 7), (1, 8, 14, 14, 7, 2), (2, 8, 7, 5, 3, 1)], ids=ids)
+def test_cpu_form(case, dtype, layout):
+    """Dilations that are and that are not shorter than the map, and divide its sides or do not."""
+    check(cpu_form, case, dtype, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("case", [(2, 2, 5, 6, 5, 1), (2, 2, 5, 7, 3, 5)], ids=ids)
+def test_gradients_of_the_cpu_form(case):
+    tensors = [t.requires_grad_() for t in inputs(*case)]
+    assert torch.autograd.gradcheck(lambda *t: cpu_form(*t, case[-1]), tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: cpu_form(*t, case[-1]), tensors)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's choice")
+def test_cpus_train_in_their_own_form():
+    """In float32; what it is no gain for runs as PyTorch's convolution, to the last bit."""
     x, weight, bias = (t.float().requires_grad_() for t in inputs(*CASES[0]))
-    out = depthwise_conv(x, weight, bias)
-    assert torch.equal(out, torch.nn.functional.conv2d(x, weight, bias, padding=3, groups=5))
-    assert "Convolution" in type(out.grad_fn).__name__
+    assert "vizoo" in type(depthwise_conv(x, weight, bias).grad_fn).__name__
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "Convolution" in type(depthwise_conv(x, weight, bias).grad_fn).__name__
+    for tensors, f in (([x, weight[..., :3, :3], bias], depthwise_conv), (half, depthwise_conv)):
+        out = f(*tensors)
+        assert torch.equal(out, torch.nn.functional.conv2d(*tensors, padding=tensors[1].shape[2] // 2, groups=5))
+        assert "Convolution" in type(out.grad_fn).__name__
+    with torch.no_grad():
+        assert torch.equal(depthwise_conv(x, weight, bias), reference_depthwise_conv(x, weight, bias))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "part of channels last"])
+def test_the_cpu_form_keeps_the_memory_format(layout):
+    x, weight, bias = (t.float().to(DEVICE) for t in inputs(2, 4, 6, 5, 3, 5))
+    torch.library.opcheck(torch.ops.vizoo.depthwise_conv.default, (LAYOUTS[layout](x), weight, bias, 5, False))
+    for needed in ((True, False), (False, True)):
+        arguments = (LAYOUTS[layout](torch.randn_like(x)), LAYOUTS[layout](x), weight, 5, *needed, False)
+        torch.library.opcheck(torch.ops.vizoo.depthwise_conv_backward.default, arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's choice")
+def test_the_cpu_form_compiles():
+    torch._dynamo.reset()
+    compiled = torch.compile(depthwise_conv, backend="aot_eager", fullgraph=True, dynamic=True)
+    for case in ((2, 1, 3, 4, 5, 1), (1, 2, 4, 9, 7, 2)):
+        check(compiled, case, torch.float32, channels_last)
 
 
 # the kernels
@@ -109,22 +170,10 @@ def test_kernels_take_any_size(kernel_size):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: x.contiguous(memory_format=torch.channels_last),  # in float32 by copies
-        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],  # a part of the channels, read in place
-        lambda x: x.repeat_interleave(2, 3)[..., ::2],
-        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    ],
-    ids=["channels last", "part", "strided", "transposed"],
-)
-def test_inputs_need_not_be_contiguous(change):
-    check(triton_form, (2, 3, 4, 6, 5, 1), torch.float32, change)
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", ["channels last", "part", "strided", "transposed"])
+def test_inputs_need_not_be_contiguous(layout):
+    """Channels-last maps in float32 are copied, a part of the channels is read in place."""
+    check(triton_form, (2, 3, 4, 6, 5, 1), torch.float32, LAYOUTS[layout])
 
 
 @needs_triton
@@ -258,10 +307,10 @@ def test_second_derivatives():
 def test_opcheck():
     """Small: each call runs a dozen times."""
     x, weight, bias = (t.float().to(DEVICE).requires_grad_() for t in inputs(1, 2, 2, 3, 3, 1))
-    torch.library.opcheck(torch.ops.vizoo.depthwise_conv.default, (x, weight, bias, 2))
+    torch.library.opcheck(torch.ops.vizoo.depthwise_conv.default, (x, weight, bias, 2, True))
     x, weight = channels_last(x.detach()), weight.detach().half()
     for needed in ((True, False), (False, True)):
-        arguments = (torch.randn_like(x), x, weight, 1, *needed)
+        arguments = (torch.randn_like(x), x, weight, 1, *needed, True)
         torch.library.opcheck(torch.ops.vizoo.depthwise_conv_backward.default, arguments)
 
 
@@ -276,11 +325,11 @@ def test_counts_are_those_of_a_convolution(backend):
         if backend == "triton":  # PyTorch's own formula forgets the groups
             out.sum().backward()
             assert counter.get_total_flops() == 6 * macs
-    cost = COSTS["vizoo::depthwise_conv"](case[:4], (C, 1, K, K), (C,), dilation, out=case[:4])
+    cost = COSTS["vizoo::depthwise_conv"](case[:4], (C, 1, K, K), (C,), dilation, True, out=case[:4])
     plain = COSTS["aten::convolution_backward"](
         case[:4], case[:4], (C, 1, K, K), (C,), 1, 0, dilation, False, 0, C, (True, True, False)
     )
-    both = COSTS["vizoo::depthwise_conv_backward"](case[:4], case[:4], (C, 1, K, K), dilation, True, True)
+    both = COSTS["vizoo::depthwise_conv_backward"](case[:4], case[:4], (C, 1, K, K), dilation, True, True, True)
     assert (cost.macs, both.macs) == (macs, plain.macs)
 
 
@@ -319,6 +368,30 @@ def functions(out):
             names[node] = type(node).__name__
             nodes += [n for n, _ in node.next_functions]
     return list(names.values())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's choice")
+def test_reparam_block_trains_on_a_cpu():
+    """As in float64, and by the convolutions themselves where they are watched."""
+    torch.manual_seed(0)
+    block = DilatedReparamBlock(8, 9)
+    x = channels_last(torch.randn(2, 8, 7, 9))
+    wanted = [p for p in block.parameters() if p.dim() == 4]
+
+    def outcome(block, x):
+        x = x.clone().requires_grad_()
+        out = block(x)
+        return out, *torch.autograd.grad(out.square().sum(), [x, *wanted], retain_graph=True)
+
+    found = outcome(block, x)
+    assert sum("vizoo_depthwise" in name for name in functions(found[0])) == 1 + len(BRANCHES[9])
+    with block.lk_origin.register_forward_hook(lambda *a: None):
+        watched = outcome(block, x)
+    assert sum("vizoo_depthwise" in name for name in functions(watched[0])) == len(BRANCHES[9])
+    wanted = [p for p in block.double().parameters() if p.dim() == 4]
+    for pair in (found, watched):
+        for a, truth in zip(pair, outcome(block, x.double()), strict=True):
+            op_close(a, truth, grad=True)
 
 
 @needs_triton

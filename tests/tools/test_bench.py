@@ -601,6 +601,51 @@ def test_official_flowformer_from_a_checkout(tmp_path):
     assert "cv2" not in sys.modules or sys.modules["cv2"].__file__
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "asked"),
+    [("ninformer_cifar", 32, (256, 512, 64, 4, 0.0)), ("ninformer_tiny_patch16_224", 224, (192, 384, 196, 12, 0.0))],
+)
+def test_official_ninformer_from_a_checkout(name, size, asked, tmp_path):
+    """The blocks of the repository between the layers of its training script."""
+    code = sides.find_official(name)
+    (tmp_path / code.file).write_text(
+        "from torch import nn\nclass NiNformer(nn.Module):\n"
+        "    def __init__(self, d_model, d_ffn, seq_len, num_layers, dropout):\n        super().__init__()\n"
+        "        self.asked = d_model, d_ffn, seq_len, num_layers, dropout\n"
+        "    def forward(self, x):\n        assert x.shape == (2, self.asked[2], self.asked[0])\n        return x\n",
+        encoding="utf-8",
+    )
+    peer = official.official_side(code.adapter, tmp_path, code.file, name=name, size=size, reparam=False)
+    assert peer.asked == asked
+    ours = timm.create_model(name, device="meta")
+    assert peer(torch.zeros(2, 3, size, size)).shape == (2, ours.num_classes)
+    assert {"patcher.weight", "classifier.bias"} <= peer.state_dict().keys()
+
+
+def test_official_tcpa_from_a_checkout(tmp_path):
+    """With modes as a module has them, though its own take none, and without the GPU that it asks for."""
+    name = "vit_base_patch16_224_tcpa"
+    code = sides.find_official(name)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("from models.missing import model\n", encoding="utf-8")
+    (tmp_path / "models" / "TCPA.py").write_text("from train.utils import device\n", encoding="utf-8")
+    (tmp_path / code.file).write_text(
+        "from utils.args import *\nimport torch\nfrom torch import nn\n"
+        "from models.utils import get_backbone, SimamModule\nfrom models.TCPA import device\n"
+        "class Model_VFPT_TCPA(nn.Module):\n"
+        "    def __init__(self, args):\n        super().__init__()\n        self.args, self.mode = args, ''\n"
+        "        self.keys = nn.Parameter(torch.zeros(args.pool_size_cls, args.topk_image))\n"
+        "        self.keys.to('cuda')\n        self.name = get_backbone\n"
+        "    def train(self):\n        self.mode = 'train'\n"
+        "    def eval(self):\n        self.mode = 'eval'\n",
+        encoding="utf-8",
+    )
+    peer = official.official_side(code.adapter, tmp_path, code.file, name=name, size=224, reparam=False)
+    assert peer.keys.shape == (18, 10)
+    assert [peer.eval().mode, peer.train().mode, peer.train(False).mode] == ["eval", "train", "eval"]
+    assert not [module for module in sys.modules if module.split(".")[0] in ("models", "train")]
+
+
 @pytest.mark.parametrize("name", sides.LAYERS)
 @torch.inference_mode()
 def test_both_sides_of_every_layer(name):

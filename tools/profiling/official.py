@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -323,6 +324,70 @@ def nat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     file = "isotropic" if flat else "dinats" if name.startswith("dinat_s_") else name.split("_")[0]
     stubs = {"natten": {"NeighborhoodAttention2D": _NeighborhoodAttention2D}}
     model: nn.Module = getattr(_import(checkout / "classification", file, stubs), name)()
+    return model
+
+
+def ninformer(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official blocks in the sizes of one of our names, with the layers around them of the training script.
+
+    That script cannot be imported: it trains.
+    """
+    code = _import(checkout, "ninformer", {})
+    width = {"tiny": 192, "small": 384, "base": 768}
+    kind, patch, classes = name.split("_")[1], 16, 1000
+    dim, depth = width.get(kind, 256), 12
+    if kind == "cifar":
+        patch, classes, depth = 4, 10, 4
+
+    class Classifier(code.NiNformer):  # type: ignore[misc, name-defined]
+        """With patches before, and mean and classifier after the blocks."""
+
+        def __init__(self) -> None:
+            super().__init__(dim, 2 * dim, (size // patch) ** 2, depth, dropout=0.0)
+            self.patcher = nn.Conv2d(3, dim, patch, patch)
+            self.classifier = nn.Linear(dim, classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.classifier(super().forward(self.patcher(x).flatten(2).transpose(1, 2)).mean(1))
+            return out
+
+    return Classifier()
+
+
+def tcpa(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official TCPA of a Fourier host with the settings of its scripts, around a model of timm.
+
+    What chooses its hosts imports some that the repository lacks, and its weights are a file of the authors'.
+    """
+
+    def backbone(args: Any) -> nn.Module:
+        return timm.create_model(name.removesuffix("_tcpa"))
+
+    stubs: dict[str, dict[str, Any]] = {
+        "models": {"__path__": [str(checkout / "models")]},
+        "models.utils": {"get_backbone": backbone, "SimamModule": None},
+        "train": {},
+        "train.utils": {"device": torch.device("cpu")},
+        "utils": {},
+        "utils.args": {},
+    }
+    code = _import(checkout, "models.VFPT_TCPA", stubs)
+    pools = {"pool_size_{}": 18, "topk_{}": 10, "len_prompts_{}": 1}
+    sizes = {key.format(kind): number for key, number in pools.items() for kind in ("cls", "image")}
+    switches = {"RDVP": True, "TDVP": True, "ADVP": False, "IPrompt": False, "simam": False, "random_prompt": False}
+
+    class Prompted(code.Model_VFPT_TCPA):  # type: ignore[misc, name-defined]
+        """With modes as a module has them."""
+
+        def train(self, mode: bool = True) -> Prompted:
+            super().train() if mode else super().eval()
+            return self
+
+        def eval(self) -> Prompted:
+            return self.train(False)
+
+    with mock.patch.object(nn.Parameter, "to", lambda self, *_: self):  # to a GPU, as it is made, without effect
+        model: nn.Module = Prompted(types.SimpleNamespace(prompt_dropout_dvp=0.0, **sizes, **switches))
     return model
 
 

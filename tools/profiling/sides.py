@@ -184,6 +184,8 @@ CASES = {  # by name of a layer, or pattern of names of models; the first that f
     "transnext_*": Case(Official("transnext", "classification/transnext.py")),
     "moh_vit_*": Case(Official("moh_vit", "MoH-ViT/transnext.py")),
     "flowformer_*": Case(Official("flowformer", "Flowformer_CV/flowformer.py")),
+    "ninformer_*": Case(Official("ninformer", "ninformer.py")),
+    "vit_base_patch16_224_tcpa": Case(Official("tcpa", "models/VFPT_TCPA.py")),
     "nat_*": Case(Official("nat", "classification/nat.py")),
     "dinat_*": Case(Official("nat", "classification/nat.py")),
     "vitrpb_*": Case(Official("nat", "classification/nat.py")),
