@@ -310,7 +310,7 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
     if runs and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
         weight, bias = tensors(conv)
         return depthwise_conv(x, weight, bias, conv.dilation[0])
-    return conv(x)
+    return project(conv, x)
 
 
 @register_notrace_module  # picks its path by the device of its input
