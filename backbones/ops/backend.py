@@ -157,6 +157,11 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether the device of a tensor multiplies matrices of its dtype in hardware."""
+    return x.device.type != "cpu" or x.dtype == torch.float64 or x.dtype in _ONEDNN_DTYPES
+
+
 def use_triton(backend: str, x: Tensor, unsupported: str = "") -> bool:
     """Whether a Triton kernel takes this call.
 
