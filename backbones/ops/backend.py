@@ -168,8 +168,8 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether the device of a tensor multiplies matrices of its dtype in hardware."""
-    return x.device.type != "cpu" or x.dtype == torch.float64 or x.dtype in _ONEDNN_DTYPES
+    """Whether the processor itself multiplies matrices of the dtype of a tensor, which is on a CPU."""
+    return x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES
 
 
 def use_triton(backend: str, x: Tensor, unsupported: str = "") -> bool:

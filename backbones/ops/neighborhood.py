@@ -40,6 +40,7 @@ from .backend import (
     choose_backend,
     is_transforming,
     load_natten,
+    multiplies,
     plain_only,
     without_autocast,
 )
@@ -653,9 +654,11 @@ def _tiles_forward(
 ) -> Tensor:
     table = _bias_table(rpb, window, q)
     out = q.new_empty(*q.shape[:4], v.shape[4])
+    # there is no fused form for values of another width, and the other rounds its scores
+    dtype = q.dtype if multiplies(q) and q.shape[4] == v.shape[4] else table.dtype
     for piece, _, mask in _pieces(q, k, v, table, window, _bias_map(add_k, add_bias, q)):
         views = piece.view(q, False), piece.view(k, True), piece.view(v, True)
-        tokens = (t.to(table.dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
+        tokens = (t.to(dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
         queries, keys, values = (t.transpose(1, 2) for t in tokens)  # [tiles, h, tokens, C]
         if add_k is not None and add_v is not None:
             queries = queries.reshape(-1, mask.shape[1], *queries.shape[2:])
