@@ -520,7 +520,7 @@ def _fused_forward(
     for rows, cols in itertools.product(*axes):
         more = [not mask and len(x.outside) > 0 for x in (rows, cols)]
         fill = -(cols.keys + more[1]) % 16
-        fill = fill if fill <= 3 else 0  # the sum of the terms is made 16 at a time or one by one
+        fill = fill if fill <= 3 else 0  # PyTorch adds whole sixteens at once, and what is left one by one
         m, n, L = rows.keys + more[0], cols.keys + more[1] + fill, rows.queries * cols.queries
         line = cols.blocks * h * m * n * (L + d + dv)  # scores, keys and values of a row of blocks
         images, lines = max(1, limit // (line * rows.blocks)), max(1, limit // line)

@@ -15,11 +15,11 @@ at the border, and ``P`` additional keys that every query sees in the same softm
 With ``N`` queries the operator costs ``N (Kh Kw + P) (d + dv)`` multiply-accumulates per head.
 
 The reference gathers the ``N Kh Kw (d + dv)`` elements of all windows.  The fast form cuts the map into tiles of
-queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention:
-that mask is so small that it is made anew on each call.  The Triton kernels store nothing but the output and the
-log-sum of every query; their backward pass finds the queries of a key by the inverse of the window and adds everything
-up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is installed, with a bias as more channels, but
-neither masked windows nor a bias of additional keys.
+queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention,
+and the first and last of an axis with one each: masks are so small that they are made anew on each call.  The Triton
+kernels store nothing but the output and the log-sum of every query; their backward pass finds the queries of a key by
+the inverse of the window and adds everything up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is
+installed, with a bias as more channels, but neither masked windows nor a bias of additional keys.
 """
 
 from __future__ import annotations
