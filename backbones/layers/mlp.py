@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from ..ops.backend import fuses_gelu
 from ..ops.linear import onednn_linear
 from .plain import fuses, project, tensors
+
+_CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
 
 
 @register_notrace_module  # picks its path by the device of its input
@@ -39,13 +42,23 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to the same shape."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if fuses(x, self.fc1, self.fc2, compiled=False):
+                return self._few_at_once(x)
         x = self.hidden(x)
         return self.drop(self.fc2(x) if torch.jit.is_scripting() else project(self.fc2, x))
+
+    @torch.jit.unused
+    def _few_at_once(self, x: Tensor) -> Tensor:
+        """A few images at a time, so that the hidden map stays in the cache and its memory is used again."""
+        most = _CHUNK_BYTES // (x[0].numel() // x.shape[-1] * self.fc1.out_features * x.element_size())
+        out = [project(self.fc2, self.hidden(part)) for part in x.split(max(1, most))]
+        return self.drop(out[0] if len(out) == 1 else torch.cat(out))
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activated and dropped first half: ``[..., C]`` to ``[..., hidden_dim]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if fuses(x, self.fc1):
+            if fuses_gelu(x) and fuses(x, self.fc1):  # GELU while the product is written
                 return self.drop(onednn_linear(x, *tensors(self.fc1), gelu=True))
         x = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
         return self.drop(F.gelu(x))

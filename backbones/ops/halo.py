@@ -9,8 +9,11 @@ Off-map keys are zero vectors that take part in the softmax, with the relative t
 are masked.  ``Nq`` queries (the padded ones too) of ``h`` heads cost ``Nq * h * (w^2 * (d + dv) + 2 * (2 w - 1) * d)``
 multiply-accumulates.
 
-The reference stores every window and every score.  The chunked form works on a few blocks at a time, whose scores fit
-into the cache, in float32 also for half precision; its backward pass computes the weights again, and adds up the
+The reference stores every window and every score.  The fused form hands blocks that lie on the map alike to PyTorch's
+fused attention, with the relative terms as its mask, a few at a time.  Their windows end where the map ends: one key
+with the log-sum of their relative terms stands for the zero keys of a row or column outside.  Scores are float32 also
+for half precision, and products are where the processor has none of half precision.  The backward pass works on a few
+blocks at a time, whose scores fit into the cache, in float32 too; it computes the weights again, and adds up the
 gradients of keys, values and tables chunk by chunk: their last bits depend on the number of threads.  The Triton
 kernels read keys and values in place and keep scores, weights and relative terms in registers, with an online softmax;
 their backward pass has one kernel over tiles of queries and one over tiles of keys, and adds up in a fixed order.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import power_of_two
-from .backend import KernelModule, plain_only, use_triton, without_autocast
+from .backend import KernelModule, multiplies, plain_only, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
@@ -38,7 +42,8 @@ kernels = KernelModule("_halo_kernels")
 MAX_CHANNELS = 256  # of a head's values, and half as many of its queries: tiles have to fit into shared memory
 MAX_ROWS = 128  # of a table that are read: their products with a tile of queries have to fit into registers
 MAX_TABLE = 8192  # rows times channels of a table, each as the power of two that holds it
-CHUNK = 1 << 18  # scores that the chunked form works on at once for each thread: 1 MiB, the cache of a core
+CHUNK = 1 << 18  # scores that the backward pass works on at once for each thread: 1 MiB, the cache of a core
+FUSED_CHUNK = 1 << 20  # scores, keys and values of the fused form, which reads them once: fewer calls count for more
 
 
 def _check(
@@ -384,18 +389,167 @@ class _Chunks:
             ] += part
 
 
-def _chunked_forward(q, k, v, *args) -> Tensor:
-    chunks = _Chunks(q, k, v, *args)
-    B, H, W, h = q.shape[:4]
-    out = torch.empty(
-        B, chunks.nh * chunks.side, chunks.nw * chunks.side, h, v.shape[4], dtype=v.dtype, device=v.device
-    )
-    blocks = chunks.blocks(out)
-    for at in chunks:
-        _, _, values, p = chunks.weights(at)
-        target = blocks[at]
-        target.copy_((p @ values).view(target.shape))
-    return out[:, :H, :W].contiguous()
+class _Blocks(NamedTuple):
+    """Blocks of one axis, equally far apart, whose queries and windows lie on the map alike.
+
+    Places in a window are those of the first block, and how they change from one block to the next.
+    """
+
+    block: int  # the first
+    step: int  # in blocks
+    blocks: int
+    queries: int  # of a block
+    keys: int  # of a window, on the map
+    first: tuple[int, int]  # place in the window of the first of these keys
+    outside: tuple[tuple[int, int, int], ...]  # places off the map: number, first place
+
+    def part(self, first: int, blocks: int) -> _Blocks:
+        """Some of these blocks."""
+        (place, change), outside = self.first, tuple((n, i + first * by, by) for n, i, by in self.outside)
+        place += first * change
+        return self._replace(
+            block=self.block + first * self.step, blocks=blocks, first=(place, change), outside=outside
+        )
+
+
+def _axis(queries: int, keys: int, block_size: int, halo_size: int, stride: int) -> list[_Blocks]:
+    """Cut an axis of the map into blocks.
+
+    Windows that lose as much at the beginning of the map as others at its end are worked on together.
+    """
+    found: dict[Any, list[tuple[int, int, int]]] = {}
+    side, w = block_size // stride, block_size + 2 * halo_size
+    for i in range(-(-keys // block_size)):
+        start = i * block_size - halo_size
+        before, after = max(-start, 0), max(start + w - keys, 0)
+        sides = (before, after) if before and after else ()
+        found.setdefault((min(side, queries - i * side), w - before - after, sides), []).append((i, before, after))
+    groups = []
+    for (count, inside, _), blocks in found.items():
+        (i, before, after), (last, before_last, _) = blocks[0], blocks[-1]
+        places = (
+            [(before, 0), (after, before + inside)] if before and after else [(w - inside, 0 if before else inside)]
+        )
+        change = inside if before and not before_last else 0
+        outside = tuple((n, place, change) for n, place in places if n)
+        step = (last - i) // max(len(blocks) - 1, 1)
+        groups.append(_Blocks(i, step, len(blocks), count, inside, (before, before_last - before), outside))
+    return groups
+
+
+def _cut(t: Tensor, first: tuple[int, int], step: tuple[int, int], sizes: tuple[int, int, int, int]) -> Tensor:
+    """Parts of a map ``[B, H, W, h, c]`` as a view ``[B, blocks, blocks, rows, columns, h, c]``; they may overlap.
+
+    Args:
+        t: The map.
+        first: Row and column where the first part begins.
+        step: Between the beginnings of two parts.
+        sizes: Blocks of both axes, rows and columns of each.
+    """
+    sb, si, sj, sh, sc = t.stride()
+    offset = t.storage_offset() + si * first[0] + sj * first[1]
+    shape = t.shape[0], *sizes, t.shape[3], t.shape[4]
+    return t.as_strided(shape, (sb, si * step[0], sj * step[1], si, sj, sh, sc), offset)
+
+
+def _joint(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values ``[B, H, W, h, d + dv]``, without a copy if they are halves of one tensor."""
+    d, dv = k.shape[4], v.shape[4]
+    adjacent = v.storage_offset() == k.storage_offset() + d and k.stride() == v.stride() and k.stride(4) == 1
+    if adjacent and k.stride(3) == d + dv and k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr():
+        return k.as_strided((*k.shape[:4], d + dv), k.stride())
+    return torch.cat([k, v], 4)
+
+
+def _terms(x: Tensor, axis: int, blocks: _Blocks, offset: int, step: int, one_more: bool, fill: int) -> Tensor:
+    """Relative terms of the keys that windows have on one axis.
+
+    A zero key off the map has the relative term alone as its logit, and a zero value.  One more key stands for all of
+    them, with the log-sum of their terms.
+
+    Args:
+        x: Products of the queries with both tables ``[B, blocks, blocks, rows, columns, h, 2 rows of a table]``.
+        axis: 0 for rows and 1 for columns.
+        blocks: What windows see on this axis.
+        offset: Product of the first query with the relative term of the first place in its window.
+        step: Rows of the table from one query to the one before it.
+        one_more: Whether keys off the map take part.
+        fill: Keys that follow, and that nobody sees.
+
+    Returns:
+        ``[B, blocks, blocks, h, rows, columns, keys]``.
+    """
+
+    def places(count: int, first: int, change: int) -> Tensor:
+        stride = list(x.stride())
+        stride[1 + axis] += change
+        stride[3 + axis] -= step
+        stride[6] = 1
+        return x.as_strided((*x.shape[:6], count), stride, offset + first).permute(0, 1, 2, 5, 3, 4, 6)
+
+    terms = places(blocks.keys, *blocks.first)
+    if one_more:
+        outside = [places(*some) for some in blocks.outside]
+        both = outside[0] if len(outside) == 1 else torch.cat(outside, -1)
+        terms = torch.cat([terms, both.logsumexp(-1, keepdim=True)], -1)
+    return F.pad(terms, [0, fill], value=float("-inf")) if fill else terms
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention of ``[n, h, tokens, c]`` each; the bias ``[n, h, queries, keys]`` is overwritten."""
+    if q.shape[3] == v.shape[3]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    # PyTorch has no fused form for values of another width
+    q, k, v = (t.to(bias.dtype).flatten(0, 1) for t in (q, k, v))
+    p = bias.flatten(0, 1).baddbmm_(q, k.transpose(1, 2), alpha=scale)
+    return (torch.softmax(p, -1, out=p) @ v).view(*bias.shape[:3], -1)
+
+
+def _fused_forward(
+    q, k, v, height_rel, width_rel, block_size, halo_size, stride, scale, rel_scale, mask, pixel
+) -> Tensor:
+    """PyTorch's fused attention for blocks that lie on the map alike, with relative terms as its mask."""
+    (B, QH, QW, h, d), dv, b, r = q.shape, v.shape[4], block_size, halo_size
+    side, w, step, wide = b // stride, b + 2 * r, stride if pixel else 1, _work_dtype(q)
+    used = (side - 1) * step + w  # the rows of a table before are never read
+    tables = (torch.cat([height_rel[-used:], width_rel[-used:]]).to(wide) * rel_scale).t()
+    kv, out = _joint(k, v), q.new_empty(B, QH, QW, h, dv)
+    narrow = q.dtype if multiplies(q) else wide
+    limit = FUSED_CHUNK * (torch.get_num_threads() if q.device.type == "cpu" else 64)
+    axes = [_axis(q.shape[i], k.shape[i], b, r, stride) for i in (1, 2)]
+    for rows, cols in itertools.product(*axes):
+        more = [not mask and len(x.outside) > 0 for x in (rows, cols)]
+        fill = -(cols.keys + more[1]) % 16
+        fill = fill if fill <= 3 else 0  # PyTorch adds whole sixteens at once, and what is left one by one
+        m, n, L = rows.keys + more[0], cols.keys + more[1] + fill, rows.queries * cols.queries
+        line = cols.blocks * h * m * n * (L + d + dv)  # scores, keys and values of a row of blocks
+        images, lines = max(1, limit // (line * rows.blocks)), max(1, limit // line)
+        count = min(images, B) * min(lines, rows.blocks) * cols.blocks
+        scores = torch.empty(count, h, L, m * n, dtype=wide, device=q.device)
+        windows = torch.zeros(count, m, n, h, d + dv, dtype=narrow, device=q.device)
+        for image, y in itertools.product(range(0, B, images), range(0, rows.blocks, lines)):
+            some, up = slice(image, image + images), rows.part(y, min(lines, rows.blocks - y))
+            sizes = up.blocks, cols.blocks
+            begin, to_next = (up.block * side, cols.block * side), (up.step * side, cols.step * side)
+            own = begin, to_next, (*sizes, up.queries, cols.queries)
+            queries = _cut(q[some], *own).to(narrow)
+            shape = queries.shape  # [images, blocks, blocks, rows, columns, h, d]
+            queries = queries.reshape(-1, L, h, d)
+            count = queries.shape[0]
+            x = torch.mm(queries.reshape(-1, d).to(wide), tables).view(*shape[:6], 2 * used)
+            first = (side - 1) * step
+            down = _terms(x, 0, up, first, step, more[0], 0)
+            right = _terms(x, 1, cols, first + used, step, more[1], fill)
+            bias = scores[:count]
+            torch.add(down.unsqueeze(7), right.unsqueeze(6), out=bias.view(*down.shape[:6], m, n))
+            begin = tuple(x.block * b - r + x.first[0] for x in (up, cols))
+            to_next = tuple(x.step * b + x.first[1] for x in (up, cols))
+            part = _cut(kv[some], begin, to_next, (*sizes, up.keys, cols.keys))
+            windows[:count, : up.keys, : cols.keys].view(part.shape).copy_(part)
+            keys, values = windows[:count].view(count, m * n, h, d + dv).transpose(1, 2).split([d, dv], 3)
+            attended = _attend(queries.transpose(1, 2), keys, values, bias, scale)
+            _cut(out[some], *own).copy_(attended.transpose(1, 2).reshape(*shape[:6], dv))
+    return out
 
 
 def _chunked_backward(dout, q, k, v, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -450,7 +604,7 @@ def _halo_attention(
     if triton_kernel:
         return kernels.kernel_forward(train, *args)
     with without_autocast(q):
-        out = _chunked_forward(*args)
+        out = _fused_forward(*args)
     return out, out.new_empty(0), out.new_empty(0, dtype=torch.float32)
 
 

@@ -15,11 +15,11 @@ at the border, and ``P`` additional keys that every query sees in the same softm
 With ``N`` queries the operator costs ``N (Kh Kw + P) (d + dv)`` multiply-accumulates per head.
 
 The reference gathers the ``N Kh Kw (d + dv)`` elements of all windows.  The fast form cuts the map into tiles of
-queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention:
-that mask is so small that it is made anew on each call.  The Triton kernels store nothing but the output and the
-log-sum of every query; their backward pass finds the queries of a key by the inverse of the window and adds everything
-up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is installed, with a bias as more channels, but
-neither masked windows nor a bias of additional keys.
+queries, whose windows lie in a region of ``T + K - 1`` keys, and hands all tiles with the same mask to fused attention,
+and the first and last of an axis with one each: masks are so small that they are made anew on each call.  The Triton
+kernels store nothing but the output and the log-sum of every query; their backward pass finds the queries of a key by
+the inverse of the window and adds everything up in a fixed order.  NATTEN takes CUDA tensors where its CUDA library is
+installed, with a bias as more channels, but neither masked windows nor a bias of additional keys.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .backend import (
     choose_backend,
     is_transforming,
     load_natten,
+    multiplies,
     plain_only,
     without_autocast,
 )
@@ -514,11 +515,23 @@ class _Tiles(NamedTuple):
     step: int
     keys: int  # of a region
     windows: tuple[int, ...]  # first key of each query's window, in the region
+    other: _Tiles | None = None  # the second of two tiles that have a mask each
 
     @property
     def mask(self) -> tuple[int, int, tuple[int, ...]]:
         """What the mask depends on."""
         return self.key - self.query, self.keys, self.windows
+
+    @property
+    def masks(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """The masks of the tiles, if they have one each, or of all."""
+        return [self.mask] if self.other is None else [self.mask, self.other.mask]
+
+    def to_next(self, keys: bool) -> int:
+        """From one tile to the next, or from one region to the next."""
+        if self.other is None:
+            return self.step
+        return self.other.key - self.key if keys else self.other.query - self.query
 
 
 @functools.lru_cache(maxsize=1024)
@@ -541,6 +554,19 @@ def _axis(L: int, size: int, K: int, S: int, D: int, masked: bool) -> tuple[_Til
             else:
                 found.append(tile)
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _paired_axis(L: int, size: int, K: int, S: int, D: int, masked: bool) -> tuple[_Tiles, ...]:
+    """:func:`_axis`, with the first and the last tile together where they differ in their masks alone."""
+    first, *inner = _axis(L, size, K, S, D, masked)
+    if not inner:
+        return (first,)
+    last = inner[-1]
+    alike = len(first.windows) == len(last.windows) and first.keys == last.keys
+    if first.tiles > 1 or last.tiles > 1 or (first.group, first.groups) != (last.group, last.groups) or not alike:
+        return (first, *inner)
+    return (first._replace(tiles=2, other=last), *inner[:-1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -571,7 +597,7 @@ class _Piece(NamedTuple):
         shape, stride, offset = [t.shape[0]], [sb], t.storage_offset()
         for tiles, s, d in ((self.rows, si, self.dilation[0]), (self.cols, sj, self.dilation[1])):
             shape += [tiles.groups, tiles.tiles]
-            stride += [s, s * d * tiles.step]
+            stride += [s, s * d * tiles.to_next(keys)]
             offset += s * (tiles.group + d * (tiles.key if keys else tiles.query))
         m, n = ((x.keys if keys else len(x.windows)) for x in (self.rows, self.cols))
         return t.as_strided(
@@ -582,6 +608,11 @@ class _Piece(NamedTuple):
         """The view of queries of a map of which all images have the same ``[1, H, W, h, C]``."""
         return self._replace(images=slice(0, 1)).view(t, False)
 
+    def by_mask(self, view: Tensor) -> Tensor:
+        """What :meth:`view` gives, as ``[..., tiles with a mask each, h, m, n, C]``."""
+        own = [axis for axis, tiles in ((2, self.rows), (4, self.cols)) if tiles.other is not None]
+        return view.permute(*(axis for axis in range(5) if axis not in own), *own, 7, 5, 6, 8)
+
     def add(self, map_: Tensor, regions: Tensor) -> None:
         """Add key regions, laid out as by :meth:`view`, to a map: those that overlap one after the other."""
         skip_h, skip_w = -(-self.rows.keys // self.rows.step), -(-self.cols.keys // self.cols.step)
@@ -591,30 +622,39 @@ class _Piece(NamedTuple):
 
 
 def _pieces(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: _Window, add_bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: _Window, add_bias: Tensor | None, paired: bool = False
 ) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
     """All tiles, with the index ``[h or 1, pairs]`` and the mask of each piece.
 
-    The mask is ``[1, h or 1, queries, keys]``, the same for all tiles of a piece.  With additional keys, whose bias
-    ``[1, H, W, h, P]`` belongs to a place on the map, it is ``[1, tiles * h, queries, keys + P]``.
+    The mask is ``[1, h or 1, queries, keys]``, the same for all tiles of a piece; or ``[1, tiles * h, queries, keys]``
+    with ``paired``, for the tiles of a piece that have one each, and then the index has no meaning.  With additional
+    keys, whose bias ``[1, H, W, h, P]`` belongs to a place on the map, it is ``[1, tiles * h, queries, keys + P]``.
     """
     budget = _WORKSPACE if q.device.type == "cpu" else 64 * _WORKSPACE
     token = q.shape[3] * (k.shape[4] + v.shape[4]) * table.element_size()  # bytes of a key and its value
     more = 0 if add_bias is None else add_bias.shape[4]
-    axes = [_axis(*a, window.masked) for a in zip(q.shape[1:3], k.shape[1:3], *window[:3], strict=True)]
+    cut = _paired_axis if paired else _axis
+    axes = [cut(*a, window.masked) for a in zip(q.shape[1:3], k.shape[1:3], *window[:3], strict=True)]
     for rows, cols in itertools.product(*axes):
-        index = _mask_index(rows.mask, cols.mask, window, q.device).expand(table.shape[0], -1)
-        mask = table.gather(1, index)
+        pairs = itertools.product(rows.masks, cols.masks)
+        index = torch.stack([_mask_index(*masks, window, q.device) for masks in pairs])  # [masks, 1, pairs]
+        heads = table.shape[0] if index.shape[0] == 1 else q.shape[3]
+        mask = table.expand(index.shape[0], heads, -1).gather(2, index.expand(-1, heads, -1))
         mask = mask.reshape(1, -1, len(rows.windows) * len(cols.windows), rows.keys * cols.keys)
         # bytes of one row of tiles
         line = rows.groups * cols.groups * cols.tiles * (rows.keys * cols.keys + more) * token
-        images, lines = max(1, budget // (line * rows.tiles)), max(1, budget // line)
+        images = max(1, budget // (line * rows.tiles))
+        lines = rows.tiles if rows.other else max(1, budget // line)
         for b, i in itertools.product(range(0, q.shape[0], images), range(0, rows.tiles, lines)):
             some = rows._replace(
                 query=rows.query + i * rows.step, key=rows.key + i * rows.step, tiles=min(lines, rows.tiles - i)
             )
             piece = _Piece(slice(b, b + images), some, cols, window.dilation)
-            yield piece, index, mask if add_bias is None else _joined_mask(piece, mask, add_bias)
+            yield (
+                piece,
+                index[0].expand(table.shape[0], -1),
+                mask if add_bias is None else _joined_mask(piece, mask, add_bias),
+            )
 
 
 def _joined_mask(piece: _Piece, mask: Tensor, add_bias: Tensor) -> Tensor:
@@ -653,15 +693,26 @@ def _tiles_forward(
 ) -> Tensor:
     table = _bias_table(rpb, window, q)
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    for piece, _, mask in _pieces(q, k, v, table, window, _bias_map(add_k, add_bias, q)):
+    # there is no fused form for values of another width, and the other rounds its scores
+    dtype = q.dtype if multiplies(q) and q.shape[4] == v.shape[4] else table.dtype
+    for piece, _, mask in _pieces(q, k, v, table, window, _bias_map(add_k, add_bias, q), paired=add_k is None):
         views = piece.view(q, False), piece.view(k, True), piece.view(v, True)
-        tokens = (t.to(table.dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
+        place = piece.view(out, False)
+        if piece.rows.other is not None or piece.cols.other is not None:
+            place = piece.by_mask(place)
+            heads = (piece.by_mask(t).to(dtype) for t in views)
+            queries, keys, values = (
+                t.reshape(-1, mask.shape[1], t.shape[-3] * t.shape[-2], t.shape[-1]) for t in heads
+            )
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            place.copy_(attended.reshape(place.shape))
+            continue
+        tokens = (t.to(dtype).reshape(-1, t.shape[5] * t.shape[6], *t.shape[7:]) for t in views)
         queries, keys, values = (t.transpose(1, 2) for t in tokens)  # [tiles, h, tokens, C]
         if add_k is not None and add_v is not None:
             queries = queries.reshape(-1, mask.shape[1], *queries.shape[2:])
             keys, values = _joined(keys, add_k[piece.images]), _joined(values, add_v[piece.images])
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        place = piece.view(out, False)
         attended = attended.reshape(-1, q.shape[3], *attended.shape[2:])
         place.copy_(attended.transpose(1, 2).reshape(place.shape))
     return out

@@ -149,13 +149,15 @@ def _blocks_forward(q: Tensor, k: Tensor, u: Tensor, scale: float) -> Tensor:
     q, k, u = _stacked(_score_dtype(q), q, k, u)
     heads, N, _ = q.shape
     group, rows = _blocks(heads, N)
-    q = q * scale
-    out = torch.zeros_like(u)
+    out, scores = torch.empty_like(u), q.new_empty(group, rows, N)
     for b in range(0, heads, group):
         keys, part = k[b : b + group].transpose(1, 2), out[b : b + group]
         for i in range(0, N, rows):
-            p = torch.bmm(q[b : b + group, i : i + rows], keys).softmax(-1).transpose(1, 2)
-            part.baddbmm_(p, u[b : b + group, i : i + rows])
+            queries = q[b : b + group, i : i + rows]
+            p = scores[: queries.shape[0], : queries.shape[1]]
+            torch.baddbmm(p, queries, keys, beta=0, alpha=scale, out=p)
+            p = torch.softmax(p, -1, out=p).transpose(1, 2)
+            torch.baddbmm(part, p, u[b : b + group, i : i + rows], beta=int(i > 0), out=part)
     return out.reshape(shape).to(dtype)
 
 

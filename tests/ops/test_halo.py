@@ -114,6 +114,7 @@ def triton_form(*args):
 def small_chunks(monkeypatch):
     """A few blocks at a time also on tiny maps."""
     monkeypatch.setattr(module, "CHUNK", 2000)
+    monkeypatch.setattr(module, "FUSED_CHUNK", 2000)
 
 
 # the definition
@@ -192,6 +193,34 @@ def test_several_chunks(small_chunks, case, options):
     check(halo_attention, case, torch.float32, options)
 
 
+@pytest.mark.parametrize("options", [PLAIN, OTHER], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_products_of_half_precision(monkeypatch, case, options):
+    """As on a processor that has them; on others they are emulated."""
+    monkeypatch.setattr(module, "multiplies", lambda x: True)
+    check(halo_attention, case, torch.bfloat16, options)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 9, 16, 21, 24, 50])
+@pytest.mark.parametrize(("block_size", "halo_size", "stride"), [(8, 3, 1), (4, 6, 2), (2, 0, 2), (3, 9, 1)])
+def test_windows_of_blocks(size, block_size, halo_size, stride):
+    """Every block once, its keys on the map first to last, and the places off the map."""
+    b, side, queries = block_size, block_size // stride, -(-size // stride)
+    seen = {}
+    for blocks in module._axis(queries, size, block_size, halo_size, stride):
+        for i in range(blocks.blocks):
+            one = blocks.part(i, 1)
+            inside = list(range(one.first[0], one.first[0] + one.keys))
+            outside = sorted(place for n, first, _ in one.outside for place in range(first, first + n))
+            seen[one.block] = one.queries, inside, outside
+    assert sorted(seen) == list(range(-(-size // b)))
+    for block, found in seen.items():
+        places = range(b + 2 * halo_size)
+        inside = [i for i in places if 0 <= block * b - halo_size + i < size]
+        count = min(side, queries - block * side)
+        assert found == (count, inside, [i for i in places if i not in inside])
+
+
 @pytest.mark.parametrize("limit", [1, 300, 1200, 6000, 1 << 18])
 def test_chunks_cover_every_block_once(monkeypatch, limit):
     """Parts of a row of blocks, rows, parts of the batch, everything: 4 heads, 2 x 2 queries, 3 x 3 keys a block."""
@@ -223,10 +252,10 @@ def test_memory_of_inference():
             return out
 
     with torch.no_grad(), Watch():
-        module._chunked_forward(*tensors, b, r, 1, d**-0.5, 1.0, False, False)
+        module._fused_forward(*tensors, b, r, 1, d**-0.5, 1.0, False, False)
     padded = h * (H + b) * (W + b) * 2 * d
-    assert largest <= 4 * max(module.CHUNK, padded)
-    assert h * H * W * (b + 2 * r) ** 2 > 4 * module.CHUNK  # else this would show nothing
+    assert largest <= 4 * max(module.FUSED_CHUNK, padded)
+    assert h * H * W * (b + 2 * r) ** 2 > module.FUSED_CHUNK  # else this would show nothing
 
 
 @pytest.mark.slow

@@ -302,6 +302,14 @@ def test_tiles_with_additional_keys(case, P, bias, boundary, dtype):
     check(neighborhood_attention, case, dtype, change=additional(P, *bias), boundary=boundary)
 
 
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_products_of_half_precision(monkeypatch, case):
+    """As on a processor that has them; on others they are emulated."""
+    monkeypatch.setattr(module, "multiplies", lambda x: True)
+    check(neighborhood_attention, case, torch.bfloat16)
+    check(neighborhood_attention, case, torch.bfloat16, change=additional(5, "hN"), boundary="mask")
+
+
 @pytest.mark.parametrize("case", [CASES[3], CASES[8], CASES[9]], ids=ids)
 @pytest.mark.parametrize("limit", [1, 5000])
 def test_several_pieces(monkeypatch, case, limit):
