@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import empty_map, memory_format
-from .backend import KernelModule, use_triton, without_autocast
+from .backend import KernelModule, use_compiled_onednn, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .na2d_av import check_window, kernel_limits, na2d_av, reference_na2d_av, window_starts
 from .operators import operator
@@ -304,6 +304,19 @@ def _differentiate(ctx, dout, _):
 torch.library.register_autograd("vizoo::contmix", _differentiate, setup_context=_save)
 
 
+@operator
+def _contmix_products(
+    q: Tensor, M: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, v: Tensor, k1: int, k2: int
+) -> Tensor:
+    return _matmul_form(q, M, bias, rpb1, rpb2, v, k1, k2).contiguous()
+
+
+@torch.library.register_fake("vizoo::contmix_products")
+def _(q, M, bias, rpb1, rpb2, v, k1, k2):
+    return v.new_empty(v.shape)
+
+
+@register_cost("vizoo::contmix_products", torch.ops.vizoo.contmix_products)
 @register_cost("vizoo::contmix", torch.ops.vizoo.contmix)
 def _(q, M, bias, rpb1, rpb2, v, k1, k2, out=None) -> Cost:
     B, G, C, S = M
@@ -352,6 +365,8 @@ def contmix(
             common = torch.promote_types(torch.promote_types(q.dtype, M.dtype), v.dtype)
             tables = (t.float() for t in (bias, rpb1, rpb2))
             return _contmix(q.to(common), M.to(common), *tables, v.to(common), k1, k2)[0].to(v.dtype)
+        if backend == "auto" and use_compiled_onednn(q, M):  # the compiler computes a softmax anew for each use
+            return torch.ops.vizoo.contmix_products(q, M, bias, rpb1, rpb2, v, k1, k2)
         with without_autocast(q):
             return _matmul_form(q, M, bias, rpb1, rpb2, v, k1, k2)
     return _matmul_form(q, M, bias, rpb1, rpb2, v, k1, k2)

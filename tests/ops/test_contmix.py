@@ -7,7 +7,7 @@ from golden import image, load, weights
 from tolerance import close, golden_close, golden_gradients, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.backbones.ops.backend import HAS_TRITON
+from vizoo.backbones.ops.backend import HAS_TRITON, onednn_missing
 from vizoo.backbones.ops.contmix import contmix, reference_contmix, working_size
 from vizoo.backbones.ops.cost import COSTS
 from vizoo.backbones.ops.na2d_av import na2d_av
@@ -324,6 +324,25 @@ def test_compiles_without_a_break(backend):
     torch._dynamo.reset()
     compiled = torch.compile(Mix(backend), backend="aot_eager", fullgraph=True)
     check(lambda *a: compiled(*a[:6]), (2, 2, 3, 5, 7, 3, 5), torch.float32, DEVICE)
+
+
+@pytest.mark.skipif(bool(onednn_missing()), reason=f"no oneDNN path: {onednn_missing()}")
+def test_compiled_inference_is_one_operator():
+    """Softmax and sums stay apart from what is around them; in training and eagerly there is no such operator."""
+    args = [t.float() for t in inputs(2, 2, 3, 5, 7, 3, 5)]
+    names: list[str] = []
+
+    def look(graph, given):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for mode in (torch.no_grad, torch.enable_grad):
+        torch._dynamo.reset()
+        names.clear()
+        with mode():
+            close(torch.compile(Mix(), backend=look, fullgraph=True)(*args), contmix(*args, 3, 5), "rerun")
+        assert ("vizoo.contmix_products" in names) == (mode is torch.no_grad)
+    torch.library.opcheck(torch.ops.vizoo.contmix_products.default, (*args, 3, 5))
 
 
 def test_exports_plain_operators():
