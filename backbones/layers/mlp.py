@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import fuses_gelu
 from ..ops.linear import onednn_linear
-from .plain import fuses, project, tensors
+from .plain import fuses, is_plain, project, tensors
 
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
 
@@ -43,7 +43,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            if fuses(x, self.fc1, self.fc2, compiled=False):
+            if x.dim() > 1 and is_plain(self.drop, nn.Dropout) and fuses(x, self.fc1, self.fc2, compiled=False):
                 return self._few_at_once(x)
         x = self.hidden(x)
         return self.drop(self.fc2(x) if torch.jit.is_scripting() else project(self.fc2, x))
@@ -59,6 +59,7 @@ class Mlp(nn.Module):
         """The activated and dropped first half: ``[..., C]`` to ``[..., hidden_dim]``."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
             if fuses_gelu(x) and fuses(x, self.fc1):  # GELU while the product is written
-                return self.drop(onednn_linear(x, *tensors(self.fc1), gelu=True))
+                weight, bias = tensors(self.fc1)
+                return self.drop(onednn_linear(x, weight, bias, gelu=True))
         x = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
         return self.drop(F.gelu(x))

@@ -182,7 +182,8 @@ def project(layer: Any, x: Tensor) -> Tensor:
         x = x if s == 1 else x[:, ::s, ::s]
         return onednn_linear(x, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if torch.compiler.is_compiling() and convolves(layer) and fuses(x, layer, types=(nn.Conv2d,)):
-        return convolution(x, *tensors(layer), layer.stride, layer.padding, layer.dilation, layer.groups)
+        weight, bias = tensors(layer)
+        return convolution(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return layer(x)
 
 
