@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vizoo.backbones.layers.contmix import residual_conv
 from vizoo.backbones.litv2 import ConvFFN
 from vizoo.backbones.ops import _depthwise3x3_kernels as kernels
-from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on
+from vizoo.backbones.ops.backend import HAS_TRITON, kernels_on, onednn_dtypes, onednn_missing
 from vizoo.backbones.ops.cost import flop_formulas
 from vizoo.backbones.ops.depthwise3x3 import depthwise3x3, reference_depthwise3x3
 
@@ -353,6 +353,41 @@ def test_layers(build, shape):
 class Net(torch.nn.Module):
     def forward(self, x, weight, bias):
         return depthwise3x3(depthwise3x3(x, weight, bias, gelu=True), weight, bias, residual=True)
+
+
+@pytest.mark.skipif(bool(onednn_missing()), reason=f"no oneDNN path: {onednn_missing()}")
+@pytest.mark.parametrize("dtype", onednn_dtypes(), ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", [case for case in CASES if case[0]], ids=ids)
+def test_inference_on_a_cpu(case, bias, dtype):
+    """GELU while oneDNN writes, of maps in any layout; compiled, the convolution is an operator of ours."""
+    wide, weight, summand = (t.to(dtype) for t in inputs(*case[:3], 2 * case[3]))
+    summand = summand if bias else None
+    for x in (wide, *channels_last(wide), wide[..., ::2]):
+        truth = reference_depthwise3x3(*(None if t is None else t.double() for t in (x, weight, summand)), gelu=True)
+        with torch.no_grad(), Watch() as watch:
+            op_close(
+                depthwise3x3(x, weight, summand, gelu=True),
+                truth,
+                reference_depthwise3x3(x, weight, summand, gelu=True),
+            )
+        assert watch.names == []
+
+
+@pytest.mark.skipif(bool(onednn_missing()), reason=f"no oneDNN path: {onednn_missing()}")
+def test_compiled_inference_hides_the_convolution():
+    tensors, names = [t.float() for t in inputs(2, 3, 9, 5)], []
+
+    def look(graph, given):
+        names.extend(str(node.target) for node in graph.graph.nodes if "vizoo" in str(node.target))
+        return graph
+
+    for mode, expected in ((torch.no_grad, ["vizoo.convolution"] * 2), (torch.enable_grad, [])):
+        torch._dynamo.reset()
+        names.clear()
+        with mode():
+            close(torch.compile(Net(), backend=look, fullgraph=True)(*tensors), Net()(*tensors), "layout")
+        assert names == expected
 
 
 @needs_triton
