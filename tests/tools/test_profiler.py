@@ -778,7 +778,7 @@ def test_int8_multiplies_in_linear_layers_only(capsys):
     profiler.profile(model, (x,), measure="latency", dtype="int8", min_time=0, max_time=0)
     assert type(model[0]) is torch.nn.Linear
     changed = quantized(copy.deepcopy(model))
-    assert [type(layer) is torch.nn.Linear for layer in changed] == [False] * 3
+    assert [type(layer) is torch.nn.Linear for layer in changed] == [False, False, True]  # too narrow to pay
     error = (changed(x) - model(x)).norm() / model(x).norm()
     assert 1e-4 < error < 0.05, error
 

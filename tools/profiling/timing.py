@@ -598,6 +598,9 @@ class Conditions(NamedTuple):
 def quantized(net: torch.nn.Module) -> torch.nn.Module:
     """A module whose linear layers multiply in int8: PyTorch's dynamic quantisation, one scale for each output.
 
+    Layers with fewer than 32 inputs or outputs stay as they are: classifiers of few classes, and TransNeXt's networks
+    of positions, whose results are kept from pass to pass while the layers are plain.
+
     Args:
         net: On a CPU, in float32; it is changed.
 
@@ -607,7 +610,9 @@ def quantized(net: torch.nn.Module) -> torch.nn.Module:
     quantization = torch.ao.quantization
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but torchao's has no fast operator on a CPU
-        layers = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+        found = {name: m for name, m in net.named_modules() if type(m) is torch.nn.Linear}
+        wide = [name for name, m in found.items() if min(m.in_features, m.out_features) >= 32]
+        layers = dict.fromkeys(wide, quantization.per_channel_dynamic_qconfig)
         return quantization.quantize_dynamic(net, layers, torch.qint8, inplace=True)  # type: ignore[no-any-return]
 
 
