@@ -45,7 +45,7 @@ def test_figures_that_do_not_belong_together(change: dict) -> None:
 
 
 def test_table_of_the_zoo_beside_others(tmp_path: Path) -> None:
-    """Rates are relative to resnet50, gains to float32; the newest record counts, and only those of its machine."""
+    """Rates are relative to the resnet50 of the day, gains to float32; the newest record counts, of one machine."""
 
     def timed(name: str, seconds: float, date: int, fingerprint: str = "a", **conditions: object) -> str:
         latency = [measurement("latency", "s", seconds)]
@@ -56,11 +56,12 @@ def test_table_of_the_zoo_beside_others(tmp_path: Path) -> None:
     lines = [timed(name, 0.2, 20) + timed(name, second, 20, batch=8) for name, second in (("resnet50", 2), ("nat", 1))]
     lines += [timed("nat", 0.1, 21), timed("nat", 0.05, 21, dtype="int8"), timed("nat", 9.0, 21, threads=2)]
     lines += [timed("nat", 0.08, 21, compile="default"), timed("resnet18", 0.3, 19, "b")]
+    lines += [timed("resnet50", 1, 27, batch=8), timed("resnet50", 0.1, 27)]  # of another day
     assert cpu_table(tmp_path, set()) == "Not measured yet.\n"
     (tmp_path / "profile-cpu.jsonl").write_text("".join(lines))
     macs = f"{Record.from_dict(record('nat', 1.0)).macs / 1e9:.2f}"
     assert cpu_table(tmp_path, {"nat"}).splitlines()[2:] == [
-        f"| `resnet50` | 224x224 | {macs} | 200.0 | 4.0 | 1.00 |  |  |  |",
+        f"| `resnet50` | 224x224 | {macs} | 100.0 | 8.0 | 1.00 |  |  |  |",
         f"| **`nat`** | 224x224 | {macs} | 100.0 | 8.0 | 2.00 | 1.25x |  | 2.00x |",
     ]
 

@@ -6,6 +6,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``.
 from __future__ import annotations
 
 import ast
+import datetime
 import os
 import re
 import textwrap
@@ -33,6 +34,8 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTA
 NOT_MEASURED = "Not measured yet.\n"
 SPEEDS = 5  # rows of the short table
 TIMED_AS = {"device": "cpu", "threads": 1, "amp": False, "channels_last": False, "fused": True}
+ONE, EIGHT = (1, "fp32", None), (8, "fp32", None)  # batch, dtype, compilation
+GAINS = {"compiled": ("fp32", "default"), "bf16": ("bf16", None), "int8": ("int8", None)}
 
 
 def listed(zoo: Sequence[Any]) -> list[Any]:
@@ -152,49 +155,57 @@ def speeds_table(folder: Path, names: Collection[str]) -> str:
 def cpu_table(folder: Path, names: Collection[str]) -> str:
     """What every recorded model takes on the CPU of the newest records, the zoo's in bold, by multiply-accumulates.
 
-    The rate is multiply-accumulates per second over those of timm's resnet50, in float32 and batches of 8; the gains of
-    other dtypes and of ``torch.compile`` are those of one image.
+    The rate is multiply-accumulates per second over those of timm's resnet50, in float32 and batches of 8, measured
+    nearest in time: a machine is not equally fast on every day.  The gains of other dtypes and of ``torch.compile`` are
+    those of one image.
 
     Args:
         folder: Holds records ``profile-*.jsonl`` of one thread; of a repeated measurement the newest counts.
         names: The zoo's models.
     """
     records = [r for path in sorted(folder.glob("profile-*.jsonl")) for r in read_records(path)]
-    found = {
-        (r.name, r.size, r.conditions["batch"], r.conditions["dtype"], r.conditions["compile"]): r
-        for r in sorted(records, key=lambda r: str(r.environment["date"]))
-        if r.latency and all(r.conditions[key] == value for key, value in TIMED_AS.items())
-    }
-    if not found:
+    records = [r for r in records if r.latency and all(r.conditions[k] == value for k, value in TIMED_AS.items())]
+    records.sort(key=_measured_at)
+    if not records:
         return NOT_MEASURED
-    newest = max(found.values(), key=lambda r: str(r.environment["date"])).environment["fingerprint"]
-    seconds = {key: r.latency.median for key, r in found.items() if r.latency}
-    found = {key: r for key, r in found.items() if r.environment["fingerprint"] == newest}
-    models = {key[:2]: r for key, r in found.items() if key[2:] == (1, "fp32", None)}
-
-    def rate(r: Record) -> float | None:
-        taken = seconds.get((r.name, r.size, 8, "fp32", None))
-        return 8 * r.macs / taken if taken else None
-
-    reference = next((rate(r) for (name, _), r in models.items() if name == "resnet50"), None)
+    records = [r for r in records if r.environment["fingerprint"] == records[-1].environment["fingerprint"]]
+    found = {(r.name, r.size, *_form(r)): r for r in records}
+    references = [r for r in records if (r.name, *_form(r)) == ("resnet50", *EIGHT)]
     rows = []
-    for (name, size), r in sorted(models.items(), key=lambda item: item[1].macs):
-        once = seconds[name, size, 1, "fp32", None]
-        several, own = seconds.get((name, size, 8, "fp32", None)), rate(r)
-        gains = [seconds.get((name, size, 1, *form)) for form in (("fp32", "default"), ("bf16", None), ("int8", None))]
+    for r in sorted((r for r in found.values() if _form(r) == ONE), key=lambda r: r.macs):
+        several = found.get((r.name, r.size, *EIGHT))
+        reference = several and min(
+            references, key=lambda other: abs(_measured_at(other) - _measured_at(several)), default=None
+        )
+        others = [found.get((r.name, r.size, 1, *form)) for form in GAINS.values()]
         rows.append(
             [
-                f"**`{name}`**" if name.partition(".")[0] in names else f"`{name}`",
-                "" if size is None else f"{size[0]}x{size[1]}",
+                f"**`{r.name}`**" if r.name.partition(".")[0] in names else f"`{r.name}`",
+                "" if r.size is None else f"{r.size[0]}x{r.size[1]}",
                 f"{r.macs / 1e9:.2f}",
-                f"{1e3 * once:.1f}",
-                f"{8 / several:.1f}" if several else "",
-                f"{own / reference:.2f}" if own and reference else "",
-                *(f"{once / gain:.2f}x" if gain else "" for gain in gains),
+                f"{1e3 * _seconds(r):.1f}",
+                f"{8 / _seconds(several):.1f}" if several else "",
+                f"{r.macs / _seconds(several) * _seconds(reference) / reference.macs:.2f}"
+                if several and reference
+                else "",
+                *(f"{_seconds(r) / _seconds(other):.2f}x" if other else "" for other in others),
             ]
         )
-    columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", "compiled", "bf16", "int8"]
-    return markdown(columns, rows, (2, 3, 4, 5, 6, 7, 8))
+    columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", *GAINS]
+    return markdown(columns, rows, tuple(range(2, len(columns))))
+
+
+def _form(r: Record) -> tuple[int, str, str | None]:
+    return r.conditions["batch"], r.conditions["dtype"], r.conditions["compile"]
+
+
+def _measured_at(r: Record) -> float:
+    return datetime.datetime.fromisoformat(str(r.environment["date"])).timestamp()
+
+
+def _seconds(r: Record) -> float:
+    assert r.latency is not None
+    return float(r.latency.median)
 
 
 def gpu_table(folder: Path, names: Collection[str] | None = None) -> str:
