@@ -108,11 +108,13 @@ def _run(todo: Todo, x: Tensor, add: Tensor | None, after: Todo) -> Tensor:
     while i < len(todo):
         kind, conv = todo[i]
         i += 1
-        shape = _shape(conv, x.shape) if kind == "conv" else ()
-        if kind != "conv" or conv.in_channels != x.shape[1] or min(shape) < 1:  # the layer says what is wrong
+        if kind != "conv":
             x = conv(x)
             continue
-        (weight, bias), act = tensors(conv), None
+        (weight, bias), shape, act = tensors(conv), _shape(conv, x.shape), None
+        if weight.dtype != x.dtype or conv.in_channels != x.shape[1] or min(shape) < 1:  # the layer says what is wrong
+            x = conv(x)
+            continue
         if i < len(todo) and todo[i][0] == "norm":
             norm, out = todo[i][1], math.prod(shape)
             # a norm costs a pass over the map, or, folded into the weights, one over them and small operators

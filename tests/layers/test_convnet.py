@@ -201,6 +201,8 @@ def test_wrong_input_is_refused_by_the_layer() -> None:
         run(torch.randn(1, 3, 8, 8), conv)
     with torch.no_grad(), pytest.raises(RuntimeError, match="Kernel size"):
         run(torch.randn(1, 4, 2, 2), conv)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="should be the same"):
+        run(torch.randn(1, 4, 8, 8), nn.Conv2d(4, 4, 3).double(), nn.BatchNorm2d(4).double().eval())
 
 
 def test_bfloat16_folds_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
