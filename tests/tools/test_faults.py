@@ -365,7 +365,7 @@ MORE: list[tuple[str, int, str]] = [
     ("profile test_litv2 --device cuda:63", 2, "not on this machine"),
     ("profile test_litv2 --device meta --mode latency", 2, "meta device"),
     ("profile test_litv2 --mode speed", 2, "--mode"),
-    ("profile test_litv2 --dtype int8", 2, "--dtype"),
+    ("profile test_litv2 --dtype int4", 2, "--dtype"),
     ("profile test_litv2 --amp", 2, "bf16 or fp16"),
     ("profile test_litv2 --min-time 3 --max-time 1", 2, "--min-time 3"),
     ("profile test_litv2 --max-time nan", 2, "--max-time"),
