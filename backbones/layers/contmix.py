@@ -18,7 +18,19 @@ from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working
 from ..ops.depthwise import depthwise_conv
 from ..ops.depthwise3x3 import depthwise3x3
 from .checks import Range, check_multiple, checked, need, scaled
-from .plain import depthwise, fold, folds, has_bias, is_plain, is_watched, keeps_size, pointwise, project, tensors
+from .plain import (
+    convolves,
+    depthwise,
+    fold,
+    folds,
+    has_bias,
+    is_plain,
+    is_watched,
+    keeps_size,
+    pointwise,
+    project,
+    tensors,
+)
 from .resampling import RegionPool, region_mean, resize
 
 __all__ = ["ContMixBlock"]
@@ -217,7 +229,7 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         conv = modules[i]
         i += 1
         if not _fusible(conv, x.dtype):
-            x = project(conv, x)
+            x = conv(x)
             continue
         if isinstance(conv, DilatedReparamBlock):
             weight, bias, conv = *conv.kernel(), conv.lk_origin
@@ -249,7 +261,7 @@ def _fusible(module: nn.Module, dtype: torch.dtype) -> bool:
         return is_plain(module, DilatedReparamBlock) and module.mergeable()
     if isinstance(module, ResDWConv):  # which adds its input by itself where its weight would not be exact
         return dtype == torch.float32 and is_plain(module, ResDWConv) and keeps_size(module)
-    return is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return convolves(module)
 
 
 class SqueezeExcite(nn.Module):

@@ -18,6 +18,7 @@ from timm.models import _efficientnet_blocks, byobnet, resnet
 from torch import Tensor, nn
 
 from ..ops.backend import use_onednn
+from ..ops.convolution import output_sides
 from .layout import to_channels_last, to_fast_layout
 from .plain import convolves, fold, folds, is_plain, is_watched, tensors
 
@@ -163,10 +164,9 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
 
 def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of what a convolution makes of a map."""
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     padding: Any = conv.padding
-    height, width = shape[2] + 2 * padding[0] - dh * (kh - 1) - 1, shape[3] + 2 * padding[1] - dw * (kw - 1) - 1
-    return shape[0], conv.out_channels, height // sh + 1, width // sw + 1
+    sides = output_sides(shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation)
+    return shape[0], conv.out_channels, *sides
 
 
 def _images(todo: Todo, x: Tensor) -> int:

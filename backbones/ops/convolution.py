@@ -19,34 +19,20 @@ from .cost import Cost, register_cost
 from .operators import operator
 
 
-@operator
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def output_sides(
+    sides: Sequence[int],
+    kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return out.contiguous(memory_format=torch.channels_last)
+) -> list[int]:
+    """Height and width of what a convolution makes of a map; 0 or less where its kernel does not fit."""
+    geometry = zip(sides, kernel_size, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
 
 
-@torch.library.register_fake("vizoo::convolution")
-def _(x, weight, bias, stride, padding, dilation, groups):
-    geometry = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    sides = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry)
-    return x.new_empty((x.shape[0], weight.shape[0], *sides)).to(memory_format=torch.channels_last)
-
-
-@register_cost("vizoo::convolution")
-def _cost(x: Any, weight: Any, bias: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
-    return Cost(macs=prod(out) * prod(weight[1:]), other=prod(out) * (bias is not None))
-
-
-def convolution(
+@operator
+def _convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -69,4 +55,20 @@ def convolution(
     Returns:
         ``[B, O, H', W']``, channels-last.
     """
-    return torch.ops.vizoo.convolution(x, weight, bias, stride, padding, dilation, groups)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+convolution = torch.ops.vizoo.convolution
+
+
+@torch.library.register_fake("vizoo::convolution")
+def _(x, weight, bias, stride, padding, dilation, groups):
+    sides = output_sides(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return x.new_empty((x.shape[0], weight.shape[0], *sides)).to(memory_format=torch.channels_last)
+
+
+@register_cost("vizoo::convolution")
+def _cost(x: Any, weight: Any, bias: Any, *args: Any, out: Any = None, **kwargs: Any) -> Cost:
+    return Cost(macs=prod(out) * prod(weight[1:]), other=prod(out) * (bias is not None))

@@ -142,11 +142,12 @@ def depthwise3x3(
         limits = "" if torch.jit.is_tracing() else _limits(x, weight, bias)  # traces warn of comparisons of sizes
         if use_triton(backend, x, limits):
             return _depthwise3x3(_cast(x, residual), weight, bias, residual, gelu)
-        if backend == "auto" and gelu and not residual and not limits and use_onednn(x, weight):
-            return onednn_depthwise3x3_gelu(x, weight, bias)
-        if backend == "auto" and not limits and use_compiled_onednn(x, weight):
-            y = convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), weight.shape[0])
-            return _finish(y, x, residual, gelu)
+        if backend == "auto" and not limits:
+            if gelu and not residual and use_onednn(x, weight):
+                return onednn_depthwise3x3_gelu(x, weight, bias)
+            if use_compiled_onednn(x, weight):
+                y = convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), weight.shape[0])
+                return _finish(y, x, residual, gelu)
     return reference_depthwise3x3(x, weight, bias, residual, gelu)
 
 
