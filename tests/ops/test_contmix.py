@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import image, load, weights
+from graphs import compiled
 from tolerance import close, golden_close, golden_gradients, op_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,17 +331,10 @@ def test_compiles_without_a_break(backend):
 def test_compiled_inference_is_one_operator():
     """Softmax and sums stay apart from what is around them; in training and eagerly there is no such operator."""
     args = [t.float() for t in inputs(2, 2, 3, 5, 7, 3, 5)]
-    names: list[str] = []
-
-    def look(graph, given):
-        names.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
     for mode in (torch.no_grad, torch.enable_grad):
-        torch._dynamo.reset()
-        names.clear()
         with mode():
-            close(torch.compile(Mix(), backend=look, fullgraph=True)(*args), contmix(*args, 3, 5), "rerun")
+            names, out = compiled(Mix(), *args)
+            close(out, contmix(*args, 3, 5), "rerun")
         assert ("vizoo.contmix_products" in names) == (mode is torch.no_grad)
     torch.library.opcheck(torch.ops.vizoo.contmix_products.default, (*args, 3, 5))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import compiled
 from tolerance import close
 from torch import nn
 
@@ -45,15 +46,8 @@ class Net(nn.Module):
 
 
 def targets(net, x):
-    """What the graph of a compiled network calls, and its output."""
-    names: list[str] = []
-
-    def look(graph, inputs):
-        names.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    torch._dynamo.reset()
-    out = torch.compile(net, backend=look, fullgraph=True)(x)
+    """The operators of ours in the graph of a compiled network, and its output."""
+    names, out = compiled(net, x)
     return {name for name in names if "vizoo" in name}, out
 
 
