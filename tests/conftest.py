@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.util
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 # wait for a core spin for a whole time slice of the system, again and again.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
 import torch.utils._device
 
@@ -31,8 +33,26 @@ SEED = 42
 gc.disable()  # until all is collected, for what is imported and collected stays
 
 
+def _seed() -> None:
+    """Seed everything that draws, so that no test depends on those before it in its worker."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--network", action="store_true", help="also run the tests that need the internet")
+
+
+def pytest_collectstart() -> None:
+    """Modules draw the same numbers each time that they are imported."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Fixtures of modules draw the same numbers whichever test needs them first."""
+    _seed()
 
 
 def pytest_collection_finish() -> None:
@@ -54,10 +74,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
-    """Seed torch, and give every test one thread (sums in one order), the default dtype and gradients."""
+    """Give every test one thread (sums in one order), seeds, the default dtype and gradients."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    _seed()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
