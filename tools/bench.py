@@ -76,11 +76,13 @@ examples:
 Outputs are compared before anything is timed, and nothing is recorded when they differ; for --pass train gradients too,
 in float64, with every rate of dropout and stochastic depth 0 on both sides.  In bf16 the official side stays in
 float32 on a CPU, where its deformable convolution has no bfloat16.  A suite runs in a checkout and needs
-nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then."""
+nothing but torch, triton, timm and pytest; what it knows is in its file at once, whatever happens then.  MB is what a
+call of either side has at once besides weights and input."""
 COLUMNS = [
     "name", "peer", "mode", "shape", "dtype", "peer_dtype", "batch", "threads", "rounds", "median_ms", "p20_ms",
-    "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms", "ratio", "ratio_low", "ratio_high", "error", "grad_error",
-    "cpu_use", "device", *STATE, "torch", "timm", "vizoo", "commit", "date", "notes",
+    "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms", "ratio", "ratio_low", "ratio_high", "memory_mb",
+    "peer_memory_mb", "error", "grad_error", "cpu_use", "device", *STATE, "torch", "timm", "vizoo", "commit", "date",
+    "notes",
 ]  # fmt: skip
 LEAST = 0.1  # seconds of a sample: single calls of a layer would measure the cache that the other side left behind
 LAYER_OPTIONS = ("window_size", "alpha")  # arguments of layers that are options
@@ -89,6 +91,7 @@ FORMATS = {  # of figures in files and in the table
     **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "peer_median_ms", "peer_p20_ms", "peer_p80_ms"), ".2f"),
     "ratio": ".2f",
     **dict.fromkeys(("ratio_low", "ratio_high"), ".4g"),
+    **dict.fromkeys(("memory_mb", "peer_memory_mb"), ".1f"),
     **dict.fromkeys(("error", "grad_error"), ".1e"),
     "cpu_use": ".2f",
     "occupancy": ".3f",
@@ -107,6 +110,8 @@ SHOWN = {
     "ratio": "speed-up",
     "ratio_low": "from",
     "ratio_high": "to",
+    "memory_mb": "MB",
+    "peer_memory_mb": "theirs MB",
     "error": "error",
     "grad_error": "of gradients",
     "cpu_use": "cpu use",
@@ -231,6 +236,16 @@ class _Side:
             self.module.zero_grad(set_to_none=True)
         return run_pass(self.run, (self.x, *self.more), self.train)
 
+    def memory(self) -> float:
+        """Megabytes that a call has at once, besides weights and input; the gradients of a training step count."""
+        from vizoo.tools.profiling.memory import peak_memory
+
+        def call() -> None:
+            self()
+            self.module.zero_grad(set_to_none=True)
+
+        return peak_memory(call, self.module, (self.x, *self.more), self.x.device).activations / 1e6
+
 
 def _peer_dtype(args: argparse.Namespace, sides: Sides, dtype: str) -> str:
     """Dtype of the other side: official code has operators without half precision on a CPU."""
@@ -264,7 +279,7 @@ def _refuse(args: argparse.Namespace, where: str, what: str, error: float, allow
 
 
 def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tuple[Comparison, dict[str, Any]]:
-    """Check and time both sides; the timings, how far the sides are apart, and the state of the device."""
+    """Check and time both sides; the timings, and the other columns: errors, memory and the state of the device."""
     import torch
 
     from vizoo.tools.profiling.state import Watch
@@ -297,7 +312,8 @@ def _timed(args: argparse.Namespace, sides: Sides, batch: int, dtype: str) -> tu
                 clock=time.process_time if args.cpu_time else time.perf_counter,
                 least=LEAST,
             )
-    return timed, {**errors, **watch.record, "notes": "; ".join(watch.notes)}
+            memory = {"memory_mb": ours.memory(), "peer_memory_mb": theirs.memory()}
+    return timed, {**errors, **memory, **watch.record, "notes": "; ".join(watch.notes)}
 
 
 def _written(dtype: str) -> str:

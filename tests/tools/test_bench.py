@@ -36,7 +36,30 @@ def test_model_against_plain(extra, tmp_path, capsys):
         assert float(row["ratio"]) == pytest.approx(float(row["peer_median_ms"]) / float(row["median_ms"]), rel=0.02)
         assert float(row["error"]) < 1e-5
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert min(float(row["memory_mb"]), float(row["peer_memory_mb"])) > 0
     assert "speed-up" in capsys.readouterr().out
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(500, 500))
+
+    def forward(self, x):
+        return x * self.scale + 1
+
+
+def test_memory_of_a_side():
+    """Two maps of 1 MB; in training the output, its gradient and that of the parameter at the least, in every call."""
+    found = {}
+    for mode in ("infer", "train"):
+        args = bench.build_parser().parse_args(["scaled", "--pass", mode])
+        side = bench._Side(args, Scaled(), (1, 500, 500), (), "float32")
+        with torch.inference_mode(mode == "infer"):
+            found[mode] = [side.memory() for _ in range(2)]
+        assert found[mode][0] == found[mode][1]
+    assert found["infer"][0] == pytest.approx(2.0, abs=0.01)
+    assert 3.0 <= found["train"][0] < 6.0
 
 
 @pytest.mark.slow

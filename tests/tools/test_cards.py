@@ -127,6 +127,18 @@ def test_short_speed_table(tmp_path: Path) -> None:
     assert found == [("m2", "4"), ("m1", "2"), ("op", "7")]
 
 
+def test_memory_table(tmp_path: Path) -> None:
+    """Training steps whose memory was measured, and no others."""
+    assert tables.memory_table(tmp_path) == tables.NOT_MEASURED
+    memory = {"memory_mb": "50.4", "peer_memory_mb": "200.0"}
+    rows = [{"name": "m1", **memory}, {"name": "m2", "mode": "train cpu_time", **memory}]
+    write_record(tmp_path, "a-1", *rows, {"name": "m3", "mode": "train", "memory_mb": "", "peer_memory_mb": ""})
+    write_record(tmp_path, "b-1", {"name": "old", "mode": "train"})
+    assert tables.memory_table(tmp_path).splitlines()[2:] == [
+        "| `m2` | official | 3x8x8 | 1 | float32 | 50 | 200 | 0.25 |"
+    ]
+
+
 def test_families_table() -> None:
     """A range of models by cost, whose weights there are, and the best published accuracy with its model."""
     zoo = list_zoo(["*"])

@@ -134,6 +134,19 @@ def speed_table(folder: Path) -> str:
     return records_table([row for _, row in benchmarks(folder)])
 
 
+def memory_table(folder: Path) -> str:
+    """What recorded training steps have at once besides weights and input, ours and the other side's."""
+    found = [r for _, r in benchmarks(folder) if r["mode"].split()[0] == "train" and r.get("memory_mb")]
+    if not found:
+        return NOT_MEASURED
+    rows = []
+    for r in found:
+        ours, theirs = float(r["memory_mb"]), float(r["peer_memory_mb"])
+        what = [f"`{r['name']}`", r["peer"], r["shape"], r["batch"], r["dtype"]]
+        rows.append([*what, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"])
+    return markdown(["what", "against", "input", "batch", "dtype", "MB", "theirs, MB", "share"], rows, (3, 5, 6, 7))
+
+
 def speeds_table(folder: Path, names: Collection[str]) -> str:
     """The best record of a family, families with a record of a whole model first; at most ``SPEEDS`` rows.
 
@@ -321,6 +334,7 @@ def rewrite(text: str, page: Path, root: Path, zoo: Sequence[Any]) -> str:
         "families": lambda: families_table(zoo, root / "docs/models", page),
         "citations": citations,
         "speed": lambda: speed_table(results),
+        "memory": lambda: memory_table(results),
         "speeds": lambda: speeds_table(results, {e.name for e in zoo}),
         "cpu": lambda: cpu_table(results, {e.name for e in zoo}),
         "gpu": lambda: gpu_table(results),
