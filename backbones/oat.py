@@ -122,7 +122,7 @@ class CropNet(nn.Module):
         )
 
     def look(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """Objects of images ``[B, in_chans, H, W]``, by boxes ``[B, N, 4]``, to ``[B, N, dim]``, if that :meth:`fits`."""
+        """Objects of images ``[B, in_chans, H, W]`` that fit, by boxes ``[B, N, 4]``, to ``[B, N, dim]``."""
         maps = object_maps(image, boxes, self.crop_size, *tensors(self.conv1, self.conv2), _POOL)
         return self._embed(maps).unflatten(0, boxes.shape[:2])
 
