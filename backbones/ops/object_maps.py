@@ -157,7 +157,8 @@ class _Convolutions(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """Maps of some crops."""
-        convolve, geometry = torch.ops.mkldnn._convolution_pointwise, ([0, 0], [1, 1], [1, 1], 1, "none", [], "")
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        geometry: Any = [0, 0], [1, 1], [1, 1], 1, "none", [], ""  # with nothing after it
         x = convolve(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias, *geometry)
         x = _max_pool(x, self.pool).relu_()  # as after a ReLU, with fewer values
         return convolve(x, self.second, self.second_bias, *geometry).relu_()
