@@ -31,12 +31,13 @@ from .layers.about import About
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import NATURAL, SHARE, check_model_name, check_multiple, checked, need
-from .layers.convnet import infers, run, speed_up
+from .layers.convnet import run, speed_up
 from .layers.panel import evaluating
 from .layers.place_code import PLACE_CODES, PlaceCode, step_code
-from .layers.plain import is_watched, tensors
+from .layers.plain import fuses, is_plain, is_watched, tensors
 from .ops.attention import attention
 from .ops.backend import is_transforming, plain_only
+from .ops.object_maps import crop_maps, object_maps
 
 __all__ = ["OAT", "convert_oat"]
 
@@ -67,7 +68,7 @@ ABOUT = About(
 )
 
 Kept = tuple[Tensor, Tensor]  # keys and values [B, heads, L, d]
-_RELU_AND_POOL = nn.ReLU(), nn.MaxPool2d(5)
+_POOL = 5  # side of the pooling between the convolutions
 SMALLEST_CROP = 19  # side that leaves one value after both convolutions and the pooling between them
 SMALLEST_POOLED = 29  # and after the last pooling of a model without spp
 
@@ -108,15 +109,26 @@ class CropNet(nn.Module):
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need crop_size={self.crop_size}, or a model with spp")
         if min(size) < SMALLEST_CROP:
             raise ValueError(f"got crops of {size[0]}x{size[1]}, need at least {SMALLEST_CROP}x{SMALLEST_CROP}")
-        if infers(x):
-            x = run(x, self.conv1, *_RELU_AND_POOL, self.conv2, _RELU_AND_POOL[0])
-        else:
-            x = F.relu(F.max_pool2d(self.conv1(to_fast_layout(x)), 5))  # as after a ReLU, with 25 times fewer values
-            x = F.relu(self.conv2(x))
-        return self.fc(torch.cat([pyramid_level(x, 2**i) for i in range(self.spp)], 1) if self.spp else self._pool(x))
+        if self.fits(x):
+            return self._embed(crop_maps(x, *tensors(self.conv1, self.conv2), _POOL))
+        x = F.relu(F.max_pool2d(self.conv1(to_fast_layout(x)), _POOL))  # as after a ReLU, with 25 times fewer values
+        return self._embed(F.relu(self.conv2(x)))
 
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3).flatten(1)
+    def fits(self, x: Tensor) -> bool:
+        """Whether operators of ours may do the work of both convolutions, for crops or images."""
+        convs = self.conv1, self.conv2
+        return fuses(x, *convs, types=(nn.Conv2d,)) and all(
+            (c.stride, c.padding, c.dilation, c.groups) == ((1, 1), (0, 0), (1, 1), 1) for c in convs
+        )
+
+    def look(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Objects of images ``[B, in_chans, H, W]`` that fit, by boxes ``[B, N, 4]``, to ``[B, N, dim]``."""
+        maps = object_maps(image, boxes, self.crop_size, *tensors(self.conv1, self.conv2), _POOL)
+        return self._embed(maps).unflatten(0, boxes.shape[:2])
+
+    def _embed(self, x: Tensor) -> Tensor:
+        levels = [pyramid_level(x, 2**i) for i in range(self.spp)] or [F.max_pool2d(x, 3).flatten(1)]
+        return self.fc(torch.cat(levels, 1))
 
 
 def pyramid_level(x: Tensor, cells: int) -> Tensor:
@@ -595,11 +607,9 @@ class OAT(nn.Module):
     def _look(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Appearance ``[B, N + 1, E / 2]`` of boxed objects and of an all-ones crop."""
         if self.backbone is None:
-            scenes = [(image, boxes)]
-            if infers(image) and not any(map(is_watched, self.appearance.modules())):
-                scenes = list(zip(image.split(1), boxes.split(1), strict=True))  # crops of many are slow to allocate
-            crops = (self._cut(*scene, self.crop_size).unflatten(0, scene[1].shape[:2]) for scene in scenes)
-            return torch.cat([self._look_at_crops(c) for c in crops])
+            if is_plain(self.appearance, CropNet) and self.appearance.fits(image):  # type: ignore[operator]
+                return self._with_blank(self.appearance.look(image, boxes))  # type: ignore[operator]
+            return self._look_at_crops(self._cut(image, boxes, self.crop_size).unflatten(0, boxes.shape[:2]))
         if type(self.backbone) is FeatureListNet and not is_watched(self.backbone):
             features = run(image, *self.backbone.values())
         else:
@@ -610,7 +620,11 @@ class OAT(nn.Module):
 
     def _look_at_crops(self, crops: Tensor) -> Tensor:
         seen = self.appearance(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
-        blank = self.appearance(crops.new_ones(1, *crops.shape[2:]))
+        return self._with_blank(seen, crops.shape[3:])
+
+    def _with_blank(self, seen: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Appearance of objects ``[B, N, E / 2]`` and, after them, of an all-ones crop."""
+        blank = self.appearance(seen.new_ones(1, self.in_chans, *(size or self.crop_size)))
         return torch.cat((seen, blank.expand(seen.shape[0], 1, -1)), 1)
 
     def _scene(self, seen: Tensor, coords: Tensor, target: Tensor | None, object_mask: Tensor | None) -> Scene:

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from .layers import Panel
 from .layers.about import About
-from .layers.aggregated_attention import AggregatedAttention, BiasCache, LengthScaledAttention
+from .layers.aggregated_attention import AggregatedAttention, LengthScaledAttention
 from .layers.build import build
 from .layers.checkpoint import unwrap
 from .layers.checks import (
@@ -66,6 +66,7 @@ from .layers.panel import cell_at, seen_by, tiled
 from .layers.plain import depthwise, fuses, project, tensors
 from .ops.conv_ffn import conv_ffn
 from .ops.depthwise3x3 import depthwise3x3
+from .ops.position_bias import BiasCache
 
 __all__ = ["TransNeXt"]
 

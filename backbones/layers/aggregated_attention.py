@@ -1,8 +1,6 @@
 """The two attentions of TransNeXt (Sec. 3): over a window and the pooled map at once, and over the whole map."""
 
 import math
-import weakref
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -20,90 +18,16 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from ..ops.aggregated_attention import aggregated_attention, reference_aggregated_attention
 from ..ops.attention import attention
 from ..ops.neighborhood import at_least
+from ..ops.position_bias import BiasCache, log_distances, position_bias, relative_positions, spread
 from .checks import Range, check_multiple, checked, need
 from .mixture_of_heads import MixtureOfHeads
 from .plain import fuses, project, project_wide, tensors
 from .resampling import region_mean, resize
 
-__all__ = ["AggregatedAttention", "BiasCache", "LengthScaledAttention"]
+__all__ = ["AggregatedAttention", "LengthScaledAttention"]
 
 POSITION_DIM = 512  # hidden channels of the network that makes the bias of a relative position
-
-
-class BiasCache:
-    """Position biases of the layers of a model, which depend on the size of the map only, for inference on a CPU.
-
-    A layer's entry is used as long as the weights that it was made of hold the same numbers: these are compared, as a
-    change through ``.data`` or shared memory leaves no other trace.  Copies and pickles of a model begin empty.
-
-    Args:
-        limit: Bytes of all entries together; what does not fit is made anew in each pass.
-    """
-
-    def __init__(self, limit: int = 64 << 20):
-        self.limit = limit
-        self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor | None], Tensor]]
-        self._entries = weakref.WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """What copies and pickles are made of."""
-        return BiasCache, (self.limit,)
-
-    def find(self, layer: nn.Module, key: Any, weights: list[Tensor | None]) -> Tensor | None:
-        """The bias of a layer for a key, made of the same weights; None if there is none."""
-        entry = self._entries.get(layer)
-        if entry is None or entry[0] != key:
-            return None
-        same = all(starmap(_are_same, zip(entry[1], weights, strict=True)))
-        return entry[2] if same else None
-
-    def keep(self, layer: nn.Module, key: Any, weights: list[Tensor | None], bias: Tensor) -> None:
-        """Keep the bias of a layer, its last one only, if there is room."""
-        self._entries.pop(layer, None)
-        others = sum(entry[2].nbytes for entry in list(self._entries.values()))
-        if others + bias.nbytes <= self.limit:
-            self._entries[layer] = key, [None if t is None else t.detach().clone() for t in weights], bias
-
-
-def _are_same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-@register_notrace_function
-def relative_positions(length: int, regions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Distances on an axis from its positions to the regions of adaptive average pooling.
-
-    A region is where its average is, in the middle of its positions.
-
-    Args:
-        length: Positions.
-        regions: Regions; as many as positions are the positions themselves.
-        device: Device of the result.
-
-    Returns:
-        Distances ``[n]`` (float32) that hold all that occur, in order; and the place in them of that of each position
-        to each region ``[length, regions]``.
-    """
-    position, region = torch.arange(length, device=device).unsqueeze(1), torch.arange(regions, device=device)
-    # in halves: regions of one size are where each distance is a whole step of two from the next
-    whole, ratio = divides(regions, length), length // regions
-    middle = region * length // regions + ((region + 1) * length + (regions - 1)) // regions - 1
-    least = whole * (1 + ratio - 2 * length) + (1 - whole) * (2 - 2 * length)
-    count = whole * (2 * length - ratio) + (1 - whole) * (4 * length - 3)  # without steps some occur nowhere
-    distance = torch.arange(count, device=device) * (1 + whole) + least
-    return distance.float() / 2, (2 * position - middle - least) // (1 + whole)
-
-
-def divides(regions: int, length: int) -> int:
-    """1 if a number divides another, else 0; also a number while tracing, and 0 for free sizes of exported programs."""
-    if not torch.jit.is_scripting():
-        if isinstance(length, Tensor) or isinstance(regions, Tensor):
-            return torch.as_tensor(length % regions == 0).long()  # type: ignore[return-value]
-        if isinstance(length, torch.SymInt) or isinstance(regions, torch.SymInt):
-            return 0
-    return int(length % regions == 0)
+register_notrace_function(relative_positions)
 
 
 class _PositionedAttention(nn.Module):
@@ -166,16 +90,25 @@ class _PositionedAttention(nn.Module):
         Sec. 3.3 of the paper: a network of the logarithms of the distances, which extrapolates to other maps.
         """
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
-            # counters see the network in every pass
-            if fuses(x, self.cpb_fc1, self.cpb_fc2, compiled=False) and _len_torch_dispatch_stack() == 0:
-                key = (x.shape[1:3], rows, cols, self.bias_map, self.pretrain_map)
-                weights = tensors(self.cpb_fc1, self.cpb_fc2)
-                bias = self.cache.find(self, key, weights)
-                if bias is None:
-                    bias = self._position_bias(x, rows, cols)
-                    self.cache.keep(self, key, weights, bias)
-                return bias
+            if fuses(x, self.cpb_fc1, self.cpb_fc2):
+                return self._kept_bias(x, rows, cols)
         return self._position_bias(x, rows, cols)
+
+    @torch.jit.unused
+    def _kept_bias(self, x: Tensor, rows: int, cols: int) -> Tensor:
+        weights = tensors(self.cpb_fc1, self.cpb_fc2)
+        if torch.compiler.is_compiling():
+            if self.bias_map is not None:
+                return self._position_bias(x, rows, cols)
+            return position_bias(*weights, x.shape[1], x.shape[2], rows, cols, *self.pretrain_map)
+        if _len_torch_dispatch_stack() > 0:  # counters see the network in every pass
+            return self._position_bias(x, rows, cols)
+        key = (x.shape[1:3], rows, cols, self.bias_map, self.pretrain_map)
+        bias = self.cache.find(key, weights)
+        if bias is None:
+            bias = self._position_bias(x, rows, cols)
+            self.cache.keep(key, weights, bias)
+        return bias
 
     def _position_bias(self, x: Tensor, rows: int, cols: int) -> Tensor:
         H, W, sides = x.shape[1], x.shape[2], self.bias_map
@@ -189,17 +122,13 @@ class _PositionedAttention(nn.Module):
     def _bias_of(self, x: Tensor, H: int, W: int, rows: int, cols: int) -> Tensor:
         down, row_index = relative_positions(H, rows, x.device)
         right, col_index = relative_positions(W, cols, x.device)
-        down, right = down / (self.pretrain_map[0] - 1) * 8, right / (self.pretrain_map[1] - 1) * 8
-        distances = torch.stack(torch.meshgrid(down, right, indexing="ij"), -1)
-        distances = distances.sign() * (distances.abs() + 1).log2() / 3
+        distances = log_distances(down, right, self.pretrain_map)
         if torch.jit.is_scripting():
             table = self.cpb_fc2(F.relu(self.cpb_fc1(distances.to(x.dtype))))
         else:
             distances = distances.to(torch.promote_types(x.dtype, torch.float32))
             table = project_wide(self.cpb_fc2, F.relu(project_wide(self.cpb_fc1, distances)))
-        table = table.permute(2, 0, 1).index_select(1, row_index.flatten()).index_select(2, col_index.flatten())
-        # keys before queries in memory, as aggregated attention reads it
-        return table.reshape(-1, H, rows, W, cols).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2).transpose(1, 2)
+        return spread(table, row_index, col_index)
 
     def _regions(self, H: int, W: int) -> tuple[int, int]:
         """Rows and columns of the pooled map."""

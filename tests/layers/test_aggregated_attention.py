@@ -13,7 +13,7 @@ from golden import image, load, weights
 from tolerance import close, golden_close, op_close
 
 from vizoo.backbones.layers import AggregatedAttention, LengthScaledAttention
-from vizoo.backbones.layers.aggregated_attention import BiasCache, relative_positions
+from vizoo.backbones.ops.position_bias import BiasCache, relative_positions
 from vizoo.tools.profiler import count
 
 CASES = [f"moh_aggregated_{kind}" for kind in ("s1_r2", "s2_r1", "shared_only")] + [

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from tolerance import golden_close
+from tolerance import close, golden_close
 from torch import nn
 
 import vizoo.backbones.layers
@@ -667,6 +667,43 @@ def test_official_tcpa_from_a_checkout(tmp_path):
     assert peer.keys.shape == (18, 10)
     assert [peer.eval().mode, peer.train().mode, peer.train(False).mode] == ["eval", "train", "eval"]
     assert not [module for module in sys.modules if module.split(".")[0] in ("models", "train")]
+
+
+@pytest.mark.parametrize(("name", "asked"), [("oat_small", (2, 2, 128, 4, 86)), ("oat_base", (4, 4, 512, 4, 86))])
+def test_official_oat_from_a_checkout(name, asked, tmp_path):
+    """Crops of the scene, first places, and codes that are ours and no weights."""
+    code = sides.find_official(name)
+    folder = (tmp_path / code.file).parent
+    folder.mkdir(parents=True)
+    (folder / "positionalEncoding.py").write_text(
+        "import matplotlib.pyplot as plt\nfrom scipy.optimize import minimize\n", encoding="utf-8"
+    )
+    (tmp_path / code.file).write_text(
+        "import torch\nfrom torch import nn\nfrom .positionalEncoding import *\n"
+        "class Steps(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.register_buffer('pos_embedding', torch.zeros(5000, 1, 8))\n"
+        "class Seq2SeqTransformer(nn.Module):\n    def __init__(self, *asked):\n        super().__init__()\n"
+        "        self.asked, self.pe, self.onedpositional_encoding = asked, None, Steps()\n"
+        "    def forward(self, *given):\n        self.given = given\n        return given[0][:1].float()\n",
+        encoding="utf-8",
+    )
+    peer = official.official_side(code.adapter, tmp_path, code.file, name=name, size=800, reparam=False)
+    assert peer.asked[:5] == asked
+    assert not peer.state_dict()
+    image = torch.rand(2, 3, 96, 140)
+    assert peer(image).shape == (2, 1, 3)
+    places, start, crops, blank, *_ = peer.given
+    assert places[[0, 15, 83, 84], 0].tolist() == [[0, 0, 0], [1, 1, 0], [5, 13, 0], [0, 0, 1]]
+    assert start.tolist() == [[[3, 7, 0]] * 2]
+    ours = timm.create_model(name)
+    boxes = ours._grid_boxes(image)[0].expand(2, -1, -1)
+    cut = ours._cut(image, boxes, ours.crop_size).unflatten(0, (2, 84)).permute(0, 1, 3, 4, 2)
+    close(crops[:, :84], cut, "same")
+    close(crops[:, 84], cut[:, 0], "same")
+    assert blank.shape == (2, 1, *ours.crop_size, 3)
+    assert blank.min() == blank.max() == 1
+    code = ours.place(torch.tensor([[3.0, 9.0]]), torch.ones(1))
+    close(peer.pe[[3, 9, 1]].flatten()[: code.shape[1]], code[0], "same")
 
 
 @pytest.mark.parametrize("name", sides.LAYERS)

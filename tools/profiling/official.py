@@ -391,6 +391,57 @@ def tcpa(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
     return model
 
 
+def oat(checkout: Path, name: str, size: int, reparam: bool) -> nn.Module:
+    """The official OAT in the sizes of one of our names, called with scenes that a grid divides into objects.
+
+    Its objects are files; here they are cut out as ours are, by RoIAlign of torchvision.  Codes of places and steps,
+    which are no weights, are the numbers of ours: the official ones of places are a fit of them.
+    """
+    from torchvision.ops import roi_align
+
+    plots: dict[str, dict[str, Any]] = {"matplotlib": {}, "matplotlib.pyplot": {}}
+    code = _import(checkout / "src", "model.models", {**plots, "scipy": {}, "scipy.optimize": {"minimize": None}})
+    ours: Any = timm.create_model(name, device="meta")
+    layer, table = ours.encoder[0], "src/model/amazon_learned_random_PE.npy"
+    rows, cols = ours.grid
+    dim, objects = ours.embed_dim, rows * cols
+    spp, heads, width = ours.appearance.spp, layer.attn.num_heads, layer.mlp.fc1.out_features
+    depths, scale = (len(ours.encoder), len(ours.decoder)), round(ours.head.scale**-2)
+
+    class Scenes(code.Seq2SeqTransformer):  # type: ignore[misc, name-defined]
+        """For images, of which it searches the first object."""
+
+        def __init__(self) -> None:
+            attention = (3, ours.head.heads, scale)  # version, heads, d_k
+            sizes = (*depths, dim, heads, objects + 2, 3, width)
+            super().__init__(*sizes, "learned", 0.9, "None", *attention, spp, str(checkout / table))
+            del self.pe
+            places = ours.place._one(torch.arange(max(rows, cols) + 1.0))
+            self.register_buffer("pe", places, persistent=False)
+            steps = sys.modules[type(ours.place).__module__].step_code(64, dim)[:, None]
+            self.onedpositional_encoding.register_buffer("pos_embedding", steps, persistent=False)
+            index = torch.arange(objects)
+            places = torch.stack((index // cols, index % cols, torch.zeros_like(index)), 1)
+            target = places[:1] + torch.tensor([[0, 0, 1]])
+            self.register_buffer("places", torch.cat((places, target)), persistent=False)
+            self.register_buffer("start", torch.tensor([[rows // 2, cols // 2, 0]]), persistent=False)
+
+        def forward(self, image: Tensor) -> Tensor:
+            B, _, H, W = image.shape
+            edges = torch.tensor([[W / cols, H / rows]]).repeat(1, 2)
+            left_top = self.places[:, [1, 0]]
+            boxes = (torch.cat((left_top, left_top + 1), 1) * edges).to(image.dtype)
+            crops = roi_align(image, [boxes] * B, ours.crop_size, aligned=True).permute(0, 2, 3, 1)
+            crops = crops.unflatten(0, (B, -1))
+            blank = torch.ones_like(crops[:, :1])
+            places, start = (t[:, None].expand(-1, B, -1) for t in (self.places, self.start))
+            unseen, seen = torch.zeros(len(places), len(places)).bool(), torch.zeros(1, 1)
+            out: Tensor = super().forward(places, start, crops, blank, unseen, seen, None, None, None)
+            return out.transpose(0, 1)
+
+    return Scenes()
+
+
 class _Subspace(nn.Module):
     """Attention of one subspace in the official order, with the official names."""
 

@@ -71,10 +71,12 @@ class Official(NamedTuple):
     Attributes:
         adapter: Function of :mod:`vizoo.tools.profiling.official` that imports and builds it.
         file: In a checkout, by which it is known.
+        square: Whether it is built for square images.
     """
 
     adapter: str
     file: str
+    square: bool = True
 
 
 class Case(NamedTuple):
@@ -186,6 +188,8 @@ CASES = {  # by name of a layer, or pattern of names of models; the first that f
     "flowformer_*": Case(Official("flowformer", "Flowformer_CV/flowformer.py")),
     "ninformer_*": Case(Official("ninformer", "ninformer.py")),
     "vit_base_patch16_224_tcpa": Case(Official("tcpa", "models/VFPT_TCPA.py")),
+    "oat_base": Case(Official("oat", "src/model/models.py", square=False)),
+    "oat_small": Case(Official("oat", "src/model/models.py", square=False)),
     "nat_*": Case(Official("nat", "classification/nat.py")),
     "dinat_*": Case(Official("nat", "classification/nat.py")),
     "vitrpb_*": Case(Official("nat", "classification/nat.py")),
@@ -301,7 +305,8 @@ def _model(name: str, reparam: bool) -> Any:
 
 def _check_square(name: str, case: Case, size: tuple[int, int], official: Path | None) -> None:
     height, width = size
-    if height == width or not (case.layer.tokens if case.layer else official):
+    square = official is not None and (not isinstance(case.official, Official) or case.official.square)
+    if height == width or not (case.layer.tokens if case.layer else square):
         return
     what = f"{name!r} takes the tokens of a square map" if case.layer else "official code is built for square images"
     raise UserError(f"--size {height} {width}: {what}; give one side")
