@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..ops.backend import on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
-from ..ops.depthwise import depthwise_conv
+from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
+from ..ops.response_norm import response_norm, trains_response_norm
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import (
     convolves,
@@ -165,6 +166,9 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if trains_response_norm(x, self.gamma):
+                return response_norm(x, self.gamma, self.beta)
         dtype = torch.promote_types(x.dtype, torch.float32)  # the norm of a large map overflows float16
         if _infers(x):  # up to 10 times faster on channels-last maps, but without a gradient at zero
             wide = x.to(dtype) if x.dtype == torch.float16 else x  # sums of bfloat16 are float32 inside
@@ -231,7 +235,8 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         if not _fusible(conv, x.dtype):
             x = conv(x)
             continue
-        if isinstance(conv, DilatedReparamBlock):
+        large = isinstance(conv, DilatedReparamBlock)
+        if large:
             weight, bias, conv = *conv.kernel(), conv.lk_origin
         else:
             weight, bias = tensors(conv)
@@ -250,6 +255,8 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         if pointwise(conv) and conv.stride == (1, 1):
             x, w = x.permute(0, 2, 3, 1), weight.flatten(1)
             x = torch.ops.mkldnn._linear_pointwise(x, w, bias, activation, [], algorithm).permute(0, 3, 1, 2)
+        elif large and activation == "none" and has_long_rows(x, weight.shape[2]):
+            x = torch.ops.vizoo.depthwise_conv(x, weight, bias, 1, False)
         else:
             geometry = conv.padding, conv.stride, conv.dilation, conv.groups
             x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, activation, [], algorithm)
