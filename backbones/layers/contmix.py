@@ -13,7 +13,7 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops.backend import on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
+from ..ops.backend import fuses_gelu, on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
@@ -85,18 +85,21 @@ class ResDWConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         if not torch.jit.is_scripting():
-            if x.dtype == torch.float32 and use_onednn(x, self.weight) and keeps_size(self):
-                weight, padding = self.residual_weight(), self.padding
-                return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups)
+            runs = use_onednn(x, self.weight) or (torch.is_grad_enabled() and trains_by_onednn(x))
+            if runs and x.dtype == self.weight.dtype == torch.float32 and keeps_size(self):
+                return self._conv_forward(x, self.residual_weight(), self.bias)
             if depthwise(self, 3, types=(ResDWConv,)):
                 return depthwise3x3(x, self.weight, self.bias, residual=True)
         return x + self._conv_forward(x, self.weight, self.bias)
 
     def residual_weight(self) -> Tensor:
-        """Kernel that adds the input itself: one pass over the map less, but only float32 keeps small weights exact."""
-        weight = self.weight.detach().clone()
-        weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
-        return weight
+        """Kernel that adds the input itself: one pass over the map less, but only float32 keeps small weights exact.
+
+        In training it is another one less, over the gradient.
+        """
+        one = self.weight.new_zeros(self.weight.shape[2:])
+        one[one.shape[0] // 2, one.shape[1] // 2] = 1
+        return self.weight + one
 
 
 def residual_conv(dim: int, **dd: Any) -> ResDWConv:
@@ -249,8 +252,11 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
             weight = weight * scale.reshape(-1, 1, 1, 1)
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         activation, algorithm = "none", ""
+        apart = None
         if i < len(modules) and is_plain(modules[i], *_ACTIVATIONS):
             activation, algorithm = _activation(modules[i])
+            if activation == "gelu" and not fuses_gelu(x):
+                activation, apart = "none", algorithm
             i += 1
         if pointwise(conv) and conv.stride == (1, 1):
             x, w = x.permute(0, 2, 3, 1), weight.flatten(1)
@@ -260,6 +266,7 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         else:
             geometry = conv.padding, conv.stride, conv.dilation, conv.groups
             x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, activation, [], algorithm)
+        x = x if apart is None else torch.ops.aten.gelu_(x, approximate=apart)
     return x
 
 
