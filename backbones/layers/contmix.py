@@ -13,11 +13,19 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops.backend import fuses_gelu, on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
+from ..ops.backend import (
+    fuses_gelu,
+    on_kernel_device,
+    plain_only,
+    trains_by_onednn,
+    use_compiled_onednn,
+    use_onednn,
+    without_autocast,
+)
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
-from ..ops.response_norm import response_norm, trains_response_norm
+from ..ops.response_norm import response_ffn, response_norm, trains_response_norm
 from .checks import Range, check_multiple, checked, need, scaled
 from .plain import (
     convolves,
@@ -195,13 +203,30 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` as the modules do one after the other."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if not torch.jit.is_scripting():
             if use_onednn(x, x):
                 out = [run_fused(list(self), chunk) for chunk in x.split(self._images(x))]
                 return out[0] if len(out) == 1 else torch.cat(out)
+            if torch.compiler.is_compiling():
+                return self._compiled(x)
         for module in self:
             x = module(x) if torch.jit.is_scripting() else project(module, x)
         return x
+
+    @torch.jit.unused
+    def _compiled(self, x: Tensor) -> Tensor:
+        """For ``torch.compile``, from which an operator hides the feed-forward network that the sequence may end in."""
+        modules: list[Any] = list(self)
+        ffn = modules[-5:] if _is_ffn(modules[-5:], x) else []
+        for module in modules[: len(modules) - len(ffn)]:
+            x = project(module, x)
+        if not ffn:
+            return x
+        fc1, _, conv, norm, fc2 = ffn
+        (w1, b1), (w2, b2) = tensors(fc1), tensors(fc2)
+        middle = conv.residual_weight(), conv.bias, norm.gamma, norm.beta
+        x = response_ffn(x.permute(0, 2, 3, 1), w1.flatten(1), b1, *middle, w2.flatten(1), b2)
+        return x.permute(0, 3, 1, 2)
 
     @torch.jit.unused
     def _images(self, x: Tensor) -> int:
@@ -210,6 +235,22 @@ class FusedSequential(nn.Sequential):
         width = max((m.out_channels for m in modules if pointwise(m)), default=0)
         size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * width * x.element_size() + 1) + 1
         return size if size < x.shape[0] and all(map(_by_image, self.modules())) else x.shape[0]
+
+
+def _is_ffn(modules: list[Any], x: Tensor) -> bool:
+    """Whether modules are plain and the feed-forward network that is an operator, for a map in compiled inference."""
+    if len(modules) < 5 or not is_plain(modules[1], nn.GELU) or modules[1].approximate != "none":
+        return False
+    fc1, _, conv, norm, fc2 = modules
+    return (
+        pointwise(fc1)
+        and pointwise(fc2)
+        and fc1.stride == fc2.stride == (1, 1)
+        and is_plain(norm, GlobalResponseNorm)
+        and depthwise(conv, 3, types=(ResDWConv,))
+        and x.dtype == torch.float32  # in which the residual may be part of the kernel
+        and use_compiled_onednn(x, fc1.weight)
+    )
 
 
 def _by_image(module: nn.Module) -> bool:
@@ -331,11 +372,16 @@ def merge_branches(
 
 
 def convolve(conv: Any, x: Tensor) -> Tensor:
-    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU."""
-    runs = on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x))
-    if runs and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
+    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU.
+
+    Also in compiled inference, which does not see which convolutions are faster as it.
+    """
+    if is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
         weight, bias = tensors(conv)
-        return depthwise_conv(x, weight, bias, conv.dilation[0])
+        if on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x)):
+            return depthwise_conv(x, weight, bias, conv.dilation[0])
+        if use_compiled_onednn(x, weight) and conv.dilation[0] == 1 and has_long_rows(x, conv.kernel_size[0]):
+            return torch.ops.vizoo.depthwise_conv(x, weight, bias, 1, False)
     return project(conv, x)
 
 

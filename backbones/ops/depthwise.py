@@ -9,11 +9,12 @@ ones only; all others go to a native kernel that takes every product one by one,
 border.  The Triton kernels make products of matrices instead, about twice as many multiplications, but for tensor
 cores: see ``_depthwise_kernels.py``.  They add up in a fixed order, and keep the memory format.
 
-On a CPU oneDNN is fast, but not at dilated kernels that reach far, nor at gradients of weights.  So training asks it
-for what it is fast at, without a multiplication more.  Positions whose row and column have the same remainders by the
-dilation see only each other, so that a dilated convolution is a dense one of ``d^2`` smaller maps.  The gradient of
-``x`` is the convolution with the flipped kernel; and that of the weights, for each image, the convolution of ``x`` with
-the output's gradient as a kernel as large as the map, at every ``d``-th place, in bands of rows:
+On a CPU oneDNN is fast, but not at dilated kernels that reach far, nor at gradients of weights above 3x3.  So training
+asks it for what it is fast at, without a multiplication more.  Positions whose row and column have the same remainders
+by the dilation see only each other, so that a dilated convolution is a dense one of ``d^2`` smaller maps.  The gradient
+of ``x`` is the convolution with the flipped kernel, and the other way round, whichever oneDNN has the better kernel
+for.  That of weights above 3x3 is, for each image, the convolution of ``x`` with the output's gradient as a kernel as
+large as the map, at every ``d``-th place, in bands of rows:
 
     dweight[c, i, j] = sum over y, x of dout[c, y, x] * in[c, y + d * (i - K // 2), x + d * (j - K // 2)]
 """

@@ -3,7 +3,13 @@ import torch
 from tolerance import op_close
 
 from vizoo.backbones.layers.contmix import GlobalResponseNorm
-from vizoo.backbones.ops.response_norm import reference_response_norm, response_norm
+from vizoo.backbones.ops import backend
+from vizoo.backbones.ops.response_norm import (
+    reference_response_ffn,
+    reference_response_norm,
+    response_ffn,
+    response_norm,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {
@@ -80,3 +86,33 @@ def test_layers_train_by_it():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "vizoo" not in str(layer(x).grad_fn)
     assert "vizoo" not in str(layer.double()(x.double()).grad_fn)
+
+
+@pytest.mark.skipif(bool(backend.onednn_missing()) or DEVICE == "cuda", reason="needs oneDNN")
+@pytest.mark.parametrize("shape", [(1, 5, 7, 4), (3, 6, 3, 9), (0, 3, 2, 2), (8, 56, 56, 4)], ids=str)
+@torch.no_grad()
+def test_the_network_around_it(shape):
+    """One operator of compiled inference, of which the last case works on some images at a time."""
+    (B, H, W, C), hidden = shape, 160
+    generator = torch.Generator().manual_seed(42)
+    sizes = (
+        (hidden, C),
+        (hidden,),
+        (hidden, 1, 3, 3),
+        (hidden,),
+        (1, hidden, 1, 1),
+        (1, hidden, 1, 1),
+        (3, hidden),
+        (3,),
+    )
+    weights = [torch.randn(s, generator=generator) / s[-1] ** 0.5 for s in sizes]
+    x = torch.randn(shape, generator=generator)
+    for arguments in ((x, *weights), (x, weights[0], None, weights[1 + 1], None, *weights[4:7], None)):
+        wide = [None if t is None else t.double() for t in arguments]
+        found = response_ffn(*arguments)
+        if B == 0:
+            assert found.shape == (B, H, W, 3)
+        else:
+            op_close(found, reference_response_ffn(*wide), reference_response_ffn(*arguments))
+    if 0 < B < 8:
+        torch.library.opcheck(torch.ops.vizoo.response_ffn.default, (x, *weights))
