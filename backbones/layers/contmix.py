@@ -1,5 +1,6 @@
 """ContMix block and the parts it shares with the rest of OverLoCK (Sec. 3.3), channels first."""
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
 from ..ops.response_norm import response_ffn, response_norm, trains_response_norm
 from .checks import Range, check_multiple, checked, need, scaled
+from .layout import to_channels_last
 from .plain import (
     convolves,
     depthwise,
@@ -57,6 +59,7 @@ BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
 REGIONS = 7  # side of the pooled grid of context regions
 _ACTIVATIONS = (nn.GELU, nn.SiLU)  # that oneDNN knows
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
+_FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions train faster channels-first
 
 
 def as_written(x: Tensor) -> bool:
@@ -210,7 +213,12 @@ class FusedSequential(nn.Sequential):
             if torch.compiler.is_compiling():
                 return self._compiled(x)
         for module in self:
-            x = module(x) if torch.jit.is_scripting() else project(module, x)
+            if torch.jit.is_scripting():
+                x = module(x)
+            elif _has_few_positions(module, x):
+                x = to_channels_last(module(x.contiguous()))
+            else:
+                x = project(module, x)
         return x
 
     @torch.jit.unused
@@ -235,6 +243,19 @@ class FusedSequential(nn.Sequential):
         width = max((m.out_channels for m in modules if pointwise(m)), default=0)
         size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * width * x.element_size() + 1) + 1
         return size if size < x.shape[0] and all(map(_by_image, self.modules())) else x.shape[0]
+
+
+def _has_few_positions(conv: Any, x: Tensor) -> bool:
+    """Whether a convolution has so many weights that training on a CPU is faster channels-first.
+
+    PyTorch gives weights the layout of the map, forward, backward and in the gradient.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not trains_by_onednn(x):
+        return False
+    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.kernel_size == (1, 1):
+        return False
+    weights = conv.in_channels * math.prod(conv.kernel_size)  # for each channel of the output
+    return weights * math.prod(conv.stride) > _FEW_POSITIONS * x[:, 0].numel()
 
 
 def _is_ffn(modules: list[Any], x: Tensor) -> bool:
@@ -279,8 +300,7 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         if not _fusible(conv, x.dtype):
             x = conv(x)
             continue
-        large = isinstance(conv, DilatedReparamBlock)
-        if large:
+        if isinstance(conv, DilatedReparamBlock):
             weight, bias, conv = *conv.kernel(), conv.lk_origin
         else:
             weight, bias = tensors(conv)
@@ -292,8 +312,7 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
             bias = shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale)
             weight = weight * scale.reshape(-1, 1, 1, 1)
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        activation, algorithm = "none", ""
-        apart = None
+        activation, algorithm, apart = "none", "", None
         if i < len(modules) and is_plain(modules[i], *_ACTIVATIONS):
             activation, algorithm = _activation(modules[i])
             if activation == "gelu" and not fuses_gelu(x):
@@ -302,7 +321,7 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
         if pointwise(conv) and conv.stride == (1, 1):
             x, w = x.permute(0, 2, 3, 1), weight.flatten(1)
             x = torch.ops.mkldnn._linear_pointwise(x, w, bias, activation, [], algorithm).permute(0, 3, 1, 2)
-        elif large and activation == "none" and has_long_rows(x, weight.shape[2]):
+        elif activation == "none" and has_long_rows(x, weight.shape[2]) and depthwise(conv, weight.shape[2]):
             x = torch.ops.vizoo.depthwise_conv(x, weight, bias, 1, False)
         else:
             geometry = conv.padding, conv.stride, conv.dilation, conv.groups

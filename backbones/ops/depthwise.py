@@ -173,8 +173,8 @@ def _depthwise_conv_backward(
         small = need_weight and K == 3  # the one kernel whose gradient oneDNN computes fast, if it is not dilated
         shared = small and dilation > _DILATED_REACH  # both gradients on the phases
         if small:
-            maps = (_to_phases(t.contiguous(memory_format=torch.channels_last), dilation) for t in (dout, x))
-            found, dweight, _ = _convolution_gradients(*maps, weight, need_x and shared, True)
+            grad, y = (_to_phases(t.contiguous(memory_format=torch.channels_last), dilation) for t in (dout, x))
+            found, dweight, _ = _convolution_gradients(grad, y, weight, need_x and shared, True)
             if need_x and shared:
                 dx = _from_phases(found, dilation, *x.shape[2:]).contiguous(memory_format=memory_format(dout))
         elif need_weight:

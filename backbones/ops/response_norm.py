@@ -14,6 +14,7 @@ operator too, which works on a few images at a time, so that the hidden map stay
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def _response_ffn(
     if x.numel() == 0:
         return reference_response_ffn(x, w1, b1, wd, bd, gamma, beta, w2, b2)
     ops, hidden, half = torch.ops.mkldnn, wd.shape[0], wd.shape[2] // 2
-    gelu = ("gelu", [], "none") if fuses_gelu(x) else ("none", [], "")
+    gelu: Any = ("gelu", [], "none") if fuses_gelu(x) else ("none", [], "")
     out = []
     for chunk in x.split(max(1, _CHUNK_BYTES // (x.shape[1] * x.shape[2] * hidden * x.element_size()))):
         t = ops._linear_pointwise(chunk, w1, b1, *gelu)

@@ -109,6 +109,28 @@ def test_residual_convolutions_train_as_written(shape, layout):
         op_close(a, t, p, grad=name != "out", what=name)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(5, 4), (19, 20)], ids=["few", "many"])
+def test_strided_convolutions_train_in_either_layout(size, layout):
+    """Channels-first where the map has few positions; the next module has channels-last again."""
+    modules = FusedSequential(nn.Conv2d(64, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8))
+    x = torch.randn(2, 64, *size).contiguous(memory_format=layout)
+    grad = torch.randn(2, 8, (size[0] + 1) // 2, (size[1] + 1) // 2)
+
+    def run(f, dtype):
+        leaves = [x.to(dtype).requires_grad_(), *modules.to(dtype).parameters()]
+        out = f(leaves[0])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    def plain(x):
+        return nn.Sequential(*modules)(x)
+
+    found, rounded, truth = run(modules, torch.float32), run(plain, torch.float32), run(plain, torch.float64)
+    for name, a, t, p in zip(("out", "dx", "dweight", "dgamma", "dbeta"), found, truth, rounded, strict=True):
+        op_close(a, t, p, grad=name != "out", what=name)
+    assert size[0] > 5 or modules.float()(x).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @torch.no_grad()
