@@ -231,8 +231,8 @@ class FusedSequential(nn.Sequential):
         if not ffn:
             return x
         fc1, _, conv, norm, fc2 = ffn
-        (w1, b1), (w2, b2) = tensors(fc1), tensors(fc2)
-        middle = conv.residual_weight(), conv.bias, norm.gamma, norm.beta
+        w1, b1, _, bd, w2, b2 = tensors(fc1, conv, fc2)
+        middle = conv.residual_weight(), bd, norm.gamma, norm.beta
         x = response_ffn(x.permute(0, 2, 3, 1), w1.flatten(1), b1, *middle, w2.flatten(1), b2)
         return x.permute(0, 3, 1, 2)
 
@@ -270,7 +270,7 @@ def _is_ffn(modules: list[Any], x: Tensor) -> bool:
         and is_plain(norm, GlobalResponseNorm)
         and depthwise(conv, 3, types=(ResDWConv,))
         and x.dtype == torch.float32  # in which the residual may be part of the kernel
-        and use_compiled_onednn(x, fc1.weight)
+        and use_compiled_onednn(x, tensors(fc1)[0])
     )
 
 
