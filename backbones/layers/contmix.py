@@ -1,5 +1,6 @@
 """ContMix block and the parts it shares with the rest of OverLoCK (Sec. 3.3), channels first."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,11 +14,21 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from ..ops.backend import on_kernel_device, plain_only, trains_by_onednn, use_onednn, without_autocast
+from ..ops.backend import (
+    fuses_gelu,
+    on_kernel_device,
+    plain_only,
+    trains_by_onednn,
+    use_compiled_onednn,
+    use_onednn,
+    without_autocast,
+)
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
-from ..ops.depthwise import depthwise_conv
+from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
+from ..ops.response_norm import response_ffn, response_norm, trains_response_norm
 from .checks import Range, check_multiple, checked, need, scaled
+from .layout import to_channels_last
 from .plain import (
     convolves,
     depthwise,
@@ -48,6 +59,7 @@ BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
 REGIONS = 7  # side of the pooled grid of context regions
 _ACTIVATIONS = (nn.GELU, nn.SiLU)  # that oneDNN knows
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
+_FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions train faster channels-first
 
 
 def as_written(x: Tensor) -> bool:
@@ -84,18 +96,21 @@ class ResDWConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         if not torch.jit.is_scripting():
-            if x.dtype == torch.float32 and use_onednn(x, self.weight) and keeps_size(self):
-                weight, padding = self.residual_weight(), self.padding
-                return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups)
+            runs = use_onednn(x, self.weight) or (torch.is_grad_enabled() and trains_by_onednn(x))
+            if runs and x.dtype == self.weight.dtype == torch.float32 and keeps_size(self):
+                return self._conv_forward(x, self.residual_weight(), self.bias)
             if depthwise(self, 3, types=(ResDWConv,)):
                 return depthwise3x3(x, self.weight, self.bias, residual=True)
         return x + self._conv_forward(x, self.weight, self.bias)
 
     def residual_weight(self) -> Tensor:
-        """Kernel that adds the input itself: one pass over the map less, but only float32 keeps small weights exact."""
-        weight = self.weight.detach().clone()
-        weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
-        return weight
+        """Kernel that adds the input itself: one pass over the map less, but only float32 keeps small weights exact.
+
+        In training it is another one less, over the gradient.
+        """
+        one = self.weight.new_zeros(self.weight.shape[2:])
+        one[one.shape[0] // 2, one.shape[1] // 2] = 1
+        return self.weight + one
 
 
 def residual_conv(dim: int, **dd: Any) -> ResDWConv:
@@ -165,6 +180,9 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+            if trains_response_norm(x, self.gamma):
+                return response_norm(x, self.gamma, self.beta)
         dtype = torch.promote_types(x.dtype, torch.float32)  # the norm of a large map overflows float16
         if _infers(x):  # up to 10 times faster on channels-last maps, but without a gradient at zero
             wide = x.to(dtype) if x.dtype == torch.float16 else x  # sums of bfloat16 are float32 inside
@@ -188,13 +206,35 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` as the modules do one after the other."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles every operand of `and`
+        if not torch.jit.is_scripting():
             if use_onednn(x, x):
                 out = [run_fused(list(self), chunk) for chunk in x.split(self._images(x))]
                 return out[0] if len(out) == 1 else torch.cat(out)
+            if torch.compiler.is_compiling():
+                return self._compiled(x)
         for module in self:
-            x = module(x) if torch.jit.is_scripting() else project(module, x)
+            if torch.jit.is_scripting():
+                x = module(x)
+            elif _has_few_positions(module, x):
+                x = to_channels_last(module(x.contiguous()))
+            else:
+                x = project(module, x)
         return x
+
+    @torch.jit.unused
+    def _compiled(self, x: Tensor) -> Tensor:
+        """For ``torch.compile``, from which an operator hides the feed-forward network that the sequence may end in."""
+        modules: list[Any] = list(self)
+        ffn = modules[-5:] if _is_ffn(modules[-5:], x) else []
+        for module in modules[: len(modules) - len(ffn)]:
+            x = project(module, x)
+        if not ffn:
+            return x
+        fc1, _, conv, norm, fc2 = ffn
+        w1, b1, _, bd, w2, b2 = tensors(fc1, conv, fc2)
+        middle = conv.residual_weight(), bd, norm.gamma, norm.beta
+        x = response_ffn(x.permute(0, 2, 3, 1), w1.flatten(1), b1, *middle, w2.flatten(1), b2)
+        return x.permute(0, 3, 1, 2)
 
     @torch.jit.unused
     def _images(self, x: Tensor) -> int:
@@ -203,6 +243,35 @@ class FusedSequential(nn.Sequential):
         width = max((m.out_channels for m in modules if pointwise(m)), default=0)
         size = _CHUNK_BYTES // (x.shape[2] * x.shape[3] * width * x.element_size() + 1) + 1
         return size if size < x.shape[0] and all(map(_by_image, self.modules())) else x.shape[0]
+
+
+def _has_few_positions(conv: Any, x: Tensor) -> bool:
+    """Whether a convolution has so many weights that training on a CPU is faster channels-first.
+
+    PyTorch gives weights the layout of the map, forward, backward and in the gradient.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not trains_by_onednn(x):
+        return False
+    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.kernel_size == (1, 1):
+        return False
+    weights = conv.in_channels * math.prod(conv.kernel_size)  # for each channel of the output
+    return weights * math.prod(conv.stride) > _FEW_POSITIONS * x[:, 0].numel()
+
+
+def _is_ffn(modules: list[Any], x: Tensor) -> bool:
+    """Whether modules are plain and the feed-forward network that is an operator, for a map in compiled inference."""
+    if len(modules) < 5 or not is_plain(modules[1], nn.GELU) or modules[1].approximate != "none":
+        return False
+    fc1, _, conv, norm, fc2 = modules
+    return (
+        pointwise(fc1)
+        and pointwise(fc2)
+        and fc1.stride == fc2.stride == (1, 1)
+        and is_plain(norm, GlobalResponseNorm)
+        and depthwise(conv, 3, types=(ResDWConv,))
+        and x.dtype == torch.float32  # in which the residual may be part of the kernel
+        and use_compiled_onednn(x, tensors(fc1)[0])
+    )
 
 
 def _by_image(module: nn.Module) -> bool:
@@ -243,16 +312,21 @@ def run_fused(modules: list[Any], x: Tensor) -> Tensor:
             bias = shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale)
             weight = weight * scale.reshape(-1, 1, 1, 1)
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        activation, algorithm = "none", ""
+        activation, algorithm, apart = "none", "", None
         if i < len(modules) and is_plain(modules[i], *_ACTIVATIONS):
             activation, algorithm = _activation(modules[i])
+            if activation == "gelu" and not fuses_gelu(x):
+                activation, apart = "none", algorithm
             i += 1
         if pointwise(conv) and conv.stride == (1, 1):
             x, w = x.permute(0, 2, 3, 1), weight.flatten(1)
             x = torch.ops.mkldnn._linear_pointwise(x, w, bias, activation, [], algorithm).permute(0, 3, 1, 2)
+        elif activation == "none" and has_long_rows(x, weight.shape[2]) and depthwise(conv, weight.shape[2]):
+            x = torch.ops.vizoo.depthwise_conv(x, weight, bias, 1, False)
         else:
             geometry = conv.padding, conv.stride, conv.dilation, conv.groups
             x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, activation, [], algorithm)
+        x = x if apart is None else torch.ops.aten.gelu_(x, approximate=apart)
     return x
 
 
@@ -317,11 +391,16 @@ def merge_branches(
 
 
 def convolve(conv: Any, x: Tensor) -> Tensor:
-    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU."""
-    runs = on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x))
-    if runs and is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
+    """``conv(x)``, by our operator where a plain depthwise convolution runs on a GPU, or trains on a CPU.
+
+    Also in compiled inference, which does not see which convolutions are faster as it.
+    """
+    if is_plain(conv, nn.Conv2d) and depthwise(conv, conv.kernel_size[0], conv.dilation[0]):
         weight, bias = tensors(conv)
-        return depthwise_conv(x, weight, bias, conv.dilation[0])
+        if on_kernel_device(x) or (torch.is_grad_enabled() and trains_by_onednn(x)):
+            return depthwise_conv(x, weight, bias, conv.dilation[0])
+        if use_compiled_onednn(x, weight) and conv.dilation[0] == 1 and has_long_rows(x, conv.kernel_size[0]):
+            return torch.ops.vizoo.depthwise_conv(x, weight, bias, 1, False)
     return project(conv, x)
 
 

@@ -87,6 +87,69 @@ def test_response_norm_of_zeros(layout):
         op_close(layer(x.contiguous(memory_format=layout)), expected.detach(), what="inference")
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 7, 5), (3, 4, 1, 9)], ids=str)
+def test_residual_convolutions_train_as_written(shape, layout):
+    """In float32 the residual is part of the kernel: the same output and gradients as of two operators."""
+    torch.manual_seed(0)
+    layer, grad = residual_conv(shape[1]), torch.randn(shape)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+
+    def run(f, dtype):
+        layer.to(dtype)
+        leaves = [x.to(dtype).requires_grad_(), *layer.parameters()]
+        out = f(leaves[0])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    def plain(x):
+        return x + nn.functional.conv2d(x, layer.weight, layer.bias, padding=1, groups=shape[1])
+
+    found, rounded = run(layer, torch.float32), run(plain, torch.float32)
+    for name, a, t, p in zip(("out", "dx", "dweight", "dbias"), found, run(plain, torch.float64), rounded, strict=True):
+        op_close(a, t, p, grad=name != "out", what=name)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(5, 4), (19, 20)], ids=["few", "many"])
+def test_strided_convolutions_train_in_either_layout(size, layout):
+    """Channels-first where the map has few positions; the next module has channels-last again."""
+    modules = FusedSequential(nn.Conv2d(64, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8))
+    x = torch.randn(2, 64, *size).contiguous(memory_format=layout)
+    grad = torch.randn(2, 8, (size[0] + 1) // 2, (size[1] + 1) // 2)
+
+    def run(f, dtype):
+        leaves = [x.to(dtype).requires_grad_(), *modules.to(dtype).parameters()]
+        out = f(leaves[0])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    def plain(x):
+        return nn.Sequential(*modules)(x)
+
+    found, rounded, truth = run(modules, torch.float32), run(plain, torch.float32), run(plain, torch.float64)
+    for name, a, t, p in zip(("out", "dx", "dweight", "dgamma", "dbeta"), found, truth, rounded, strict=True):
+        op_close(a, t, p, grad=name != "out", what=name)
+    assert size[0] > 5 or modules.float()(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@torch.no_grad()
+def test_gelu_after_convolutions(fused, approximate, monkeypatch):
+    """While the product is written, or in its memory; and large kernels on rows that are long."""
+    monkeypatch.setattr("vizoo.backbones.layers.contmix.fuses_gelu", lambda x: fused)
+    torch.manual_seed(0)
+    gelu = nn.GELU(approximate)
+    modules = FusedSequential(nn.Conv2d(4, 6, 3), gelu, nn.Conv2d(6, 8, 1), gelu, DilatedReparamBlock(8, 7))
+    modules, x = modules.eval(), torch.randn(3, 4, 7, 41)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        with torch.enable_grad():
+            plain = nn.Sequential(*modules)(y).detach()
+        found = modules(y)
+        op_close(found, nn.Sequential(*modules.double())(y.double()), plain)
+        modules.float()
+
+
 # what pictures show
 
 
