@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-
 _FILLERS = {  # they change numbers only, and return what they were given
     *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.zero_, Tensor.fill_),
     *(nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
