@@ -25,13 +25,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def no_cache_of_shapes() -> Iterator[None]:
-    """What is computed of symbols anew costs less than keys of them."""
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-        yield
-
-
 def graph_of(model: torch.nn.Module) -> torch.nn.Module:
     """The fx graph of the whole model in its present mode, from image to last node; timm's leaf modules stay whole."""
     train, evaluation = get_graph_node_names(model)
@@ -114,7 +107,6 @@ def test_export(name: str) -> None:
 
 @pytest.mark.slow
 @each_kind
-@pytest.mark.usefixtures("no_cache_of_shapes")
 def test_any_size(name: str, tmp_path: Path) -> None:
     """One program for every batch, height and width, in PyTorch and ONNX Runtime.
 
