@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
-from zoo import KINDS, build, each_kind, gradients, sample
+from zoo import KINDS, build, each_kind, gradients, sample, shallow
 
 from vizoo.tools.profiler import count
 
@@ -260,7 +260,7 @@ def test_no_tangent_is_lost(name: str) -> None:
 
 @each_kind
 def test_default_trace(name: str) -> None:
-    model = build(name)
+    model = shallow(name)
     check_trace(model, sample(model))
 
 
@@ -278,7 +278,7 @@ def test_traces_need_no_vizoo(tmp_path: Path) -> None:
     """Traces without gradients, where inference has paths of its own, answer as the model, also in another process."""
     paths = []
     for name in KINDS:
-        model = build(name)
+        model = shallow(name)
         x = sample(model)
         paths.append(str(tmp_path / name))
         with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from zoo import KINDS, build, sample, spread
+from zoo import KINDS, sample, shallow
 
 WORLD = 2
 
@@ -29,8 +29,7 @@ def is_block(module: nn.Module) -> bool:
 def prepared(name: str) -> tuple[nn.Module, Tensor]:
     """A model in training mode, its norms fixed so that a sample does not see the others, and a batch."""
     torch.manual_seed(0)
-    gates = {"gate_init": 0.0} if "dependencyvit" in name else {}  # open, or messages would hardly count
-    model = spread(build(name, drop_path_rate=0.0, **gates)).double().train()
+    model = shallow(name, drop_path_rate=0.0).double().train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -6,52 +6,16 @@ import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
 from tolerance import close
 from torch._dynamo.testing import CompileCounterWithBackend
-from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample, spread
+from zoo import BACKWARD, build, each_kind, gradients, is_fixed, sample, shallow
 
 # timm still promises TorchScript, which torch announces to retire
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-
-
-# each kind of block and what lies between blocks once, as a second one only costs time; gates open
-_TWO_STAGES = {"embed_dims": (20, 40), "depths": (1, 1), "sr_ratios": (4, 1), "mlp_ratios": (4.0, 4.0)}  # of TransNeXt
-SHALLOW: dict[str, dict[str, Any]] = {
-    "test_dependencyvit": {"depth": 2, "gate_init": 0.0},
-    "test_dependencyvit_lite": {"depth": 2, "prune_blocks": (1, 2), "gate_init": 0.0},
-    "test_dinat_s": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (2, 1)},
-    "test_flowformer": {"depths": (1, 1), "embed_dims": (16, 32)},
-    "test_halonet": {"depths": (1, 1, 1), "num_heads": (2, 2, 4)},
-    "test_litv2": {"depths": (1, 1, 1), "num_heads": (1, 4, 8), "window_size": (0, 2, 1)},
-    "test_moh_vit": {**_TWO_STAGES, "num_heads": (2, 4), "shared_heads": (1, 2), "routed_heads": (1, 1)},
-    "test_nat": {"depths": (1, 1), "num_heads": (2, 4), "dilations": (1, 2)},
-    "test_nat_isotropic": {"depths": (1, 1), "dilations": (1, 2)},
-    "test_ninformer": {"depth": 2},
-    "test_overlock": {"depths": (1, 1, 1, 1), "sub_depths": (1, 1)},
-    "test_transnext": {**_TWO_STAGES, "num_heads": (1, 2)},
-    "test_ulsam": {
-        "stages": ("ds_r1_k3_s1_c16", "ir_r2_k3_s2_e2_c24", "ir_r2_k3_s2_e2_c40"),
-        "ulsam_replace": (4,),
-        "ulsam_insert": (5,),
-    },
-    "test_ulsam_v1": {
-        "stages": ("dsa_r1_k3_s1_c16", "dsa_r2_k3_s2_c24", "dsa_r1_k3_s2_c40"),
-        "ulsam_replace": (4,),
-        "ulsam_insert": (5,),
-    },
-    "test_vit_gap_tcpa": {"depth": 2},
-    "test_vit_tcpa": {"depth": 2},
-}
-
-
-def shallow(name: str, **kwargs: Any) -> torch.nn.Module:
-    """The model without repetitions, with weights that make what it attends to count."""
-    return spread(build(name, **{**SHALLOW.get(name, {}), **kwargs}))
 
 
 @pytest.fixture

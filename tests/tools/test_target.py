@@ -397,3 +397,17 @@ def test_configs(config, size):
     """Whole models of mmseg and mmdet in mode ``tensor``, of the size that the config is for."""
     found = profile.profile(f"mm:{config}")
     assert (found.size, found.counts.status) == (size, "complete")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_only_tensors_without_values_stay_unfilled(device):
+    """What fills is left out on the meta device alone, and returns its tensor either way."""
+    from vizoo.tools.profiling.meta import NoValues
+
+    with NoValues():
+        x = torch.full((64, 3, 3, 3), 7.0, device=device)
+        for fill in (torch.nn.init.kaiming_normal_, torch.nn.init.uniform_, torch.Tensor.normal_, torch.Tensor.zero_):
+            before, made = x._version, fill(x)
+            assert made is x
+            assert (x._version > before) is (device == "cpu")
+    assert x.is_meta or not x.any()

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_FILLERS = {  # they change numbers only, and return what they were given
+    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, Tensor.zero_, Tensor.fill_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
+}
+
 
 class NoValues(TorchFunctionMode):
-    """Leaves out what makes normal values truncated ones on the meta device, most of the time of a model there."""
+    """Leaves out what fills tensors on the meta device, which have no values: most of the time of a model there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.erfinv_, Tensor.clamp_) and args[0].is_meta:
-            return args[0]
+        if func in _FILLERS:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
         return func(*args, **(kwargs or {}))
 
 
