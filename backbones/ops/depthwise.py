@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._derivative import plain_gradients
 from ._kernels import cdiv, empty_map, memory_format
-from .backend import KernelModule, autocast_dtype, trains_by_onednn, use_triton, without_autocast
+from .backend import KernelModule, autocast_dtype, has_avx512, trains_by_onednn, use_triton, without_autocast
 from .cost import Cost, register_cost
 from .operators import operator
 
@@ -84,8 +84,11 @@ def _convolution_gradients(dout: Tensor, x: Tensor, weight: Tensor, need_x: bool
 
 
 def has_long_rows(x: Tensor, kernel_size: int) -> bool:
-    """Whether an undilated convolution of float32 is faster as the operator ``depthwise_conv``, also in inference."""
-    return kernel_size > 3 and x.shape[3] >= _LONG_ROW and x.dtype == torch.float32
+    """Whether an undilated convolution of float32 is faster as the operator ``depthwise_conv``, also in inference.
+
+    Measured with AVX2 alone, on maps of 7 to 304 columns: 1.1 to 1.9 times as fast.
+    """
+    return kernel_size > 3 and x.shape[3] >= _LONG_ROW and x.dtype == torch.float32 and not has_avx512()
 
 
 def _dense_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
