@@ -170,7 +170,7 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
 
     The rate is multiply-accumulates per second over those of timm's resnet50, in float32 and batches of 8, measured
     nearest in time: a machine is not equally fast on every day.  The gains of other dtypes and of ``torch.compile`` are
-    those of one image.
+    those of one image, over float32 measured nearest in time.
 
     Args:
         folder: Holds records ``profile-*.jsonl`` of one thread; of a repeated measurement the newest counts.
@@ -187,9 +187,8 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
     rows = []
     for r in sorted((r for r in found.values() if _form(r) == ONE), key=lambda r: r.macs):
         several = found.get((r.name, r.size, *EIGHT))
-        reference = several and min(
-            references, key=lambda other: abs(_measured_at(other) - _measured_at(several)), default=None
-        )
+        reference = several and _nearest(references, several)
+        ones = [other for other in records if (other.name, other.size, *_form(other)) == (r.name, r.size, *ONE)]
         others = [found.get((r.name, r.size, 1, *form)) for form in GAINS.values()]
         rows.append(
             [
@@ -201,11 +200,16 @@ def cpu_table(folder: Path, names: Collection[str]) -> str:
                 f"{r.macs / _seconds(several) * _seconds(reference) / reference.macs:.2f}"
                 if several and reference
                 else "",
-                *(f"{_seconds(r) / _seconds(other):.2f}x" if other else "" for other in others),
+                *(f"{_seconds(_nearest(ones, other)) / _seconds(other):.2f}x" if other else "" for other in others),
             ]
         )
     columns = ["model", "input", "GMACs", "ms, batch 1", "images/s, batch 8", "rate", *GAINS]
     return markdown(columns, rows, tuple(range(2, len(columns))))
+
+
+def _nearest(records: Sequence[Record], to: Record) -> Any:
+    """The one that was measured nearest in time; None if there is none."""
+    return min(records, key=lambda r: abs(_measured_at(r) - _measured_at(to)), default=None)
 
 
 def _form(r: Record) -> tuple[int, str, str | None]:
