@@ -1,6 +1,5 @@
 """ContMix block and the parts it shares with the rest of OverLoCK (Sec. 3.3), channels first."""
 
-import math
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from ..ops.backend import (
 from ..ops.contmix import contmix, contmix_from_logits, contmix_kernels, working_size
 from ..ops.depthwise import depthwise_conv, has_long_rows
 from ..ops.depthwise3x3 import depthwise3x3
-from ..ops.response_norm import response_ffn, response_norm, trains_response_norm
+from ..ops.response_norm import response_factor, response_ffn, response_norm, trains_response_norm
 from .checks import Range, check_multiple, checked, need, scaled
+from .convnet import has_few_positions, output_shape
 from .layout import to_channels_last
 from .plain import (
     convolves,
@@ -59,7 +59,6 @@ BRANCHES = {  # large kernel: (kernel, dilation) of the parallel branches
 REGIONS = 7  # side of the pooled grid of context regions
 _ACTIVATIONS = (nn.GELU, nn.SiLU)  # that oneDNN knows
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once
-_FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions train faster channels-first
 
 
 def as_written(x: Tensor) -> bool:
@@ -192,7 +191,7 @@ class GlobalResponseNorm(nn.Module):
         else:
             with without_autocast(x):  # which would copy the map to float32
                 norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
-        factor = self.gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
+        factor = response_factor(self.gamma, norm)
         return torch.addcmul(self.beta.to(x.dtype), x, factor.to(x.dtype))
 
 
@@ -246,16 +245,10 @@ class FusedSequential(nn.Sequential):
 
 
 def _has_few_positions(conv: Any, x: Tensor) -> bool:
-    """Whether a convolution has so many weights that training on a CPU is faster channels-first.
-
-    PyTorch gives weights the layout of the map, forward, backward and in the gradient.
-    """
+    """Whether a convolution trains faster on a CPU channels-first, by the rule of inference."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not trains_by_onednn(x):
         return False
-    if type(conv) is not nn.Conv2d or conv.groups > 1 or conv.kernel_size == (1, 1):
-        return False
-    weights = conv.in_channels * math.prod(conv.kernel_size)  # for each channel of the output
-    return weights * math.prod(conv.stride) > _FEW_POSITIONS * x[:, 0].numel()
+    return convolves(conv) and conv.groups == 1 and has_few_positions(conv, output_shape(conv, x.shape))
 
 
 def _is_ffn(modules: list[Any], x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from ..ops.convolution import output_sides
 from .layout import to_channels_last, to_fast_layout
 from .plain import convolves, fold, folds, is_plain, is_watched, tensors
 
-__all__ = ["StemConv", "infers", "run", "speed_up"]
+__all__ = ["StemConv", "has_few_positions", "infers", "output_shape", "run", "speed_up"]
 
 _CHUNK_BYTES = 8 << 20  # largest map inside a block that is worked on at once; past it page faults dominate
 _FEW_POSITIONS = 16  # weights for each element of the output, past which convolutions are faster channels-first
@@ -112,7 +112,7 @@ def _run(todo: Todo, x: Tensor, add: Tensor | None, after: Todo) -> Tensor:
         if kind != "conv":
             x = conv(x)
             continue
-        (weight, bias), shape, act = tensors(conv), _shape(conv, x.shape), None
+        (weight, bias), shape, act = tensors(conv), output_shape(conv, x.shape), None
         if weight.dtype != x.dtype or conv.in_channels != x.shape[1] or min(shape) < 1:  # the layer says what is wrong
             x = conv(x)
             continue
@@ -120,8 +120,7 @@ def _run(todo: Todo, x: Tensor, add: Tensor | None, after: Todo) -> Tensor:
             norm, out = todo[i][1], math.prod(shape)
             # a norm costs a pass over the map, or, folded into the weights, one over them and small operators
             if weight.numel() + _FOLDING > out:
-                few = weight.numel() > _FEW_POSITIONS * out and conv.kernel_size != (1, 1)
-                x = conv(x.contiguous() if few else x)
+                x = conv(x.contiguous() if has_few_positions(conv, shape) else x)
                 continue
             scale, shift = fold(norm, None if x.dtype == torch.float32 else torch.float32)
             if bias is not None:
@@ -162,7 +161,16 @@ def _activate(act: nn.Module, x: Tensor) -> Tensor:
     return F.hardtanh_(x, 0.0, 6.0) if isinstance(act, nn.ReLU6) else F.silu(x, inplace=True)
 
 
-def _shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
+def has_few_positions(conv: nn.Conv2d, shape: Sequence[int]) -> bool:
+    """Whether a convolution has so many weights for an output in a shape that it is faster channels-first.
+
+    PyTorch gives weights the layout of the map, in training forward, backward and in the gradient.
+    """
+    weights = conv.in_channels // conv.groups * conv.out_channels * math.prod(conv.kernel_size)
+    return conv.kernel_size != (1, 1) and weights > _FEW_POSITIONS * math.prod(shape)
+
+
+def output_shape(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of what a convolution makes of a map."""
     padding: Any = conv.padding
     sides = output_sides(shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation)
@@ -177,7 +185,7 @@ def _images(todo: Todo, x: Tensor) -> int:
     for i, (kind, module) in enumerate(todo):
         largest = max(largest, math.prod(shape)) if i else 0
         if kind == "conv":
-            shape = _shape(module, shape)
+            shape = output_shape(module, shape)
         elif kind == "pool":
             shape = (*shape[:2], *(n // module.stride for n in shape[2:]))
     parts = max(1, math.ceil(largest * x.element_size() / _CHUNK_BYTES))

@@ -82,9 +82,14 @@ def relative_positions(length: int, regions: int, device: torch.device) -> tuple
     whole, ratio = divides(regions, length), length // regions
     middle = region * length // regions + ((region + 1) * length + (regions - 1)) // regions - 1
     least = whole * (1 + ratio - 2 * length) + (1 - whole) * (2 - 2 * length)
-    count = whole * (2 * length - ratio) + (1 - whole) * (4 * length - 3)  # without steps some occur nowhere
-    distance = torch.arange(count, device=device) * (1 + whole) + least
+    distance = torch.arange(_distances(length, regions), device=device) * (1 + whole) + least
     return distance.float() / 2, (2 * position - middle - least) // (1 + whole)
+
+
+def _distances(length: int, regions: int) -> int:
+    """How many distances :func:`relative_positions` gives; without steps some occur nowhere."""
+    whole = divides(regions, length)
+    return whole * (2 * length - length // regions) + (1 - whole) * (4 * length - 3)
 
 
 def divides(regions: int, length: int) -> int:
@@ -162,11 +167,6 @@ position_bias = torch.ops.vizoo.position_bias
 @torch.library.register_fake("vizoo::position_bias")
 def _(weight, bias, second, second_bias, H, W, rows, cols, pretrain_rows, pretrain_cols):
     return second.new_empty((second.shape[0], rows * cols, H * W), dtype=torch.float32).transpose(1, 2)
-
-
-def _distances(length: int, regions: int) -> int:
-    """How many :func:`relative_positions` gives."""
-    return 4 * length - 3 if length % regions else 2 * length - length // regions
 
 
 @register_cost("vizoo::position_bias")

@@ -26,7 +26,6 @@ from .backend import fuses_gelu, trains_by_onednn
 from .cost import Cost, register_cost
 from .operators import operator
 
-EPS = 1e-6
 _CHUNK_BYTES = 6 << 20  # largest hidden map worked on at once, as in conv_ffn
 
 
@@ -42,11 +41,16 @@ def reference_response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         ``[B, C, H, W]``.
     """
     norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-    return torch.addcmul(beta, x, _factor(gamma, norm))
+    return torch.addcmul(beta, x, response_factor(gamma, norm))
 
 
-def _factor(gamma: Tensor, norm: Tensor) -> Tensor:
-    return gamma * (norm / (norm.mean(dim=1, keepdim=True) + EPS)) + 1
+def response_factor(gamma: Tensor, norm: Tensor) -> Tensor:
+    """What a map is multiplied by, from its norms, both ``[B, C, 1, 1]``."""
+    return gamma * (norm / _mean_norm(norm)) + 1
+
+
+def _mean_norm(norm: Tensor) -> Tensor:
+    return norm.mean(dim=1, keepdim=True) + 1e-6
 
 
 def _by_image(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ def _by_image(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     out, norm = empty_map(x), x.new_empty((*x.shape[:2], 1, 1))
     for image, found, to in zip(x.split(1), norm.split(1), out.split(1), strict=True):
         torch.sum(torch.mul(image, image, out=to), dim=(2, 3), keepdim=True, out=found)
-        torch.addcmul(beta, image, _factor(gamma, found.sqrt_()), out=to)
+        torch.addcmul(beta, image, response_factor(gamma, found.sqrt_()), out=to)
     return out, norm
 
 
@@ -71,8 +75,7 @@ def _(x, gamma, beta):
 @operator
 def _response_norm_backward(dout: Tensor, x: Tensor, gamma: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dx, sums = empty_map(x), torch.empty_like(norm)
-    total = norm.mean(dim=1, keepdim=True) + EPS
-    factor = _factor(gamma, norm)
+    total, factor = _mean_norm(norm), response_factor(gamma, norm)
     for b in range(x.shape[0]):
         dimage, image, to, n, m = (t[b : b + 1] for t in (dout, x, dx, norm, total))
         torch.sum(torch.mul(dimage, image, out=to), dim=(2, 3), keepdim=True, out=sums[b : b + 1])
